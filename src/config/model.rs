@@ -1,0 +1,417 @@
+//! The validated shape of a configuration: types that can't hold a wrong value.
+//!
+//! Settings are grouped by what a change of them costs: [`WorkerSpec`] is what a worker process is
+//! started with, so a change replaces the process; [`Routing`], [`Health`], [`Restart`], [`Stop`]
+//! and [`Limits`] are read by lbd alone and change in place.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    num::{NonZeroU32, NonZeroU64},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use nix::sys::signal::Signal;
+
+/// A whole, valid configuration.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// The absolute path of the file it came from; `None` for `lbd run`.
+    pub path: Option<PathBuf>,
+    /// Where lbd's own log goes.
+    pub log: Log,
+    /// How lbd itself is operated.
+    pub admin: Admin,
+    /// The services, in the order of the file. Never empty.
+    pub services: Vec<Service>,
+    /// Where it limits the processes of a worker, which not every lbd can.
+    pub process_limits: Vec<Place>,
+}
+
+/// Where in the file a setting is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// Counted from 1.
+    pub line: usize,
+    /// The key in full.
+    pub key: String,
+}
+
+/// `[log]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Log {
+    /// The least severe level that is written.
+    pub level: Level,
+    /// Text or JSON lines.
+    pub format: LogFormat,
+    /// Whether each connection gets a line at its end.
+    pub access: bool,
+    /// The file to write to; standard error where `None`.
+    pub file: Option<PathBuf>,
+    /// When a new file is begun.
+    pub rotate: Rotate,
+    /// How many rotated files are kept; all where `None`.
+    pub keep: Option<NonZeroU32>,
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self {
+            level: Level::Info,
+            format: LogFormat::Text,
+            access: true,
+            file: None,
+            rotate: Rotate::Never,
+            keep: None,
+        }
+    }
+}
+
+/// `[admin]`.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Admin {
+    /// The absolute path of the unix socket; lbd picks one where `None`.
+    pub socket: Option<PathBuf>,
+}
+
+/// `[log] level`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names say it")]
+pub enum Level {
+    Error,
+    Warn,
+    Info,
+    Debug,
+    Trace,
+}
+
+/// `[log] format`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names say it")]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+/// `[log] rotate`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names say it")]
+pub enum Rotate {
+    Never,
+    Hourly,
+    Daily,
+}
+
+/// `[service.NAME]`: one set of listeners and the workers behind them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Service {
+    /// NAME: letters, digits, `-`, `_` and `.`; not empty.
+    pub name: Arc<str>,
+    /// Where clients connect. Never empty, no duplicates in the whole file.
+    pub listen: Vec<Listen>,
+    /// How many workers there are, and on which ports.
+    pub slots: Slots,
+    /// What each worker is started with.
+    pub worker: Arc<WorkerSpec>,
+    /// How connections reach the workers.
+    pub routing: Routing,
+    /// How a worker is probed.
+    pub health: Health,
+    /// How a worker that ended is started again.
+    pub restart: Restart,
+    /// How a worker is stopped.
+    pub stop: Stop,
+    /// When a worker is replaced though nothing is wrong with it.
+    pub limits: Limits,
+}
+
+/// One address of `listen`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Listen {
+    /// An IP address and port. Port 0 is refused.
+    Tcp(SocketAddr),
+    /// An absolute path of a unix stream socket.
+    Unix(PathBuf),
+}
+
+impl fmt::Display for Listen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+/// `ports` or `workers`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Slots {
+    /// One worker on each of these ports, in this order. Never empty, no duplicates.
+    Ports(Vec<u16>),
+    /// That many workers, on free ports picked when each is started.
+    Count(NonZeroU32),
+}
+
+impl Slots {
+    /// How many workers there are. Never zero.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        match self {
+            Self::Ports(ports) => ports.len(),
+            // A u32 fits: lbd runs on Linux with pointers of 32 or 64 bits.
+            Self::Count(count) => count.get() as usize,
+        }
+    }
+}
+
+/// What a worker process is started with. Two equal specs start the same worker.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WorkerSpec {
+    /// What is run.
+    pub program: Program,
+    /// The address that the workers' ports are on.
+    pub host: IpAddr,
+    /// Who binds the port.
+    pub socket: SocketMode,
+    /// Variables added to lbd's own environment.
+    pub env: BTreeMap<String, String>,
+    /// The user to run as: a name or a number, resolved when the worker is started.
+    pub user: Option<String>,
+    /// The group to run as: a name or a number; the user's own where only `user` is set.
+    pub group: Option<String>,
+    /// The file mode creation mask; lbd's own where `None`.
+    pub umask: Option<u32>,
+    /// The working folder, absolute.
+    pub directory: PathBuf,
+    /// Where the worker's standard output and error go.
+    pub output: Output,
+    /// `limits.open-files`: its soft and hard `RLIMIT_NOFILE`; what lbd was started with where
+    /// `None`.
+    pub open_files: Option<NonZeroU32>,
+    /// `limits.processes`: how many processes and threads it may be, all that it starts included.
+    /// Only where [`Config::process_limits`] says so, and lbd has a cgroup for it.
+    pub processes: Option<NonZeroU32>,
+}
+
+impl WorkerSpec {
+    /// Where a worker on `port` is reached.
+    #[must_use]
+    pub fn address(&self, port: u16) -> SocketAddr {
+        SocketAddr::new(self.host, port)
+    }
+}
+
+/// `root` or `command`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Program {
+    /// The built-in worker serves this folder (absolute).
+    Root(PathBuf),
+    /// argv of the program, with `{port}`, `{slot}` and `{service}` still in it. Never empty.
+    Command(Vec<String>),
+}
+
+/// `socket`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SocketMode {
+    /// The worker binds its port itself.
+    Bind,
+    /// lbd binds the port and passes the listening socket as descriptor 3.
+    Inherit,
+}
+
+/// `output`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Output {
+    /// Lines into lbd's log, tagged.
+    Log,
+    /// lbd's own standard output and error.
+    Inherit,
+    /// Thrown away.
+    Null,
+    /// Appended to this file (absolute).
+    File(PathBuf),
+}
+
+/// How connections reach the workers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Routing {
+    /// How a worker is chosen.
+    pub balance: Balance,
+    /// Held at once by the service; `None` is no limit.
+    pub max_connections: Option<NonZeroU32>,
+    /// `limits.max-connections`: held at once by one worker; `None` is no limit.
+    pub worker_connections: Option<NonZeroU32>,
+    /// How long one worker may take to accept a connection.
+    pub connect_timeout: Duration,
+    /// A connection with no byte either way for this long is closed.
+    pub idle_timeout: Duration,
+    /// How long a connection waits while no worker is healthy but one is on its way, or while all
+    /// have as many connections as they may.
+    pub hold_timeout: Duration,
+}
+
+impl Default for Routing {
+    fn default() -> Self {
+        Self {
+            balance: Balance::RoundRobin,
+            max_connections: None,
+            worker_connections: None,
+            connect_timeout: Duration::from_secs(1),
+            idle_timeout: Duration::from_secs(3600),
+            hold_timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+/// `balance`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Balance {
+    /// Strict rotation.
+    RoundRobin,
+    /// The worker that holds the fewest connections; the rotation decides between equals.
+    LeastConnections,
+    /// The same client address goes to the same worker while the set of workers stays the same.
+    SourceHash,
+}
+
+impl fmt::Display for Balance {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::RoundRobin => "round-robin",
+            Self::LeastConnections => "least-connections",
+            Self::SourceHash => "source-hash",
+        })
+    }
+}
+
+/// `[service.NAME.health]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Health {
+    /// What a probe does.
+    pub probe: Probe,
+    /// From one probe's start to the next one's. Not zero.
+    pub interval: Duration,
+    /// How long one probe may take. Not zero.
+    pub timeout: Duration,
+    /// Passes in a row that make a worker healthy.
+    pub rise: NonZeroU32,
+    /// Failures in a row that make a healthy worker unhealthy.
+    pub fall: NonZeroU32,
+    /// A new worker that is not healthy by then is killed and counts as failed.
+    pub start_timeout: Duration,
+}
+
+impl Default for Health {
+    fn default() -> Self {
+        Self {
+            probe: Probe::Tcp,
+            interval: Duration::from_secs(1),
+            timeout: Duration::from_secs(1),
+            rise: NonZeroU32::MIN,
+            fall: NonZeroU32::MIN.saturating_add(2),
+            start_timeout: Duration::from_secs(60),
+        }
+    }
+}
+
+/// What a probe does.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Probe {
+    /// Connects, and closes at once.
+    Tcp,
+    /// Sends a GET and reads the status.
+    Http {
+        /// The request target; begins with `/`.
+        path: String,
+        /// The Host header; the worker's own address where `None`.
+        host: Option<String>,
+        /// The good statuses.
+        expect: StatusSet,
+    },
+}
+
+/// A set of HTTP statuses, as inclusive ranges.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StatusSet(pub Vec<(u16, u16)>);
+
+impl StatusSet {
+    /// Whether `status` is in the set.
+    #[must_use]
+    pub fn contains(&self, status: u16) -> bool {
+        self.0.iter().any(|&(low, high)| (low..=high).contains(&status))
+    }
+}
+
+/// `[service.NAME.restart]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Restart {
+    /// The delay before the first restart of a worker that never got healthy.
+    pub min_delay: Duration,
+    /// The longest delay.
+    pub max_delay: Duration,
+    /// After this long in health the first exit restarts with no delay.
+    pub reset_after: Duration,
+    /// An unhealthy worker that lives this long is replaced.
+    pub unhealthy_after: Duration,
+}
+
+impl Default for Restart {
+    fn default() -> Self {
+        Self {
+            min_delay: Duration::from_millis(100),
+            max_delay: Duration::from_secs(30),
+            reset_after: Duration::from_secs(10),
+            unhealthy_after: Duration::from_secs(30),
+        }
+    }
+}
+
+/// `[service.NAME.stop]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stop {
+    /// The signal that asks the worker to stop.
+    pub signal: Signal,
+    /// Who waits for the connections in flight.
+    pub drain: Drain,
+    /// How long lbd waits for a draining worker's connections.
+    pub drain_timeout: Duration,
+    /// From the signal to SIGKILL.
+    pub timeout: Duration,
+}
+
+impl Default for Stop {
+    fn default() -> Self {
+        Self {
+            signal: Signal::SIGTERM,
+            drain: Drain::Wait,
+            drain_timeout: Duration::from_secs(30),
+            timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+/// `drain`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Drain {
+    /// lbd waits for the worker's connections to end, then signals.
+    Wait,
+    /// lbd signals as soon as the worker is out of rotation; the worker finishes its connections.
+    Signal,
+}
+
+/// When a worker is replaced though nothing is wrong with it: a new one is started, and this one
+/// drained. The rest of `[service.NAME.limits]` is in [`WorkerSpec`] and [`Routing`].
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Limits {
+    /// Past this many bytes of memory.
+    pub memory: Option<NonZeroU64>,
+    /// Past this time since its start; up to a tenth earlier, so that not all are due at once. Not
+    /// zero.
+    pub max_age: Option<Duration>,
+}
+
+/// The default of `host`.
+pub const DEFAULT_HOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);

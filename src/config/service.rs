@@ -1,0 +1,325 @@
+//! Reads `[service.NAME]`.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+    num::NonZeroU32,
+    path::Path,
+    sync::Arc,
+    thread,
+};
+
+use super::{
+    Balance, DEFAULT_HOST, Drain, Health, Limits, Listen, Output, Probe, Program, Restart, Routing,
+    Service, Slots, SocketMode, StatusSet, Stop, WorkerSpec,
+    addresses::{Claim, Claimant, Claims},
+    limits,
+    reader::{Table, Value},
+    unsupported,
+    values::{self, MAX_WORKERS},
+};
+
+/// Reads the service `name`; `None` where it has no address or no program, which was reported.
+/// Relative paths are relative to `base`. What it wants bound is added to `claims`.
+pub(super) fn read(
+    name: &str,
+    mut table: Table<'_>,
+    base: &Path,
+    claims: &mut Claims,
+) -> Option<Service> {
+    unsupported::refuse(&mut table, unsupported::SERVICE);
+    unsupported::refuse_route(&mut table);
+
+    let listen = listen(&mut table, base, claims);
+    let program = program(&mut table, base);
+    // The user's intention decides the defaults, even where the folder itself was refused.
+    let built_in = table.has("root");
+    let host = table.read("host", |v| v.parsed(values::ip)).unwrap_or(DEFAULT_HOST);
+    let slots = slots(&mut table, host, claims);
+    let (socket, drain) = if built_in {
+        (SocketMode::Inherit, Drain::Signal)
+    } else {
+        (SocketMode::Bind, Drain::Wait)
+    };
+    let socket = table.read("socket", |v| v.word(&SOCKETS)).unwrap_or(socket);
+    let env = env(table.table("env"));
+    let user = table.read("user", account);
+    let group = table.read("group", account);
+    let umask = table.read("umask", |v| v.parsed(values::umask));
+    let directory = table.read("directory", |v| v.parsed(|text| values::folder_in(base, text)));
+    let output = table.read("output", |v| v.parsed(|text| values::output(text, base)));
+    let mut routing = routing(&mut table);
+    let health = health(table.table("health"), built_in);
+    let restart = restart(table.table("restart"));
+    let stop = stop(table.table("stop"), drain);
+    let limits = limits::read(table.table("limits"));
+    table.finish();
+
+    routing.worker_connections = limits.max_connections;
+    let worker = WorkerSpec {
+        program: program?,
+        host,
+        socket,
+        env,
+        user,
+        group,
+        umask,
+        directory: directory.unwrap_or_else(|| base.to_owned()),
+        output: output.unwrap_or(Output::Log),
+        open_files: limits.open_files,
+        processes: limits.processes,
+    };
+    Some(Service {
+        name: name.into(),
+        listen: listen?,
+        slots,
+        worker: Arc::new(worker),
+        routing,
+        health,
+        restart,
+        stop,
+        limits: limits.limits,
+    })
+}
+
+/// A service of `lbd run`: every default.
+pub(super) fn of_command(
+    name: &str,
+    listen: Vec<Listen>,
+    workers: Option<NonZeroU32>,
+    argv: Vec<String>,
+    directory: &Path,
+) -> Service {
+    Service {
+        name: name.into(),
+        listen,
+        slots: Slots::Count(workers.unwrap_or_else(cores)),
+        worker: Arc::new(WorkerSpec {
+            program: Program::Command(argv),
+            host: DEFAULT_HOST,
+            socket: SocketMode::Bind,
+            env: BTreeMap::new(),
+            user: None,
+            group: None,
+            umask: None,
+            directory: directory.to_owned(),
+            output: Output::Log,
+            open_files: None,
+            processes: None,
+        }),
+        routing: Routing::default(),
+        health: Health::default(),
+        restart: Restart::default(),
+        stop: Stop::default(),
+        limits: Limits::default(),
+    }
+}
+
+fn listen(table: &mut Table<'_>, base: &Path, claims: &mut Claims) -> Option<Vec<Listen>> {
+    let Some(value) = table.take("listen") else {
+        table.missing("listen", "missing; write one such as listen = \"127.0.0.1:8080\"");
+        return None;
+    };
+    let items = value.one_or_list("an address or a list of them")?;
+    let mut addresses = Vec::new();
+    for item in items {
+        let Some(address) = item.parsed(|text| values::listen(text, base)) else { continue };
+        claims.push(claim(&item, address.clone(), Claimant::Listener));
+        addresses.push(address);
+    }
+    Some(addresses)
+}
+
+fn program(table: &mut Table<'_>, base: &Path) -> Option<Program> {
+    match (table.take("root"), table.take("command")) {
+        (Some(_), Some(command)) => {
+            command.refuse("`root` is set too; keep the one of them that is to be run")
+        }
+        (Some(root), None) => root.parsed(|text| values::folder_in(base, text)).map(Program::Root),
+        (None, Some(command)) => {
+            let argv = command.list("an array such as [\"node\", \"server.js\"]")?;
+            let argv = argv.iter().filter_map(|item| item.parsed(values::argument));
+            Some(Program::Command(argv.collect()))
+        }
+        (None, None) => {
+            table.lacks(
+                "nothing to run; write command = [\"node\", \"server.js\"] or root = \"www\"",
+            );
+            None
+        }
+    }
+}
+
+fn slots(table: &mut Table<'_>, host: IpAddr, claims: &mut Claims) -> Slots {
+    let (ports, workers) = (table.take("ports"), table.take("workers"));
+    if let (Some(_), Some(workers)) = (&ports, &workers) {
+        workers.refuse::<()>("`ports` is set too, which has one worker a port; keep one of them");
+    }
+    if let Some(ports) = ports.and_then(|value| value.list("an array such as [9002, 9003]")) {
+        return Slots::Ports(self::ports(&ports, host, claims));
+    }
+    let count = workers.and_then(|value| value.integer(1..=MAX_WORKERS)).and_then(NonZeroU32::new);
+    Slots::Count(count.unwrap_or_else(cores))
+}
+
+fn ports(items: &[Value<'_>], host: IpAddr, claims: &mut Claims) -> Vec<u16> {
+    if let Some(extra) = items.get(MAX_WORKERS as usize) {
+        extra.refuse::<()>(format!("{} ports; expected at most {MAX_WORKERS}", items.len()));
+    }
+    let mut ports = Vec::new();
+    for item in items {
+        let port = item.integer(1..=u32::from(u16::MAX)).and_then(|port| u16::try_from(port).ok());
+        let Some(port) = port else { continue };
+        let address = Listen::Tcp(SocketAddr::new(host, port));
+        claims.push(claim(item, address, Claimant::Worker));
+        ports.push(port);
+    }
+    ports
+}
+
+fn claim(item: &Value<'_>, address: Listen, by: Claimant) -> Claim {
+    Claim { address, by, key: item.key().to_owned(), line: Some(item.line()) }
+}
+
+fn cores() -> NonZeroU32 {
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    u32::try_from(cores).ok().and_then(NonZeroU32::new).unwrap_or(NonZeroU32::MIN)
+}
+
+fn env(table: Table<'_>) -> BTreeMap<String, String> {
+    let entries = table.entries().into_iter();
+    entries.filter_map(|(name, value)| Some((name.to_owned(), variable(name, &value)?))).collect()
+}
+
+fn variable(name: &str, value: &Value<'_>) -> Option<String> {
+    if name.is_empty() || name.contains(['=', '\0']) {
+        return value.refuse("a variable's name must not be empty or have `=` or NUL in it");
+    }
+    if name == "PORT" || name.starts_with("LBD_") || name.starts_with("LISTEN_") {
+        return value.refuse("lbd sets this variable for each worker; remove it");
+    }
+    value.parsed(|text| values::no_nul(text).map(|()| text.to_owned()))
+}
+
+fn account(value: Value<'_>) -> Option<String> {
+    if value.is_integer() {
+        // -1, as an unsigned number, means "leave as it is" to setresuid(2).
+        return value.integer(0..=u32::MAX - 1).map(|number| number.to_string());
+    }
+    value.parsed(values::account)
+}
+
+fn routing(table: &mut Table<'_>) -> Routing {
+    let default = Routing::default();
+    Routing {
+        balance: table.read("balance", |v| v.word(&BALANCES)).unwrap_or(default.balance),
+        max_connections: table
+            .read("max-connections", |v| v.integer(1..=u32::MAX))
+            .and_then(NonZeroU32::new),
+        worker_connections: default.worker_connections,
+        connect_timeout: table.positive_duration("connect-timeout", default.connect_timeout),
+        idle_timeout: table.positive_duration("idle-timeout", default.idle_timeout),
+        hold_timeout: table.duration("hold-timeout", default.hold_timeout),
+    }
+}
+
+fn health(mut table: Table<'_>, built_in: bool) -> Health {
+    let default = Health::default();
+    let http = table.read("http", |v| v.parsed(values::request_target));
+    let host = table.read("host", |v| v.parsed(values::host_header));
+    let expect = table.read("expect", expect);
+    let probe = match http {
+        Some(path) => {
+            Probe::Http { path, host, expect: expect.unwrap_or(StatusSet(vec![(200, 399)])) }
+        }
+        // A TCP probe can't see a frozen worker; the built-in one is known to speak HTTP.
+        None if built_in => Probe::Http {
+            path: "/".to_owned(),
+            host,
+            expect: expect.unwrap_or(StatusSet(vec![(100, 599)])),
+        },
+        None => Probe::Tcp,
+    };
+    if !built_in {
+        table.only_with("http", &["expect", "host"]);
+    }
+    let health = Health {
+        probe,
+        interval: table.positive_duration("interval", default.interval),
+        timeout: table.positive_duration("timeout", default.timeout),
+        rise: table.read("rise", count).unwrap_or(default.rise),
+        fall: table.read("fall", count).unwrap_or(default.fall),
+        start_timeout: table.positive_duration("start-timeout", default.start_timeout),
+    };
+    table.finish();
+    health
+}
+
+fn count(value: Value<'_>) -> Option<NonZeroU32> {
+    value.integer(1..=1000).and_then(NonZeroU32::new)
+}
+
+fn expect(value: Value<'_>) -> Option<StatusSet> {
+    let mut ranges = Vec::new();
+    for item in value.one_or_list("statuses such as \"200-299, 304\"")? {
+        if item.is_integer() {
+            let status = item.integer(100..=599).and_then(|status| u16::try_from(status).ok());
+            ranges.extend(status.map(|status| (status, status)));
+        } else {
+            ranges.extend(item.parsed(values::statuses).into_iter().flat_map(|set| set.0));
+        }
+    }
+    Some(StatusSet(ranges))
+}
+
+fn restart(mut table: Table<'_>) -> Restart {
+    let default = Restart::default();
+    let (shortest, longest) = (table.take("min-delay"), table.take("max-delay"));
+    let min_delay = match &shortest {
+        // Doubling zero stays zero: a program that fails at once would be started without end.
+        Some(value) => value.with_unit(values::positive_duration),
+        None => Some(default.min_delay),
+    };
+    let max_delay = match &longest {
+        Some(value) => value.with_unit(values::duration),
+        None => Some(default.max_delay),
+    };
+    if let (Some(min), Some(max)) = (min_delay, max_delay)
+        && min > max
+        && let Some(value) = longest.or(shortest)
+    {
+        let [min, max] = [min, max].map(humantime::format_duration);
+        value.refuse::<()>(format!("min-delay ({min}) is longer than max-delay ({max})"));
+    }
+    let restart = Restart {
+        min_delay: min_delay.unwrap_or(default.min_delay),
+        max_delay: max_delay.unwrap_or(default.max_delay),
+        reset_after: table.duration("reset-after", default.reset_after),
+        unhealthy_after: table.duration("unhealthy-after", default.unhealthy_after),
+    };
+    table.finish();
+    restart
+}
+
+fn stop(mut table: Table<'_>, drain: Drain) -> Stop {
+    let default = Stop::default();
+    let stop = Stop {
+        signal: table.read("signal", |v| v.parsed(values::signal)).unwrap_or(default.signal),
+        drain: table.read("drain", |v| v.word(&DRAINS)).unwrap_or(drain),
+        drain_timeout: table.duration("drain-timeout", default.drain_timeout),
+        timeout: table.duration("timeout", default.timeout),
+    };
+    table.finish();
+    stop
+}
+
+const SOCKETS: [(&str, SocketMode); 2] =
+    [("bind", SocketMode::Bind), ("inherit", SocketMode::Inherit)];
+
+const BALANCES: [(&str, Balance); 3] = [
+    ("round-robin", Balance::RoundRobin),
+    ("least-connections", Balance::LeastConnections),
+    ("source-hash", Balance::SourceHash),
+];
+
+const DRAINS: [(&str, Drain); 2] = [("wait", Drain::Wait), ("signal", Drain::Signal)];

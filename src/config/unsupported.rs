@@ -1,0 +1,30 @@
+//! What the documentation names and the code does not do yet: refused, never silently accepted.
+//! Whoever writes the code removes the entry here.
+
+use super::reader::Table;
+
+/// Keys of `[admin]`.
+pub(super) const ADMIN: &[&str] = &["listen", "token-file"];
+
+/// Keys of a service.
+pub(super) const SERVICE: &[&str] = &["proxy-protocol"];
+
+/// Values of `route`.
+const ROUTES: &[&str] = &["direct", "http"];
+
+/// Refuses `keys`, whatever their value.
+pub(super) fn refuse(table: &mut Table<'_>, keys: &'static [&'static str]) {
+    for key in keys {
+        table.read(key, |value| value.refuse::<()>("not supported yet; remove it"));
+    }
+}
+
+/// Reads `route`, of which there is nothing to keep while there is one way only.
+pub(super) fn refuse_route(table: &mut Table<'_>) {
+    table.read("route", |value| match value.string()? {
+        route if ROUTES.contains(&route) => {
+            value.refuse(format!("\"{route}\" is not supported yet; write \"proxy\" or remove it"))
+        }
+        _ => value.word(&[("proxy", ())]),
+    });
+}

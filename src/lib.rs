@@ -1,0 +1,24 @@
+//! `lbd` supervises an app's worker processes and balances connections between them.
+//!
+//! The map, imports running downward only:
+//!
+//! ```text
+//! cli ─┬─ daemon ─┬─ admin ─────────┐      the operator's side: an HTTP API and its client
+//!      │          ├─ route ─────────┤      the data plane: client ─▶ worker, threads of its own
+//!      │          ├─ probe ─────────┤      one look at one worker
+//!      │          ├─ process ───────┤      children: guard, signals, output
+//!      │          ├─ control ───────┼─ config   state × event ─▶ actions, pure
+//!      │          └─ logging ───────┘
+//!      ├─ bench ─── admin, config          the comparison: load, tables, a plot
+//!      ├─ admin
+//!      └─ worker                           the built-in HTTP worker, a program of its own
+//! ```
+//!
+//! Three journeys, each a straight line:
+//!
+//! - a connection: `route`'s listener ─▶ pool ─▶ relay ─▶ counters;
+//! - a child: `control` says spawn ─▶ `process` ─▶ `probe` ─▶ `control` ─▶ the pool is published; it
+//!   ends ─▶ `control` ─▶ a pool without it ─▶ backoff ─▶ spawn;
+//! - a SIGHUP: `daemon` ─▶ `config` reads and compares ─▶ `control` ─▶ actions ─▶ "reloaded".
+
+pub mod config;
