@@ -22,3 +22,4 @@
 //! - a SIGHUP: `daemon` ─▶ `config` reads and compares ─▶ `control` ─▶ actions ─▶ "reloaded".
 
 pub mod config;
+pub mod control;

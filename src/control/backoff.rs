@@ -1,0 +1,98 @@
+//! How long to wait before a worker that ended is started again.
+
+use std::time::Duration;
+
+use crate::config::Restart;
+
+/// Counts the failures of one slot in a row.
+#[derive(Debug, Clone, Default)]
+pub struct Backoff {
+    failures: u32,
+}
+
+impl Backoff {
+    /// Counts an unasked end of a worker that had been healthy for at most `healthy` without a break
+    /// (zero where it never was), and tells how long to wait before the next start.
+    ///
+    /// After `reset-after` of health the count begins anew and the first restart is immediate.
+    /// Otherwise the delay doubles from `min-delay` to `max-delay`. `random` in `0.0..1.0` spreads
+    /// it over `1.0..1.25` of that (over `0.8..1.0` at the upper end), so that workers that fell
+    /// together don't return together; it is never under `min-delay` nor over `max-delay`.
+    pub fn failed(&mut self, healthy: Duration, settings: &Restart, random: f64) -> Duration {
+        if !healthy.is_zero() && healthy >= settings.reset_after {
+            self.failures = 0;
+            return Duration::ZERO;
+        }
+        let doublings = self.failures;
+        self.failures = self.failures.saturating_add(1);
+        let base = 2u32
+            .checked_pow(doublings)
+            .and_then(|factor| settings.min_delay.checked_mul(factor))
+            .map_or(settings.max_delay, |delay| delay.min(settings.max_delay));
+        let high = base.mul_f64(1.25).min(settings.max_delay);
+        let low = base.min(high.mul_f64(0.8)).max(settings.min_delay.min(high));
+        low + (high - low).mul_f64(random.clamp(0.0, 1.0))
+    }
+
+    /// How often in a row the slot failed.
+    #[must_use]
+    pub fn failures(&self) -> u32 {
+        self.failures
+    }
+
+    /// Forgets every failure: what is started next is another program.
+    pub fn reset(&mut self) {
+        self.failures = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: fn(u64) -> Duration = Duration::from_millis;
+
+    #[test]
+    fn doubles_from_min_to_max() {
+        let settings = Restart::default();
+        let mut backoff = Backoff::default();
+        let delays: Vec<_> =
+            (0..11).map(|_| backoff.failed(Duration::ZERO, &settings, 0.0).as_millis()).collect();
+        assert_eq!(
+            delays,
+            [100, 200, 400, 800, 1600, 3200, 6400, 12_800, 24_000, 24_000, 24_000],
+            "lowest jitter"
+        );
+        assert_eq!(backoff.failures(), 11);
+        let mut backoff = Backoff::default();
+        let delays: Vec<_> =
+            (0..10).map(|_| backoff.failed(Duration::ZERO, &settings, 1.0).as_millis()).collect();
+        assert_eq!(delays, [125, 250, 500, 1000, 2000, 4000, 8000, 16_000, 30_000, 30_000]);
+    }
+
+    #[test]
+    fn first_exit_after_enough_health_is_free() {
+        let settings = Restart::default();
+        let mut backoff = Backoff::default();
+        for _ in 0..5 {
+            backoff.failed(Duration::ZERO, &settings, 0.0);
+        }
+        assert_eq!(backoff.failed(MS(9_999), &settings, 0.0), MS(3200));
+        assert_eq!(backoff.failed(MS(10_000), &settings, 0.0), Duration::ZERO);
+        assert_eq!(backoff.failed(MS(50), &settings, 0.0), MS(100), "the second one is not");
+    }
+
+    #[test]
+    fn stays_within_its_bounds_whatever_they_are() {
+        for (min, max) in [(0, 0), (0, 10), (7, 7), (100, 101), (1, u64::from(u32::MAX))] {
+            let settings = Restart { min_delay: MS(min), max_delay: MS(max), ..Restart::default() };
+            for random in [0.0, 0.5, 1.0] {
+                let mut backoff = Backoff::default();
+                for _ in 0..100 {
+                    let delay = backoff.failed(Duration::ZERO, &settings, random);
+                    assert!(delay >= MS(min) && delay <= MS(max), "{delay:?} of {min}..{max}");
+                }
+            }
+        }
+    }
+}

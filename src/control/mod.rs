@@ -1,0 +1,280 @@
+//! The control core: what happens to the workers, and when.
+//!
+//! It owns the state of every service, slot and worker, and does nothing itself: no I/O, no clock,
+//! no task. The driver tells it what happened ([`Supervisor::handle`]) and what time it is
+//! ([`Supervisor::timeout`]), and carries out the [`Action`]s that come back. So each transition can
+//! be tested by name, and whole histories by simulation.
+//!
+//! ```text
+//! Supervisor ─ Service ─┬─ Slot ─┬─ current: Worker
+//!                       │        └─ next: Worker      (its replacement, until it is healthy)
+//!                       ├─ retiring: Worker …         (on their way out)
+//!                       └─ Rollout                    (replacing one slot after the other)
+//! ```
+
+mod backoff;
+mod event;
+mod health;
+mod outcome;
+mod ports;
+mod reconcile;
+mod recycle;
+mod rollout;
+mod service;
+#[cfg(test)]
+mod simulation;
+mod slot;
+#[cfg(test)]
+mod tests;
+mod worker;
+
+use std::{collections::HashMap, sync::Arc, time::Instant};
+
+pub use event::{
+    Action, Event, Fact, Failure, Note, NoteWorker, ProbeOutcome, Spawn, Ticket, Why, WorkerId,
+    Worn,
+};
+pub use ports::WORKERS_ON_A_PORT;
+pub use service::{Coming, Rotation, Service};
+pub use slot::{LastExit, Slot};
+pub use worker::{Phase, Worker};
+
+use ports::Outgoing;
+use rollout::Kind;
+use service::{Context, Shared};
+
+/// The state of everything that is supervised.
+#[derive(Debug)]
+pub struct Supervisor {
+    services: Vec<Service>,
+    shared: Shared,
+    stopping: bool,
+    finished: bool,
+    waiting: HashMap<Ticket, Waiting>,
+}
+
+/// A request, and how many services have not answered it yet.
+#[derive(Debug)]
+struct Waiting {
+    services: usize,
+    errors: Vec<String>,
+}
+
+impl Supervisor {
+    /// A supervisor of nothing yet; [`Event::Apply`] gives it services. `seed` is for the jitter of
+    /// restarts: the same seed and events give the same actions.
+    #[must_use]
+    pub fn new(seed: u64) -> Self {
+        Self {
+            services: Vec::new(),
+            shared: Shared::new(seed),
+            stopping: false,
+            finished: false,
+            waiting: HashMap::new(),
+        }
+    }
+
+    /// Takes in what happened, at `now`, and tells what to do. Events about a worker or service
+    /// that is gone change nothing.
+    pub fn handle(&mut self, event: Event, now: Instant) -> Vec<Action> {
+        let mut actions = Vec::new();
+        let mut cx = Context { now, shared: &mut self.shared, actions: &mut actions };
+        match event {
+            Event::Spawned { id, .. }
+            | Event::Started { id, .. }
+            | Event::Failed { id, .. }
+            | Event::Exited { id, .. }
+            | Event::Gone { id }
+            | Event::Probed { id, .. }
+            | Event::Memory { id, .. }
+            | Event::Idle { id } => {
+                for service in &mut self.services {
+                    if service.worker_event(id, event.clone(), &mut cx) {
+                        break;
+                    }
+                }
+            }
+            Event::Closed { service: name } => {
+                if let Some(service) = self.services.iter_mut().find(|s| s.config.name == name) {
+                    service.closed(&mut cx);
+                }
+            }
+            Event::Apply { services, ticket } => self.apply(services, ticket, now, &mut actions),
+            Event::Restart { service, ticket } => {
+                self.restart(service.as_deref(), ticket, now, &mut actions);
+            }
+            Event::Stop => {
+                self.stopping = true;
+                for service in &mut self.services {
+                    service.close(Why::Stopping, &mut cx);
+                }
+            }
+            Event::Abort => {
+                self.stopping = true;
+                for service in &mut self.services {
+                    service.abort(&mut cx);
+                }
+            }
+        }
+        self.settle(actions, now)
+    }
+
+    /// Looks at the clock: to be called when [`Self::deadline`] has come.
+    pub fn timeout(&mut self, now: Instant) -> Vec<Action> {
+        let mut actions = Vec::new();
+        let mut cx = Context { now, shared: &mut self.shared, actions: &mut actions };
+        for service in &mut self.services {
+            service.timeout(&mut cx);
+        }
+        self.settle(actions, now)
+    }
+
+    /// When [`Self::timeout`] has something to do, if nothing happens before.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Instant> {
+        let outgoing = self.outgoing();
+        self.services.iter().filter_map(|service| service.deadline(&outgoing)).min()
+    }
+
+    /// The services, those that are on their way out included.
+    #[must_use]
+    pub fn services(&self) -> &[Service] {
+        &self.services
+    }
+
+    /// The service of that name.
+    #[must_use]
+    pub fn service(&self, name: &str) -> Option<&Service> {
+        self.services.iter().find(|service| &*service.config.name == name)
+    }
+
+    /// Who can be handed a connection of this service.
+    #[must_use]
+    pub fn rotation(&self, service: &str) -> Option<Rotation> {
+        self.service(service).map(Service::rotation)
+    }
+
+    fn apply(
+        &mut self,
+        targets: Vec<crate::config::Service>,
+        ticket: Ticket,
+        now: Instant,
+        actions: &mut Vec<Action>,
+    ) {
+        if self.stopping {
+            actions.push(Action::Answer { ticket, result: Err("lbd is stopping".to_owned()) });
+            return;
+        }
+        let waiting = Waiting { services: targets.len(), errors: Vec::new() };
+        self.waiting.insert(ticket, waiting);
+        let mut cx = Context { now, shared: &mut self.shared, actions };
+        cx.shared.owners.clear();
+        for target in &targets {
+            cx.shared.claim_ports(target);
+        }
+        for service in &mut self.services {
+            if !targets.iter().any(|target| target.name == service.config.name) {
+                service.close(Why::Removed, &mut cx);
+            }
+        }
+        for target in targets {
+            match self.services.iter_mut().find(|s| s.config.name == target.name) {
+                Some(service) => service.apply(target, Some(ticket), Kind::Reload, &mut cx),
+                None => {
+                    self.services.push(Service::new(target, now));
+                    cx.actions.push(Action::Answer { ticket, result: Ok(()) });
+                }
+            }
+        }
+    }
+
+    fn restart(
+        &mut self,
+        name: Option<&str>,
+        ticket: Ticket,
+        now: Instant,
+        actions: &mut Vec<Action>,
+    ) {
+        let chosen = |service: &Service| {
+            service.is_open() && name.is_none_or(|name| &*service.config.name == name)
+        };
+        let services = self.services.iter().filter(|service| chosen(service)).count();
+        if self.stopping || services == 0 {
+            let error = match name {
+                _ if self.stopping => "lbd is stopping".to_owned(),
+                Some(name) => format!("there is no service {name:?}"),
+                None => "there is no service".to_owned(),
+            };
+            actions.push(Action::Answer { ticket, result: Err(error) });
+            return;
+        }
+        self.waiting.insert(ticket, Waiting { services, errors: Vec::new() });
+        let mut cx = Context { now, shared: &mut self.shared, actions };
+        for service in self.services.iter_mut().filter(|service| chosen(service)) {
+            service.restart(ticket, &mut cx);
+        }
+    }
+
+    /// Lets every service draw its conclusions, forgets those that are gone, and puts the actions
+    /// in order.
+    fn settle(&mut self, mut actions: Vec<Action>, now: Instant) -> Vec<Action> {
+        let outgoing = self.outgoing();
+        let mut cx = Context { now, shared: &mut self.shared, actions: &mut actions };
+        for service in &mut self.services {
+            service.advance_rollout(&outgoing, &mut cx);
+        }
+        let outgoing = self.outgoing();
+        let mut cx = Context { now, shared: &mut self.shared, actions: &mut actions };
+        for service in &mut self.services {
+            service.settle(&outgoing, &mut cx);
+        }
+        self.services.retain(|service| {
+            let gone = service.is_gone();
+            if gone {
+                actions.push(Action::Forget { service: Arc::clone(&service.config.name) });
+            }
+            !gone
+        });
+        if self.stopping && self.services.is_empty() && !self.finished {
+            self.finished = true;
+            actions.push(Action::Finished);
+        }
+        let mut actions = self.join_answers(actions);
+        // Data threads must see a rotation without a worker before that worker turns them away.
+        actions.sort_by_key(|action| match action {
+            Action::Reinstate { .. } => 0,
+            Action::Publish { .. } => 1,
+            _ => 2,
+        });
+        actions
+    }
+
+    /// The workers on their way out, of all services: a port may move from one to another.
+    fn outgoing(&self) -> Outgoing {
+        self.services.iter().flat_map(Service::outgoing).collect()
+    }
+
+    /// One answer to a request that several services work on, when the last has answered.
+    fn join_answers(&mut self, actions: Vec<Action>) -> Vec<Action> {
+        let mut joined = Vec::with_capacity(actions.len());
+        for action in actions {
+            let Action::Answer { ticket, result } = &action else {
+                joined.push(action);
+                continue;
+            };
+            let Some(waiting) = self.waiting.get_mut(ticket) else {
+                joined.push(action);
+                continue;
+            };
+            waiting.services -= 1;
+            waiting.errors.extend(result.as_ref().err().cloned());
+            if waiting.services == 0 {
+                let ticket = *ticket;
+                let errors = self.waiting.remove(&ticket).map(|w| w.errors).unwrap_or_default();
+                let result = if errors.is_empty() { Ok(()) } else { Err(errors.join("; ")) };
+                joined.push(Action::Answer { ticket, result });
+            }
+        }
+        joined
+    }
+}

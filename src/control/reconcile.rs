@@ -1,0 +1,86 @@
+//! Making the slots of a service those of its configuration.
+
+use std::{collections::BTreeSet, mem, sync::Arc};
+
+use super::{
+    event::{Fact, Why},
+    service::{Context, Service},
+    slot::{Slot, note_of},
+    worker::{Phase, Worker},
+};
+use crate::config::{self, Slots};
+
+impl Service {
+    /// Keeps the slots that stay, makes those that are new, and takes the workers of those that are
+    /// gone out of service.
+    pub(super) fn reconcile(&mut self, cx: &mut Context<'_>) {
+        let numbered = numbered(&self.config, &self.slots, &self.retiring);
+        let mut old = mem::take(&mut self.slots);
+        for (number, port) in numbered {
+            let kept = old.iter().position(|slot| slot.number == number && slot.fixed_port == port);
+            let slot = if let Some(position) = kept {
+                old.remove(position)
+            } else {
+                let spec = Arc::clone(&self.config.worker);
+                let mut slot = Slot::new(number, port, spec, cx.now);
+                slot.current = self.resumable(&slot, cx);
+                if let Some(worker) = &slot.current {
+                    slot.generation = worker.generation;
+                    slot.last_port = worker.port;
+                }
+                slot
+            };
+            self.slots.push(slot);
+        }
+        for worker in old.into_iter().flat_map(Slot::into_workers) {
+            self.dismiss(worker, Why::Removed, cx);
+        }
+    }
+
+    /// A worker that drains only because an earlier reload removed it, and would be started just
+    /// like this again.
+    fn resumable(&mut self, slot: &Slot, cx: &mut Context<'_>) -> Option<Worker> {
+        let index = self.retiring.iter().position(|worker| {
+            matches!(worker.phase, Phase::Draining { why: Why::Removed, .. })
+                && worker.spec == slot.spec
+                && worker.slot == slot.number
+                && worker.fixed_port == slot.fixed_port
+        })?;
+        let mut worker = self.retiring.remove(index);
+        worker.resume(cx.now, cx.actions);
+        self.note_of(note_of(&worker), Fact::Resumed, cx);
+        Some(worker)
+    }
+}
+
+/// The numbers and ports of the slots of `config`, in order. A port keeps its number while it has a
+/// slot, or a worker on its way out that may come back; a new port gets the lowest number that
+/// nobody has.
+pub(super) fn numbered(
+    config: &config::Service,
+    slots: &[Slot],
+    retiring: &[Worker],
+) -> Vec<(u32, Option<u16>)> {
+    let ports = match &config.slots {
+        Slots::Count(count) => return (0..count.get()).map(|number| (number, None)).collect(),
+        Slots::Ports(ports) => ports,
+    };
+    let mut known = BTreeSet::new();
+    let numbers: Vec<_> = ports
+        .iter()
+        .map(|&port| {
+            let slot = slots.iter().find(|slot| slot.fixed_port == Some(port));
+            let number = slot.map(|slot| slot.number).or_else(|| {
+                let left = retiring.iter().find(|worker| worker.fixed_port == Some(port))?;
+                let free = slots.iter().all(|slot| slot.number != left.slot);
+                free.then_some(left.slot)
+            });
+            number.filter(|&number| known.insert(number))
+        })
+        .collect();
+    let workers = slots.iter().flat_map(Slot::workers).chain(retiring);
+    let held: BTreeSet<_> = workers.map(|worker| worker.slot).chain(known).collect();
+    let mut free = (0..).filter(|number| !held.contains(number));
+    let numbers = numbers.into_iter().filter_map(|number| number.or_else(|| free.next()));
+    numbers.zip(ports.iter().copied().map(Some)).collect()
+}

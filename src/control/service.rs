@@ -1,0 +1,340 @@
+//! One service: its slots, the workers that are on their way out, and the rolling replacement that
+//! is under way.
+
+use std::{collections::BTreeMap, mem, net::SocketAddr, sync::Arc, time::Instant};
+
+use super::{
+    event::{Action, Fact, Note, NoteWorker, Spawn, Ticket, Why, WorkerId},
+    ports::Outgoing,
+    reconcile::numbered,
+    recycle::Wear,
+    rollout::{Kind, Rollout},
+    slot::{Slot, note_of},
+    worker::{Phase, Worker},
+};
+use crate::config::{self, Slots};
+
+/// Everything a step needs besides the service itself.
+pub(super) struct Context<'a> {
+    pub now: Instant,
+    pub shared: &'a mut Shared,
+    pub actions: &'a mut Vec<Action>,
+}
+
+/// What the services have in common.
+#[derive(Debug)]
+pub(super) struct Shared {
+    /// The incarnation last made.
+    pub ids: u64,
+    pub random: fastrand::Rng,
+    /// Which service each fixed port belongs to.
+    pub owners: BTreeMap<SocketAddr, Arc<str>>,
+}
+
+impl Shared {
+    pub(super) fn new(seed: u64) -> Self {
+        Self { ids: 0, random: fastrand::Rng::with_seed(seed), owners: BTreeMap::new() }
+    }
+
+    /// The fixed ports of `service` are its own from now on, and no others.
+    pub(super) fn claim_ports(&mut self, service: &config::Service) {
+        self.owners.retain(|_, owner| *owner != service.name);
+        if let Slots::Ports(ports) = &service.slots {
+            let owned = |&port| (service.worker.address(port), Arc::clone(&service.name));
+            self.owners.extend(ports.iter().map(owned));
+        }
+    }
+}
+
+/// Who can be handed a connection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rotation {
+    /// The healthy workers, in the order of the configuration.
+    pub workers: Vec<WorkerId>,
+    /// Whether to wait where there are none.
+    pub coming: Coming,
+}
+
+/// When a worker is on its way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Coming {
+    /// One is being started.
+    Now,
+    /// The first is due to be started then.
+    At(Instant),
+    /// None.
+    Never,
+}
+
+/// One service under supervision.
+#[derive(Debug)]
+pub struct Service {
+    /// The settings in force; while a rollout is under way, those that it leads to.
+    pub config: config::Service,
+    /// One a worker, in the order of the configuration.
+    pub slots: Vec<Slot>,
+    /// Workers that left their slot and are not gone yet.
+    pub retiring: Vec<Worker>,
+    pub(super) rollout: Option<Rollout>,
+    /// What to return to if the rollout fails.
+    pub(super) fallback: Option<config::Service>,
+    life: Life,
+    published: Option<(Rotation, config::Routing)>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Life {
+    Open,
+    /// Its listeners are being emptied; the workers still serve.
+    Closing(Why),
+    /// Its workers are on their way out.
+    Closed,
+}
+
+impl Service {
+    pub(super) fn new(config: config::Service, now: Instant) -> Self {
+        let slots = numbered(&config, &[], &[])
+            .into_iter()
+            .map(|(number, port)| Slot::new(number, port, Arc::clone(&config.worker), now))
+            .collect();
+        Self {
+            config,
+            slots,
+            retiring: Vec::new(),
+            rollout: None,
+            fallback: None,
+            life: Life::Open,
+            published: None,
+        }
+    }
+
+    /// Who can be handed a connection now.
+    #[must_use]
+    pub fn rotation(&self) -> Rotation {
+        let workers = self
+            .slots
+            .iter()
+            .filter_map(|slot| slot.current.as_ref())
+            .filter(|worker| worker.in_rotation())
+            .map(|worker| worker.id)
+            .collect();
+        let coming = self.slots.iter().map(|slot| self.coming(slot)).min();
+        Rotation { workers, coming: coming.unwrap_or(Coming::Never) }
+    }
+
+    fn coming(&self, slot: &Slot) -> Coming {
+        if slot.on_its_way() {
+            Coming::Now
+        } else if slot.is_vacant() && self.is_open() {
+            // A slot that waits for its predecessor to be gone is as good as starting.
+            Coming::At(slot.start_at)
+        } else {
+            Coming::Never
+        }
+    }
+
+    /// All workers that are not gone, wherever they are in their lives.
+    pub fn workers(&self) -> impl Iterator<Item = &Worker> {
+        self.slots.iter().flat_map(Slot::workers).chain(&self.retiring)
+    }
+
+    /// Whether it is meant to be: not removed, and not being stopped.
+    pub(super) fn is_open(&self) -> bool {
+        self.life == Life::Open
+    }
+
+    /// The workers on their way out, and those that will be as soon as its listeners are empty.
+    pub(super) fn outgoing(&self) -> impl Iterator<Item = &Worker> {
+        let closing = self.slots.iter().filter(|_| !self.is_open());
+        closing.flat_map(Slot::workers).chain(&self.retiring)
+    }
+
+    /// Whether nothing of it is left.
+    pub(super) fn is_gone(&self) -> bool {
+        self.life == Life::Closed && self.workers().next().is_none()
+    }
+
+    /// Takes new settings over: slots come and go, policies change at once, and workers whose
+    /// settings changed are replaced one at a time. Where nothing changed, nothing is disturbed.
+    pub(super) fn apply(
+        &mut self,
+        target: config::Service,
+        ticket: Option<Ticket>,
+        kind: Kind,
+        cx: &mut Context<'_>,
+    ) {
+        if self.rollout.is_some() && target == self.config {
+            self.join_rollout(ticket, cx);
+            return;
+        }
+        self.life = Life::Open;
+        let previous = mem::replace(&mut self.config, target);
+        let wanted = Arc::clone(&self.config.worker);
+        let proving = self.abandon_rollout("another change was applied", Some(&wanted), cx);
+        // Settings that never proved themselves are nothing to return to.
+        if kind == Kind::Reload && self.fallback.is_none() && previous.worker != self.config.worker
+        {
+            self.fallback = Some(previous);
+        }
+        self.reconcile(cx);
+        let outdated = self
+            .slots
+            .iter()
+            .filter(|slot| slot.spec != self.config.worker)
+            .map(|slot| slot.number)
+            .collect();
+        self.begin_rollout(outdated, proving, ticket, kind, cx);
+    }
+
+    /// Stops accepting; the workers are stopped when [`Event::Closed`](super::Event::Closed) says that nobody will ask
+    /// for one any more.
+    pub(super) fn close(&mut self, why: Why, cx: &mut Context<'_>) {
+        match self.life {
+            Life::Open => {
+                let reason = match why {
+                    Why::Stopping => "lbd is stopping",
+                    Why::Removed | Why::Replaced | Why::Unhealthy => "the service was removed",
+                };
+                self.abandon_rollout(reason, None, cx);
+                self.life = Life::Closing(why);
+                cx.actions.push(Action::Close { service: self.name() });
+            }
+            Life::Closing(_) => self.life = Life::Closing(why),
+            Life::Closed => {}
+        }
+    }
+
+    /// Kills everything.
+    pub(super) fn abort(&mut self, cx: &mut Context<'_>) {
+        self.end_rollout(Err("lbd is stopping".to_owned()), cx);
+        self.life = Life::Closed;
+        self.retiring.extend(self.slots.drain(..).flat_map(Slot::into_workers));
+        for worker in &mut self.retiring {
+            worker.kill(Why::Stopping, cx.now, cx.actions);
+        }
+    }
+
+    /// Its listeners are closed and emptied.
+    pub(super) fn closed(&mut self, cx: &mut Context<'_>) {
+        if let Life::Closing(why) = self.life {
+            self.life = Life::Closed;
+            for worker in mem::take(&mut self.slots).into_iter().flat_map(Slot::into_workers) {
+                self.dismiss(worker, why, cx);
+            }
+        }
+    }
+
+    /// When [`Self::timeout`] wants to be called next; `outgoing` as in [`Self::settle`].
+    pub(super) fn deadline(&self, outgoing: &Outgoing) -> Option<Instant> {
+        let unhealthy_after = self.config.restart.unhealthy_after;
+        let workers =
+            self.workers().filter_map(|w| w.deadline(&self.config.health, unhealthy_after));
+        let slots = self
+            .slots
+            .iter()
+            .filter(|slot| self.may_fill(slot, outgoing))
+            .map(|slot| slot.start_at);
+        workers.chain(slots).chain(self.recycling_deadline()).min()
+    }
+
+    /// Starts what is due, and asks for publication where the rotation changed. Called after every
+    /// event, when the rollouts have moved on. `outgoing` are the workers on their way out, those of
+    /// other services included: a port may move from one service to another.
+    pub(super) fn settle(&mut self, outgoing: &Outgoing, cx: &mut Context<'_>) {
+        for index in 0..self.slots.len() {
+            let slot = &self.slots[index];
+            if slot.start_at <= cx.now && self.may_fill(slot, outgoing) {
+                let id = self.spawn(index, false, cx);
+                if let Some(rollout) = &mut self.rollout {
+                    rollout.filled(self.slots[index].number, id);
+                }
+            }
+        }
+        let now = (self.rotation(), self.config.routing.clone());
+        if self.published.as_ref() != Some(&now) && !self.is_gone() {
+            self.published = Some(now);
+            cx.actions.push(Action::Publish { service: self.name() });
+        }
+    }
+
+    pub(super) fn name(&self) -> Arc<str> {
+        Arc::clone(&self.config.name)
+    }
+
+    pub(super) fn note(&self, fact: Fact, cx: &mut Context<'_>) {
+        cx.actions.push(Action::Note(Note { service: self.name(), worker: None, fact }));
+    }
+
+    /// Starts a worker in the slot, as its replacement where `beside` the one that fills it.
+    pub(super) fn spawn(&mut self, index: usize, beside: bool, cx: &mut Context<'_>) -> WorkerId {
+        cx.shared.ids += 1;
+        let id = WorkerId(cx.shared.ids);
+        let slot = &mut self.slots[index];
+        slot.restarts += u64::from(slot.generation > 0);
+        slot.generation += 1;
+        let port = if beside { slot.fixed_port } else { slot.wanted_port() };
+        let spec = Arc::clone(&slot.spec);
+        let mut worker = Worker::new(id, spec, slot.number, slot.fixed_port, cx.now);
+        worker.port = port;
+        worker.wear = Wear::new(&mut cx.shared.random);
+        worker.generation = slot.generation;
+        cx.actions.push(Action::Spawn(Spawn {
+            id,
+            service: Arc::clone(&self.config.name),
+            slot: slot.number,
+            port,
+            spec: Arc::clone(&slot.spec),
+        }));
+        if beside {
+            slot.next = Some(worker);
+        } else {
+            slot.current = Some(worker);
+        }
+        id
+    }
+
+    /// Takes a worker out of its slot, and out of service by the rules of `stop`.
+    pub(super) fn retire(&mut self, id: WorkerId, why: Why, cx: &mut Context<'_>) {
+        if let Some(worker) = self.slots.iter_mut().find_map(|slot| slot.take(id)) {
+            self.dismiss(worker, why, cx);
+        }
+    }
+
+    /// Takes a worker that left its slot out of service.
+    pub(super) fn dismiss(&mut self, mut worker: Worker, why: Why, cx: &mut Context<'_>) {
+        if !matches!(worker.phase, Phase::Draining { .. } | Phase::Stopping { .. } | Phase::Ended) {
+            self.note_of(note_of(&worker), Fact::Draining { why }, cx);
+        }
+        worker.retire(why, &self.config.stop, cx.now, cx.actions);
+        self.retiring.push(worker);
+    }
+
+    /// Whether the slot is to be filled, and workers on their way out leave it its port.
+    fn may_fill(&self, slot: &Slot, outgoing: &Outgoing) -> bool {
+        let room = |port| outgoing.leave_room(slot.spec.address(port), slot.spec.socket, 0);
+        self.is_open() && slot.is_vacant() && slot.wanted_port().is_none_or(room)
+    }
+
+    pub(super) fn note_worker(&self, id: WorkerId, fact: Fact, cx: &mut Context<'_>) {
+        if let Some(worker) = self.workers().find(|worker| worker.id == id) {
+            self.note_of(note_of(worker), fact, cx);
+        }
+    }
+
+    pub(super) fn note_of(&self, worker: NoteWorker, fact: Fact, cx: &mut Context<'_>) {
+        let note = Note { service: self.name(), worker: Some(worker), fact };
+        cx.actions.push(Action::Note(note));
+    }
+
+    pub(super) fn with(&mut self, id: WorkerId, act: impl FnOnce(&mut Worker, &config::Service)) {
+        let worker = self
+            .slots
+            .iter_mut()
+            .flat_map(|slot| slot.current.iter_mut().chain(&mut slot.next))
+            .chain(&mut self.retiring)
+            .find(|worker| worker.id == id);
+        if let Some(worker) = worker {
+            act(worker, &self.config);
+        }
+    }
+}

@@ -1,0 +1,408 @@
+//! A machine that does what the core asks for, slowly and unreliably, and complains where that
+//! makes no sense.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::{
+    super::{
+        Action, Event, ProbeOutcome, Rotation, Spawn, Supervisor, Ticket, WORKERS_ON_A_PORT,
+        WorkerId,
+    },
+    MS,
+    process::{Process, Told},
+};
+use crate::config::{Program, Service, SocketMode};
+
+/// From SIGKILL, or the end of a program, until nothing is left of it.
+const LEAVING: u64 = 2000;
+/// Longer than it takes to start or to end a program, or to empty a listener.
+const PROMPT: u64 = 500;
+
+/// How long an abort may take.
+pub(super) const DYING: Duration = Duration::from_millis(PROMPT + LEAVING + PROMPT);
+/// How long a stop may take: the listeners, the longest drain, the longest stop timeout, the end.
+pub(super) const STOPPING: Duration = DYING.saturating_add(Duration::from_millis(PROMPT + 8000));
+
+#[derive(Debug)]
+enum Pending {
+    Event(Event),
+    Idle { id: WorkerId, turns: u32 },
+    Closed { service: Arc<str> },
+}
+
+#[derive(Debug)]
+pub(super) struct Machine {
+    pub(super) supervisor: Supervisor,
+    pub(super) now: Instant,
+    pub(super) random: fastrand::Rng,
+    /// What was applied last, or restored.
+    pub(super) wanted: Vec<Service>,
+    /// Requests without an answer.
+    pub(super) tickets: Vec<Ticket>,
+    /// Nothing fails any more.
+    pub(super) calm: bool,
+    pub(super) finished: bool,
+    pub(super) steps: u64,
+    seed: u64,
+    /// Those that are not gone, as far as the core was told.
+    processes: BTreeMap<WorkerId, Process>,
+    published: BTreeMap<Arc<str>, Rotation>,
+    pending: BTreeMap<(Instant, u64), Pending>,
+    numbers: u64,
+    newest: WorkerId,
+    free_ports: u16,
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("LBD_SIM_SEED={} fails at step {}", self.seed, self.steps);
+        }
+    }
+}
+
+impl Machine {
+    pub(super) fn new(seed: u64) -> Self {
+        Self {
+            supervisor: Supervisor::new(seed),
+            now: Instant::now(),
+            random: fastrand::Rng::with_seed(seed),
+            wanted: Vec::new(),
+            tickets: Vec::new(),
+            calm: false,
+            finished: false,
+            steps: 0,
+            seed,
+            processes: BTreeMap::new(),
+            published: BTreeMap::new(),
+            pending: BTreeMap::new(),
+            numbers: 0,
+            newest: WorkerId(0),
+            free_ports: 0,
+        }
+    }
+
+    pub(super) fn ticket(&mut self) -> Ticket {
+        self.numbers += 1;
+        self.tickets.push(Ticket(self.numbers));
+        Ticket(self.numbers)
+    }
+
+    /// A new configuration: the services in it are to be closed no more.
+    pub(super) fn applied(&mut self, services: &[Service]) {
+        self.wanted = services.to_vec();
+        self.pending.retain(|_, pending| match pending {
+            Pending::Closed { service } => services.iter().all(|s| s.name != *service),
+            Pending::Event(_) | Pending::Idle { .. } => true,
+        });
+    }
+
+    /// What happens next happens: an event, or a deadline.
+    pub(super) fn proceed(&mut self) {
+        let event = self.pending.first_key_value().map(|(&(at, _), _)| at);
+        let deadline = self.supervisor.deadline();
+        let Some(next) = event.into_iter().chain(deadline).min() else {
+            self.now += MS(100);
+            return;
+        };
+        self.now = self.now.max(next);
+        let event_first = event == Some(next) && (deadline != Some(next) || self.random.bool());
+        match self.pending.first_entry() {
+            Some(entry) if event_first => {
+                let pending = entry.remove();
+                self.deliver(pending);
+            }
+            Some(_) | None => self.sweep(),
+        }
+    }
+
+    /// Time passes, and the daemon was too busy to see it.
+    pub(super) fn sleep(&mut self) {
+        self.now += MS(self.random.u64(0..3000));
+    }
+
+    /// The daemon looks at the clock, whether it has to or not.
+    pub(super) fn sweep(&mut self) {
+        // A timeout of zero is a deadline at once, but a worker has only so many of them.
+        for _ in 0..4 {
+            let actions = self.supervisor.timeout(self.now);
+            self.perform(actions);
+            if self.supervisor.deadline().is_none_or(|at| at > self.now) {
+                return;
+            }
+        }
+        panic!("a deadline that does not pass");
+    }
+
+    /// A client comes.
+    pub(super) fn connect(&mut self) {
+        let workers: Vec<_> = self.published.values().flat_map(|r| r.workers.clone()).collect();
+        if let Some(id) = self.random.choice(workers) {
+            self.processes.get_mut(&id).unwrap().connections += 1;
+        }
+    }
+
+    /// A connection ends.
+    pub(super) fn disconnect(&mut self) {
+        let busy = self.processes.iter().filter(|(_, process)| process.connections > 0);
+        let busy: Vec<_> = busy.map(|(&id, _)| id).collect();
+        if let Some(id) = self.random.choice(busy) {
+            self.processes.get_mut(&id).unwrap().connections -= 1;
+            self.look_if_idle(id);
+        }
+    }
+
+    /// A program ends unasked, or its guard is killed.
+    pub(super) fn crash(&mut self) {
+        if let Some(id) = self.any_running() {
+            self.end(id, 0);
+        }
+    }
+
+    /// A program answers no more, or again.
+    pub(super) fn hang(&mut self) {
+        if let Some(id) = self.any_running() {
+            let process = self.processes.get_mut(&id).unwrap();
+            process.hung = !process.hung;
+        }
+    }
+
+    /// A program's memory is measured.
+    pub(super) fn grow(&mut self) {
+        if let Some(id) = self.any_running() {
+            let bytes = self.random.u64(0..200);
+            self.handle(Event::Memory { id, bytes });
+        }
+    }
+
+    pub(super) fn handle(&mut self, event: Event) {
+        let actions = self.supervisor.handle(event, self.now);
+        self.perform(actions);
+    }
+
+    fn any_running(&mut self) -> Option<WorkerId> {
+        let running = self.processes.iter().filter(|(_, process)| !process.ending);
+        let running: Vec<_> = running.map(|(&id, _)| id).collect();
+        self.random.choice(running)
+    }
+
+    fn deliver(&mut self, pending: Pending) {
+        let event = match pending {
+            Pending::Idle { id, turns } => {
+                if self.processes.get(&id).is_none_or(|process| process.turns != turns) {
+                    return;
+                }
+                Event::Idle { id }
+            }
+            Pending::Closed { service } => Event::Closed { service },
+            Pending::Event(event) => event,
+        };
+        let told = match &event {
+            Event::Started { id, .. } => Some((id, Told::Started)),
+            Event::Failed { id, .. } | Event::Exited { id, .. } => Some((id, Told::Ended)),
+            Event::Gone { id } => Some((id, Told::Gone)),
+            Event::Probed { id, .. } => {
+                if let Some(process) = self.processes.get_mut(id) {
+                    process.probing = false;
+                }
+                None
+            }
+            _ => None,
+        };
+        match told {
+            Some((id, Told::Gone)) => drop(self.processes.remove(id)),
+            Some((id, told)) => self.processes.get_mut(id).unwrap().told = told,
+            None => {}
+        }
+        self.handle(event);
+    }
+
+    fn later(&mut self, at: Instant, pending: Pending) {
+        self.numbers += 1;
+        self.pending.insert((at, self.numbers), pending);
+    }
+
+    /// Something that the core gets to know about a worker, after all that came before.
+    fn tell(&mut self, id: WorkerId, delay: u64, event: Event) {
+        let delay = MS(self.random.u64(0..=delay));
+        let process = self.processes.get_mut(&id).unwrap();
+        process.last = process.last.max(self.now + delay);
+        let at = process.last;
+        self.later(at, Pending::Event(event));
+    }
+
+    fn end(&mut self, id: WorkerId, delay: u64) {
+        let process = self.processes.get_mut(&id).unwrap();
+        if process.ending {
+            return;
+        }
+        process.ending = true;
+        process.connections = 0;
+        if self.random.u8(..) < 240 {
+            self.tell(id, delay, Event::Exited { id, status: "exit status 1".to_owned() });
+        }
+        let leaving = if self.random.bool() { 0 } else { LEAVING };
+        self.tell(id, leaving, Event::Gone { id });
+    }
+
+    fn look_if_idle(&mut self, id: WorkerId) {
+        let process = &self.processes[&id];
+        if process.retired && process.connections == 0 {
+            let turns = process.turns;
+            let at = self.now + MS(self.random.u64(0..50));
+            self.later(at, Pending::Idle { id, turns });
+        }
+    }
+
+    fn perform(&mut self, actions: Vec<Action>) {
+        self.steps += 1;
+        for action in actions {
+            assert!(!self.finished, "{action:?} after the end");
+            self.carry_out(action);
+        }
+        self.check();
+    }
+
+    fn carry_out(&mut self, action: Action) {
+        match action {
+            Action::Spawn(spawn) => self.spawn(spawn),
+            Action::Signal { id, .. } => {
+                let process = &self.processes[&id];
+                assert_eq!(process.told, Told::Started, "{id:?} is signalled: {process:?}");
+                assert!(process.retired, "{id:?} is signalled before it was retired");
+                if self.calm || !process.ignores_signals {
+                    self.end(id, 2 * PROMPT);
+                }
+            }
+            Action::Kill { id } => {
+                let process = self.processes.get_mut(&id).unwrap();
+                assert!(process.told < Told::Ended && !process.killed, "{id:?} is killed");
+                process.killed = true;
+                self.end(id, PROMPT);
+            }
+            Action::Probe { id } => {
+                let calm = self.calm;
+                let process = self.processes.get_mut(&id).unwrap();
+                assert!(process.told == Told::Started && !process.probing, "{id:?} is probed");
+                assert!(!process.retired, "{id:?} is probed");
+                process.probing = true;
+                let good = !process.ending && (calm || !(process.hung || process.bad));
+                let error = (!good).then(|| "timed out".to_owned());
+                let took = MS(self.random.u64(0..100));
+                let outcome = ProbeOutcome { took, error };
+                self.later(self.now + took, Pending::Event(Event::Probed { id, outcome }));
+            }
+            Action::Publish { service } => {
+                let rotation = self.supervisor.rotation(&service).expect("nothing to publish");
+                self.published.insert(service, rotation);
+            }
+            Action::Retire { id } => {
+                assert!(!self.is_published(id), "{id:?} is retired while it is in rotation");
+                self.turn(id, true);
+                self.look_if_idle(id);
+            }
+            Action::Reinstate { id } => {
+                assert!(!self.is_published(id), "{id:?} is in rotation before it is reinstated");
+                self.turn(id, false);
+            }
+            Action::Close { service } => {
+                let at = self.now + MS(self.random.u64(0..PROMPT));
+                self.later(at, Pending::Closed { service });
+            }
+            Action::Forget { service } => {
+                let left = |p: &Process| p.service == service;
+                assert!(!self.processes.values().any(left), "{service} is forgotten");
+                let rotation = self.published.remove(&service);
+                assert!(rotation.is_none_or(|rotation| rotation.workers.is_empty()));
+            }
+            Action::Answer { ticket, .. } => {
+                let index = self.tickets.iter().position(|&waiting| waiting == ticket);
+                self.tickets.remove(index.expect("nobody waits for this answer"));
+            }
+            Action::Restored(service) => {
+                let old = self.wanted.iter_mut().find(|wanted| wanted.name == service.name);
+                *old.expect("nobody wants this service") = *service;
+            }
+            Action::Note(_) => {}
+            Action::Finished => {
+                assert!(self.processes.is_empty());
+                self.finished = true;
+            }
+        }
+    }
+
+    fn spawn(&mut self, spawn: Spawn) {
+        let Spawn { id, service, slot: _, port, spec } = spawn;
+        let Program::Command(argv) = &spec.program else { panic!("{spec:?}") };
+        let inherits = spec.socket == SocketMode::Inherit;
+        let mut process = Process::new(service, port, inherits, self.now, &mut self.random);
+        process.bad |= argv[0] == "bad";
+        let fate = if process.bad && !self.calm { self.random.u8(0..4) } else { 4 };
+        let there = self.processes.values().filter(|other| port.is_some() && other.port == port);
+        let others = there.clone().count();
+        let share = inherits && there.clone().all(|other| other.inherits);
+        assert!(others < if share { WORKERS_ON_A_PORT } else { 1 }, "port {port:?} is in use");
+        assert!(id > self.newest, "{id:?} was used before");
+        self.newest = id;
+        self.processes.insert(id, process);
+        match fate {
+            0 => {
+                self.processes.get_mut(&id).unwrap().ending = true;
+                self.tell(id, PROMPT, Event::Failed { id, reason: "no such file".to_owned() });
+                self.tell(id, PROMPT, Event::Gone { id });
+            }
+            1 => {} // stuck, until it is killed
+            _ => {
+                let port = port.unwrap_or_else(|| self.free_port());
+                self.processes.get_mut(&id).unwrap().port = Some(port);
+                self.tell(id, PROMPT, Event::Spawned { id, port });
+                self.tell(id, PROMPT, Event::Started { id, pid: 1 });
+                if fate == 2 {
+                    self.end(id, PROMPT);
+                }
+            }
+        }
+    }
+
+    /// Never the same again: lbd holds on to a socket that a worker is to inherit.
+    fn free_port(&mut self) -> u16 {
+        self.free_ports += 1;
+        40_000 + self.free_ports
+    }
+
+    fn turn(&mut self, id: WorkerId, retired: bool) {
+        let process = self.processes.get_mut(&id).unwrap();
+        assert!(process.retired != retired, "{id:?}: {process:?}");
+        process.retired = retired;
+        process.turns += 1;
+    }
+
+    fn is_published(&self, id: WorkerId) -> bool {
+        self.published.values().any(|rotation| rotation.workers.contains(&id))
+    }
+
+    /// What must hold after every step.
+    fn check(&self) {
+        for service in self.supervisor.services() {
+            let name = &service.config.name;
+            assert_eq!(self.published.get(name), Some(&service.rotation()), "{name}'s rotation");
+            let mut numbers = BTreeSet::new();
+            for slot in &service.slots {
+                assert!(numbers.insert(slot.number), "two slots {}", slot.number);
+            }
+            let replacements = service.slots.iter().filter(|slot| slot.next.is_some()).count();
+            assert!(replacements <= 1, "more than one at a time");
+            let known = service.workers().count();
+            let alive = |p: &&Process| p.service == *name;
+            assert_eq!(known, self.processes.values().filter(alive).count(), "lost a worker");
+        }
+        for id in self.published.values().flat_map(|rotation| &rotation.workers) {
+            let process = &self.processes[id];
+            assert!(process.told == Told::Started && !process.retired, "{id:?} is in rotation");
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! One place for a worker in a service: who fills it, who is to take over, and when the next one
+//! is started.
+
+use std::{sync::Arc, time::Instant};
+
+use super::{
+    backoff::Backoff,
+    event::{NoteWorker, WorkerId},
+    recycle::Recycling,
+    worker::Worker,
+};
+use crate::config::{SocketMode, WorkerSpec};
+
+/// One place for a worker.
+#[derive(Debug, Clone)]
+pub struct Slot {
+    /// What `LBD_SLOT`, logs and metrics call it. It stays with a port for as long as the port
+    /// stays in the configuration, wherever in the list that is.
+    pub number: u32,
+    /// The port that the configuration gives it; `None` where lbd picks one.
+    pub fixed_port: Option<u16>,
+    /// What the next worker here is started with.
+    pub spec: Arc<WorkerSpec>,
+    /// The worker that fills it.
+    pub current: Option<Worker>,
+    /// The one that replaces `current` as soon as it is healthy.
+    pub next: Option<Worker>,
+    /// When a vacant slot is filled again.
+    pub start_at: Instant,
+    /// How often it failed in a row.
+    pub backoff: Backoff,
+    /// When its worker may be replaced for being past a limit.
+    pub recycling: Recycling,
+    /// Workers started here so far.
+    pub generation: u64,
+    /// Workers started here after the first.
+    pub restarts: u64,
+    /// How and when the last worker here ended, or why it could not be started.
+    pub last_exit: Option<LastExit>,
+    /// The port of the last worker that filled it.
+    pub last_port: Option<u16>,
+}
+
+/// How a worker ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LastExit {
+    /// As a phrase.
+    pub status: String,
+    /// When.
+    pub at: Instant,
+}
+
+impl Slot {
+    /// A vacant slot that is to be filled at once.
+    #[must_use]
+    pub fn new(number: u32, fixed_port: Option<u16>, spec: Arc<WorkerSpec>, now: Instant) -> Self {
+        Self {
+            number,
+            fixed_port,
+            spec,
+            current: None,
+            next: None,
+            start_at: now,
+            backoff: Backoff::default(),
+            recycling: Recycling::default(),
+            generation: 0,
+            restarts: 0,
+            last_exit: None,
+            last_port: fixed_port,
+        }
+    }
+
+    /// The port that the next worker to fill it shall be on; `None` where any will do. An inherited
+    /// socket outlives its worker, so the port is kept.
+    #[must_use]
+    pub fn wanted_port(&self) -> Option<u16> {
+        match self.spec.socket {
+            SocketMode::Inherit => self.fixed_port.or(self.last_port),
+            SocketMode::Bind => self.fixed_port,
+        }
+    }
+
+    /// Whether nobody fills it and nobody is about to.
+    #[must_use]
+    pub fn is_vacant(&self) -> bool {
+        self.current.is_none() && self.next.is_none()
+    }
+
+    /// A worker in it is being started, or is a replacement that is.
+    #[must_use]
+    pub fn on_its_way(&self) -> bool {
+        self.workers().any(Worker::on_its_way)
+    }
+
+    /// The workers in it: at most the one that fills it and its replacement.
+    pub fn workers(&self) -> impl Iterator<Item = &Worker> {
+        self.current.iter().chain(&self.next)
+    }
+
+    /// The workers in it, out of it.
+    pub fn into_workers(self) -> impl Iterator<Item = Worker> {
+        self.current.into_iter().chain(self.next)
+    }
+
+    /// Whether the worker of this incarnation is in it.
+    #[must_use]
+    pub fn holds(&self, id: WorkerId) -> bool {
+        self.workers().any(|worker| worker.id == id)
+    }
+
+    /// Takes the worker of this incarnation out of the slot.
+    pub fn take(&mut self, id: WorkerId) -> Option<Worker> {
+        self.current
+            .take_if(|worker| worker.id == id)
+            .or_else(|| self.next.take_if(|worker| worker.id == id))
+    }
+}
+
+/// What a note says of `worker`.
+#[must_use]
+pub(super) fn note_of(worker: &Worker) -> NoteWorker {
+    NoteWorker { slot: worker.slot, port: worker.port, pid: worker.pid }
+}

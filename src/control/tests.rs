@@ -1,0 +1,271 @@
+//! Each transition by name, against a driver and a clock that are made up.
+
+mod lives;
+mod probes;
+mod recycling;
+mod reloads;
+mod rollouts;
+mod stops;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    num::NonZeroU32,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::{
+    Action, Coming, Event, Fact, Phase, ProbeOutcome, Service, Spawn, Supervisor, Ticket, WorkerId,
+};
+use crate::config::{
+    self, DEFAULT_HOST, Drain, Output, Program, Restart, Slots, SocketMode, Stop, WorkerSpec,
+};
+
+const MS: fn(u64) -> Duration = Duration::from_millis;
+const SEC: fn(u64) -> Duration = Duration::from_secs;
+
+/// A worker that differs from another one by its command.
+pub(super) fn spec(command: &str) -> Arc<WorkerSpec> {
+    Arc::new(WorkerSpec {
+        program: Program::Command(vec![command.to_owned()]),
+        host: DEFAULT_HOST,
+        socket: SocketMode::Bind,
+        env: BTreeMap::new(),
+        user: None,
+        group: None,
+        umask: None,
+        directory: PathBuf::from("/"),
+        output: Output::Null,
+        open_files: None,
+        processes: None,
+    })
+}
+
+/// A service with every default, but a restart delay that knows no jitter: always 100 ms.
+pub(super) fn service(name: &str, command: &str, slots: Slots) -> config::Service {
+    config::Service {
+        name: name.into(),
+        listen: Vec::new(),
+        slots,
+        worker: spec(command),
+        routing: config::Routing::default(),
+        health: config::Health::default(),
+        restart: Restart { max_delay: MS(100), ..Restart::default() },
+        stop: Stop::default(),
+        limits: config::Limits::default(),
+    }
+}
+
+/// The service "web" on these ports.
+fn ports(command: &str, ports: &[u16]) -> config::Service {
+    service("web", command, Slots::Ports(ports.to_vec()))
+}
+
+/// The service "web" with that many workers on free ports.
+fn count(command: &str, workers: u32) -> config::Service {
+    service("web", command, Slots::Count(NonZeroU32::new(workers).unwrap()))
+}
+
+/// A supervisor, the time, and what it asked for.
+struct World {
+    supervisor: Supervisor,
+    now: Instant,
+    spawns: Vec<Spawn>,
+    probing: BTreeSet<u64>,
+    facts: Vec<Fact>,
+}
+
+impl World {
+    /// Nothing healthy yet: `service` was just applied, with ticket 0.
+    fn begin(service: config::Service) -> Self {
+        let mut world = Self {
+            supervisor: Supervisor::new(1),
+            now: Instant::now(),
+            spawns: Vec::new(),
+            probing: BTreeSet::new(),
+            facts: Vec::new(),
+        };
+        world.apply(0, [service]);
+        world
+    }
+
+    /// All workers of `service` are healthy.
+    fn healthy(service: config::Service) -> Self {
+        let mut world = Self::begin(service);
+        for spawn in world.spawns.clone() {
+            world.up(spawn.id.0);
+        }
+        world
+    }
+
+    /// What was asked for, as text; facts are kept apart.
+    fn record(&mut self, actions: Vec<Action>) -> Vec<String> {
+        let mut shown = Vec::new();
+        for action in actions {
+            shown.push(match action {
+                Action::Spawn(spawn) => {
+                    let port = spawn.port.map_or_else(|| "any".to_owned(), |port| port.to_string());
+                    let Program::Command(command) = &spawn.spec.program else {
+                        panic!("{spawn:?}")
+                    };
+                    let text = format!("spawn {} {} on {port}", spawn.id.0, command[0]);
+                    self.spawns.push(spawn);
+                    text
+                }
+                Action::Signal { id, signal } => format!("{signal} {}", id.0),
+                Action::Kill { id } => format!("kill {}", id.0),
+                Action::Probe { id } => {
+                    assert!(self.probing.insert(id.0), "{} is probed twice at once", id.0);
+                    format!("probe {}", id.0)
+                }
+                Action::Publish { service } => format!("publish {service}"),
+                Action::Retire { id } => format!("retire {}", id.0),
+                Action::Reinstate { id } => format!("reinstate {}", id.0),
+                Action::Close { service } => format!("close {service}"),
+                Action::Forget { service } => format!("forget {service}"),
+                Action::Answer { ticket, result: Ok(()) } => format!("answer {}", ticket.0),
+                Action::Answer { ticket, result: Err(e) } => format!("answer {}: {e}", ticket.0),
+                Action::Restored(service) => format!("restored {}", service.name),
+                Action::Finished => "finished".to_owned(),
+                Action::Note(note) => {
+                    self.facts.push(note.fact);
+                    continue;
+                }
+            });
+        }
+        shown
+    }
+
+    fn event(&mut self, event: Event) -> Vec<String> {
+        let actions = self.supervisor.handle(event, self.now);
+        self.record(actions)
+    }
+
+    fn apply<const N: usize>(
+        &mut self,
+        ticket: u64,
+        services: [config::Service; N],
+    ) -> Vec<String> {
+        self.event(Event::Apply { services: services.into(), ticket: Ticket(ticket) })
+    }
+
+    fn restart(&mut self, ticket: u64, service: Option<&str>) -> Vec<String> {
+        self.event(Event::Restart { service: service.map(Into::into), ticket: Ticket(ticket) })
+    }
+
+    /// Lets time pass, from one deadline to the next.
+    fn wait(&mut self, time: Duration) -> Vec<String> {
+        let (end, mut shown) = (self.now + time, Vec::new());
+        while let Some(deadline) = self.supervisor.deadline().filter(|&at| at <= end) {
+            self.now = self.now.max(deadline);
+            let actions = self.supervisor.timeout(self.now);
+            shown.extend(self.record(actions));
+            let next = self.supervisor.deadline();
+            assert!(next.is_none_or(|next| next > self.now), "a deadline that does not pass");
+        }
+        self.now = end;
+        shown
+    }
+
+    fn spawned(&mut self, id: u64) -> Vec<String> {
+        let spawn = self.spawns.iter().find(|spawn| spawn.id.0 == id).unwrap();
+        let port = spawn.port.unwrap_or(40_000 + u16::try_from(id).unwrap());
+        self.event(Event::Spawned { id: WorkerId(id), port })
+    }
+
+    fn started(&mut self, id: u64) -> Vec<String> {
+        let mut shown = self.spawned(id);
+        let pid = 1000 + i32::try_from(id).unwrap();
+        shown.extend(self.event(Event::Started { id: WorkerId(id), pid }));
+        shown
+    }
+
+    /// The next probe's result, as soon as there is a probe; what followed from the result.
+    fn probed(&mut self, id: u64, error: Option<&str>) -> Vec<String> {
+        while !self.probing.contains(&id) {
+            let deadline = self.supervisor.deadline().expect("no probe is due");
+            self.wait(deadline.saturating_duration_since(self.now));
+        }
+        self.answer_probe(id, error)
+    }
+
+    fn answer_probe(&mut self, id: u64, error: Option<&str>) -> Vec<String> {
+        self.probing.remove(&id);
+        let outcome = ProbeOutcome { took: MS(1), error: error.map(str::to_owned) };
+        self.event(Event::Probed { id: WorkerId(id), outcome })
+    }
+
+    fn pass(&mut self, id: u64) -> Vec<String> {
+        self.probed(id, None)
+    }
+
+    fn fail(&mut self, id: u64) -> Vec<String> {
+        self.probed(id, Some("connection refused"))
+    }
+
+    /// As many failures as make a healthy worker unhealthy.
+    fn fall(&mut self, id: u64) -> Vec<String> {
+        self.fail(id);
+        self.fail(id);
+        self.fail(id)
+    }
+
+    /// Runs, and passed its first probe.
+    fn up(&mut self, id: u64) -> Vec<String> {
+        self.started(id);
+        self.pass(id)
+    }
+
+    fn exit(&mut self, id: u64) -> Vec<String> {
+        self.event(Event::Exited { id: WorkerId(id), status: "exit status 1".to_owned() })
+    }
+
+    fn gone(&mut self, id: u64) -> Vec<String> {
+        self.probing.remove(&id);
+        self.event(Event::Gone { id: WorkerId(id) })
+    }
+
+    fn end(&mut self, id: u64) -> Vec<String> {
+        let mut shown = self.exit(id);
+        shown.extend(self.gone(id));
+        shown
+    }
+
+    fn fail_to_start(&mut self, id: u64) -> Vec<String> {
+        let reason = "no such file".to_owned();
+        let mut shown = self.event(Event::Failed { id: WorkerId(id), reason });
+        shown.extend(self.gone(id));
+        shown
+    }
+
+    fn idle(&mut self, id: u64) -> Vec<String> {
+        self.event(Event::Idle { id: WorkerId(id) })
+    }
+
+    fn closed(&mut self) -> Vec<String> {
+        self.event(Event::Closed { service: "web".into() })
+    }
+
+    fn web(&self) -> &Service {
+        self.supervisor.service("web").unwrap()
+    }
+
+    fn phase(&self, id: u64) -> Option<Phase> {
+        self.web().workers().find(|worker| worker.id.0 == id).map(|worker| worker.phase)
+    }
+
+    fn rotation(&self) -> Vec<u64> {
+        self.web().rotation().workers.into_iter().map(|id| id.0).collect()
+    }
+
+    fn coming(&self) -> Coming {
+        self.web().rotation().coming
+    }
+
+    /// The number, the port and the worker of each slot.
+    fn slots(&self) -> Vec<(u32, Option<u16>, Option<u64>)> {
+        let current = |slot: &super::Slot| slot.current.as_ref().map(|worker| worker.id.0);
+        self.web().slots.iter().map(|slot| (slot.number, slot.fixed_port, current(slot))).collect()
+    }
+}

@@ -1,0 +1,409 @@
+//! One incarnation of a worker: the life of one child, from the order to start it until nothing of
+//! it is left.
+//!
+//! ```text
+//! Launching ─▶ Starting ─▶ Healthy ◀─▶ Unhealthy
+//!     │            │          │            │
+//!     └────────────┴────┬─────┴────────────┘
+//!                       ▼
+//!                   Draining ─▶ Stopping ─▶ Ended ─▶ (gone)
+//! ```
+//!
+//! Any state may go to `Ended` by the program's own end. This module decides when to probe and when
+//! a deadline of this one worker has passed; what follows for the slot is the service's business.
+
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::{
+    event::{Action, ProbeOutcome, Why, WorkerId},
+    health::Tally,
+    recycle::Wear,
+};
+use crate::config::{Drain, Health, Stop, WorkerSpec};
+
+/// A new worker is probed again this soon after its first failure; the pause doubles up to
+/// `interval`, so that a program that listens quickly is in rotation quickly.
+const FIRST_PROBE_PAUSE: Duration = Duration::from_millis(20);
+
+/// One child's life.
+#[derive(Debug, Clone)]
+pub struct Worker {
+    /// The incarnation.
+    pub id: WorkerId,
+    /// What it was started with.
+    pub spec: Arc<WorkerSpec>,
+    /// The how-many-eth worker of its slot it is, counted from 1.
+    pub generation: u64,
+    /// Its slot's number.
+    pub slot: u32,
+    /// The port that the configuration gave it; `None` where lbd picks one.
+    pub fixed_port: Option<u16>,
+    /// Where it is reached; where lbd picks a port, known once it is spawned.
+    pub port: Option<u16>,
+    /// The program's process id, while it runs.
+    pub pid: Option<i32>,
+    /// Where it is in its life.
+    pub phase: Phase,
+    /// Since when it is in this phase.
+    pub since: Instant,
+    /// When the program began to run; when it was ordered, before that.
+    pub started: Instant,
+    /// What the last probe showed.
+    pub last_probe: Option<ProbeOutcome>,
+    /// How near it is to its limits.
+    pub wear: Wear,
+    tally: Tally,
+    probe: ProbeClock,
+    pause: Duration,
+    /// The phase it drains from and since when it was in that, to go back to.
+    drained_from: Option<(Phase, Instant)>,
+    /// The longest it was healthy without a break, this time not counted.
+    healthiest: Duration,
+}
+
+/// Where a worker is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Ordered; the program does not run yet.
+    Launching,
+    /// The program runs and is not proven yet.
+    Starting,
+    /// In rotation.
+    Healthy,
+    /// Out of rotation since its probes failed.
+    Unhealthy,
+    /// Out of rotation for good; its connections are given until then.
+    Draining {
+        /// Why it is to go.
+        why: Why,
+        /// When it is signalled even if it still holds connections.
+        until: Instant,
+    },
+    /// Asked to end.
+    Stopping {
+        /// Why.
+        why: Why,
+        /// When it is killed; `None` once that was done.
+        kill_at: Option<Instant>,
+    },
+    /// The program ended; what it left behind is being removed.
+    Ended,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum ProbeClock {
+    /// Not probed in this phase.
+    Off,
+    Due(Instant),
+    /// Asked for; began then.
+    Running(Instant),
+    /// Asked for before the worker was taken out of service: its result doesn't count.
+    Stale,
+}
+
+/// What a probe's result or a deadline changed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// Nothing that anybody else needs to know.
+    None,
+    /// It is proven healthy, for the first time or again.
+    Healthy {
+        /// It is the first time.
+        first: bool,
+    },
+    /// It is healthy no more.
+    Unhealthy {
+        /// What the last probe showed.
+        error: String,
+    },
+    /// It did not become healthy in time.
+    StartTimeout,
+    /// It has been unhealthy for too long.
+    UnhealthyTooLong,
+    /// The time for its connections to end is over.
+    DrainTimeout,
+    /// The time to end by itself is over.
+    StopTimeout,
+}
+
+impl Worker {
+    /// A worker that was just ordered.
+    #[must_use]
+    pub fn new(
+        id: WorkerId,
+        spec: Arc<WorkerSpec>,
+        slot: u32,
+        fixed_port: Option<u16>,
+        now: Instant,
+    ) -> Self {
+        Self {
+            id,
+            spec,
+            generation: 1,
+            slot,
+            fixed_port,
+            port: fixed_port,
+            pid: None,
+            phase: Phase::Launching,
+            since: now,
+            started: now,
+            last_probe: None,
+            wear: Wear::default(),
+            tally: Tally::default(),
+            probe: ProbeClock::Off,
+            pause: FIRST_PROBE_PAUSE,
+            drained_from: None,
+            healthiest: Duration::ZERO,
+        }
+    }
+
+    /// Where it is reached; known as soon as its port is.
+    #[must_use]
+    pub fn address(&self) -> Option<SocketAddr> {
+        self.port.map(|port| self.spec.address(port))
+    }
+
+    /// Whether new connections may go to it.
+    #[must_use]
+    pub fn in_rotation(&self) -> bool {
+        self.phase == Phase::Healthy
+    }
+
+    /// Whether it may yet become healthy by itself.
+    #[must_use]
+    pub fn on_its_way(&self) -> bool {
+        matches!(self.phase, Phase::Launching | Phase::Starting)
+    }
+
+    /// The longest it was healthy without a break.
+    #[must_use]
+    pub fn longest_health(&self, now: Instant) -> Duration {
+        let this_time = if self.in_rotation() { now - self.since } else { Duration::ZERO };
+        self.healthiest.max(this_time)
+    }
+
+    /// The program runs: the first probe is due at once, or the signal if it is to end already.
+    pub fn program_started(
+        &mut self,
+        pid: i32,
+        stop: &Stop,
+        now: Instant,
+        actions: &mut Vec<Action>,
+    ) {
+        self.pid = Some(pid);
+        match self.phase {
+            Phase::Launching => {
+                self.started = now;
+                self.enter(Phase::Starting, now);
+                self.probe = ProbeClock::Due(now);
+            }
+            Phase::Stopping { kill_at: Some(_), .. } => {
+                actions.push(Action::Signal { id: self.id, signal: stop.signal });
+            }
+            Phase::Starting
+            | Phase::Healthy
+            | Phase::Unhealthy
+            | Phase::Draining { .. }
+            | Phase::Stopping { kill_at: None, .. }
+            | Phase::Ended => {}
+        }
+    }
+
+    /// A probe ended. Results for a worker that is not probed in its phase change nothing: one
+    /// that drains stays out of rotation, however well it answers.
+    pub fn probed(&mut self, outcome: ProbeOutcome, health: &Health, now: Instant) -> Change {
+        let began = match self.probe {
+            ProbeClock::Running(began) => began,
+            ProbeClock::Stale => {
+                let resumed = matches!(self.phase, Phase::Healthy | Phase::Unhealthy);
+                self.probe = if resumed { ProbeClock::Due(now) } else { ProbeClock::Off };
+                return Change::None;
+            }
+            ProbeClock::Off | ProbeClock::Due(_) => return Change::None,
+        };
+        let passed = outcome.error.is_none();
+        let error = outcome.error.clone();
+        self.last_probe = Some(outcome);
+        self.tally.count(passed);
+        let change = match self.phase {
+            Phase::Starting if self.tally.risen(health.rise) => {
+                self.enter(Phase::Healthy, now);
+                Change::Healthy { first: true }
+            }
+            Phase::Unhealthy if self.tally.risen(health.rise) => {
+                self.enter(Phase::Healthy, now);
+                Change::Healthy { first: false }
+            }
+            Phase::Healthy if self.tally.fallen(health.fall) => {
+                self.enter(Phase::Unhealthy, now);
+                Change::Unhealthy { error: error.unwrap_or_default() }
+            }
+            Phase::Launching
+            | Phase::Starting
+            | Phase::Healthy
+            | Phase::Unhealthy
+            | Phase::Draining { .. }
+            | Phase::Stopping { .. }
+            | Phase::Ended => Change::None,
+        };
+        let next = if self.phase == Phase::Starting {
+            // Fast at first, but a pass that only waits for `rise` needs no more patience.
+            let pause = self.pause.min(health.interval);
+            if !passed {
+                self.pause = self.pause.saturating_mul(2);
+            }
+            now + pause
+        } else {
+            now.max(began + health.interval)
+        };
+        self.probe = ProbeClock::Due(next);
+        change
+    }
+
+    /// Takes it out of service: gives its connections time, or asks it to end at once, as `stop`
+    /// says. Does nothing where that was done before.
+    pub fn retire(&mut self, why: Why, stop: &Stop, now: Instant, actions: &mut Vec<Action>) {
+        match self.phase {
+            Phase::Launching | Phase::Starting => {
+                actions.push(Action::Retire { id: self.id });
+                self.ask_to_stop(why, stop, now, actions);
+            }
+            Phase::Healthy | Phase::Unhealthy => {
+                // Where the worker ends its own connections, or has had its time to, the signal
+                // follows at once; retiring comes first so that no new one is on its way to it.
+                if stop.drain == Drain::Signal || why == Why::Unhealthy {
+                    actions.push(Action::Retire { id: self.id });
+                    self.ask_to_stop(why, stop, now, actions);
+                } else {
+                    self.stop_probing();
+                    self.drained_from = Some((self.phase, self.since));
+                    self.enter(Phase::Draining { why, until: now + stop.drain_timeout }, now);
+                    actions.push(Action::Retire { id: self.id });
+                }
+            }
+            Phase::Draining { .. } | Phase::Stopping { .. } | Phase::Ended => {}
+        }
+    }
+
+    /// Brings a worker that only drains back to where it was: one that was unhealthy has still to
+    /// prove itself.
+    pub fn resume(&mut self, now: Instant, actions: &mut Vec<Action>) {
+        let Some((phase, since)) = self.drained_from.take() else { return };
+        self.enter(phase, since);
+        self.tally = Tally::default();
+        if self.probe == ProbeClock::Off {
+            self.probe = ProbeClock::Due(now);
+        }
+        actions.push(Action::Reinstate { id: self.id });
+    }
+
+    /// Its last connection ended: a draining worker is asked to end.
+    pub fn idle(&mut self, stop: &Stop, now: Instant, actions: &mut Vec<Action>) {
+        if let Phase::Draining { why, .. } = self.phase {
+            self.ask_to_stop(why, stop, now, actions);
+        }
+    }
+
+    /// Sends the stop signal; SIGKILL follows at the deadline. Where the program does not run yet
+    /// the signal would be lost, and is sent when it does.
+    pub fn ask_to_stop(&mut self, why: Why, stop: &Stop, now: Instant, actions: &mut Vec<Action>) {
+        self.stop_probing();
+        self.drained_from = None;
+        self.enter(Phase::Stopping { why, kill_at: Some(now + stop.timeout) }, now);
+        if self.pid.is_some() {
+            actions.push(Action::Signal { id: self.id, signal: stop.signal });
+        }
+    }
+
+    /// Kills it and everything it started, once.
+    pub fn kill(&mut self, why: Why, now: Instant, actions: &mut Vec<Action>) {
+        self.stop_probing();
+        self.drained_from = None;
+        match self.phase {
+            Phase::Stopping { kill_at: None, .. } | Phase::Ended => return,
+            Phase::Stopping { .. } => self.phase = Phase::Stopping { why, kill_at: None },
+            Phase::Launching
+            | Phase::Starting
+            | Phase::Healthy
+            | Phase::Unhealthy
+            | Phase::Draining { .. } => self.enter(Phase::Stopping { why, kill_at: None }, now),
+        }
+        actions.push(Action::Kill { id: self.id });
+    }
+
+    /// The program ended.
+    pub fn ended(&mut self, now: Instant) {
+        self.pid = None;
+        self.stop_probing();
+        self.drained_from = None;
+        self.enter(Phase::Ended, now);
+    }
+
+    /// When [`Self::timeout`] wants to be called next.
+    #[must_use]
+    pub fn deadline(&self, health: &Health, unhealthy_after: Duration) -> Option<Instant> {
+        let phase = match self.phase {
+            Phase::Launching | Phase::Starting => Some(self.started + health.start_timeout),
+            Phase::Unhealthy => Some(self.since + unhealthy_after),
+            Phase::Draining { until, .. } => Some(until),
+            Phase::Stopping { kill_at, .. } => kill_at,
+            Phase::Healthy | Phase::Ended => None,
+        };
+        let probe = match self.probe {
+            ProbeClock::Due(at) => Some(at),
+            ProbeClock::Off | ProbeClock::Running(_) | ProbeClock::Stale => None,
+        };
+        [phase, probe].into_iter().flatten().min()
+    }
+
+    /// Looks at the clock: tells which deadline has passed, or else asks for the probe that is due.
+    pub fn timeout(
+        &mut self,
+        health: &Health,
+        unhealthy_after: Duration,
+        now: Instant,
+        actions: &mut Vec<Action>,
+    ) -> Change {
+        let change = match self.phase {
+            Phase::Launching | Phase::Starting if now >= self.started + health.start_timeout => {
+                Change::StartTimeout
+            }
+            Phase::Unhealthy if now >= self.since + unhealthy_after => Change::UnhealthyTooLong,
+            Phase::Draining { until, .. } if now >= until => Change::DrainTimeout,
+            Phase::Stopping { kill_at: Some(at), .. } if now >= at => Change::StopTimeout,
+            Phase::Launching
+            | Phase::Starting
+            | Phase::Healthy
+            | Phase::Unhealthy
+            | Phase::Draining { .. }
+            | Phase::Stopping { .. }
+            | Phase::Ended => Change::None,
+        };
+        if let ProbeClock::Due(at) = self.probe
+            && at <= now
+            && change == Change::None
+        {
+            self.probe = ProbeClock::Running(now);
+            actions.push(Action::Probe { id: self.id });
+        }
+        change
+    }
+
+    /// Whatever a probe that is still running shows won't count.
+    fn stop_probing(&mut self) {
+        self.probe = match self.probe {
+            ProbeClock::Running(_) | ProbeClock::Stale => ProbeClock::Stale,
+            ProbeClock::Off | ProbeClock::Due(_) => ProbeClock::Off,
+        };
+    }
+
+    fn enter(&mut self, phase: Phase, since: Instant) {
+        self.healthiest = self.longest_health(since);
+        self.phase = phase;
+        self.since = since;
+    }
+}
