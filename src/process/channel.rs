@@ -1,0 +1,225 @@
+//! What lbd and a guard say to each other.
+//!
+//! The channel is a `SOCK_SEQPACKET` pair (unix(7)): a message arrives whole or not at all, and the
+//! end of the other side reads as end of file, whatever ended it. Each message is a few bytes of
+//! JSON. The first one, [`start`], carries descriptors.
+
+use std::{
+    ffi::OsString,
+    fs::File,
+    io::{self, IoSlice, IoSliceMut, Read as _, Seek as _, Write as _},
+    os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+};
+
+use nix::sys::{
+    memfd::{MFdFlags, memfd_create},
+    socket::{
+        AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recv,
+        recvmsg, send, sendmsg, socketpair,
+    },
+};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use super::Exit;
+
+/// The program to start, all but its descriptors.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Description {
+    /// The file to run, where it is not the one that the first of `argv` names.
+    pub(super) program: Option<OsString>,
+    pub(super) argv: Vec<OsString>,
+    pub(super) env: Vec<(OsString, OsString)>,
+    pub(super) directory: OsString,
+    pub(super) umask: Option<u32>,
+    pub(super) user: Option<String>,
+    pub(super) group: Option<String>,
+    /// Soft and hard `RLIMIT_NOFILE`.
+    pub(super) open_files: Option<(u64, u64)>,
+    /// The name (`LISTEN_FDNAMES`) of the listening socket; `None` where none is passed.
+    pub(super) listener: Option<String>,
+}
+
+/// What [`start`] hands to the guard. The guard itself never looks into the description: the
+/// forked child does, so that the guard stays small.
+#[derive(Debug)]
+pub(super) struct Package {
+    pub(super) description: File,
+    pub(super) stdout: OwnedFd,
+    pub(super) stderr: OwnedFd,
+    pub(super) listener: Option<OwnedFd>,
+    /// The folder of the worker's cgroup.
+    pub(super) cgroup: Option<OwnedFd>,
+}
+
+/// From lbd to the guard.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Order {
+    /// Send this signal to the program's process group.
+    Signal(i32),
+    /// Kill everything below the guard.
+    Kill,
+}
+
+/// From the guard to lbd: `Failed`, or `Started` and then `Exited`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Report {
+    Started(i32),
+    Failed(String),
+    Exited(Exit),
+}
+
+/// Longer than any message is: the longest is a [`Report::Failed`], cut to half of it.
+pub(super) const MESSAGE: usize = 8 * 1024;
+
+/// Which descriptors follow the first three.
+const LISTENER: u8 = 1;
+const CGROUP: u8 = 2;
+
+/// Both ends of a new channel, close-on-exec and blocking.
+pub(super) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    Ok(socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?)
+}
+
+/// Sends `message`. Never blocks: either side sends too little to fill the channel.
+///
+/// Fails with `EPIPE` (and no `SIGPIPE`) where the other side has ended.
+pub(super) fn tell(channel: impl AsFd, message: &impl Serialize) -> io::Result<()> {
+    let bytes = serde_json::to_vec(message)?;
+    send(channel.as_fd().as_raw_fd(), &bytes, MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT)?;
+    Ok(())
+}
+
+/// Receives one message; `None` where the other side has ended.
+///
+/// Never blocks: fails with [`WouldBlock`](io::ErrorKind::WouldBlock) where there is none yet.
+pub(super) fn hear<T: DeserializeOwned>(channel: impl AsFd) -> io::Result<Option<T>> {
+    let mut buffer = [0; MESSAGE];
+    match recv(channel.as_fd().as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT)? {
+        0 => Ok(None),
+        length => Ok(Some(serde_json::from_slice(&buffer[..length])?)),
+    }
+}
+
+/// Sends what the guard needs to start the program.
+///
+/// The description goes in a memory file: an environment may be larger than a socket's buffer.
+pub(super) fn start(
+    channel: impl AsFd,
+    description: &Description,
+    stdout: BorrowedFd<'_>,
+    stderr: BorrowedFd<'_>,
+    listener: Option<BorrowedFd<'_>>,
+    cgroup: Option<BorrowedFd<'_>>,
+) -> io::Result<()> {
+    let mut file = File::from(memfd_create(c"lbd-description", MFdFlags::MFD_CLOEXEC)?);
+    file.write_all(&serde_json::to_vec(description)?)?;
+    file.rewind()?;
+    let mut fds = vec![file.as_raw_fd(), stdout.as_raw_fd(), stderr.as_raw_fd()];
+    fds.extend(listener.iter().chain(&cgroup).map(|fd| fd.as_raw_fd()));
+    let passed = (u8::from(listener.is_some()) * LISTENER) | (u8::from(cgroup.is_some()) * CGROUP);
+    sendmsg::<()>(
+        channel.as_fd().as_raw_fd(),
+        // Never zero bytes, which would read as end of file.
+        &[IoSlice::new(&[passed])],
+        &[ControlMessage::ScmRights(&fds)],
+        MsgFlags::MSG_NOSIGNAL,
+        None,
+    )?;
+    Ok(())
+}
+
+/// Receives what [`start`] sent, once it is there; `None` where lbd ended before.
+pub(super) fn started(channel: impl AsFd) -> io::Result<Option<Package>> {
+    let mut byte = [0];
+    let mut iov = [IoSliceMut::new(&mut byte)];
+    let mut space = nix::cmsg_space!([i32; 5]);
+    let message = recvmsg::<()>(
+        channel.as_fd().as_raw_fd(),
+        &mut iov,
+        Some(&mut space),
+        MsgFlags::MSG_CMSG_CLOEXEC,
+    )?;
+    let mut fds = Vec::new();
+    for part in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(received) = part {
+            // SAFETY: the kernel has just made these descriptors for this process, and nothing
+            // else knows their numbers.
+            fds.extend(received.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+        }
+    }
+    if message.bytes == 0 {
+        return Ok(None);
+    }
+    let [passed] = byte;
+    let mut fds = fds.into_iter().peekable();
+    match (fds.next(), fds.next(), fds.next()) {
+        (Some(description), Some(stdout), Some(stderr)) => Ok(Some(Package {
+            description: File::from(description),
+            stdout,
+            stderr,
+            listener: fds.next_if(|_| passed & LISTENER != 0),
+            cgroup: fds.next_if(|_| passed & CGROUP != 0),
+        })),
+        _ => Err(io::Error::new(io::ErrorKind::InvalidData, "descriptors are missing")),
+    }
+}
+
+impl Description {
+    /// Reads a description that [`start`] wrote.
+    pub(super) fn read(mut file: File) -> io::Result<Self> {
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes)?;
+        Ok(serde_json::from_slice(&bytes)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::ffi::OsStringExt as _;
+
+    use super::*;
+
+    #[test]
+    fn a_description_of_any_size_and_any_bytes_arrives_with_its_descriptors() {
+        let (lbd, guard) = pair().unwrap();
+        let description = Description {
+            program: None,
+            argv: vec!["node".into(), "server.js".into()],
+            env: vec![("BIG".into(), OsString::from_vec(vec![0xff; 1 << 20]))],
+            directory: "/".into(),
+            umask: Some(0o27),
+            user: None,
+            group: None,
+            open_files: Some((1, 2)),
+            listener: Some("web".into()),
+        };
+        let (mut read, write) = io::pipe().unwrap();
+        let null = File::open("/dev/null").unwrap();
+        start(&lbd, &description, write.as_fd(), null.as_fd(), None, Some(null.as_fd())).unwrap();
+        drop(write);
+
+        let package = started(&guard).unwrap().unwrap();
+        assert_eq!(Description::read(package.description).unwrap(), description);
+        assert!(package.listener.is_none() && package.cgroup.is_some());
+        File::from(package.stdout).write_all(b"hello").unwrap();
+        let mut text = String::new();
+        read.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "hello");
+    }
+
+    #[test]
+    fn the_end_of_the_other_side_is_told_from_a_message() {
+        let (lbd, guard) = pair().unwrap();
+        tell(&lbd, &Order::Signal(15)).unwrap();
+        tell(&lbd, &Order::Kill).unwrap();
+        drop(lbd);
+        assert_eq!(hear(&guard).unwrap(), Some(Order::Signal(15)));
+        assert_eq!(hear(&guard).unwrap(), Some(Order::Kill));
+        assert_eq!(hear::<Order>(&guard).unwrap(), None);
+        assert!(started(&guard).unwrap().is_none());
+        assert_eq!(
+            tell(&guard, &Report::Started(1)).unwrap_err().raw_os_error(),
+            Some(nix::libc::EPIPE)
+        );
+    }
+}

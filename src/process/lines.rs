@@ -1,0 +1,151 @@
+//! Any bytes, in any pieces, as lines of text.
+
+/// The longest line, in bytes. A longer one is several.
+pub(super) const LONGEST: usize = 8 * 1024;
+
+/// Makes lines of a stream of bytes. Holds no more than one line.
+#[derive(Debug, Default)]
+pub(super) struct Lines {
+    begun: Vec<u8>,
+}
+
+impl Lines {
+    /// Takes the next piece of the stream; `emit` is given each line that is whole now, and whether
+    /// it is one only because it got too long.
+    pub(super) fn feed(&mut self, mut bytes: &[u8], mut emit: impl FnMut(&[u8], bool)) {
+        while !bytes.is_empty() {
+            // One more than a line may have: the newline after the longest one.
+            let room = LONGEST + 1 - self.begun.len();
+            let piece = &bytes[..room.min(bytes.len())];
+            if let Some(end) = piece.iter().position(|&byte| byte == b'\n') {
+                bytes = &bytes[end + 1..];
+                if self.begun.is_empty() {
+                    emit(without_return(&piece[..end]), false);
+                } else {
+                    self.begun.extend_from_slice(&piece[..end]);
+                    emit(without_return(&self.begun), false);
+                    self.begun.clear();
+                }
+                continue;
+            }
+            bytes = &bytes[piece.len()..];
+            self.begun.extend_from_slice(piece);
+            if self.begun.len() > LONGEST {
+                let end = whole_characters(&self.begun[..LONGEST]);
+                emit(&self.begun[..end], true);
+                self.begun.drain(..end);
+            }
+        }
+    }
+
+    /// The stream has ended: what there is of a line is one.
+    pub(super) fn end(self, mut emit: impl FnMut(&[u8], bool)) {
+        if !self.begun.is_empty() {
+            emit(without_return(&self.begun), false);
+        }
+    }
+}
+
+/// `line` as text that does nothing to a terminal and fits on one line: what is not UTF-8 is
+/// U+FFFD, and a control character is its picture (U+2400 …): `␛[31m`.
+pub(super) fn text(line: &[u8]) -> String {
+    let picture = |character: char| match character {
+        '\t' => '\t',
+        '\0'..='\x1f' => char::from_u32(0x2400 + u32::from(character)).unwrap_or_default(),
+        '\x7f' => '\u{2421}',
+        '\u{80}'..='\u{9f}' | '\u{2028}' | '\u{2029}' => char::REPLACEMENT_CHARACTER,
+        _ => character,
+    };
+    String::from_utf8_lossy(line).chars().map(picture).collect()
+}
+
+fn without_return(line: &[u8]) -> &[u8] {
+    line.strip_suffix(b"\r").unwrap_or(line)
+}
+
+/// The length of `bytes` without a character that is cut off at its end.
+fn whole_characters(bytes: &[u8]) -> usize {
+    for (back, byte) in (1..=3).zip(bytes.iter().rev()) {
+        let length = match byte {
+            0x80..=0xbf => continue,
+            0xc2..=0xdf => 2,
+            0xe0..=0xef => 3,
+            0xf0..=0xf4 => 4,
+            _ => 1,
+        };
+        return if length > back { bytes.len() - back } else { bytes.len() };
+    }
+    bytes.len()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn lines(pieces: &[&[u8]]) -> Vec<(Vec<u8>, bool)> {
+        let mut all = Vec::new();
+        let mut lines = Lines::default();
+        for piece in pieces {
+            lines.feed(piece, |line, split| all.push((line.to_vec(), split)));
+        }
+        lines.end(|line, split| all.push((line.to_vec(), split)));
+        all
+    }
+
+    #[test]
+    fn lines_are_put_together_from_pieces_and_the_last_needs_no_newline() {
+        let whole = |text: &str| (text.as_bytes().to_vec(), false);
+        assert_eq!(
+            lines(&[b"a\nb", b"c\r\n", b"\nd", b"e"]),
+            [whole("a"), whole("bc"), whole(""), whole("de")]
+        );
+        assert_eq!(lines(&[b"a\n"]), [whole("a")]);
+        assert_eq!(lines(&[]), []);
+    }
+
+    #[test]
+    fn a_long_line_is_split_between_characters_and_says_so() {
+        let longest = vec![b'x'; LONGEST];
+        assert_eq!(lines(&[&longest, b"\n"]), [(longest.clone(), false)]);
+
+        let mut longer = vec![b'x'; LONGEST - 1];
+        longer.extend("é!".as_bytes());
+        assert_eq!(
+            lines(&[&longer]),
+            [(vec![b'x'; LONGEST - 1], true), ("é!".as_bytes().to_vec(), false)]
+        );
+    }
+
+    #[test]
+    fn text_is_harmless_whatever_the_bytes() {
+        assert_eq!(text(b"\x1b[31mred\x1b[0m\tok\0\x7f"), "␛[31mred␛[0m\tok␀␡");
+        assert_eq!(text(b"caf\xc3\xa9 \xff \xc2\x9b"), "café \u{fffd} \u{fffd}");
+    }
+
+    proptest! {
+        #[test]
+        fn no_byte_is_lost_and_no_line_too_long(
+            pieces in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..20_000), 0..6)
+        ) {
+            let pieces: Vec<&[u8]> = pieces.iter().map(Vec::as_slice).collect();
+            let mut joined = Vec::new();
+            for (line, split) in lines(&pieces) {
+                prop_assert!(line.len() <= LONGEST);
+                joined.extend(line);
+                if !split {
+                    joined.push(b'\n');
+                }
+            }
+            let mut expected = pieces.concat();
+            if !expected.is_empty() && !expected.ends_with(b"\n") {
+                expected.push(b'\n');
+            }
+            let plain = |bytes: &[u8]| -> Vec<u8> {
+                bytes.iter().copied().filter(|&byte| byte != b'\r').collect()
+            };
+            prop_assert_eq!(plain(&joined), plain(&expected));
+        }
+    }
+}

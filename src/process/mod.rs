@@ -1,0 +1,105 @@
+//! Worker processes: starting, signalling and reaping them, and their output.
+//!
+//! lbd never forks a worker itself. It re-executes its own binary as a *guard*, one a worker, and
+//! the guard forks the program:
+//!
+//! ```text
+//! lbd ──┬── guard ── program ── what the program starts
+//!       └── guard ── program
+//! ```
+//!
+//! The guard ([`exec_main`]) is single-threaded, runs no runtime, and is a subreaper: whatever the
+//! program forks, however it daemonizes, stays below it. So one of three things ends a worker, and
+//! none leaves a process behind:
+//!
+//! - the program ends: the guard reports it, kills what is left below itself, and ends;
+//! - lbd ends, however: the guard reads the end of the control channel, and kills it all;
+//! - the guard is killed: the kernel kills the program (its parent-death signal), and the rest is
+//!   handed to lbd, a subreaper too, which kills and reaps it ([`Spawner`]).
+//!
+//! Where a cgroup is delegated to lbd, each worker has one of its own ([`Cgroups`]), which is killed
+//! as a whole before anything else is; the guard is outside of it.
+//!
+//! This module owns every child of lbd. It decides nothing: what to start, when to signal and what
+//! an exit means is for `control`.
+
+mod cgroup;
+mod channel;
+mod environment;
+mod exec;
+mod guard;
+mod init;
+mod lines;
+mod memory;
+mod output;
+mod spawn;
+mod tree;
+
+pub use cgroup::{Cgroup, Cgroups, NoCgroups};
+pub use environment::{Identity, environment, expand};
+pub use guard::exec_main;
+pub use init::stay_as_init;
+pub use memory::{MemoryGauge, Watched};
+pub use output::{Outputs, Streams};
+pub use spawn::{Child, ChildEvent, Controller, Launch, Spawner};
+
+use std::{fmt, os::unix::process::ExitStatusExt as _, process::ExitStatus};
+
+use nix::sys::signal::Signal;
+use serde::{Deserialize, Serialize};
+
+/// How a program ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Exit {
+    /// It ended itself, with this status (0 to 255).
+    Code(i32),
+    /// This signal ended it.
+    Signal(i32),
+    /// Its guard was killed, and the program by the kernel right after it.
+    Lost,
+}
+
+impl Exit {
+    fn from_status(status: ExitStatus) -> Self {
+        match status.code() {
+            Some(code) => Self::Code(code),
+            None => Self::Signal(status.signal().unwrap_or_default()),
+        }
+    }
+
+    /// What a shell would make of it.
+    fn status(self) -> u8 {
+        let status = match self {
+            Self::Code(code) => code,
+            Self::Signal(number) => 128 + number,
+            Self::Lost => 128 + Signal::SIGKILL as i32,
+        };
+        u8::try_from(status).unwrap_or(u8::MAX)
+    }
+}
+
+impl fmt::Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::Code(code) => write!(f, "exit status {code}"),
+            Self::Signal(number) => match Signal::try_from(number) {
+                Ok(signal) => write!(f, "killed by {signal}"),
+                Err(_) => write!(f, "killed by signal {number}"),
+            },
+            Self::Lost => f.write_str("its guard was killed"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_exit_reads_as_a_person_would_say_it() {
+        assert_eq!(Exit::Code(3).to_string(), "exit status 3");
+        assert_eq!(Exit::Signal(9).to_string(), "killed by SIGKILL");
+        assert_eq!(Exit::Signal(40).to_string(), "killed by signal 40");
+        assert_eq!(Exit::Lost.to_string(), "its guard was killed");
+    }
+}

@@ -1,0 +1,253 @@
+//! Where a worker's standard output and error go; and their way into lbd's log, line by line.
+//!
+//! Workers write what they like, as fast as they like. So the lines are made on a thread of their
+//! own, which always reads on and never makes a worker wait: what is too much for the log is counted
+//! and dropped.
+
+use std::{
+    cell::{Cell, RefCell},
+    fs::{File, OpenOptions},
+    io::{self, ErrorKind, PipeReader},
+    os::fd::{AsFd as _, OwnedFd},
+    sync::Arc,
+    thread,
+    time::Duration,
+};
+
+use tokio::{
+    net::unix::pipe::Receiver,
+    runtime,
+    sync::{Notify, mpsc, oneshot},
+    task::{LocalSet, spawn_local, yield_now},
+    time::{Instant, sleep, timeout},
+};
+use tracing::{info, warn};
+
+use super::{
+    Identity,
+    lines::{Lines, text},
+};
+use crate::config::Output;
+
+/// What one line costs a worker of what it may log, and each further [`UNIT`] bytes of it: so a
+/// thousand lines a second ...
+const COST: Duration = Duration::from_millis(1);
+/// ... of 1 KiB ...
+const UNIT: usize = 1024;
+/// ... and five thousand at once.
+const BURST: Duration = Duration::from_secs(5);
+
+/// Between two reports of dropped lines.
+const REPORT: Duration = Duration::from_secs(1);
+
+/// How long the end waits for output that is still being written: by nobody, as a rule.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// A worker's standard output and error, as it gets them.
+#[derive(Debug)]
+pub struct Streams {
+    pub(super) stdout: OwnedFd,
+    pub(super) stderr: OwnedFd,
+    /// Who wants to know the worker's pid.
+    pub(super) pid: Option<oneshot::Sender<i32>>,
+}
+
+impl Streams {
+    /// Two open files.
+    pub fn new(stdout: impl Into<OwnedFd>, stderr: impl Into<OwnedFd>) -> Self {
+        Self { stdout: stdout.into(), stderr: stderr.into(), pid: None }
+    }
+}
+
+/// Opens where workers' output goes, and owns the thread that makes log lines of it.
+///
+/// Dropping it blocks until what has been written is logged; a second at most.
+#[derive(Debug)]
+pub struct Outputs {
+    jobs: Option<mpsc::UnboundedSender<Job>>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Outputs {
+    /// Starts the thread.
+    pub fn start() -> io::Result<Self> {
+        let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
+        let (jobs, mut queue) = mpsc::unbounded_channel();
+        let thread = thread::Builder::new().name("output".to_owned()).spawn(move || {
+            let readers = LocalSet::new();
+            readers.block_on(&runtime, async {
+                while let Some(job) = queue.recv().await {
+                    spawn_local(follow(job));
+                }
+            });
+            let _ = runtime.block_on(async { timeout(PATIENCE, readers).await });
+        })?;
+        Ok(Self { jobs: Some(jobs), thread: Some(thread) })
+    }
+
+    /// Opens `output` for the worker that `worker` tells of.
+    ///
+    /// With [`Output::Log`], each line becomes an event `output` with the fields `service`, `slot`,
+    /// `port`, `pid`, `stream` and `line`, and `split` where the line goes on in the next one; and
+    /// what is dropped, `output dropped` with `lines`, once a second.
+    pub fn open(&self, output: &Output, worker: Identity<'_>) -> io::Result<Streams> {
+        match output {
+            Output::Inherit => Ok(Streams::new(
+                io::stdout().as_fd().try_clone_to_owned()?,
+                io::stderr().as_fd().try_clone_to_owned()?,
+            )),
+            Output::Null => both(OpenOptions::new().write(true).open("/dev/null")?),
+            Output::File(path) => both(OpenOptions::new().append(true).create(true).open(path)?),
+            Output::Log => {
+                let (stdout, stdout_write) = io::pipe()?;
+                let (stderr, stderr_write) = io::pipe()?;
+                let (announce, pid) = oneshot::channel();
+                let service = worker.service.into();
+                let job =
+                    Job { service, slot: worker.slot, port: worker.port, pid, stdout, stderr };
+                let jobs = self.jobs.as_ref().ok_or(ErrorKind::BrokenPipe)?;
+                jobs.send(job).map_err(|_| ErrorKind::BrokenPipe)?;
+                Ok(Streams { pid: Some(announce), ..Streams::new(stdout_write, stderr_write) })
+            }
+        }
+    }
+}
+
+impl Drop for Outputs {
+    fn drop(&mut self) {
+        self.jobs = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn both(file: File) -> io::Result<Streams> {
+    Ok(Streams::new(file.try_clone()?, file))
+}
+
+/// One worker to read from.
+#[derive(Debug)]
+struct Job {
+    service: Arc<str>,
+    slot: u32,
+    port: u16,
+    pid: oneshot::Receiver<i32>,
+    stdout: PipeReader,
+    stderr: PipeReader,
+}
+
+/// Reads a worker's output until nobody can write to it any more.
+async fn follow(job: Job) {
+    let Job { service, slot, port, pid, stdout, stderr } = job;
+    // Known as soon as it runs. One that never ran has no pid, and no output.
+    let pid = pid.await.ok();
+    let allowance = RefCell::new(Allowance { paid: Instant::now() });
+    let dropped = Cell::new(0_u64);
+    let drop_noticed = Notify::new();
+
+    let log = |stream: &'static str, line: &[u8], split: bool| {
+        if allowance.borrow_mut().admits(line, Instant::now()) {
+            let split = split.then_some(true);
+            let line = text(line);
+            info!(service = &*service, slot, port, pid, stream, line, split, "output");
+        } else {
+            dropped.set(dropped.get() + 1);
+            drop_noticed.notify_one();
+        }
+    };
+    let report = || {
+        let lines = dropped.take();
+        if lines > 0 {
+            warn!(service = &*service, slot, port, pid, lines, "output dropped");
+        }
+    };
+    let reports = async {
+        loop {
+            drop_noticed.notified().await;
+            sleep(REPORT).await;
+            report();
+        }
+    };
+    let reads = async {
+        tokio::join!(
+            read(stdout, |line, split| log("stdout", line, split)),
+            read(stderr, |line, split| log("stderr", line, split)),
+        );
+    };
+    tokio::select! {
+        () = reads => report(),
+        () = reports => {}
+    }
+}
+
+/// Reads `pipe` to its end. A pipe that can't be read has ended, too.
+async fn read(pipe: PipeReader, mut emit: impl FnMut(&[u8], bool)) {
+    let Ok(pipe) = Receiver::from_owned_fd(pipe.into()) else { return };
+    let mut lines = Lines::default();
+    while pipe.readable().await.is_ok() {
+        match read_once(&pipe, &mut lines, &mut emit) {
+            Ok(0) => break,
+            // The next worker's turn.
+            Ok(_) => yield_now().await,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(_) => break,
+        }
+    }
+    lines.end(emit);
+}
+
+/// Apart from [`read`], so that the buffer is not kept with every idle worker.
+fn read_once(
+    pipe: &Receiver,
+    lines: &mut Lines,
+    emit: impl FnMut(&[u8], bool),
+) -> io::Result<usize> {
+    let mut buffer = [0; 32 * 1024];
+    let length = pipe.try_read(&mut buffer)?;
+    lines.feed(&buffer[..length], emit);
+    Ok(length)
+}
+
+/// How much a worker may log: a bucket that leaks at a constant rate, as the time when it is empty.
+#[derive(Debug)]
+struct Allowance {
+    paid: Instant,
+}
+
+impl Allowance {
+    fn admits(&mut self, line: &[u8], now: Instant) -> bool {
+        self.paid = self.paid.max(now);
+        if self.paid - now >= BURST {
+            return false;
+        }
+        let units = 1 + line.len() / UNIT;
+        self.paid += COST * u32::try_from(units).unwrap_or(u32::MAX);
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_worker_may_log_a_burst_and_then_a_line_each_millisecond() {
+        let start = Instant::now();
+        let mut allowance = Allowance { paid: start };
+        let admitted = (0..6000).filter(|_| allowance.admits(b"line", start)).count();
+        assert_eq!(admitted, 5000);
+        let later = start + Duration::from_millis(10);
+        let admitted = (0..100).filter(|_| allowance.admits(b"line", later)).count();
+        assert_eq!(admitted, 10);
+    }
+
+    #[test]
+    fn a_long_line_counts_as_several() {
+        let start = Instant::now();
+        let mut allowance = Allowance { paid: start };
+        let line = [b'x'; 8 * UNIT - 1];
+        let admitted = (0..6000).filter(|_| allowance.admits(&line, start)).count();
+        assert_eq!(admitted, 625);
+    }
+}

@@ -1,0 +1,147 @@
+//! The processes below this one, as `/proc` shows them: found, killed, reaped.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    os::unix::process::ExitStatusExt as _,
+    process::ExitStatus,
+};
+
+use nix::{
+    libc,
+    sys::signal::{Signal, kill, killpg},
+    unistd::{Pid, getpgrp},
+};
+
+/// One line of the process table: the fields of `/proc/PID/stat` (proc_pid_stat(5)) used here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Process {
+    pub(super) pid: i32,
+    pub(super) parent: i32,
+    pub(super) group: i32,
+    /// It has ended, and its parent has not asked how.
+    pub(super) zombie: bool,
+    /// In clock ticks since boot: with the pid, an identity that is not used twice.
+    pub(super) start: u64,
+}
+
+/// The process table. Processes that begin or end meanwhile may be in it or not.
+pub(super) fn processes() -> Vec<Process> {
+    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    entries
+        .filter_map(|entry| {
+            let name = entry.ok()?.file_name();
+            let pid: i32 = name.to_str()?.parse().ok()?;
+            parse_stat(pid, &fs::read(format!("/proc/{pid}/stat")).ok()?)
+        })
+        .collect()
+}
+
+/// Those of `all` that are below one of `roots`, at any depth; the roots are not among them.
+pub(super) fn below(all: &[Process], roots: &[i32]) -> Vec<Process> {
+    let mut children: BTreeMap<i32, Vec<Process>> = BTreeMap::new();
+    for process in all {
+        children.entry(process.parent).or_default().push(*process);
+    }
+    let mut found = Vec::new();
+    let mut parents = roots.to_vec();
+    while let Some(parent) = parents.pop() {
+        // Taken out, so that a table which is not of one moment cannot send this in circles.
+        let children = children.remove(&parent).unwrap_or_default();
+        parents.extend(children.iter().map(|process| process.pid));
+        found.extend(children);
+    }
+    found
+}
+
+/// Sends SIGKILL to the process groups of `processes`, other than this one's own, and to each of them.
+///
+/// A group is killed in one step, so that one which forks as fast as it can does not get ahead. A
+/// group lies within a session, and a session below the process that made it: a group that has
+/// a member in the tree is in the tree as a whole.
+pub(super) fn kill_all(processes: &[Process]) {
+    let own = getpgrp().as_raw();
+    let alive = || processes.iter().filter(|process| !process.zombie);
+    // Each group once: a signal to it costs as much as it has members.
+    let groups: BTreeSet<i32> = alive().map(|process| process.group).collect();
+    for group in groups.into_iter().filter(|&group| group != own) {
+        // An error, here and below, says that there is none any more.
+        let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
+    }
+    for process in alive() {
+        let _ = kill(Pid::from_raw(process.pid), Signal::SIGKILL);
+    }
+}
+
+/// What [`reap`] found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reaped {
+    /// This child had ended, like this, and is gone now.
+    Ended(i32, ExitStatus),
+    /// There are such children, but none has ended.
+    Alive,
+    /// There is no such child.
+    None,
+}
+
+/// Reaps one child, if one has ended: `pid`, or any where it is `None`. Never blocks.
+///
+/// Not by nix, whose `waitpid` reaps a child that a real-time signal killed, and then fails.
+pub(super) fn reap(pid: Option<i32>) -> Reaped {
+    let mut status = 0;
+    // SAFETY: `status` is a valid place for the kernel to write to.
+    match unsafe { libc::waitpid(pid.unwrap_or(-1), &raw mut status, libc::WNOHANG) } {
+        0 => Reaped::Alive,
+        pid if pid > 0 => Reaped::Ended(pid, ExitStatus::from_raw(status)),
+        _ => Reaped::None,
+    }
+}
+
+fn parse_stat(pid: i32, stat: &[u8]) -> Option<Process> {
+    // The second field is the program's name in parentheses, which may hold anything, `)` included.
+    let end = stat.iter().rposition(|&byte| byte == b')')?;
+    let mut fields = str::from_utf8(&stat[end + 1..]).ok()?.split_ascii_whitespace();
+    let zombie = matches!(fields.next()?, "Z" | "X");
+    let parent = fields.next()?.parse().ok()?;
+    let group = fields.next()?.parse().ok()?;
+    // `start` is field 22, and the fifth was the last one read.
+    let start = fields.nth(16)?.parse().ok()?;
+    Some(Process { pid, parent, group, zombie, start })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, id};
+
+    use super::*;
+
+    #[test]
+    fn a_name_with_parentheses_and_blanks_does_not_shift_the_fields() {
+        let stat = b"42 (a) R 1 (b) Z 7 41 40 0 -1 4194560 0 0 0 0 0 0 0 0 20 0 1 0 12345 0 0";
+        assert_eq!(
+            parse_stat(42, stat),
+            Some(Process { pid: 42, parent: 7, group: 41, zombie: true, start: 12345 })
+        );
+        assert_eq!(parse_stat(42, b"42 (a"), None);
+    }
+
+    #[test]
+    fn below_finds_every_depth_and_nothing_else() {
+        let process = |pid, parent| Process { pid, parent, group: pid, zombie: false, start: 0 };
+        let all = [process(9, 4), process(2, 1), process(4, 2), process(5, 3), process(3, 1)];
+        let mut found: Vec<i32> = below(&all, &[2]).iter().map(|process| process.pid).collect();
+        found.sort_unstable();
+        assert_eq!(found, [4, 9]);
+    }
+
+    #[test]
+    fn a_child_is_in_the_table_until_it_is_reaped() {
+        let mut child = Command::new("true").spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let own = i32::try_from(id()).unwrap();
+        assert!(below(&processes(), &[own]).iter().any(|process| process.pid == pid));
+        assert!(child.wait().unwrap().success());
+        assert!(!processes().iter().any(|process| process.pid == pid));
+        assert_eq!(reap(Some(pid)), Reaped::None);
+    }
+}
