@@ -24,3 +24,4 @@
 pub mod config;
 pub mod control;
 pub mod process;
+pub mod sockets;

@@ -1,0 +1,164 @@
+//! Accepting from a blocking socket that somebody else accepts from too, without being held up.
+//!
+//! `O_NONBLOCK` is a flag of the open file description (fcntl(2)), and lbd shares that of a worker's
+//! listening socket with the worker: setting it on one side would change what `accept` does on the
+//! other. So the flag stays as it is. Readiness from poll(2) or epoll does not need it. What needs
+//! care is the step from "readable" to `accept`: if the other holder takes the connection in between,
+//! a blocking `accept` waits for the next one, and everything else in this thread waits with it. That
+//! can't be prevented (there is no accept with `MSG_DONTWAIT`), so it is bounded: an interval timer,
+//! armed around the call, interrupts it. Two `timer_settime` calls cost far less than handing each
+//! connection over from a thread of its own, and there is no race left: a tick that comes too early
+//! is followed by another.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd},
+    time::Duration,
+};
+
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::{
+        signal::{
+            SaFlags, SigAction, SigEvent, SigHandler, SigSet, SigevNotify, Signal, sigaction,
+        },
+        timer::{Expiration, Timer, TimerSetTimeFlags},
+    },
+    time::ClockId,
+    unistd::gettid,
+};
+use socket2::Socket;
+
+/// The longest a stolen connection can hold up [`Acceptor::accept`].
+const BOUND: Duration = Duration::from_millis(20);
+
+/// Accepts from blocking sockets on the thread that made it.
+#[derive(Debug)]
+pub struct Acceptor(Alarm);
+
+impl Acceptor {
+    /// For this thread. It takes `SIGALRM` for itself, in the whole process.
+    ///
+    /// # Errors
+    /// Where the system has no timer left.
+    pub fn new() -> io::Result<Self> {
+        Alarm::new().map(Self)
+    }
+
+    /// Takes the next connection out of the accept queue of a blocking socket, with these flags of
+    /// accept4(2). Never blocks for longer than 20 ms.
+    ///
+    /// # Errors
+    /// `WouldBlock` when the queue is empty; any other error is one that only time can cure
+    /// (descriptors or memory run out), so the caller backs off. Errors of a single connection are
+    /// skipped, as accept(2) says.
+    pub fn accept(&mut self, socket: &Socket, flags: i32) -> io::Result<Socket> {
+        loop {
+            if !is_readable(socket.as_fd())? {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            self.0.arm(BOUND)?;
+            let accepted = socket.accept4(flags);
+            self.0.arm(Duration::ZERO)?;
+            match accepted {
+                Ok((connection, _peer)) => return Ok(connection),
+                Err(error) if is_of_one_connection(&error) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+/// The same for a socket that is non-blocking.
+///
+/// # Errors
+/// As [`Acceptor::accept`].
+pub fn accept_nonblocking(socket: &Socket, flags: i32) -> io::Result<Socket> {
+    loop {
+        match socket.accept4(flags) {
+            Ok((connection, _peer)) => return Ok(connection),
+            Err(error) if is_of_one_connection(&error) => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// An interval timer that interrupts the system calls of the thread that created it.
+#[derive(Debug)]
+struct Alarm(Timer);
+
+impl Alarm {
+    fn new() -> io::Result<Self> {
+        extern "C" fn interrupt(_: i32) {}
+        // No SA_RESTART: the point is that `accept` returns EINTR.
+        let action =
+            SigAction::new(SigHandler::Handler(interrupt), SaFlags::empty(), SigSet::empty());
+        // SAFETY: the handler does nothing, and nothing else in lbd or its built-in worker uses SIGALRM.
+        unsafe { sigaction(Signal::SIGALRM, &action) }?;
+        SigSet::from(Signal::SIGALRM).thread_unblock()?;
+        let event = SigEvent::new(SigevNotify::SigevThreadId {
+            signal: Signal::SIGALRM,
+            thread_id: gettid().as_raw(),
+            si_value: 0,
+        });
+        Ok(Self(Timer::new(ClockId::CLOCK_MONOTONIC, event)?))
+    }
+
+    /// Ticks every `interval` from now on; never, if that is zero.
+    fn arm(&mut self, interval: Duration) -> io::Result<()> {
+        let expiration = Expiration::Interval(interval.into());
+        Ok(self.0.set(expiration, TimerSetTimeFlags::empty())?)
+    }
+}
+
+fn is_readable(socket: BorrowedFd<'_>) -> io::Result<bool> {
+    let mut fds = [PollFd::new(socket, PollFlags::POLLIN)];
+    match poll(&mut fds, PollTimeout::ZERO) {
+        Ok(ready) => Ok(ready > 0),
+        Err(Errno::EINTR) => Ok(true),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Whether accept(2) failed for the connection it would have returned, or was interrupted: the next
+/// call may succeed.
+fn is_of_one_connection(error: &io::Error) -> bool {
+    let Some(code) = error.raw_os_error() else { return false };
+    matches!(
+        Errno::from_raw(code),
+        Errno::EINTR
+            | Errno::ECONNABORTED
+            | Errno::EPERM
+            | Errno::EPROTO
+            | Errno::ENETDOWN
+            | Errno::ENOPROTOOPT
+            | Errno::EHOSTDOWN
+            | Errno::ENONET
+            | Errno::EHOSTUNREACH
+            | Errno::EOPNOTSUPP
+            | Errno::ENETUNREACH
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{net::TcpListener, os::fd::OwnedFd, time::Instant};
+
+    use super::*;
+
+    /// The step that can't be reached from outside at will: the connection is gone after the look.
+    #[test]
+    fn the_alarm_ends_an_accept_that_blocks() {
+        let socket: Socket = OwnedFd::from(TcpListener::bind("127.0.0.1:0").unwrap()).into();
+        let mut acceptor = Acceptor::new().unwrap();
+        for _ in 0..3 {
+            let start = Instant::now();
+            acceptor.0.arm(BOUND).unwrap();
+            let error = socket.accept().unwrap_err();
+            acceptor.0.arm(Duration::ZERO).unwrap();
+            assert_eq!(error.kind(), io::ErrorKind::Interrupted);
+            assert!(start.elapsed() >= BOUND);
+        }
+    }
+}

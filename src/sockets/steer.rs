@@ -1,0 +1,74 @@
+//! Which socket of a `SO_REUSEPORT` group a connection goes to: an unprivileged classic BPF program
+//! (socket(7), `SO_ATTACH_REUSEPORT_CBPF`), attached whole whenever the answer changes.
+//!
+//! The program runs for the SYN of each new connection and returns the index of a socket, by the
+//! order in which the group was joined. When a socket leaves, the kernel puts the last one in its
+//! place (`reuseport_detach_sock`, net/core/sock_reuseport.c). An index that is out of range makes
+//! it choose by a hash of the addresses instead.
+
+use std::{io, net::IpAddr};
+
+use nix::{
+    libc::{self, sock_filter, sock_fprog},
+    sys::socket::{setsockopt, sockopt::AttachReusePortCbpf},
+};
+use socket2::Socket;
+
+/// Offsets from here on count from the network header (`SKF_NET_OFF`, linux/filter.h).
+const NETWORK_HEADER: u32 = libc::SKF_NET_OFF as u32;
+/// The length of an IPv6 header (RFC 8200, section 3). Extension headers are not looked behind:
+/// what lbd sends to itself has none.
+const IPV6_HEADER: u32 = 40;
+
+/// Who gets a new connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Steering {
+    /// The index of the socket that gets it …
+    pub(super) default: u32,
+    /// … unless it comes from this source port: then this one.
+    pub(super) exception: Option<(u16, u32)>,
+}
+
+impl Steering {
+    /// Puts it in force for the whole group that `member` is in.
+    pub(super) fn attach(self, member: &Socket, address: IpAddr) -> io::Result<()> {
+        let mut program = self.program(address);
+        let length = program.len() as libc::c_ushort;
+        let program = sock_fprog { len: length, filter: program.as_mut_ptr() };
+        // The kernel copies the program before this returns.
+        setsockopt(member, AttachReusePortCbpf, &program)?;
+        Ok(())
+    }
+
+    fn program(self, address: IpAddr) -> Vec<sock_filter> {
+        let mut program = Vec::with_capacity(6);
+        if let Some((port, index)) = self.exception {
+            // The source port is the first field of the TCP header (RFC 9293, section 3.1).
+            match address {
+                IpAddr::V4(_) => program.extend([
+                    // x = 4 * the header length in words
+                    instruction(libc::BPF_LDX | libc::BPF_B | libc::BPF_MSH, 0, 0, NETWORK_HEADER),
+                    // a = the half-word behind it
+                    instruction(libc::BPF_LD | libc::BPF_H | libc::BPF_IND, 0, 0, NETWORK_HEADER),
+                ]),
+                IpAddr::V6(_) => program.push(instruction(
+                    libc::BPF_LD | libc::BPF_H | libc::BPF_ABS,
+                    0,
+                    0,
+                    NETWORK_HEADER.wrapping_add(IPV6_HEADER),
+                )),
+            }
+            program.extend([
+                // a == port, or skip one
+                instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, port.into()),
+                instruction(libc::BPF_RET | libc::BPF_K, 0, 0, index),
+            ]);
+        }
+        program.push(instruction(libc::BPF_RET | libc::BPF_K, 0, 0, self.default));
+        program
+    }
+}
+
+fn instruction(code: u32, jump_true: u8, jump_false: u8, k: u32) -> sock_filter {
+    sock_filter { code: code as u16, jt: jump_true, jf: jump_false, k }
+}
