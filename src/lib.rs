@@ -24,4 +24,5 @@
 pub mod config;
 pub mod control;
 pub mod process;
+pub mod route;
 pub mod sockets;

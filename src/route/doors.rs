@@ -1,0 +1,219 @@
+//! A data thread's accept loop: it only accepts.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    errno::Errno,
+    sys::epoll::{EpollEvent, EpollFlags},
+};
+use tokio::sync::mpsc;
+use tracing::{info, warn};
+
+use super::{
+    listener::Listener,
+    reactor::{Reactor, door_token},
+    service::Place,
+};
+
+/// Clients accepted at one door before everybody else gets a turn.
+const ACCEPTS: usize = 4;
+
+/// How long a door stays shut that found no descriptor or memory for a client.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// How long a closed TCP listener waits for handshakes whose last segment is still on its way. The
+/// kernel has answered those, so that they may be complete in the client's eyes.
+const HANDSHAKE: Duration = Duration::from_millis(200);
+
+/// The listeners that a thread accepts from.
+#[derive(Default)]
+pub(super) struct Doors(BTreeMap<u32, Door>);
+
+struct Door {
+    listener: Arc<Listener>,
+    service: usize,
+    state: State,
+    closing: Option<Closing>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// epoll tells of clients.
+    Open,
+    /// There is no place; the bell tells when there is.
+    Full,
+    /// Until then.
+    Paused(Instant),
+}
+
+struct Closing {
+    /// From then on, an empty queue is the last of it.
+    at: Instant,
+    /// Dropped when the thread has let go.
+    _done: mpsc::Sender<()>,
+}
+
+/// What accept() came back with.
+enum Accept {
+    Empty,
+    /// That client is gone; the next may be there.
+    Lost,
+    /// There is no descriptor or memory left, or something that's just as likely to last.
+    Exhausted,
+}
+
+impl Doors {
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.0.values().filter_map(Door::deadline).min()
+    }
+}
+
+impl Door {
+    fn deadline(&self) -> Option<Instant> {
+        match self.state {
+            State::Open => self.closing.as_ref().map(|closing| closing.at),
+            State::Full => None,
+            State::Paused(until) => Some(until),
+        }
+    }
+}
+
+impl Reactor {
+    pub(super) fn open_door(&mut self, id: u32, listener: Arc<Listener>, service: usize) {
+        let state = State::Paused(self.now);
+        self.doors.0.insert(id, Door { listener, service, state, closing: None });
+        self.open(id);
+    }
+
+    /// Whoever comes from now on is a client of `service`.
+    pub(super) fn reassign_door(&mut self, id: u32, service: usize) {
+        let former = match self.doors.0.get_mut(&id) {
+            Some(door) => std::mem::replace(&mut door.service, service),
+            None => service,
+        };
+        self.leave_service(former);
+    }
+
+    /// Begins to close: what is queued is accepted first.
+    pub(super) fn close_door(&mut self, id: u32, done: mpsc::Sender<()>) {
+        let at = self.now + HANDSHAKE;
+        if let Some(door) = self.doors.0.get_mut(&id) {
+            let at = if door.listener.is_tcp() { at } else { self.now };
+            door.closing = Some(Closing { at, _done: done });
+        }
+        self.accept(id);
+    }
+
+    /// Opens the doors that were full: there may be places now.
+    pub(super) fn retry_doors(&mut self) {
+        for id in self.due(|door| door.state == State::Full) {
+            self.open(id);
+            self.accept(id);
+        }
+    }
+
+    /// Opens the doors whose pause is over, and goes on with those that close.
+    pub(super) fn tend_doors(&mut self) {
+        let now = self.now;
+        for id in self.due(|door| door.deadline().is_some_and(|at| at <= now)) {
+            self.open(id);
+            self.accept(id);
+        }
+    }
+
+    /// Accepts who waits, as far as there are places.
+    pub(super) fn accept(&mut self, id: u32) {
+        for _ in 0..ACCEPTS {
+            let Some(door) = self.doors.0.get(&id).filter(|door| door.state == State::Open) else {
+                return;
+            };
+            let (listener, service) = (Arc::clone(&door.listener), door.service);
+            let Some(place) = Place::take(&self.services[service].route) else {
+                return self.shut(id, State::Full);
+            };
+            match listener.accept() {
+                Ok((socket, peer)) => {
+                    if listener.recovers() {
+                        info!(listen = %listener.listen(), "accepting again");
+                    }
+                    self.admit(service, place, socket, peer);
+                }
+                Err(error) => match classify(&error) {
+                    Accept::Empty => {
+                        drop(place);
+                        return self.let_go_if_closed(id);
+                    }
+                    Accept::Lost => {}
+                    Accept::Exhausted => {
+                        if listener.fails() {
+                            warn!(listen = %listener.listen(), %error, "can't accept; clients wait");
+                        }
+                        return self.shut(id, State::Paused(self.now + PAUSE));
+                    }
+                },
+            }
+        }
+    }
+
+    fn let_go_if_closed(&mut self, id: u32) {
+        let is_over = |door: &Door| door.closing.as_ref().is_some_and(|c| c.at <= self.now);
+        if self.doors.0.get(&id).is_some_and(is_over)
+            && let Some(Door { listener, service, closing, .. }) = self.doors.0.remove(&id)
+        {
+            _ = self.epoll.delete(&*listener);
+            // In this order: when all threads are done, the socket is closed.
+            drop(listener);
+            drop(closing);
+            self.leave_service(service);
+        }
+    }
+
+    fn open(&mut self, id: u32) {
+        let Some(door) = self.doors.0.get_mut(&id).filter(|door| door.state != State::Open) else {
+            return;
+        };
+        // Exclusive: one client wakes one thread, and not all of them (epoll_ctl(2)).
+        let interest = EpollFlags::EPOLLIN | EpollFlags::EPOLLEXCLUSIVE;
+        let event = EpollEvent::new(interest, door_token(id));
+        door.state = match self.epoll.add(&*door.listener, event) {
+            Ok(()) => State::Open,
+            Err(_) => State::Paused(self.now + PAUSE),
+        };
+    }
+
+    fn shut(&mut self, id: u32, state: State) {
+        if let Some(door) = self.doors.0.get_mut(&id) {
+            door.state = state;
+            _ = self.epoll.delete(&*door.listener);
+        }
+    }
+
+    fn due(&self, wanted: impl Fn(&Door) -> bool) -> Vec<u32> {
+        self.doors.0.iter().filter(|(_, door)| wanted(door)).map(|(&id, _)| id).collect()
+    }
+}
+
+/// accept(2) passes on what went wrong with the client's connection before it was accepted.
+fn classify(error: &io::Error) -> Accept {
+    match Errno::from_raw(error.raw_os_error().unwrap_or(0)) {
+        // EINVAL: a unix socket that is shut down for reading, with nobody left in its queue.
+        Errno::EAGAIN | Errno::EINVAL => Accept::Empty,
+        Errno::ECONNABORTED
+        | Errno::EINTR
+        | Errno::EPROTO
+        | Errno::EPERM
+        | Errno::ENETDOWN
+        | Errno::ENOPROTOOPT
+        | Errno::EHOSTDOWN
+        | Errno::ENONET
+        | Errno::EHOSTUNREACH
+        | Errno::EOPNOTSUPP
+        | Errno::ENETUNREACH => Accept::Lost,
+        _ => Accept::Exhausted,
+    }
+}

@@ -1,0 +1,124 @@
+//! How many connections may be held at once.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+
+/// Counts what is held, and never lets more in than the limit.
+#[derive(Debug)]
+pub(super) struct Gate {
+    held: AtomicUsize,
+    limit: AtomicUsize,
+    /// Somebody was turned away since the last wakeup.
+    waiting: AtomicBool,
+}
+
+/// What giving back a place calls for.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Left {
+    /// Somebody waits for a place: wake them.
+    pub(super) wake: bool,
+    /// Nothing is held any more.
+    pub(super) empty: bool,
+}
+
+impl Gate {
+    pub(super) fn new(limit: usize) -> Self {
+        Self {
+            held: AtomicUsize::new(0),
+            limit: AtomicUsize::new(limit),
+            waiting: AtomicBool::new(false),
+        }
+    }
+
+    pub(super) fn held(&self) -> usize {
+        self.held.load(SeqCst)
+    }
+
+    /// Takes a place. After `false`, the next [`leave`](Self::leave) or
+    /// [`set_limit`](Self::set_limit) that makes room tells its caller to wake those who wait.
+    pub(super) fn enter(&self) -> bool {
+        self.try_enter() || {
+            self.waiting.store(true, SeqCst);
+            // Room made between the look and the mark would wake nobody: look again.
+            self.try_enter()
+        }
+    }
+
+    /// Takes a place even where there is none.
+    pub(super) fn force(&self) {
+        self.held.fetch_add(1, SeqCst);
+    }
+
+    pub(super) fn leave(&self) -> Left {
+        let empty = self.held.fetch_sub(1, SeqCst) == 1;
+        Left { wake: self.take_waiting(), empty }
+    }
+
+    /// Whether somebody waits who may now find room.
+    pub(super) fn set_limit(&self, limit: usize) -> bool {
+        self.limit.store(limit, SeqCst);
+        self.take_waiting()
+    }
+
+    fn try_enter(&self) -> bool {
+        let limit = self.limit.load(SeqCst);
+        self.held.fetch_update(SeqCst, SeqCst, |held| (held < limit).then_some(held + 1)).is_ok()
+    }
+
+    /// The plain load keeps the cache line shared where nobody waits, which is nearly always.
+    fn take_waiting(&self) -> bool {
+        self.waiting.load(SeqCst) && self.waiting.swap(false, SeqCst)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::mpsc, thread};
+
+    use super::*;
+
+    #[test]
+    fn no_more_than_the_limit_and_a_wakeup_for_those_turned_away() {
+        let gate = Gate::new(2);
+        assert!(gate.enter() && gate.enter() && !gate.enter());
+        assert_eq!(gate.leave(), Left { wake: true, empty: false });
+        assert_eq!(gate.leave(), Left { wake: false, empty: true });
+        assert!(gate.enter());
+        assert!(!gate.set_limit(1));
+        assert!(!gate.enter());
+        assert!(gate.set_limit(2));
+        assert!(gate.enter());
+    }
+
+    #[test]
+    fn nobody_turned_away_is_forgotten() {
+        let gate = Gate::new(1);
+        let (wake, woken) = mpsc::channel();
+        thread::scope(|scope| {
+            let holder = scope.spawn(|| {
+                for _ in 0..10_000 {
+                    while !gate.enter() {
+                        std::hint::spin_loop();
+                    }
+                    if gate.leave().wake {
+                        wake.send(()).unwrap();
+                    }
+                }
+                drop(wake);
+            });
+            let gate = &gate;
+            scope.spawn(move || {
+                for _ in 0..10_000 {
+                    while !gate.enter() {
+                        // A lost wakeup would leave this waiting while the other goes on and ends.
+                        match woken.recv() {
+                            Ok(()) => {}
+                            Err(_) => assert_eq!(gate.held(), 0),
+                        }
+                    }
+                    gate.leave();
+                }
+            });
+            holder.join().unwrap();
+        });
+    }
+}

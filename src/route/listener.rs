@@ -1,0 +1,468 @@
+//! The sockets that clients connect to.
+//!
+//! One open file description serves all data threads: with one `SO_REUSEPORT` listener each, closing
+//! one resets what is queued in it.
+
+use std::{
+    fs, io,
+    net::{IpAddr, SocketAddr},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
+    },
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
+};
+
+use nix::libc;
+use socket2::{Domain, SockAddr, SockFilter, Socket, Type};
+
+use crate::config::Listen;
+
+/// Asked for; the kernel caps it to `net.core.somaxconn`.
+const BACKLOG: i32 = 4096;
+
+/// A bound and listening socket.
+///
+/// Dropped, it closes, and removes its path where that is a unix socket's and still its own.
+#[derive(Debug)]
+pub struct Listener {
+    socket: Socket,
+    listen: Listen,
+    /// The identity (device, inode) of a path to be removed.
+    path: Option<(PathBuf, u64, u64)>,
+    /// It could not accept when it last tried.
+    failing: AtomicBool,
+}
+
+/// Why an address can't be listened on, in one sentence with what would help.
+#[derive(Debug, thiserror::Error)]
+#[error("can't listen on {listen}: {cause}{hint}")]
+pub struct BindError {
+    listen: Listen,
+    #[source]
+    cause: io::Error,
+    hint: String,
+}
+
+impl BindError {
+    /// What the system said.
+    #[must_use]
+    pub fn kind(&self) -> io::ErrorKind {
+        self.cause.kind()
+    }
+}
+
+/// Where a connection comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Peer {
+    Inet(SocketAddr),
+    /// A unix client has no address.
+    Unix,
+}
+
+impl Peer {
+    pub(super) fn ip(self) -> Option<IpAddr> {
+        match self {
+            Self::Inet(address) => Some(address.ip()),
+            Self::Unix => None,
+        }
+    }
+}
+
+impl std::fmt::Display for Peer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            // A v4 client looks the same on every listener.
+            Self::Inet(address) => {
+                SocketAddr::new(address.ip().to_canonical(), address.port()).fmt(f)
+            }
+            Self::Unix => f.write_str("unix"),
+        }
+    }
+}
+
+impl Listener {
+    /// Binds and listens; never blocks.
+    ///
+    /// An IPv6 address takes IPv6 clients only. A unix socket's file left behind by a dead process
+    /// is replaced; its mode is 0666, so that who may search its folder may connect, as with a TCP
+    /// port: restrict the folder to restrict it.
+    ///
+    /// # Errors
+    ///
+    /// Where the address is taken, not this machine's, or not allowed.
+    pub fn bind(listen: &Listen) -> Result<Self, BindError> {
+        match listen {
+            Listen::Tcp(address) => bind_tcp(*address).and_then(|s| Self::adopt(s, listen)),
+            Listen::Unix(path) => bind_unix(path).and_then(|s| Self::adopt(s, listen)),
+        }
+        .map_err(|cause| BindError {
+            hint: hint(listen, &cause),
+            listen: listen.clone(),
+            cause,
+        })
+    }
+
+    /// As [`Self::bind`], where these listeners of the same process have an overlapping address.
+    ///
+    /// `SO_REUSEPORT` lets sockets of one user share a port if all have it at the time of the bind
+    /// (socket(7)); nobody needs it afterwards, and with it any program of that user could join.
+    pub(super) fn bind_beside(listen: &Listen, others: &[&Self]) -> Result<Self, BindError> {
+        let Listen::Tcp(address) = listen else { return Self::bind(listen) };
+        let share = |yes| others.iter().try_for_each(|other| other.socket.set_reuse_port(yes));
+        let bound = share(true)
+            .and_then(|()| tcp_socket(*address))
+            .and_then(|socket| {
+                socket.set_reuse_port(true)?;
+                socket.bind(&(*address).into())?;
+                Ok(socket)
+            })
+            // The kernel looks for conflicts once more when it begins to listen.
+            .and_then(|socket| Self::adopt(socket, listen))
+            .and_then(|listener| listener.socket.set_reuse_port(false).map(|()| listener));
+        let unshared = share(false);
+        bound.and_then(|listener| unshared.map(|()| listener)).map_err(|cause| BindError {
+            hint: hint(listen, &cause),
+            listen: listen.clone(),
+            cause,
+        })
+    }
+
+    /// Takes over a bound stream socket, which may be listening already.
+    fn adopt(socket: Socket, listen: &Listen) -> io::Result<Self> {
+        socket.set_nonblocking(true)?;
+        socket.listen(BACKLOG)?;
+        let path = match listen {
+            Listen::Tcp(_) => {
+                // Accepted sockets inherit it (tcp(7)), which saves a call for each.
+                socket.set_tcp_nodelay(true)?;
+                None
+            }
+            Listen::Unix(path) => {
+                let file = fs::symlink_metadata(path)?;
+                Some((path.clone(), file.dev(), file.ino()))
+            }
+        };
+        Ok(Self { socket, listen: listen.clone(), path, failing: AtomicBool::new(false) })
+    }
+
+    /// The address asked for.
+    #[must_use]
+    pub fn listen(&self) -> &Listen {
+        &self.listen
+    }
+
+    /// The port it is bound to, also where port 0 was asked for; `None` on unix.
+    #[must_use]
+    pub fn port(&self) -> Option<u16> {
+        Some(self.socket.local_addr().ok()?.as_socket()?.port())
+    }
+
+    /// Takes the next waiting client, non-blocking and close-on-exec in the one call.
+    pub(super) fn accept(&self) -> io::Result<(Socket, Peer)> {
+        // SAFETY: accept4 fills the storage with an address and the length with its size, or fails.
+        let (fd, address) = unsafe {
+            SockAddr::try_init(|storage, len| {
+                let flags = libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
+                let fd = libc::accept4(self.socket.as_raw_fd(), storage.cast(), len, flags);
+                if fd < 0 { Err(io::Error::last_os_error()) } else { Ok(fd) }
+            })?
+        };
+        // SAFETY: accept4 has just made it, and nobody else knows it.
+        let socket = Socket::from(unsafe { OwnedFd::from_raw_fd(fd) });
+        Ok((socket, address.as_socket().map_or(Peer::Unix, Peer::Inet)))
+    }
+
+    /// Lets no new client in, while those whose connect has been answered stay to be accepted.
+    ///
+    /// On TCP, new SYNs are dropped: a client sends its SYN again a second later, and then finds
+    /// either a successor or a closed port, but is never reset after its connect succeeded. On unix,
+    /// connects are refused from here on.
+    pub(super) fn quiesce(&self) -> io::Result<()> {
+        match self.listen {
+            Listen::Tcp(_) => self.socket.attach_filter(&drop_new_syns()),
+            Listen::Unix(_) => {
+                self.remove_path();
+                self.socket.shutdown(std::net::Shutdown::Read)
+            }
+        }
+    }
+
+    pub(super) fn is_tcp(&self) -> bool {
+        matches!(self.listen, Listen::Tcp(_))
+    }
+
+    /// Notes that accepting failed. Whether that is news.
+    pub(super) fn fails(&self) -> bool {
+        !self.failing.swap(true, Relaxed)
+    }
+
+    /// Notes that accepting went well. Whether that is news.
+    pub(super) fn recovers(&self) -> bool {
+        self.failing.load(Relaxed) && self.failing.swap(false, Relaxed)
+    }
+
+    fn remove_path(&self) {
+        let Some((path, dev, ino)) = &self.path else { return };
+        if fs::symlink_metadata(path).is_ok_and(|f| (f.dev(), f.ino()) == (*dev, *ino)) {
+            // Nobody to tell, and nothing lost but a stale file, which the next bind replaces.
+            _ = fs::remove_file(path);
+        }
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.remove_path();
+    }
+}
+
+fn bind_tcp(address: SocketAddr) -> io::Result<Socket> {
+    let socket = tcp_socket(address)?;
+    socket.bind(&address.into())?;
+    Ok(socket)
+}
+
+fn tcp_socket(address: SocketAddr) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), None)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    // Connections of a former run that linger in TIME_WAIT don't hold the address.
+    socket.set_reuse_address(true)?;
+    Ok(socket)
+}
+
+fn bind_unix(path: &Path) -> io::Result<Socket> {
+    let address = SockAddr::unix(path)?;
+    let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
+    match socket.bind(&address) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_stale(path, &address)? => {
+            fs::remove_file(path)?;
+            socket.bind(&address)?;
+        }
+        other => other?,
+    }
+    // Before listen(), so that nobody meets it with another mode.
+    fs::set_permissions(path, fs::Permissions::from_mode(0o666))?;
+    Ok(socket)
+}
+
+/// Whether `path` is a socket that nobody listens on.
+fn is_stale(path: &Path, address: &SockAddr) -> io::Result<bool> {
+    if !fs::symlink_metadata(path)?.file_type().is_socket() {
+        return Ok(false);
+    }
+    let probe = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
+    Ok(probe.connect(address).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused))
+}
+
+/// Classic BPF on a TCP socket sees the segment from its TCP header on, for IPv4 and IPv6 alike
+/// (`tcp_filter` in net/ipv4/tcp_ipv4.c); byte 13 holds the flags (RFC 9293, section 3.1).
+fn drop_new_syns() -> [SockFilter; 5] {
+    const SYN: u32 = 0x02;
+    const ACK: u32 = 0x10;
+    let op = |code: u32, jt, jf, k| SockFilter::new(code as u16, jt, jf, k);
+    [
+        op(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, 0, 0, 13),
+        op(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, 0, 0, SYN | ACK),
+        op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, SYN),
+        op(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
+        op(libc::BPF_RET | libc::BPF_K, 0, 0, u32::MAX),
+    ]
+}
+
+/// What would help, to be put behind the cause.
+fn hint(listen: &Listen, cause: &io::Error) -> String {
+    use io::ErrorKind::{AddrInUse, AddrNotAvailable, PermissionDenied};
+    match (listen, cause.kind()) {
+        (Listen::Tcp(address), AddrInUse) => {
+            let port = address.port();
+            let mut hint = format!("; `ss -ltnp 'sport = :{port}'` shows who listens there");
+            if is_ephemeral(port) {
+                hint += &format!(
+                    ", and if nobody does, an outgoing connection has been given this port: \
+                     `sysctl net.ipv4.ip_local_reserved_ports={port}` keeps it free"
+                );
+            }
+            hint
+        }
+        (Listen::Tcp(address), PermissionDenied) => format!(
+            "; ports below {} need CAP_NET_BIND_SERVICE (this is {})",
+            sysctl("ip_unprivileged_port_start").trim().parse().unwrap_or(1024_u16),
+            address.port(),
+        ),
+        (Listen::Tcp(address), AddrNotAvailable) => {
+            format!(
+                "; no interface has the address {}: `ip address` shows those there are",
+                address.ip()
+            )
+        }
+        (Listen::Unix(path), AddrInUse) => match fs::symlink_metadata(path) {
+            Ok(file) if !file.file_type().is_socket() => {
+                "; the file there is no socket: remove it or choose another path".into()
+            }
+            _ => format!("; `ss -lxp src {}` shows who listens there", path.display()),
+        },
+        (Listen::Unix(path), io::ErrorKind::NotFound) => {
+            format!("; its folder {} doesn't exist", path.parent().unwrap_or(path).display())
+        }
+        _ => String::new(),
+    }
+}
+
+/// Whether the system may give `port` to an outgoing connection (ip(7), `ip_local_port_range` and
+/// the kernel's ip-sysctl on `ip_local_reserved_ports`).
+pub(super) fn is_ephemeral(port: u16) -> bool {
+    may_be_given(port, &sysctl("ip_local_port_range"), &sysctl("ip_local_reserved_ports"))
+}
+
+fn may_be_given(port: u16, range: &str, reserved: &str) -> bool {
+    let mut bounds = range.split_whitespace().map(str::parse::<u16>);
+    let (Some(Ok(low)), Some(Ok(high))) = (bounds.next(), bounds.next()) else { return false };
+    let is_reserved = reserved.trim().split(',').any(|part| {
+        let (low, high) = part.split_once('-').unwrap_or((part, part));
+        matches!((low.parse(), high.parse()), (Ok(low), Ok(high)) if (low..=high).contains(&port))
+    });
+    (low..=high).contains(&port) && !is_reserved
+}
+
+/// Empty where it can't be read.
+fn sysctl(name: &str) -> String {
+    fs::read_to_string(format!("/proc/sys/net/ipv4/{name}")).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        net::{TcpListener, TcpStream},
+        os::unix::net::{UnixListener, UnixStream},
+    };
+
+    use super::*;
+
+    fn tcp(address: &str) -> Listen {
+        Listen::Tcp(address.parse().unwrap())
+    }
+
+    #[test]
+    fn a_taken_port_names_who_to_look_for() {
+        let holder = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = holder.local_addr().unwrap().port();
+        let error = Listener::bind(&tcp(&format!("127.0.0.1:{port}"))).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+        let text = error.to_string();
+        assert!(
+            text.starts_with(&format!("can't listen on 127.0.0.1:{port}: Address already in use"))
+        );
+        assert!(text.contains(&format!("; `ss -ltnp 'sport = :{port}'` shows who listens there")));
+        // Port 0 gave one of the ephemeral range.
+        assert!(
+            text.ends_with(&format!(
+                "`sysctl net.ipv4.ip_local_reserved_ports={port}` keeps it free"
+            ))
+        );
+    }
+
+    #[test]
+    fn an_address_of_another_machine_is_explained() {
+        let text = Listener::bind(&tcp("192.0.2.1:9000")).unwrap_err().to_string();
+        assert!(text.contains("no interface has the address 192.0.2.1"), "{text}");
+    }
+
+    #[test]
+    fn ports_the_system_may_give_away() {
+        assert!(may_be_given(44444, "32768\t60999\n", "\n"));
+        assert!(!may_be_given(8080, "32768\t60999\n", "\n"));
+        assert!(!may_be_given(44444, "32768\t60999\n", "8080,44000-45000\n"));
+        assert!(!may_be_given(44444, "32768\t60999\n", "44444\n"));
+        assert!(!may_be_given(44444, "", ""));
+    }
+
+    #[test]
+    fn accepted_sockets_have_nodelay_without_asking() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let listener = Listener::bind(&tcp(address)).unwrap();
+            let bound = listener.socket.local_addr().unwrap().as_socket().unwrap();
+            let client = TcpStream::connect(bound).unwrap();
+            let (socket, peer) = listener.accept().unwrap();
+            assert!(socket.tcp_nodelay().unwrap());
+            assert_eq!(peer, Peer::Inet(client.local_addr().unwrap()));
+            let flags = nix::fcntl::fcntl(&socket, nix::fcntl::FcntlArg::F_GETFL).unwrap();
+            assert_ne!(flags & libc::O_NONBLOCK, 0);
+        }
+    }
+
+    #[test]
+    fn a_quiet_listener_keeps_its_queue_and_lets_nobody_in() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let listener = Listener::bind(&tcp(address)).unwrap();
+            let bound = listener.socket.local_addr().unwrap().as_socket().unwrap();
+            let queued = TcpStream::connect(bound).unwrap();
+            listener.quiesce().unwrap();
+            let late = TcpStream::connect_timeout(&bound, std::time::Duration::from_millis(200));
+            assert_eq!(late.unwrap_err().kind(), io::ErrorKind::TimedOut);
+            let (_socket, peer) = listener.accept().unwrap();
+            assert_eq!(peer, Peer::Inet(queued.local_addr().unwrap()));
+            assert_eq!(listener.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        }
+    }
+
+    #[test]
+    fn a_stale_unix_socket_is_replaced_and_a_live_one_is_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lbd.sock");
+        let listen = Listen::Unix(path.clone());
+        let other = UnixListener::bind(&path).unwrap();
+        let text = Listener::bind(&listen).unwrap_err().to_string();
+        assert!(text.contains("; `ss -lxp src "), "{text}");
+        drop(other);
+        let listener = Listener::bind(&listen).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o666);
+        let _client = UnixStream::connect(&path).unwrap();
+        assert_eq!(listener.accept().unwrap().1, Peer::Unix);
+        drop(listener);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_file_that_is_no_socket_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("precious");
+        fs::write(&path, "data").unwrap();
+        let text = Listener::bind(&Listen::Unix(path.clone())).unwrap_err().to_string();
+        assert!(text.ends_with("; the file there is no socket: remove it or choose another path"));
+        assert_eq!(fs::read(&path).unwrap(), b"data");
+    }
+
+    #[test]
+    fn a_successors_path_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lbd.sock");
+        let listener = Listener::bind(&Listen::Unix(path.clone())).unwrap();
+        fs::rename(&path, dir.path().join("old")).unwrap();
+        let _successor = UnixListener::bind(&path).unwrap();
+        drop(listener);
+        assert!(path.exists());
+    }
+
+    #[test]
+    fn a_missing_folder_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("no/lbd.sock");
+        let text = Listener::bind(&Listen::Unix(path.clone())).unwrap_err().to_string();
+        assert!(
+            text.ends_with(&format!(
+                "its folder {} doesn't exist",
+                path.parent().unwrap().display()
+            ))
+        );
+    }
+}

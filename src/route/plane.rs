@@ -1,0 +1,182 @@
+//! The driver's handle on the data threads.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    num::NonZeroUsize,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU32, Ordering::Relaxed},
+    },
+    thread::{self, JoinHandle},
+};
+
+use socket2::Socket;
+
+use super::{
+    crew::{Command, Crew, ListenerId},
+    listener::{BindError, Listener},
+    pool::Pool,
+    reactor::Reactor,
+    service::ServiceRoute,
+    upstream::Upstream,
+};
+use crate::config::Listen;
+
+/// How the data plane is run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Settings {
+    /// How many data threads there are.
+    pub threads: NonZeroUsize,
+    /// How many connections are held at once, by all services together; past it, clients wait in
+    /// the accept queues.
+    pub max_held: NonZeroUsize,
+}
+
+/// The data threads. Dropped, it resets every connection and waits for the threads to end.
+#[derive(Debug)]
+pub struct DataPlane {
+    crew: Arc<Crew>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    listeners: Mutex<BTreeMap<ListenerId, Arc<Listener>>>,
+    next: AtomicU32,
+}
+
+impl DataPlane {
+    /// Starts the threads.
+    ///
+    /// # Errors
+    ///
+    /// Where the system refuses a thread or a descriptor.
+    pub fn start(settings: Settings) -> io::Result<Self> {
+        let count = settings.threads.get();
+        let crew = Crew::new(count, settings.max_held.get())?;
+        let plane = Self {
+            crew: Arc::clone(&crew),
+            threads: Mutex::default(),
+            listeners: Mutex::default(),
+            next: AtomicU32::new(0),
+        };
+        for thread in 0..count {
+            let reactor = Reactor::new(Arc::clone(&crew), thread)?;
+            let builder = thread::Builder::new().name(format!("lbd-data-{thread}"));
+            lock(&plane.threads).push(builder.spawn(move || reactor.run())?);
+        }
+        Ok(plane)
+    }
+
+    /// A service to open listeners for. `access` says whether its connections are logged.
+    #[must_use]
+    pub fn service(
+        &self,
+        name: Arc<str>,
+        pool: Pool,
+        access: Arc<AtomicBool>,
+    ) -> Arc<ServiceRoute> {
+        ServiceRoute::new(name, pool, access, Arc::clone(&self.crew))
+    }
+
+    /// Begins to accept from `listener`, on all threads.
+    pub fn open(&self, service: &Arc<ServiceRoute>, listener: Listener) -> ListenerId {
+        let id = ListenerId(self.next.fetch_add(1, Relaxed));
+        let listener = Arc::new(listener);
+        self.listeners().insert(id, Arc::clone(&listener));
+        self.crew.tell(|| Command::Open {
+            id,
+            listener: Arc::clone(&listener),
+            service: Arc::clone(service),
+        });
+        id
+    }
+
+    /// Hands a listener to another service, with who waits there: nobody is turned away meanwhile.
+    pub fn reassign(&self, id: ListenerId, service: &Arc<ServiceRoute>) {
+        self.crew.tell(|| Command::Reassign { id, service: Arc::clone(service) });
+    }
+
+    /// Binds an address that overlaps those of open listeners, such as `0.0.0.0:80` and
+    /// `127.0.0.1:80`, which are about to be closed in its favour.
+    ///
+    /// # Errors
+    /// As [`Listener::bind`]: where anybody else is on that port too.
+    pub fn bind_beside(&self, listen: &Listen, open: &[ListenerId]) -> Result<Listener, BindError> {
+        let all = self.listeners();
+        let beside: Vec<_> = open.iter().filter_map(|id| all.get(id)).map(|l| &**l).collect();
+        Listener::bind_beside(listen, &beside)
+    }
+
+    /// The process of `upstream` is gone: connections whose answer is complete are closed, although
+    /// their clients may not have noticed.
+    pub fn departed(&self, upstream: &Upstream) {
+        upstream.depart();
+        self.crew.departed();
+    }
+
+    /// Takes over a connection that was accepted elsewhere, and places it as if a client had just
+    /// made it. It counts towards the limits, but is not turned away by them.
+    pub fn adopt(&self, service: &Arc<ServiceRoute>, connection: Socket) {
+        self.crew.tell_one(Command::Adopt { connection, service: Arc::clone(service) });
+    }
+
+    /// Closes a listener without losing anybody: no new client gets in, those that wait are
+    /// accepted, and the socket is closed when no thread has it any more, at which this returns:
+    /// after about 0.2 s on TCP, at once on unix, later where `max-connections` makes clients wait.
+    /// The connections go on. What has been begun is finished also when the future is dropped.
+    ///
+    /// # Errors
+    ///
+    /// Where new clients could not be kept out; the listener is closed nevertheless, and those that
+    /// came in at its last moment were reset.
+    pub fn close(&self, id: ListenerId) -> impl Future<Output = io::Result<()>> + use<> {
+        let listener = self.listeners().remove(&id);
+        let quiet = listener.as_ref().map_or(Ok(()), |listener| listener.quiesce());
+        // Before the threads let go, so that theirs is the last.
+        drop(listener);
+        let (done, mut let_go) = tokio::sync::mpsc::channel(1);
+        self.crew.tell(|| Command::Close { id, done: done.clone() });
+        async move {
+            drop(done);
+            while let_go.recv().await.is_some() {}
+            quiet
+        }
+    }
+
+    /// Resets every connection and ends the threads. It waits for them: that they have nothing to
+    /// wait for themselves makes it short. Nothing can be done with the plane afterwards.
+    pub fn cut(&self) {
+        self.crew.tell(|| Command::Stop);
+        for thread in lock(&self.threads).drain(..) {
+            // A thread that panicked has reported it, and has reset what it had.
+            _ = thread.join();
+        }
+    }
+
+    /// The turns that each thread's loop has made so far, for a watchdog. It wakes the threads, so
+    /// that one which has made no turn by the next call hangs.
+    #[must_use]
+    pub fn progress(&self) -> Vec<u64> {
+        let turns = self.crew.turns();
+        self.crew.wake_all();
+        turns
+    }
+
+    /// Connections held, by all services together.
+    #[must_use]
+    pub fn held(&self) -> usize {
+        self.crew.budget().held()
+    }
+
+    fn listeners(&self) -> MutexGuard<'_, BTreeMap<ListenerId, Arc<Listener>>> {
+        lock(&self.listeners)
+    }
+}
+
+impl Drop for DataPlane {
+    fn drop(&mut self) {
+        self.cut();
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,303 @@
+//! The immutable snapshot that connections are placed by.
+
+use std::{
+    net::IpAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    time::Instant,
+};
+
+use super::upstream::{Denied, Lease, Upstream};
+use crate::config::{Balance, Routing};
+
+/// Where a service's connections may go, as control last saw it.
+///
+/// Only the rotation's cursor moves; it is shared by all threads, so that connections that come one
+/// after another go to one worker after another, whichever thread takes them.
+#[derive(Debug)]
+pub struct Pool {
+    upstreams: Box<[Arc<Upstream>]>,
+    coming: Option<Instant>,
+    routing: Arc<Routing>,
+    cursor: AtomicUsize,
+}
+
+/// Why there is no worker for a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Nobody {
+    /// All were tried.
+    Left,
+    /// Some were not, but have as many connections as they may.
+    HasRoom,
+}
+
+impl Pool {
+    /// A pool of the healthy workers, in the order of the rotation. `coming` is the earliest
+    /// instant at which another is on its way (in the past: it is being started now), `None` where
+    /// none is to come.
+    #[must_use]
+    pub fn new(
+        upstreams: Vec<Arc<Upstream>>,
+        coming: Option<Instant>,
+        routing: Arc<Routing>,
+    ) -> Self {
+        Self { upstreams: upstreams.into(), coming, routing, cursor: AtomicUsize::new(0) }
+    }
+
+    /// The healthy workers, in the order of the rotation.
+    #[must_use]
+    pub fn upstreams(&self) -> &[Arc<Upstream>] {
+        &self.upstreams
+    }
+
+    /// How connections are to be treated.
+    #[must_use]
+    pub fn routing(&self) -> &Routing {
+        &self.routing
+    }
+
+    pub(super) fn coming(&self) -> Option<Instant> {
+        self.coming
+    }
+
+    /// Goes on where `old` stopped: with the first slot after the one last used, so that a change
+    /// of members hits no worker twice in a row.
+    pub(super) fn succeed(&mut self, old: &Self) {
+        let used = old.cursor.load(Relaxed);
+        let Some(last) =
+            used.checked_sub(1).and_then(|i| old.upstreams.get(i % old.upstreams.len().max(1)))
+        else {
+            return;
+        };
+        let next = self.upstreams.iter().position(|u| u.slot() > last.slot()).unwrap_or(0);
+        // A cursor of 0 means "none used yet"; one whole turn on is the same place.
+        *self.cursor.get_mut() = next + self.upstreams.len();
+    }
+
+    /// The worker for a connection from `client` (`None`: it has no address), leaving out those
+    /// whose ids are in `tried`, which is as it was on return.
+    pub(super) fn pick(
+        &self,
+        client: Option<IpAddr>,
+        tried: &mut Vec<u64>,
+    ) -> Result<Lease, Nobody> {
+        let (before, mut nobody) = (tried.len(), Nobody::Left);
+        let lease = loop {
+            let upstream = match (self.routing.balance, client) {
+                (Balance::SourceHash, Some(client)) => self.hashed(client, tried),
+                (Balance::LeastConnections, _) => self.least(tried),
+                _ => self.next(tried),
+            };
+            let Some(upstream) = upstream else { break Err(nobody) };
+            match upstream.acquire(self.routing.worker_connections) {
+                Ok(lease) => break Ok(lease),
+                Err(Denied::Full) => nobody = Nobody::HasRoom,
+                // Since this snapshot was taken.
+                Err(Denied::Retired) => {}
+            }
+            tried.push(upstream.id());
+        };
+        tried.truncate(before);
+        lease
+    }
+
+    /// Each look takes a turn of the rotation, so that those passed over don't give their turns to
+    /// their neighbour alone.
+    fn next(&self, tried: &[u64]) -> Option<&Arc<Upstream>> {
+        let count = self.upstreams.len();
+        let turns = (0..count).map(|_| self.turn());
+        // Other threads take turns too, so that one round of looks may have missed one.
+        turns.chain(0..count).map(|i| &self.upstreams[i]).find(|u| !tried.contains(&u.id()))
+    }
+
+    fn least(&self, tried: &[u64]) -> Option<&Arc<Upstream>> {
+        let (before, after) = self.upstreams.split_at(self.turn().min(self.upstreams.len()));
+        // The first of several least ones is taken.
+        after.iter().chain(before).filter(|u| !tried.contains(&u.id())).min_by_key(|u| u.active())
+    }
+
+    /// Rendezvous hashing (Thaler and Ravishankar, 1998): each slot draws a number for the client,
+    /// the highest wins. So a slot that leaves moves its own clients only, and gets them back.
+    fn hashed(&self, client: IpAddr, tried: &[u64]) -> Option<&Arc<Upstream>> {
+        let client = match client.to_canonical() {
+            IpAddr::V4(v4) => u128::from(v4.to_bits()),
+            IpAddr::V6(v6) => v6.to_bits(),
+        };
+        let seed = mix(mix(client as u64) ^ (client >> 64) as u64);
+        self.upstreams
+            .iter()
+            .filter(|u| !tried.contains(&u.id()))
+            .max_by_key(|u| mix(seed ^ u64::from(u.slot())))
+    }
+
+    fn turn(&self) -> usize {
+        self.cursor.fetch_add(1, Relaxed) % self.upstreams.len().max(1)
+    }
+}
+
+/// splitmix64's step: each bit of the input changes about half of the output's.
+fn mix(value: u64) -> u64 {
+    let z = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        collections::HashMap,
+        net::{Ipv4Addr, SocketAddr},
+        num::NonZeroU32,
+    };
+
+    use super::*;
+
+    fn upstream(slot: u32) -> Arc<Upstream> {
+        let address = SocketAddr::from(([127, 0, 0, 1], 9002));
+        Upstream::new(slot.into(), slot, format!("web/{slot}").into(), address, Arc::default())
+    }
+
+    fn pool(balance: Balance, upstreams: &[Arc<Upstream>]) -> Pool {
+        Pool::new(upstreams.to_vec(), None, Arc::new(Routing { balance, ..Routing::default() }))
+    }
+
+    fn slots(pool: &Pool, count: usize) -> Vec<u32> {
+        (0..count).map(|_| pool.pick(None, &mut vec![]).unwrap().slot()).collect()
+    }
+
+    fn four() -> Vec<Arc<Upstream>> {
+        (0..4).map(upstream).collect()
+    }
+
+    #[test]
+    fn connections_rotate() {
+        let pool = pool(Balance::RoundRobin, &four());
+        assert_eq!(slots(&pool, 9), [0, 1, 2, 3, 0, 1, 2, 3, 0]);
+    }
+
+    #[test]
+    fn an_empty_pool_has_nobody() {
+        for balance in [Balance::RoundRobin, Balance::LeastConnections, Balance::SourceHash] {
+            let client = Some(Ipv4Addr::LOCALHOST.into());
+            assert!(pool(balance, &[]).pick(client, &mut vec![]).is_err());
+        }
+    }
+
+    #[test]
+    fn the_rotation_goes_on_over_a_change_of_members() {
+        let all = four();
+        for (used, members, expected) in [
+            (0, vec![0, 1, 2, 3], vec![0, 1, 2, 3]),
+            (1, vec![0, 1, 2, 3], vec![1, 2, 3, 0]),
+            (2, vec![0, 2, 3], vec![2, 3, 0, 2]),
+            (2, vec![0, 1, 3], vec![3, 0, 1, 3]),
+            (4, vec![1, 2, 3], vec![1, 2, 3, 1]),
+            (3, vec![0, 1], vec![0, 1, 0, 1]),
+        ] {
+            let old = pool(Balance::RoundRobin, &all);
+            slots(&old, used);
+            let members: Vec<_> = members.iter().map(|&i: &usize| Arc::clone(&all[i])).collect();
+            let mut new = pool(Balance::RoundRobin, &members);
+            new.succeed(&old);
+            let mut again = pool(Balance::RoundRobin, &members);
+            again.succeed(&new);
+            assert_eq!(slots(&new, 4), expected, "after {used}");
+            assert_eq!(slots(&again, 4), expected, "after {used}, published twice");
+        }
+    }
+
+    #[test]
+    fn a_refused_connection_takes_the_next_turn() {
+        let pool = pool(Balance::RoundRobin, &four());
+        assert_eq!(slots(&pool, 1), [0]);
+        assert_eq!(pool.pick(None, &mut vec![1]).unwrap().slot(), 2);
+        assert_eq!(slots(&pool, 2), [3, 0]);
+        assert_eq!(pool.pick(None, &mut vec![0, 1, 2, 3]).unwrap_err(), Nobody::Left);
+    }
+
+    #[test]
+    fn a_retired_worker_is_passed_over() {
+        let all = four();
+        let pool = pool(Balance::RoundRobin, &all);
+        all[1].retire();
+        assert_eq!(slots(&pool, 4), [0, 2, 3, 0]);
+        all.iter().for_each(|u| _ = u.retire());
+        assert_eq!(pool.pick(None, &mut vec![]).unwrap_err(), Nobody::Left);
+    }
+
+    #[test]
+    fn a_full_worker_is_passed_over_whatever_the_balance() {
+        let client = Some(Ipv4Addr::LOCALHOST.into());
+        for balance in [Balance::RoundRobin, Balance::LeastConnections, Balance::SourceHash] {
+            let worker_connections = NonZeroU32::new(2);
+            let routing = Routing { balance, worker_connections, ..Routing::default() };
+            let pool = Pool::new(four(), None, Arc::new(routing));
+            let leases: Vec<_> = (0..8).map(|_| pool.pick(client, &mut vec![]).unwrap()).collect();
+            let mut slots: Vec<_> = leases.iter().map(|lease| lease.slot()).collect();
+            slots.sort_unstable();
+            assert_eq!(slots, [0, 0, 1, 1, 2, 2, 3, 3]);
+            assert_eq!(pool.pick(client, &mut vec![]).unwrap_err(), Nobody::HasRoom);
+            let mut tried = vec![0, 1, 2, 3];
+            assert_eq!(pool.pick(client, &mut tried).unwrap_err(), Nobody::Left);
+            drop(leases);
+            assert!(pool.pick(client, &mut vec![]).is_ok());
+        }
+    }
+
+    #[test]
+    fn every_thread_shares_one_rotation() {
+        let all = four();
+        let pool = pool(Balance::RoundRobin, &all);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..1_000 {
+                        pool.pick(None, &mut vec![]).unwrap().count_taken();
+                    }
+                });
+            }
+        });
+        assert_eq!(all.iter().map(|u| u.traffic().total).collect::<Vec<_>>(), [1_000; 4]);
+    }
+
+    #[test]
+    fn the_least_loaded_is_taken_and_the_rotation_decides_between_equals() {
+        let all = four();
+        let pool = pool(Balance::LeastConnections, &all);
+        assert_eq!(slots(&pool, 5), [0, 1, 2, 3, 0]);
+        let _busy = (all[0].acquire(None), all[1].acquire(None), all[2].acquire(None));
+        assert_eq!(slots(&pool, 3), [3, 3, 3]);
+        assert_eq!(pool.pick(None, &mut vec![3]).unwrap().slot(), 0);
+    }
+
+    #[test]
+    fn a_client_keeps_its_worker_and_only_the_leavers_clients_move() {
+        let all = four();
+        let whole = pool(Balance::SourceHash, &all);
+        let fewer = pool(Balance::SourceHash, &[&all[..1], &all[2..]].concat());
+        let mut share = HashMap::new();
+        for client in 0..4_000_u32 {
+            let client = Some(IpAddr::from(Ipv4Addr::from_bits(0x0a00_0000 + client)));
+            let home = whole.pick(client, &mut vec![]).unwrap().slot();
+            assert_eq!(whole.pick(client, &mut vec![]).unwrap().slot(), home);
+            let moved = fewer.pick(client, &mut vec![]).unwrap().slot();
+            assert!(home == 1 || moved == home);
+            *share.entry(home).or_insert(0) += 1;
+        }
+        assert!((0..4).all(|slot| (900..1_100).contains(&share[&slot])), "{share:?}");
+    }
+
+    #[test]
+    fn a_mapped_address_is_the_same_client() {
+        let pool = pool(Balance::SourceHash, &four());
+        for client in 0..64 {
+            let v4 = Ipv4Addr::new(10, 0, 0, client);
+            let plain = pool.pick(Some(v4.into()), &mut vec![]).unwrap().slot();
+            let mapped = pool.pick(Some(v4.to_ipv6_mapped().into()), &mut vec![]).unwrap().slot();
+            assert_eq!(plain, mapped);
+        }
+    }
+}

@@ -1,0 +1,375 @@
+//! A data thread: its epoll instance, its loop, and whom it turns to.
+
+use std::{
+    io,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::{Duration, Instant},
+};
+
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use slab::Slab;
+use socket2::{Domain, Socket};
+
+use super::{
+    connection::{Connection, End, Stage},
+    crew::{Command, Crew},
+    doors::Doors,
+    listener::Peer,
+    pool::Pool,
+    queue::Queue,
+    relay::{BUFFER, Side},
+    service::{Place, ServiceRoute},
+};
+
+/// Edges taken from the kernel at once.
+const EDGES: usize = 256;
+
+/// How long a connection that every worker of the pool refused waits for control to notice: a
+/// worker's death is known within milliseconds, and its successor is then on its way.
+const DOUBT: Duration = Duration::from_millis(250);
+
+/// What an edge is about: the lowest two bits of its token. Above them are the connection's key (32
+/// bits) and the lowest 30 bits of its generation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Subject {
+    Client = 0,
+    Worker = 1,
+    Door = 2,
+    Bell = 3,
+}
+
+/// One data thread.
+pub(super) struct Reactor {
+    crew: Arc<Crew>,
+    thread: usize,
+    pub(super) epoll: Epoll,
+    /// When the last edges were taken: the time of everything that follows from them.
+    pub(super) now: Instant,
+    pub(super) buffer: Box<[u8]>,
+    pub(super) connections: Slab<Connection>,
+    generation: u32,
+    pub(super) services: Slab<Service>,
+    pub(super) doors: Doors,
+    /// How many departures of workers it has seen to.
+    departures: u64,
+    /// Connections that could go on, but had their turn.
+    pub(super) runnable: Vec<u64>,
+}
+
+/// A thread's view of a service.
+pub(super) struct Service {
+    pub(super) route: Arc<ServiceRoute>,
+    pub(super) pool: Arc<Pool>,
+    version: u64,
+    /// The version by which those that wait have last looked for a worker.
+    offered: u64,
+    pub(super) queues: [Queue; Stage::ALL.len()],
+    /// Doors and connections that refer to it.
+    uses: usize,
+}
+
+impl Reactor {
+    pub(super) fn new(crew: Arc<Crew>, thread: usize) -> io::Result<Self> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        let bell = EpollEvent::new(EpollFlags::EPOLLIN, Subject::Bell as u64);
+        epoll.add(&crew.mailbox(thread).bell, bell)?;
+        Ok(Self {
+            crew,
+            thread,
+            epoll,
+            now: Instant::now(),
+            buffer: vec![0; BUFFER].into(),
+            connections: Slab::new(),
+            generation: 0,
+            services: Slab::new(),
+            doors: Doors::default(),
+            departures: 0,
+            runnable: Vec::new(),
+        })
+    }
+
+    /// Runs until it is told to stop; all its connections are reset then.
+    pub(super) fn run(mut self) {
+        let mut edges = vec![EpollEvent::empty(); EDGES];
+        loop {
+            let timeout = if self.runnable.is_empty() { self.deadline() } else { Some(self.now) };
+            // It fails with EINTR; its other errors tell of a wrong argument.
+            let count = self.epoll.wait(&mut edges, self.timeout(timeout)).unwrap_or(0);
+            self.now = Instant::now();
+            self.crew.mailbox(self.thread).turns.fetch_add(1, Relaxed);
+
+            let mut rung = false;
+            let mut opened = Vec::new();
+            let waited = std::mem::take(&mut self.runnable);
+            for edge in &edges[..count] {
+                let token = edge.data();
+                match subject(token) {
+                    Subject::Bell => rung = true,
+                    Subject::Door => opened.push((token >> 2) as u32),
+                    side => self.shielded(token, |reactor, key| {
+                        reactor.step(key, side, edge.events());
+                    }),
+                }
+            }
+            for token in waited {
+                self.shielded(token, |reactor, key| {
+                    reactor.connections[key].is_runnable = false;
+                    reactor.relay(key);
+                });
+            }
+            if rung && self.obey() {
+                break;
+            }
+            if timeout.is_some_and(|deadline| deadline <= self.now) {
+                self.expire();
+            }
+            // Last, so that no connection of this turn gets the key of one that ended in it.
+            for id in opened {
+                self.accept(id);
+            }
+        }
+        for key in self.keys(|_| true) {
+            self.finish(key, End::Stopped);
+        }
+    }
+
+    /// Does what the main thread has asked for. True when that is to stop.
+    fn obey(&mut self) -> bool {
+        for command in self.crew.mailbox(self.thread).empty() {
+            match command {
+                Command::Open { id, listener, service } => {
+                    let service = self.use_service(service);
+                    self.open_door(id.0, listener, service);
+                }
+                Command::Reassign { id, service } => {
+                    let service = self.use_service(service);
+                    self.reassign_door(id.0, service);
+                }
+                Command::Close { id, done } => self.close_door(id.0, done),
+                Command::Adopt { connection, service } => self.adopt(connection, service),
+                Command::Stop => return true,
+            }
+        }
+        for service in self.services.iter().map(|(key, _)| key).collect::<Vec<_>>() {
+            if !self.services.contains(service) {
+                continue;
+            }
+            self.refresh(service);
+            let Service { version, offered, .. } = &mut self.services[service];
+            if std::mem::replace(offered, *version) != *version {
+                let held = self.keys(|c| {
+                    let waits = c.stage.is_some_and(Stage::is_waiting);
+                    c.service as usize == service && waits && c.stage != Some(Stage::Crowded)
+                });
+                for key in held {
+                    self.place_again(key);
+                }
+                self.place_crowd(service);
+            }
+        }
+        self.leave_departed();
+        self.retry_doors();
+        false
+    }
+
+    /// Gives those that wait for room to the workers that have it, longest waiting first.
+    fn place_crowd(&mut self, service: usize) {
+        let mut before = None;
+        while let Some(service) = self.services.get(service)
+            && let Some(key) = service.queues[Stage::Crowded as usize].first()
+            // No room for the first is no room for the others.
+            && before.replace(key) != Some(key)
+        {
+            self.place_again(key);
+        }
+    }
+
+    fn place_again(&mut self, key: usize) {
+        self.connections[key].tried.clear();
+        let token = self.token(key, Subject::Client);
+        self.shielded(token, Self::place);
+    }
+
+    /// Has another look at the connections of workers whose process is gone.
+    fn leave_departed(&mut self) {
+        let departures = self.crew.departures();
+        if std::mem::replace(&mut self.departures, departures) == departures {
+            return;
+        }
+        let is_departed = |c: &Connection| {
+            c.stage == Some(Stage::Relaying)
+                && c.worker.as_ref().is_some_and(|(_, lease)| lease.is_departed())
+        };
+        for key in self.keys(is_departed) {
+            let token = self.token(key, Subject::Client);
+            self.shielded(token, Self::relay);
+        }
+    }
+
+    /// Starts a connection that waited for a worker, and was accepted in its stead.
+    fn adopt(&mut self, connection: Socket, route: Arc<ServiceRoute>) {
+        let place = Place::force(&route);
+        let service = self.use_service(route);
+        let peer = connection.peer_addr().ok().and_then(|peer| peer.as_socket());
+        if connection.set_nonblocking(true).is_ok() {
+            self.admit(service, place, connection, peer.map_or(Peer::Unix, Peer::Inet));
+        }
+        self.leave_service(service);
+    }
+
+    /// Starts a connection that has just been accepted.
+    pub(super) fn admit(&mut self, service: usize, place: Place, socket: Socket, peer: Peer) {
+        self.generation = self.generation.wrapping_add(1);
+        let domain = if peer == Peer::Unix { Domain::UNIX } else { Domain::IPV4 };
+        let client = Side::new(socket, domain);
+        self.services[service].uses += 1;
+        let generation = self.generation;
+        let connection = Connection::new(client, peer, service as u32, generation, place, self.now);
+        let key = self.connections.insert(connection);
+        let token = self.token(key, Subject::Client);
+        let event = EpollEvent::new(Side::INTEREST, token);
+        match self.epoll.add(&self.connections[key].client.socket, event) {
+            Ok(()) => self.shielded(token, Self::place),
+            Err(_) => self.finish(key, End::Failed),
+        }
+    }
+
+    /// A fault in one connection's step ends that connection, and not the thread's others. What the
+    /// step shares with them (queues, counters) is changed by calls that can't fail half-way.
+    fn shielded(&mut self, token: u64, step: impl FnOnce(&mut Self, usize)) {
+        let key = (token >> 2) as u32 as usize;
+        let generation = (token >> 34) as u32;
+        let is_current = |c: &Connection| c.generation & (u32::MAX >> 2) == generation;
+        if !self.connections.get(key).is_some_and(is_current) {
+            // A fork in progress may keep a closed socket registered for a moment.
+            return;
+        }
+        if catch_unwind(AssertUnwindSafe(|| step(self, key))).is_err() {
+            tracing::error!("a connection was reset because of a fault in lbd");
+            if self.connections.get(key).is_some_and(is_current) {
+                self.finish(key, End::Failed);
+            }
+        }
+    }
+
+    /// Ends what has waited too long.
+    fn expire(&mut self) {
+        for service in self.services.iter().map(|(key, _)| key).collect::<Vec<_>>() {
+            for stage in Stage::ALL {
+                while let Some(service) = self.services.get(service)
+                    && let Some(key) = service.queues[stage as usize].first()
+                    && service.deadline(stage, &self.connections).is_some_and(|at| at <= self.now)
+                {
+                    match stage {
+                        Stage::Connecting => {
+                            let token = self.token(key, Subject::Client);
+                            self.shielded(token, Self::skip);
+                        }
+                        Stage::Held | Stage::Crowded | Stage::Doubtful => {
+                            self.finish(key, End::NoWorker)
+                        }
+                        Stage::Relaying => self.finish(key, End::Idle),
+                    }
+                }
+            }
+        }
+        self.tend_doors();
+    }
+
+    /// The next instant at which something has waited too long.
+    fn deadline(&self) -> Option<Instant> {
+        let of = |service: &Service| {
+            let deadline = |stage| service.deadline(stage, &self.connections);
+            Stage::ALL.into_iter().filter_map(deadline).min()
+        };
+        let connections = self.services.iter().filter_map(|(_, service)| of(service)).min();
+        connections.into_iter().chain(self.doors.deadline()).min()
+    }
+
+    /// How long to wait at most: rounded up, so as not to come back early and wait again.
+    fn timeout(&self, deadline: Option<Instant>) -> EpollTimeout {
+        let Some(deadline) = deadline else { return EpollTimeout::NONE };
+        if deadline <= self.now {
+            return EpollTimeout::ZERO;
+        }
+        let wait = deadline.saturating_duration_since(Instant::now());
+        let millis = wait.as_micros().div_ceil(1_000);
+        i32::try_from(millis).ok().and_then(|m| m.try_into().ok()).unwrap_or(EpollTimeout::MAX)
+    }
+
+    /// Takes over a newly published pool.
+    pub(super) fn refresh(&mut self, service: usize) {
+        let service = &mut self.services[service];
+        if service.route.version() != service.version {
+            (service.pool, service.version) = service.route.current();
+        }
+    }
+
+    fn use_service(&mut self, route: Arc<ServiceRoute>) -> usize {
+        let known = self.services.iter().find(|(_, known)| Arc::ptr_eq(&known.route, &route));
+        let key = known.map(|(key, _)| key).unwrap_or_else(|| {
+            let (pool, version) = route.current();
+            let queues = std::array::from_fn(|_| Queue::new());
+            self.services.insert(Service {
+                route,
+                pool,
+                version,
+                offered: version,
+                queues,
+                uses: 0,
+            })
+        });
+        self.services[key].uses += 1;
+        key
+    }
+
+    pub(super) fn leave_service(&mut self, key: usize) {
+        self.services[key].uses -= 1;
+        if self.services[key].uses == 0 {
+            self.services.remove(key);
+        }
+    }
+
+    fn keys(&self, wanted: impl Fn(&Connection) -> bool) -> Vec<usize> {
+        self.connections.iter().filter(|(_, c)| wanted(c)).map(|(key, _)| key).collect()
+    }
+
+    pub(super) fn token(&self, key: usize, subject: Subject) -> u64 {
+        u64::from(self.connections[key].generation) << 34 | (key as u64) << 2 | subject as u64
+    }
+}
+
+/// The token of a door's edges.
+pub(super) fn door_token(id: u32) -> u64 {
+    u64::from(id) << 2 | Subject::Door as u64
+}
+
+fn subject(token: u64) -> Subject {
+    match token & 3 {
+        0 => Subject::Client,
+        1 => Subject::Worker,
+        2 => Subject::Door,
+        _ => Subject::Bell,
+    }
+}
+
+impl Service {
+    fn deadline(&self, stage: Stage, all: &Slab<Connection>) -> Option<Instant> {
+        let routing = self.pool.routing();
+        let wait = match stage {
+            Stage::Connecting => routing.connect_timeout,
+            Stage::Held | Stage::Crowded => routing.hold_timeout,
+            Stage::Doubtful => routing.hold_timeout.min(DOUBT),
+            // Never early: the last byte may be a grain younger than the place in the queue.
+            Stage::Relaying => routing.idle_timeout.saturating_add(grain(routing.idle_timeout)),
+        };
+        let first = self.queues[stage as usize].first()?;
+        all[first].links.since.checked_add(wait)
+    }
+}
+
+/// How stale a busy connection's place in the idle queue may get before it is renewed.
+pub(super) fn grain(idle_timeout: Duration) -> Duration {
+    (idle_timeout / 16).min(Duration::from_secs(1))
+}

@@ -1,0 +1,208 @@
+//! One direction of a connection: bytes from one socket into the other.
+//!
+//! Bytes pass through the thread's one buffer and are written at once; only what the peer did not
+//! take is kept, and while there is such a rest nothing more is read. That is the backpressure: a
+//! slow reader costs at most one buffer, and the sender's own socket fills up.
+
+use std::{
+    io::{ErrorKind, Read},
+    net::Shutdown,
+    time::Duration,
+};
+
+use nix::{
+    libc::{MSG_MORE, MSG_NOSIGNAL},
+    sys::epoll::EpollFlags,
+};
+use socket2::{Domain, Socket};
+
+/// A thread's buffer, and so the most that one connection may keep in each direction.
+pub(super) const BUFFER: usize = 64 * 1024;
+
+/// Buffers moved for one connection before the others of its thread get their turn.
+const TURN: usize = 4;
+
+/// One of a connection's two sockets, and what epoll has told about it, edge by edge, and has not
+/// been disproved since.
+#[derive(Debug)]
+pub(super) struct Side {
+    pub(super) socket: Socket,
+    readable: bool,
+    writable: bool,
+    /// The peer's FIN has come: what is waiting is all there will be.
+    closed: bool,
+    /// A read that fills less than the buffer does not prove the socket empty: TCP stops short at
+    /// an urgent mark, unix at a passed descriptor, and behind the last byte there may be an error.
+    uneven: bool,
+}
+
+impl Side {
+    /// What a [`Side`] is to be registered for. `EPOLLOUT` costs no wakeup of its own: it makes an
+    /// edge only after a write came back short.
+    pub(super) const INTEREST: EpollFlags = EpollFlags::EPOLLIN
+        .union(EpollFlags::EPOLLPRI)
+        .union(EpollFlags::EPOLLOUT)
+        .union(EpollFlags::EPOLLRDHUP)
+        .union(EpollFlags::EPOLLET);
+
+    /// The edge of a socket that an error has closed.
+    pub(super) const BROKEN: EpollFlags = EpollFlags::EPOLLERR;
+
+    pub(super) fn new(socket: Socket, domain: Domain) -> Self {
+        let uneven = domain == Domain::UNIX;
+        Self { socket, readable: false, writable: true, closed: false, uneven }
+    }
+
+    /// Takes note of an edge.
+    pub(super) fn note(&mut self, edge: EpollFlags) {
+        let readable = EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLHUP;
+        self.readable |= edge.intersects(readable | EpollFlags::EPOLLERR);
+        self.writable |= edge.intersects(EpollFlags::EPOLLOUT | EpollFlags::EPOLLERR);
+        self.closed |= edge.contains(EpollFlags::EPOLLRDHUP);
+        self.uneven |= edge.intersects(EpollFlags::EPOLLPRI | EpollFlags::EPOLLERR);
+    }
+
+    /// Tries to read before any edge has told that there is something.
+    pub(super) fn expect(&mut self) {
+        self.readable = true;
+    }
+
+    /// Whether the peer has ended its stream with nothing left in it to read.
+    pub(super) fn is_spent(&self) -> bool {
+        self.closed && matches!(self.socket.peek(&mut [std::mem::MaybeUninit::uninit()]), Ok(0))
+    }
+
+    /// Makes the close of the socket a reset (socket(7), `SO_LINGER` of zero). A unix socket has
+    /// none: its peer sees an end, or ECONNRESET where it had sent what was never read.
+    pub(super) fn reset_on_close(&self) {
+        // Fails only where the peer has reset it already.
+        _ = self.socket.set_linger(Some(Duration::ZERO));
+    }
+
+    /// `None` where it would block.
+    fn read(&mut self, buffer: &mut [u8]) -> Result<Option<usize>, Fault> {
+        loop {
+            match (&self.socket).read(buffer) {
+                Ok(count) => return Ok(Some(count)),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    self.readable = false;
+                    return Ok(None);
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(_) => return Err(Fault::Reading),
+            }
+        }
+    }
+
+    /// How many bytes it took; fewer than all only where it would block. Where the end follows at
+    /// once, it travels with the last bytes: one segment and one wakeup of the peer instead of two.
+    fn write(&mut self, bytes: &[u8], end_follows: bool) -> Result<usize, Fault> {
+        let flags = if end_follows { MSG_NOSIGNAL | MSG_MORE } else { MSG_NOSIGNAL };
+        loop {
+            match self.socket.send_with_flags(bytes, flags) {
+                Ok(count) => {
+                    self.writable = count == bytes.len();
+                    return Ok(count);
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    self.writable = false;
+                    return Ok(0);
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(_) => return Err(Fault::Writing),
+            }
+        }
+    }
+}
+
+/// The state of one direction.
+#[derive(Debug, Default)]
+pub(super) struct Flow {
+    rest: Option<Rest>,
+    ended: bool,
+    passed: bool,
+}
+
+#[derive(Debug)]
+struct Rest {
+    bytes: Box<[u8]>,
+    written: usize,
+}
+
+/// Why [`Flow::pump`] came back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Pumped {
+    /// An edge of either socket goes on with it.
+    Waits,
+    /// It could go on at once, but had its turn.
+    Yields,
+    /// The end has been passed on, or needn't be.
+    Done,
+}
+
+/// Which socket failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fault {
+    Reading,
+    Writing,
+}
+
+impl Flow {
+    /// Whether the end of this direction has been passed on.
+    pub(super) fn is_done(&self) -> bool {
+        self.passed
+    }
+
+    /// Moves what can be moved without blocking, and adds to `moved` the bytes that `to` took. The
+    /// end is passed on as a shutdown of `to`, unless `last` says that `to` will be closed anyway.
+    pub(super) fn pump(
+        &mut self,
+        from: &mut Side,
+        to: &mut Side,
+        last: bool,
+        buffer: &mut [u8],
+        moved: &mut u64,
+    ) -> Result<Pumped, Fault> {
+        for _ in 0..TURN {
+            if let Some(rest) = &mut self.rest {
+                if !to.writable {
+                    return Ok(Pumped::Waits);
+                }
+                let taken = to.write(&rest.bytes[rest.written..], self.ended)?;
+                *moved += taken as u64;
+                rest.written += taken;
+                if rest.written < rest.bytes.len() {
+                    return Ok(Pumped::Waits);
+                }
+                self.rest = None;
+            }
+            if self.ended {
+                if !self.passed && !last {
+                    to.socket.shutdown(Shutdown::Write).map_err(|_| Fault::Writing)?;
+                }
+                self.passed = true;
+                return Ok(Pumped::Done);
+            }
+            if !from.readable {
+                return Ok(Pumped::Waits);
+            }
+            let Some(count) = from.read(buffer)? else { return Ok(Pumped::Waits) };
+            if count < buffer.len() && !from.uneven {
+                // The socket is empty now, and the next byte makes a new edge (epoll(7), question
+                // 9): the read that would only say so is saved, and so is the one for the end.
+                from.readable = false;
+                self.ended = from.closed;
+            }
+            if count == 0 {
+                self.ended = true;
+                continue;
+            }
+            let taken = to.write(&buffer[..count], self.ended)?;
+            *moved += taken as u64;
+            if taken < count {
+                self.rest = Some(Rest { bytes: buffer[taken..count].into(), written: 0 });
+            }
+        }
+        Ok(Pumped::Yields)
+    }
+}

@@ -1,0 +1,242 @@
+//! The steps of a connection: placed with a worker, or held, relayed, ended.
+
+use std::{io, sync::Arc, time::Instant};
+
+use nix::{
+    errno::Errno,
+    sys::epoll::{EpollEvent, EpollFlags},
+};
+use socket2::{Domain, Socket, Type};
+
+use super::{
+    connection::{End, Stage},
+    pool::{Nobody, Pool},
+    reactor::{Reactor, Subject, grain},
+    relay::{Pumped, Side},
+    upstream::Upstream,
+};
+
+impl Reactor {
+    /// Follows one edge of a connection.
+    pub(super) fn step(&mut self, key: usize, side: Subject, edge: EpollFlags) {
+        let connection = &mut self.connections[key];
+        let is_broken = edge.contains(EpollFlags::EPOLLERR);
+        match (side, &mut connection.worker) {
+            (Subject::Worker, Some((worker, _))) => worker.note(edge),
+            (Subject::Worker, None) => return,
+            _ => connection.client.note(edge),
+        }
+        match (connection.stage, side) {
+            (Some(Stage::Relaying), side) => {
+                self.relay(key);
+                // Where it couldn't be read for what is in front of it.
+                let end = if side == Subject::Worker { End::WorkerReset } else { End::ClientReset };
+                if is_broken && self.connections.contains(key) {
+                    self.finish(key, end);
+                }
+            }
+            (Some(Stage::Connecting), Subject::Worker) => self.connected(key, edge),
+            (Some(Stage::Connecting), _) if is_broken => self.finish(key, End::ClientGone),
+            (Some(Stage::Connecting), _) => {}
+            _ if is_broken || connection.client.is_spent() => self.finish(key, End::ClientGone),
+            _ => {}
+        }
+    }
+
+    /// Tries the next worker, or else waits for one, or else gives up.
+    pub(super) fn place(&mut self, key: usize) {
+        let connection = &mut self.connections[key];
+        let service = connection.service as usize;
+        let client = connection.peer().ip();
+        self.refresh(service);
+        let pool = Arc::clone(&self.services[service].pool);
+        let connection = &mut self.connections[key];
+        let route = &self.services[service].route;
+        let is_next = connection.stage == Some(Stage::Crowded);
+        if !is_next && self.services[service].queues[Stage::Crowded as usize].first().is_some() {
+            return self.crowd(key);
+        }
+        let mut is_marked = false;
+        loop {
+            let lease = match pool.pick(client, &mut connection.tried) {
+                Ok(lease) => lease,
+                Err(Nobody::Left) => break,
+                Err(Nobody::HasRoom) if is_marked => return self.crowd(key),
+                Err(Nobody::HasRoom) => {
+                    route.mark_crowded();
+                    is_marked = true;
+                    continue;
+                }
+            };
+            connection.tried.push(lease.id());
+            match connect(&lease) {
+                Ok((socket, is_connected)) => {
+                    let token = u64::from(connection.generation) << 34
+                        | (key as u64) << 2
+                        | Subject::Worker as u64;
+                    let event = EpollEvent::new(Side::INTEREST, token);
+                    if self.epoll.add(&socket, event).is_err() {
+                        drop(lease);
+                        return self.finish(key, End::Failed);
+                    }
+                    connection.worker = Some((Side::new(socket, lease.domain()), lease));
+                    if is_connected {
+                        return self.begin(key);
+                    }
+                    return self.enter(key, Stage::Connecting, self.now);
+                }
+                // Not the worker's fault, and no other's connect would fare better.
+                Err(Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM) => {}
+                Err(_) => lease.count_failed(),
+            }
+            drop(lease);
+            route.has_room();
+        }
+        self.hold(key, &pool);
+    }
+
+    /// Waits for a worker that has room for one more.
+    fn crowd(&mut self, key: usize) {
+        let connection = &self.connections[key];
+        if connection.client.is_spent() {
+            self.finish(key, End::ClientGone);
+        } else if connection.stage != Some(Stage::Crowded) {
+            // Whoever waits there already keeps its place among those that came with it.
+            self.enter(key, Stage::Crowded, connection.begun());
+        }
+    }
+
+    fn hold(&mut self, key: usize, pool: &Pool) {
+        let connection = &self.connections[key];
+        let begun = connection.begun();
+        let until = begun.checked_add(pool.routing().hold_timeout);
+        if connection.client.is_spent() {
+            self.finish(key, End::ClientGone);
+        } else if pool.coming().is_some_and(|at| until.is_none_or(|until| at <= until)) {
+            self.enter(key, Stage::Held, begun);
+        } else if !pool.upstreams().is_empty() {
+            self.enter(key, Stage::Doubtful, self.now);
+        } else {
+            self.finish(key, End::NoWorker);
+        }
+    }
+
+    /// The first edge of a worker's socket: it took the connection, or it didn't.
+    fn connected(&mut self, key: usize, edge: EpollFlags) {
+        if edge.intersects(EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP) {
+            self.skip(key);
+        } else if edge.contains(EpollFlags::EPOLLOUT) {
+            self.begin(key);
+        }
+    }
+
+    /// Goes from the connect to the relay.
+    fn begin(&mut self, key: usize) {
+        let connection = &mut self.connections[key];
+        let Some((worker, lease)) = &connection.worker else { return };
+        if is_self_connected(&worker.socket, lease) {
+            return self.skip(key);
+        }
+        lease.count_taken();
+        connection.tried = Vec::new();
+        connection.client.expect();
+        self.enter(key, Stage::Relaying, self.now);
+        self.relay(key);
+    }
+
+    /// Leaves the worker that didn't take the connection, and tries the next.
+    pub(super) fn skip(&mut self, key: usize) {
+        let connection = &mut self.connections[key];
+        if let Some((worker, lease)) = connection.worker.take() {
+            lease.count_failed();
+            // The close does it as well, but not while a fork in progress shares the socket.
+            _ = self.epoll.delete(&worker.socket);
+            drop((worker, lease));
+            self.services[connection.service as usize].route.has_room();
+        }
+        self.place(key);
+    }
+
+    pub(super) fn relay(&mut self, key: usize) {
+        let connection = &mut self.connections[key];
+        let before = connection.bytes();
+        match connection.relay(&mut self.buffer) {
+            Ok(Pumped::Done) => return self.finish(key, End::Closed),
+            Ok(Pumped::Yields) => {
+                if !std::mem::replace(&mut connection.is_runnable, true) {
+                    let token = self.token(key, Subject::Client);
+                    self.runnable.push(token);
+                }
+            }
+            Ok(Pumped::Waits) => {}
+            Err(end) => return self.finish(key, end),
+        }
+        let connection = &self.connections[key];
+        let service = &self.services[connection.service as usize];
+        let age = self.now.saturating_duration_since(connection.links.since);
+        if connection.bytes() > before && age >= grain(service.pool.routing().idle_timeout) {
+            self.enter(key, Stage::Relaying, self.now);
+        }
+    }
+
+    fn enter(&mut self, key: usize, stage: Stage, since: Instant) {
+        self.leave(key);
+        let connection = &mut self.connections[key];
+        connection.stage = Some(stage);
+        let service = &mut self.services[connection.service as usize];
+        if stage.is_waiting() {
+            service.route.count_waiting(true);
+        }
+        service.queues[stage as usize].insert(&mut self.connections, key, since);
+    }
+
+    fn leave(&mut self, key: usize) {
+        let connection = &mut self.connections[key];
+        let service = &mut self.services[connection.service as usize];
+        if let Some(stage) = connection.stage.take() {
+            if stage.is_waiting() {
+                service.route.count_waiting(false);
+            }
+            service.queues[stage as usize].remove(&mut self.connections, key);
+        }
+    }
+
+    pub(super) fn finish(&mut self, key: usize, end: End) {
+        self.leave(key);
+        let mut connection = self.connections.remove(key);
+        connection.end = end;
+        self.leave_service(connection.service as usize);
+    }
+}
+
+/// Begins to connect, and tells whether it is done; else an edge tells how it went.
+///
+/// On loopback the handshake is over when connect() returns, though it says EINPROGRESS: it held the
+/// socket's lock while the answer came. A second call asks, and saves a turn of the loop, and the
+/// worker a wakeup for a connection without its first bytes.
+fn connect(upstream: &Upstream) -> Result<(Socket, bool), Errno> {
+    let domain = upstream.domain();
+    let socket = Socket::new(domain, Type::STREAM.nonblocking(), None).map_err(errno)?;
+    if domain != Domain::UNIX {
+        socket.set_tcp_nodelay(true).map_err(errno)?;
+    }
+    for _ in 0..2 {
+        match socket.connect(upstream.endpoint()).map_err(errno) {
+            Ok(()) => return Ok((socket, true)),
+            Err(Errno::EINPROGRESS) if upstream.is_local() => {}
+            Err(Errno::EINPROGRESS | Errno::EALREADY) => break,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok((socket, false))
+}
+
+fn errno(error: io::Error) -> Errno {
+    Errno::from_raw(error.raw_os_error().unwrap_or(0))
+}
+
+/// Whether the system gave the connection the very port it was to reach, and so connected it to
+/// itself (RFC 9293, section 3.5, simultaneous open): nobody listens there.
+fn is_self_connected(socket: &Socket, upstream: &Upstream) -> bool {
+    upstream.is_ephemeral() && socket.local_addr().is_ok_and(|local| local == *upstream.endpoint())
+}
