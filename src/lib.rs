@@ -26,3 +26,4 @@ pub mod control;
 pub mod process;
 pub mod route;
 pub mod sockets;
+pub mod worker;
