@@ -23,6 +23,8 @@
 
 pub mod config;
 pub mod control;
+pub mod logging;
+pub mod probe;
 pub mod process;
 pub mod route;
 pub mod sockets;

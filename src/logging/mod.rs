@@ -1,0 +1,218 @@
+//! lbd's own log: one line a fact, as `key=value` text or as JSON, to standard error or a file.
+//!
+//! Lines go through a bounded queue to a thread of their own, so that a full disk or a stuck pipe
+//! never holds up traffic or supervision: what does not fit is dropped and counted.
+
+mod queue;
+mod sink;
+
+use std::{
+    cell::RefCell,
+    fmt::Write as _,
+    io::{self, IsTerminal},
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+};
+
+use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
+use tracing_subscriber::{
+    Registry,
+    filter::LevelFilter,
+    fmt::{self, FormatFields, format, time::SystemTime},
+    layer::{Layer, SubscriberExt},
+    reload,
+};
+
+use crate::config::{Level, Log, LogFormat};
+use queue::{Entrance, Held, Way};
+use sink::Sink;
+
+/// The log could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    /// The file can't be written.
+    #[error("cannot open the log file {}: {source}", path.display())]
+    Open {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// There is a log already.
+    #[error("the log is already set up")]
+    Twice,
+}
+
+/// The running log. Dropping it writes what is queued, for at most about a second.
+#[derive(Debug)]
+pub struct Logging {
+    level: reload::Handle<LevelFilter, Registry>,
+    reopen: Arc<AtomicBool>,
+    /// Lines that the queue had no room for, and lines that could not be written.
+    lost: Arc<AtomicUsize>,
+    _writer: WorkerGuard,
+}
+
+impl Logging {
+    /// Opens the log for the whole process. To be called once.
+    ///
+    /// # Errors
+    /// Where the file can't be opened for appending.
+    pub fn start(settings: &Log) -> Result<Self, LogError> {
+        let reopen = Arc::new(AtomicBool::new(false));
+        let lost = Arc::new(AtomicUsize::new(0));
+        let sink = match &settings.file {
+            None => Sink::stderr(Arc::clone(&lost)),
+            Some(path) => Sink::file(path, settings, Arc::clone(&reopen), Arc::clone(&lost))
+                .map_err(|source| LogError::Open { path: path.clone(), source })?,
+        };
+        let held = Arc::new(Held::default());
+        let (queue, guard) = NonBlockingBuilder::default()
+            .lossy(true)
+            .buffered_lines_limit(queue::LINES)
+            .thread_name("lbd-log")
+            .finish(Way { out: sink, held: Arc::clone(&held) });
+        let writer = Entrance { queue, held, lost: Arc::clone(&lost) };
+        let (filter, level) = reload::Layer::new(filter_of(settings.level));
+        let colours = settings.file.is_none()
+            && io::stderr().is_terminal()
+            && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+        let lines = fmt::layer().with_target(false).with_writer(writer);
+        let subscriber = Registry::default().with(filter);
+        let result = match settings.format {
+            LogFormat::Text => {
+                let lines = lines
+                    .with_timer(SystemTime)
+                    .with_ansi(colours)
+                    .fmt_fields(key_value_fields())
+                    .boxed();
+                tracing::subscriber::set_global_default(subscriber.with(lines))
+            }
+            LogFormat::Json => {
+                let lines = lines
+                    .json()
+                    .flatten_event(true)
+                    .with_current_span(false)
+                    .with_span_list(false)
+                    .boxed();
+                tracing::subscriber::set_global_default(subscriber.with(lines))
+            }
+        };
+        result.map_err(|_| LogError::Twice)?;
+        Ok(Self { level, reopen, lost, _writer: guard })
+    }
+
+    /// Changes the least severe level that is written.
+    pub fn set_level(&self, level: Level) {
+        // It fails only where the subscriber is gone, and then nothing is written anyway.
+        let _ = self.level.reload(filter_of(level));
+    }
+
+    /// Has the file opened anew before the next line, after somebody moved it away.
+    pub fn reopen(&self) {
+        self.reopen.store(true, Ordering::Relaxed);
+    }
+
+    /// Lines dropped so far because the writer could not keep up, or could not write.
+    #[must_use]
+    pub fn dropped_lines(&self) -> usize {
+        self.lost.load(Ordering::Relaxed)
+    }
+}
+
+fn filter_of(level: Level) -> LevelFilter {
+    match level {
+        Level::Error => LevelFilter::ERROR,
+        Level::Warn => LevelFilter::WARN,
+        Level::Info => LevelFilter::INFO,
+        Level::Debug => LevelFilter::DEBUG,
+        Level::Trace => LevelFilter::TRACE,
+    }
+}
+
+thread_local! {
+    static VALUE: RefCell<String> = const { RefCell::new(String::new()) };
+}
+
+/// `message key=value …`: a value is quoted only where it would not be one word otherwise.
+fn key_value_fields() -> impl for<'w> FormatFields<'w> + Send + Sync + 'static {
+    use tracing_subscriber::field::MakeExt;
+    format::debug_fn(|writer, field, value| {
+        if field.name() == "message" {
+            return write!(writer, "{value:?}");
+        }
+        VALUE.with_borrow_mut(|text| {
+            text.clear();
+            write!(text, "{value:?}")?;
+            // A recorded &str comes quoted, a displayed value does not.
+            let quoted = text.len() >= 2 && text.starts_with('"') && text.ends_with('"');
+            let inner = if quoted { &text[1..text.len() - 1] } else { text.as_str() };
+            if !quoted && let (true, Ok(number)) = (inner.contains("e-"), inner.parse::<f64>()) {
+                // Nobody reads 5.2e-5 for 52 microseconds.
+                return write!(writer, "{field}={number:.6}");
+            }
+            let one_word = !inner.is_empty()
+                && !inner.contains(|c: char| {
+                    c.is_whitespace() || c.is_control() || matches!(c, '"' | '\\' | '=')
+                });
+            match (one_word, quoted) {
+                (true, _) => write!(writer, "{field}={inner}"),
+                (false, true) => write!(writer, "{field}={text}"),
+                (false, false) => write!(writer, "{field}={text:?}"),
+            }
+        })
+    })
+    .delimited(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io::Write, sync::Mutex};
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Memory(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Memory {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn text_values_are_quoted_only_where_they_must_be() {
+        let memory = Memory::default();
+        let writer = memory.clone();
+        let lines = fmt::layer()
+            .without_time()
+            .with_target(false)
+            .with_ansi(false)
+            .with_writer(move || writer.clone())
+            .fmt_fields(key_value_fields());
+        tracing::subscriber::with_default(Registry::default().with(lines), || {
+            tracing::info!(service = "web", slot = 0, client = %"127.0.0.1:5", "connection");
+            tracing::info!(line = "two words", error = %"a \"b\" c", empty = "", "output");
+            tracing::info!(line = "a=b\nworker started pid=1\u{1b}[31m", took = 0.25, "output");
+            tracing::info!(duration = 52.4e-6, service = "1e-5", "connection");
+        });
+        let text = String::from_utf8(memory.0.lock().unwrap().clone()).unwrap();
+        let lines: Vec<_> = text.lines().map(str::trim_start).collect();
+        assert_eq!(
+            lines,
+            [
+                "INFO connection service=web slot=0 client=127.0.0.1:5",
+                r#"INFO output line="two words" error="a \"b\" c" empty="""#,
+                r#"INFO output line="a=b\nworker started pid=1\u{1b}[31m" took=0.25"#,
+                "INFO connection duration=0.000052 service=1e-5",
+            ]
+        );
+    }
+}

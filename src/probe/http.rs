@@ -1,0 +1,42 @@
+//! The GET of an HTTP probe.
+
+use std::net::SocketAddr;
+
+use http_body_util::Empty;
+use hyper::{Request, body::Bytes, client::conn::http1, header};
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
+
+use super::ProbeError;
+
+/// Sends one GET for `path` and gives back the status of the answer; the body is not read.
+pub(super) async fn get(
+    stream: TcpStream,
+    address: SocketAddr,
+    path: &str,
+    host: Option<&str>,
+) -> Result<u16, ProbeError> {
+    let failed = |source| ProbeError::Http { path: path.to_owned(), source };
+    let request = Request::get(path)
+        .header(header::HOST, host.map_or_else(|| address.to_string(), str::to_owned))
+        .header(header::USER_AGENT, concat!("lbd/", env!("CARGO_PKG_VERSION")))
+        .header(header::CONNECTION, "close")
+        .body(Empty::<Bytes>::new())
+        .map_err(|error| ProbeError::Request {
+            path: path.to_owned(),
+            reason: error.to_string(),
+        })?;
+    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(failed)?;
+    let mut answer = std::pin::pin!(sender.send_request(request));
+    let mut connection = std::pin::pin!(connection);
+    // The connection only moves while it is polled; it must not end the wait by finishing first.
+    let answer = tokio::select! {
+        biased;
+        answer = &mut answer => answer,
+        result = &mut connection => match result {
+            Ok(()) => answer.await,
+            Err(error) => Err(error),
+        },
+    };
+    answer.map(|answer| answer.status().as_u16()).map_err(failed)
+}

@@ -1,0 +1,191 @@
+//! One probe of one worker: a bare TCP connect, or a GET and a look at the status.
+//!
+//! A probe knows nothing of rise, fall or intervals, which are [`control`](crate::control)'s
+//! business; it only tells what it saw.
+
+mod http;
+
+use std::{
+    io,
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use socket2::Socket;
+use tokio::{
+    net::{TcpSocket, TcpStream},
+    time::timeout,
+};
+
+use crate::{config::Probe, control::ProbeOutcome};
+
+/// Probes the worker at `address` once, over this socket, which is not connected yet. Takes at most
+/// `limit`; dropping the future gives up.
+pub async fn run(
+    probe: &Probe,
+    address: SocketAddr,
+    socket: io::Result<Socket>,
+    limit: Duration,
+) -> ProbeOutcome {
+    let began = Instant::now();
+    let result = match timeout(limit, attempt(probe, address, socket)).await {
+        Ok(result) => result,
+        Err(_) => Err(ProbeError::Timeout(limit)),
+    };
+    ProbeOutcome { took: began.elapsed(), error: result.err().map(|error| error.to_string()) }
+}
+
+/// Why a probe failed.
+#[derive(Debug, thiserror::Error)]
+enum ProbeError {
+    #[error("cannot connect to {0}: {1}")]
+    Connect(SocketAddr, io::Error),
+    /// A connect to a port inside the range of ephemeral ports can be given that very port as its
+    /// source; TCP's simultaneous open (RFC 9293, 3.5) then connects the socket to itself.
+    #[error("nobody listens on {0}: the connection was one to itself")]
+    SelfConnect(SocketAddr),
+    #[error("no answer within {}", humantime::format_duration(*.0))]
+    Timeout(Duration),
+    #[error("GET {path}: {source}")]
+    Http { path: String, source: hyper::Error },
+    #[error("GET {path}: {reason}")]
+    Request { path: String, reason: String },
+    #[error("GET {path}: status {status} is not expected")]
+    Status { path: String, status: u16 },
+}
+
+async fn attempt(
+    probe: &Probe,
+    address: SocketAddr,
+    socket: io::Result<Socket>,
+) -> Result<(), ProbeError> {
+    let stream = connect(address, socket).await?;
+    match probe {
+        Probe::Tcp => Ok(()),
+        Probe::Http { path, host, expect } => {
+            let status = http::get(stream, address, path, host.as_deref()).await?;
+            if expect.contains(status) {
+                Ok(())
+            } else {
+                Err(ProbeError::Status { path: path.clone(), status })
+            }
+        }
+    }
+}
+
+async fn connect(address: SocketAddr, socket: io::Result<Socket>) -> Result<TcpStream, ProbeError> {
+    let failed = |error| ProbeError::Connect(address, error);
+    let socket = TcpSocket::from_std_stream(socket.map_err(failed)?.into());
+    let stream = socket.connect(address).await.map_err(failed)?;
+    not_to_itself(stream, address)
+}
+
+fn not_to_itself(stream: TcpStream, address: SocketAddr) -> Result<TcpStream, ProbeError> {
+    let failed = |error| ProbeError::Connect(address, error);
+    if stream.local_addr().map_err(failed)? == stream.peer_addr().map_err(failed)? {
+        return Err(ProbeError::SelfConnect(address));
+    }
+    Ok(stream)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{Read, Write},
+        net::{Ipv4Addr, TcpListener},
+        thread,
+    };
+
+    use super::*;
+    use crate::config::StatusSet;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn probe(probe: &Probe, address: SocketAddr, limit: Duration) -> Option<String> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let socket = crate::sockets::unconnected(address);
+        runtime.block_on(run(probe, address, socket, limit)).error
+    }
+
+    fn http(path: &str) -> Probe {
+        Probe::Http { path: path.to_owned(), host: None, expect: StatusSet(vec![(200, 399)]) }
+    }
+
+    /// Answers one connection with `answer`, and gives back what was asked.
+    fn server(answer: &'static str) -> (SocketAddr, thread::JoinHandle<String>) {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        let asked = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut asked = Vec::new();
+            let mut buffer = [0; 1024];
+            while !asked.ends_with(b"\r\n\r\n") {
+                let n = stream.read(&mut buffer).unwrap();
+                asked.extend_from_slice(&buffer[..n]);
+            }
+            stream.write_all(answer.as_bytes()).unwrap();
+            String::from_utf8(asked).unwrap()
+        });
+        (address, asked)
+    }
+
+    #[test]
+    fn tcp_passes_where_somebody_listens_and_fails_where_nobody_does() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        assert_eq!(probe(&Probe::Tcp, address, SECOND), None);
+        drop(listener);
+        assert_eq!(
+            probe(&Probe::Tcp, address, SECOND),
+            Some(format!("cannot connect to {address}: Connection refused (os error 111)"))
+        );
+    }
+
+    #[test]
+    fn http_sends_path_and_host_and_judges_the_status() {
+        let (address, asked) = server("HTTP/1.1 204 No Content\r\n\r\n");
+        assert_eq!(probe(&http("/up?deep=1"), address, SECOND), None);
+        let asked = asked.join().unwrap().to_ascii_lowercase();
+        assert!(asked.starts_with("get /up?deep=1 http/1.1\r\n"), "{asked}");
+        assert!(asked.contains(&format!("\r\nhost: {address}\r\n")), "{asked}");
+
+        let (address, _) = server("HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n");
+        assert_eq!(
+            probe(&http("/up"), address, SECOND),
+            Some("GET /up: status 503 is not expected".to_owned())
+        );
+    }
+
+    #[test]
+    fn a_server_that_accepts_but_never_answers_fails_in_time() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        let began = Instant::now();
+        assert_eq!(
+            probe(&http("/"), address, Duration::from_millis(50)),
+            Some("no answer within 50ms".to_owned())
+        );
+        assert!(began.elapsed() < SECOND);
+    }
+
+    #[test]
+    fn what_is_not_http_fails() {
+        let (address, _) = server("220 mail.example ESMTP\r\n");
+        let error = probe(&http("/"), address, SECOND).unwrap();
+        assert!(error.starts_with("GET /: "), "{error}");
+    }
+
+    #[test]
+    fn a_connection_to_itself_is_no_pass() {
+        // Binding the source port to the target makes happen at once what chance does rarely.
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let error = runtime.block_on(async {
+            let socket = TcpSocket::new_v4().unwrap();
+            socket.bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+            let address = socket.local_addr().unwrap();
+            let stream = socket.connect(address).await.unwrap();
+            not_to_itself(stream, address).unwrap_err().to_string()
+        });
+        assert!(error.starts_with("nobody listens on 127.0.0.1:"), "{error}");
+    }
+}
