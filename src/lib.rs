@@ -21,6 +21,7 @@
 //!   ends ─▶ `control` ─▶ a pool without it ─▶ backoff ─▶ spawn;
 //! - a SIGHUP: `daemon` ─▶ `config` reads and compares ─▶ `control` ─▶ actions ─▶ "reloaded".
 
+pub mod admin;
 pub mod config;
 pub mod control;
 pub mod logging;

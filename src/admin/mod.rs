@@ -1,0 +1,82 @@
+//! How a running daemon is looked at and operated: HTTP over a unix socket.
+//!
+//! ```text
+//! lbd status, reload, …            the admin thread                 the main thread
+//! client ── finds ─▶ socket ─▶ server ── Request, bounded ─▶ daemon, which answers each
+//! ```
+//!
+//! The server has a thread of its own, so that parsing, `/proc` and slow clients cost neither
+//! traffic nor supervision a moment. It owns no state: what it tells, the daemon told it. Server and
+//! client share the types of [`status`], and where the socket is is decided in one place (`place`)
+//! for both.
+
+mod client;
+mod place;
+mod server;
+mod socket;
+pub mod status;
+mod usage;
+
+use tokio::sync::oneshot;
+
+pub use client::{Client, ClientError};
+pub use place::Instance;
+pub use server::{MAX_CONNECTIONS, Server, ServerError};
+pub use socket::{ClaimError, Socket};
+pub use status::Status;
+pub use usage::Process;
+
+use serde::{Deserialize, Serialize};
+
+/// What somebody wants of the daemon. Who asked may be gone by the time it is answered.
+#[derive(Debug)]
+pub enum Request {
+    /// How everything is, now.
+    Status(oneshot::Sender<Status>),
+    /// Read the file again, and answer when what changed is in force.
+    Reload(Answer<Reloaded>),
+    /// Replace the workers of a service one at a time, and answer at the end.
+    Restart {
+        /// Its name.
+        service: String,
+        /// Where the answer goes.
+        answer: Answer<Restarted>,
+    },
+    /// Stop gracefully; while that is under way already it changes nothing.
+    Stop,
+}
+
+/// Where the daemon answers a request.
+pub type Answer<T> = oneshot::Sender<Result<T, Failure>>;
+
+/// What a reload changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reloaded {
+    /// Services that are new.
+    pub added: usize,
+    /// Services that are gone.
+    pub removed: usize,
+    /// Services with other settings than before.
+    pub changed: usize,
+}
+
+/// What a restart did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Restarted {
+    /// How many workers were replaced.
+    pub workers: usize,
+}
+
+/// Why the daemon did not do what it was asked to.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Failure {
+    /// There is nothing of that name.
+    #[error("{0}")]
+    NotFound(String),
+    /// The file is refused; nothing changed.
+    #[error("{0}")]
+    Refused(String),
+    /// It can't be done now, or it was tried and failed.
+    #[error("{0}")]
+    Failed(String),
+}
