@@ -24,6 +24,7 @@
 pub mod admin;
 pub mod config;
 pub mod control;
+pub mod daemon;
 pub mod logging;
 pub mod probe;
 pub mod process;

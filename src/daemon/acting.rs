@@ -1,0 +1,136 @@
+//! Doing what control asks for.
+
+use std::{
+    collections::{HashSet, VecDeque},
+    sync::Arc,
+    time::Instant,
+};
+
+use super::{Daemon, Stage};
+use crate::{
+    config::SocketMode,
+    control::{Action, Coming, Event, Phase, Worker, WorkerId},
+    route::Pool,
+};
+
+impl Daemon<'_> {
+    /// Does what control asks for, and tells it what comes of that at once.
+    pub(super) fn perform(&mut self, actions: Vec<Action>) {
+        self.rescue();
+        let mut queue = VecDeque::from(actions);
+        while let Some(action) = queue.pop_front() {
+            for event in self.act(action) {
+                queue.extend(self.supervisor.handle(event, Instant::now()));
+            }
+        }
+        self.look_whether_ready();
+        self.measure();
+    }
+
+    fn act(&mut self, action: Action) -> Vec<Event> {
+        match action {
+            Action::Spawn(order) => return self.fleet.spawn(&order),
+            Action::Signal { id, signal } => self.fleet.signal(id, signal),
+            Action::Kill { id } => self.fleet.kill(id),
+            Action::Probe { id } => self.probe(id),
+            Action::Publish { service } => self.publish(&service),
+            Action::Retire { id } => {
+                if self.fleet.retire(id) {
+                    return vec![Event::Idle { id }];
+                }
+            }
+            Action::Reinstate { id } => self.fleet.reinstate(id),
+            Action::Close { service } => {
+                let listeners = self.fronts.take_closing(&service, &[]);
+                self.close(listeners, Some(service));
+            }
+            Action::Forget { service } => self.fronts.forget(&service),
+            Action::Answer { ticket, result } => self.requests.finish(ticket, result),
+            Action::Restored(service) => {
+                for slot in &mut self.config.services {
+                    if slot.name == service.name {
+                        slot.clone_from(&service);
+                    }
+                }
+            }
+            Action::Note(note) => {
+                let held =
+                    note.worker.and_then(|worker| self.connections(&note.service, worker.slot));
+                self.notes.write(&note, held, Instant::now());
+            }
+            Action::Finished => {
+                self.stage = Stage::Finished(match self.stage {
+                    Stage::Stopping(since) => Some(since),
+                    Stage::Running | Stage::Aborting(_) | Stage::Finished(_) => None,
+                });
+            }
+        }
+        Vec::new()
+    }
+
+    fn probe(&mut self, id: WorkerId) {
+        let service = self
+            .supervisor
+            .services()
+            .iter()
+            .find(|service| service.workers().any(|worker| worker.id == id));
+        if let Some(service) = service {
+            let health = &service.config.health;
+            self.fleet.probe(id, &health.probe, health.timeout);
+        }
+    }
+
+    fn publish(&mut self, name: &Arc<str>) {
+        let Some(service) = self.supervisor.service(name) else { return };
+        let rotation = service.rotation();
+        // Before the pool, so that who is handed to a new worker gets there.
+        self.fleet.select(&rotation.workers);
+        let workers =
+            rotation.workers.iter().filter_map(|id| self.fleet.upstream(*id).cloned()).collect();
+        let coming = match rotation.coming {
+            Coming::Now => Some(Instant::now()),
+            Coming::At(at) => Some(at),
+            Coming::Never => None,
+        };
+        let pool = Pool::new(workers, coming, Arc::new(service.config.routing.clone()));
+        self.fronts.publish(name, pool);
+    }
+
+    pub(super) fn departed(&self, id: WorkerId) {
+        if let Some(upstream) = self.fleet.upstream(id) {
+            self.plane.departed(upstream);
+        }
+    }
+
+    fn connections(&self, service: &str, slot: u32) -> Option<usize> {
+        let service = self.supervisor.service(service)?;
+        let worker = service.workers().find(|worker| worker.slot == slot)?;
+        Some(self.fleet.upstream(worker.id)?.active())
+    }
+
+    /// Hands connections that wait for a worker that will not take them to another one, and closes
+    /// the sockets that no worker inherits any more.
+    fn rescue(&mut self) {
+        let (mut needed, mut ejected) = (HashSet::new(), Vec::new());
+        for service in self.supervisor.services() {
+            let slots = service.slots.iter().map(|slot| (&slot.spec, slot.last_port));
+            let workers = service.workers().map(|worker| (&worker.spec, worker.port));
+            for (spec, port) in slots.chain(workers) {
+                if let (SocketMode::Inherit, Some(port)) = (spec.socket, port) {
+                    needed.insert(spec.address(port));
+                }
+            }
+            let hangs = |worker: &&Worker| worker.phase == Phase::Unhealthy;
+            ejected.extend(service.workers().filter(hangs).map(|worker| worker.id));
+        }
+        let supervisor = &self.supervisor;
+        let can_serve = |service: &str| {
+            supervisor.rotation(service).is_some_and(|rotation| !rotation.workers.is_empty())
+        };
+        for (service, connection) in self.fleet.rescue(&needed, &ejected, can_serve) {
+            if let Some(route) = self.fronts.route(&service) {
+                self.plane.adopt(route, connection);
+            }
+        }
+    }
+}

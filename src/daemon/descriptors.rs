@@ -1,0 +1,60 @@
+//! How many descriptors there are, and what they are for.
+
+use std::num::{NonZeroU32, NonZeroUsize};
+
+use crate::admin;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+/// Descriptors that are not for clients: standard streams, log, event loops, signals, operators …
+const OWN: u64 = 40 + admin::MAX_CONNECTIONS as u64;
+/// … and for each worker its guard's channel and handle, its output, its socket, its cgroup and its probe.
+const PER_WORKER: u64 = 8;
+
+/// What the limits allow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Descriptors {
+    /// The soft limit lbd was started with, which its workers get back.
+    pub(super) inherited: u64,
+    /// The limit now in force.
+    pub(super) limit: u64,
+}
+
+impl Descriptors {
+    /// Raises the soft limit to the hard one (getrlimit(2), `RLIMIT_NOFILE`). Where that is not
+    /// allowed, what there is has to do.
+    pub(super) fn raise() -> Self {
+        let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
+            return Self { inherited: 1024, limit: 1024 };
+        };
+        let raised = setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok();
+        Self { inherited: soft, limit: if raised { hard } else { soft } }
+    }
+
+    /// The soft and the hard limit of a worker: the one that is set for it, or what lbd was started
+    /// with.
+    pub(super) fn of_worker(self, set: Option<NonZeroU32>) -> (u64, u64) {
+        set.map_or((self.inherited, self.limit), |most| (most.get().into(), most.get().into()))
+    }
+
+    /// How many connections may be held at once so that probes, restarts and reloads still have
+    /// descriptors: each connection has two.
+    pub(super) fn connections(self, workers: usize) -> NonZeroUsize {
+        let workers = u64::try_from(workers).unwrap_or(u64::MAX);
+        let kept = OWN.saturating_add(PER_WORKER.saturating_mul(workers));
+        let pairs = usize::try_from(self.limit.saturating_sub(kept) / 2).unwrap_or(usize::MAX);
+        NonZeroUsize::new(pairs).unwrap_or(NonZeroUsize::MIN)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn some_are_kept_for_the_workers() {
+        let of = |limit| Descriptors { inherited: limit, limit };
+        assert_eq!(of(1024).connections(4).get(), 468);
+        assert_eq!(of(128).connections(4).get(), 20);
+        assert_eq!(of(20).connections(4).get(), 1, "never none at all");
+    }
+}

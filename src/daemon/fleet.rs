@@ -1,0 +1,388 @@
+//! The worker processes, as the driver handles them: it starts, signals and probes them as control
+//! asks, and turns what becomes of them into events.
+
+use std::{
+    collections::{HashMap, HashSet},
+    io,
+    net::SocketAddr,
+    num::NonZeroU32,
+    os::fd::AsFd,
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use nix::sys::signal::Signal;
+use socket2::Socket;
+use tokio::{
+    sync::{Notify, mpsc},
+    task::spawn_local,
+};
+
+use super::descriptors::Descriptors;
+use crate::{
+    config::{Probe, Program, SocketMode},
+    control::{Event, Spawn, WORKERS_ON_A_PORT, WorkerId},
+    probe,
+    process::{
+        self, Cgroup, Cgroups, Child, ChildEvent, Controller, Identity, Launch, MemoryGauge,
+        Outputs, Spawner, Watched,
+    },
+    route::Upstream,
+    sockets::{self, Acceptor, Port},
+};
+
+const _: () = assert!(WORKERS_ON_A_PORT == sockets::SHARERS);
+
+/// A worker could not be started.
+#[derive(Debug, thiserror::Error)]
+enum StartError {
+    #[error("port {} of {} is taken by another program; `ss -ltnp 'sport = :{}'` shows which", .0.port(), .0.ip(), .0.port())]
+    PortTaken(SocketAddr),
+    #[error("cannot bind {0}: {1}")]
+    Bind(SocketAddr, io::Error),
+    #[error("cannot open its output: {0}")]
+    Output(io::Error),
+    #[error("cannot limit its processes: {0}")]
+    Cgroup(io::Error),
+    #[error("cannot start a process: {0}")]
+    Spawn(io::Error),
+}
+
+/// All worker processes of the daemon.
+#[derive(Debug)]
+pub(super) struct Fleet {
+    spawner: Spawner,
+    outputs: Outputs,
+    descriptors: Descriptors,
+    events: mpsc::Sender<Event>,
+    /// Notified when a retired worker's last connection ends.
+    idle: Arc<Notify>,
+    members: HashMap<WorkerId, Member>,
+    /// The ports whose sockets workers inherit.
+    ports: HashMap<SocketAddr, InheritedPort>,
+    acceptor: Acceptor,
+    cgroups: Option<Cgroups>,
+    /// Started when there is something to measure.
+    gauge: Option<MemoryGauge>,
+    watched: Vec<Watched>,
+}
+
+/// A port whose sockets workers inherit, and the service whose workers do.
+#[derive(Debug)]
+struct InheritedPort {
+    port: Port<WorkerId>,
+    service: Arc<str>,
+}
+
+/// One worker.
+#[derive(Debug)]
+struct Member {
+    controller: Controller,
+    guard: i32,
+    upstream: Arc<Upstream>,
+    address: SocketAddr,
+    retired: bool,
+    /// A probe is on its way.
+    probing: bool,
+}
+
+impl Fleet {
+    pub(super) fn new(
+        descriptors: Descriptors,
+        cgroups: Option<Cgroups>,
+        events: mpsc::Sender<Event>,
+        idle: Arc<Notify>,
+    ) -> io::Result<Self> {
+        Ok(Self {
+            spawner: Spawner::new()?,
+            outputs: Outputs::start()?,
+            descriptors,
+            events,
+            idle,
+            members: HashMap::new(),
+            ports: HashMap::new(),
+            acceptor: Acceptor::new()?,
+            cgroups,
+            gauge: None,
+            watched: Vec::new(),
+        })
+    }
+
+    /// Starts a worker; what becomes of it comes as events, these being the first.
+    pub(super) fn spawn(&mut self, order: &Spawn) -> Vec<Event> {
+        let id = order.id;
+        match self.start(order) {
+            Ok(address) => vec![Event::Spawned { id, port: address.port() }],
+            Err(error) => {
+                vec![Event::Failed { id, reason: error.to_string() }, Event::Gone { id }]
+            }
+        }
+    }
+
+    pub(super) fn signal(&self, id: WorkerId, signal: Signal) {
+        if let Some(member) = self.members.get(&id) {
+            member.controller.signal(signal);
+        }
+    }
+
+    pub(super) fn kill(&self, id: WorkerId) {
+        if let Some(member) = self.members.get(&id) {
+            member.controller.kill();
+        }
+    }
+
+    /// Probes once, beside everything else.
+    pub(super) fn probe(&mut self, id: WorkerId, probe: &Probe, limit: Duration) {
+        let Some(member) = self.members.get_mut(&id) else { return };
+        member.probing = true;
+        let (address, probe, events) = (member.address, probe.clone(), self.events.clone());
+        // On a port with two workers the connection has to reach the one that is meant.
+        let socket = match self.ports.get_mut(&address) {
+            Some(inherited) => inherited.port.way_to(id),
+            None => sockets::unconnected(address),
+        };
+        spawn_local(async move {
+            let outcome = probe::run(&probe, address, socket, limit).await;
+            // Fails only where the daemon has ended.
+            let _ = events.send(Event::Probed { id, outcome }).await;
+        });
+    }
+
+    /// The probe that was asked for has ended.
+    pub(super) fn probed(&mut self, id: WorkerId) {
+        if let Some(member) = self.members.get_mut(&id) {
+            member.probing = false;
+        }
+    }
+
+    /// No connection is handed to it any more; tells whether it holds none.
+    pub(super) fn retire(&mut self, id: WorkerId) -> bool {
+        self.members.get_mut(&id).is_some_and(|member| {
+            member.retired = true;
+            member.upstream.retire() == 0
+        })
+    }
+
+    pub(super) fn reinstate(&mut self, id: WorkerId) {
+        if let Some(member) = self.members.get_mut(&id) {
+            member.retired = false;
+            member.upstream.reinstate();
+        }
+    }
+
+    /// The retired workers that hold no connection.
+    pub(super) fn idle(&self) -> Vec<WorkerId> {
+        let idle = |member: &Member| member.retired && member.upstream.active() == 0;
+        self.members.iter().filter(|(_, member)| idle(member)).map(|(id, _)| *id).collect()
+    }
+
+    pub(super) fn upstream(&self, id: WorkerId) -> Option<&Arc<Upstream>> {
+        self.members.get(&id).map(|member| &member.upstream)
+    }
+
+    /// These are the ones in rotation: on the ports they share with others, new connections are
+    /// theirs.
+    pub(super) fn select(&mut self, workers: &[WorkerId]) {
+        for &id in workers {
+            let Some(address) = self.members.get(&id).map(|member| member.address) else {
+                continue;
+            };
+            let Some(inherited) = self.ports.get_mut(&address) else { continue };
+            if let Err(error) = inherited.port.select(id) {
+                tracing::error!(%address, %error, "cannot steer connections to the new worker");
+            }
+        }
+    }
+
+    /// Forgets a worker of which nothing is left. Its socket stays, with what waits in it, until
+    /// somebody takes it over or [`Self::rescue`] empties it.
+    pub(super) fn forget(&mut self, id: WorkerId) {
+        if let Some(member) = self.members.remove(&id)
+            && let Some(inherited) = self.ports.get_mut(&member.address)
+        {
+            inherited.port.abandon(id);
+        }
+    }
+
+    /// Takes the connections out of every accept queue where nobody will: of a worker that is gone,
+    /// or one of the `ejected`. They are to be handed to another worker of their service; where none
+    /// `can_serve`, they are left to a successor. Ports that are not `needed` any more are closed.
+    pub(super) fn rescue(
+        &mut self,
+        needed: &HashSet<SocketAddr>,
+        ejected: &[WorkerId],
+        can_serve: impl Fn(&str) -> bool,
+    ) -> Vec<(Arc<str>, Socket)> {
+        let Self { members, acceptor, .. } = self;
+        let mut rescued = Vec::new();
+        self.ports.retain(|address, InheritedPort { port, service }| {
+            let stays = needed.contains(address);
+            let mut sockets = port.tidy(acceptor);
+            if !stays || can_serve(service) {
+                sockets.extend(port.rescue(None, acceptor));
+            }
+            if can_serve(service) {
+                // Not while it is being probed: the probe is for it to answer.
+                let here = |id: &&WorkerId| {
+                    port.socket(**id).is_some()
+                        && members.get(*id).is_some_and(|member| !member.probing)
+                };
+                for &id in ejected.iter().filter(here) {
+                    sockets.extend(port.rescue(Some(id), acceptor));
+                }
+            }
+            rescued.extend(sockets.into_iter().map(|socket| (Arc::clone(service), socket)));
+            stays
+        });
+        rescued
+    }
+
+    /// These workers' memory is measured from now on, and told as events; the number is the limit.
+    pub(super) fn measure(&mut self, limits: impl Iterator<Item = (WorkerId, u64)>) {
+        let member = |(id, limit): (WorkerId, u64)| {
+            let guard = self.members.get(&id)?.guard;
+            Some(Watched { id: id.0, guard, limit })
+        };
+        let watched: Vec<Watched> = limits.filter_map(member).collect();
+        if watched == self.watched {
+            return;
+        }
+        let events = self.events.clone();
+        let start = || {
+            MemoryGauge::start(move |id, bytes| {
+                // Fails only where the daemon has ended.
+                let _ = events.blocking_send(Event::Memory { id: WorkerId(id), bytes });
+            })
+        };
+        match self.gauge.take().map_or_else(start, Ok) {
+            Ok(gauge) => {
+                gauge.watch(watched.clone());
+                self.gauge = Some(gauge);
+                self.watched = watched;
+            }
+            Err(error) => tracing::warn!(%error, "cannot measure the workers' memory"),
+        }
+    }
+
+    /// Reaps what killed guards left behind. To be called on SIGCHLD.
+    pub(super) fn reap(&self) {
+        self.spawner.reap();
+    }
+
+    fn start(&mut self, order: &Spawn) -> Result<SocketAddr, StartError> {
+        let spec = &*order.spec;
+        let wanted = spec.address(order.port.unwrap_or(0));
+        let address = match spec.socket {
+            SocketMode::Inherit => self.inherit(wanted, order)?,
+            // Whoever has the port would pass for the worker that is to bind it.
+            SocketMode::Bind => sockets::free(wanted).map_err(|error| port_error(wanted, error))?,
+        };
+        let started = self.launch(order, address);
+        if started.is_err()
+            && let Some(inherited) = self.ports.get_mut(&address)
+        {
+            inherited.port.abandon(order.id);
+        }
+        started.map(|()| address)
+    }
+
+    /// A listening socket for the worker, on a port that is bound now if it is not yet.
+    fn inherit(&mut self, wanted: SocketAddr, order: &Spawn) -> Result<SocketAddr, StartError> {
+        let service = Arc::clone(&order.service);
+        if let Some(inherited) = self.ports.get_mut(&wanted) {
+            inherited.port.join(order.id).map_err(|error| port_error(wanted, error))?;
+            inherited.service = service;
+            return Ok(wanted);
+        }
+        let port = Port::open(wanted, order.id).map_err(|error| port_error(wanted, error))?;
+        let address = port.address();
+        self.ports.insert(address, InheritedPort { port, service });
+        Ok(address)
+    }
+
+    fn launch(&mut self, order: &Spawn, address: SocketAddr) -> Result<(), StartError> {
+        let spec = &*order.spec;
+        let identity = Identity { service: &order.service, slot: order.slot, port: address.port() };
+        let label: Arc<str> = format!("{}/{}", order.service, address.port()).into();
+        let streams = self.outputs.open(&spec.output, identity).map_err(StartError::Output)?;
+        let (program, argv) = match &spec.program {
+            Program::Command(argv) => (None, process::expand(argv, identity)),
+            Program::Root(root) => {
+                let root = root.to_string_lossy().into_owned();
+                let argv = ["lbd", "worker", "--root", &root].map(str::to_owned);
+                (Some(PathBuf::from("/proc/self/exe")), argv.to_vec())
+            }
+        };
+        let inherited = self.ports.get(&address).and_then(|i| i.port.socket(order.id));
+        let cgroup = self.cgroup(spec.processes)?;
+        let launch = Launch {
+            label: label.to_string(),
+            program,
+            argv,
+            env: process::environment(
+                std::env::vars_os(),
+                &spec.env,
+                spec.user.as_deref(),
+                identity,
+            ),
+            directory: spec.directory.clone(),
+            listener: inherited.map(|socket| (socket.as_fd(), order.service.to_string())),
+            streams,
+            umask: spec.umask,
+            user: spec.user.clone(),
+            group: spec.group.clone(),
+            open_files: Some(self.descriptors.of_worker(spec.open_files)),
+            cgroup,
+        };
+        let child = self.spawner.spawn(launch).map_err(StartError::Spawn)?;
+        let (id, idle) = (order.id, Arc::clone(&self.idle));
+        let upstream = Upstream::new(id.0, order.slot, label, address, idle);
+        let (controller, guard) = (child.controller(), child.guard_pid());
+        let (retired, probing) = (false, false);
+        let member = Member { controller, guard, upstream, address, retired, probing };
+        self.members.insert(id, member);
+        spawn_local(report(child, id, self.events.clone()));
+        Ok(())
+    }
+
+    /// A worker's own cgroup, where there can be one. It has to be where its `processes` are
+    /// limited.
+    fn cgroup(&self, processes: Option<NonZeroU32>) -> Result<Option<Cgroup>, StartError> {
+        let made = self.cgroups.as_ref().map(|cgroups| cgroups.make(processes)).transpose();
+        match (made, processes) {
+            (Ok(None), Some(_)) => Err(StartError::Cgroup(io::ErrorKind::Unsupported.into())),
+            (Ok(cgroup), _) => Ok(cgroup),
+            (Err(error), Some(_)) => Err(StartError::Cgroup(error)),
+            (Err(error), None) => {
+                tracing::warn!(%error, "a worker has no cgroup of its own");
+                Ok(None)
+            }
+        }
+    }
+}
+
+/// Hands on what becomes of a child until nothing of it is left.
+async fn report(mut child: Child, id: WorkerId, events: mpsc::Sender<Event>) {
+    loop {
+        let event = match child.next().await {
+            Some(ChildEvent::Started { pid }) => Event::Started { id, pid },
+            Some(ChildEvent::Failed(reason)) => Event::Failed { id, reason },
+            Some(ChildEvent::Exited(exit)) => Event::Exited { id, status: exit.to_string() },
+            Some(ChildEvent::Gone) => Event::Gone { id },
+            None => return,
+        };
+        if events.send(event).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Why `address` can't be had.
+fn port_error(address: SocketAddr, error: io::Error) -> StartError {
+    if error.kind() == io::ErrorKind::AddrInUse {
+        StartError::PortTaken(address)
+    } else {
+        StartError::Bind(address, error)
+    }
+}

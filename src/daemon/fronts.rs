@@ -1,0 +1,174 @@
+//! The services' public side: their listeners and what is published to the data threads.
+
+use std::{
+    collections::HashMap,
+    rc::Rc,
+    sync::{Arc, atomic::AtomicBool},
+};
+
+use crate::{
+    config::{self, Listen},
+    route::{BindError, DataPlane, Listener, ListenerId, Pool, ServiceRoute},
+};
+
+/// The public sides of all services, by name.
+#[derive(Debug)]
+pub(super) struct Fronts {
+    plane: Rc<DataPlane>,
+    access: Arc<AtomicBool>,
+    fronts: HashMap<Arc<str>, Front>,
+    /// Services that are gone but still hold connections: clients that read slowly.
+    lingering: Vec<Arc<ServiceRoute>>,
+}
+
+#[derive(Debug)]
+struct Front {
+    route: Arc<ServiceRoute>,
+    open: HashMap<Listen, ListenerId>,
+}
+
+/// What a reload opens: nothing of it takes a client yet, so that the reload can still be refused.
+#[derive(Debug, Default)]
+pub(super) struct Bound {
+    new: Vec<(Arc<str>, Listener)>,
+    /// Open listeners that go from one service to another.
+    moving: Vec<Move>,
+}
+
+#[derive(Debug)]
+struct Move {
+    listen: Listen,
+    from: Arc<str>,
+    to: Arc<str>,
+}
+
+impl Fronts {
+    pub(super) fn new(plane: Rc<DataPlane>, access: Arc<AtomicBool>) -> Self {
+        Self { plane, access, fronts: HashMap::new(), lingering: Vec::new() }
+    }
+
+    /// Binds every address of `services` that is not open yet. Nothing listens until
+    /// [`Self::open`]; dropped, all are let go.
+    pub(super) fn bind(
+        &self,
+        services: &[config::Service],
+    ) -> Result<Bound, (Arc<str>, BindError)> {
+        let mut bound = Bound::default();
+        for service in services {
+            for listen in &service.listen {
+                let name = Arc::clone(&service.name);
+                match self.owner(listen) {
+                    Some(owner) if *owner == service.name => {}
+                    Some(owner) => bound.moving.push(Move {
+                        listen: listen.clone(),
+                        from: Arc::clone(owner),
+                        to: name,
+                    }),
+                    None => match self.bind_one(listen, services) {
+                        Ok(listener) => bound.new.push((name, listener)),
+                        Err(error) => return Err((name, error)),
+                    },
+                }
+            }
+        }
+        Ok(bound)
+    }
+
+    /// Detaches what changes hands from the service that had it, which is not to close it.
+    pub(super) fn detach(&mut self, bound: &Bound) -> Vec<(Arc<str>, Listen, ListenerId)> {
+        let take = |change: &Move| {
+            let id = self.fronts.get_mut(&change.from)?.open.remove(&change.listen)?;
+            Some((Arc::clone(&change.to), change.listen.clone(), id))
+        };
+        bound.moving.iter().filter_map(take).collect()
+    }
+
+    /// Takes clients on what was bound, and on what was detached for it. The services must have been
+    /// published before.
+    pub(super) fn open(&mut self, bound: Bound, moved: Vec<(Arc<str>, Listen, ListenerId)>) {
+        for (name, listen, id) in moved {
+            if let Some(front) = self.fronts.get_mut(&name) {
+                tracing::info!(service = &*name, address = %listen, "listening");
+                self.plane.reassign(id, &front.route);
+                front.open.insert(listen, id);
+            }
+        }
+        for (name, listener) in bound.new {
+            if let Some(front) = self.fronts.get_mut(&name) {
+                let listen = listener.listen().clone();
+                tracing::info!(service = &*name, address = %listen, "listening");
+                let id = self.plane.open(&front.route, listener);
+                front.open.insert(listen, id);
+            }
+        }
+    }
+
+    fn owner(&self, listen: &Listen) -> Option<&Arc<str>> {
+        let has = |front: &Front| front.open.contains_key(listen);
+        self.fronts.iter().find(|(_, front)| has(front)).map(|(name, _)| name)
+    }
+
+    /// Binds beside those of our own listeners on the same port that `services` do without: as
+    /// `0.0.0.0:80` beside `127.0.0.1:80`, which it replaces.
+    fn bind_one(
+        &self,
+        listen: &Listen,
+        services: &[config::Service],
+    ) -> Result<Listener, BindError> {
+        let goes = |open: &Listen| !services.iter().any(|service| service.listen.contains(open));
+        let overlaps = |open: &Listen| match (open, listen) {
+            (Listen::Tcp(open), Listen::Tcp(new)) => open.port() == new.port(),
+            (Listen::Tcp(_) | Listen::Unix(_), _) => false,
+        };
+        let open = self.fronts.values().flat_map(|front| &front.open);
+        let replaced: Vec<_> =
+            open.filter(|(open, _)| goes(open) && overlaps(open)).map(|(_, id)| *id).collect();
+        if replaced.is_empty() {
+            Listener::bind(listen)
+        } else {
+            self.plane.bind_beside(listen, &replaced)
+        }
+    }
+
+    /// The listeners of `service` that are not in `keep`: to be closed by the caller.
+    pub(super) fn take_closing(&mut self, service: &str, keep: &[Listen]) -> Vec<ListenerId> {
+        let Some(front) = self.fronts.get_mut(service) else { return Vec::new() };
+        front.open.extract_if(|listen, _| !keep.contains(listen)).map(|(_, id)| id).collect()
+    }
+
+    /// Publishes who can be handed a connection.
+    pub(super) fn publish(&mut self, name: &Arc<str>, pool: Pool) {
+        if let Some(front) = self.fronts.get(name) {
+            front.route.publish(pool);
+            return;
+        }
+        let route = self.plane.service(Arc::clone(name), pool, Arc::clone(&self.access));
+        self.fronts.insert(Arc::clone(name), Front { route, open: HashMap::new() });
+    }
+
+    pub(super) fn route(&self, service: &str) -> Option<&Arc<ServiceRoute>> {
+        self.fronts.get(service).map(|front| &front.route)
+    }
+
+    /// Lets go of a service that has neither listeners nor workers left.
+    pub(super) fn forget(&mut self, service: &str) {
+        self.lingering.extend(self.fronts.remove(service).map(|front| front.route));
+        self.lingering.retain(|route| route.active() > 0);
+    }
+
+    /// Connections held by all services.
+    pub(super) fn active(&self) -> usize {
+        self.routes().map(|route| route.active()).sum()
+    }
+
+    /// Returns when no service holds a connection. May be dropped at any time.
+    pub(super) async fn emptied(&self) {
+        for route in self.routes() {
+            route.emptied().await;
+        }
+    }
+
+    fn routes(&self) -> impl Iterator<Item = &Arc<ServiceRoute>> {
+        self.fronts.values().map(|front| &front.route).chain(&self.lingering)
+    }
+}

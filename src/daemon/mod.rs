@@ -1,0 +1,327 @@
+//! The driver: waits for what happens, tells control, and does what control asks for.
+//!
+//! It runs on the main thread, in one `current_thread` runtime, and is the only place where children
+//! are started. It holds no state that control holds: processes, sockets and routes by their
+//! incarnation or name, and nothing of what they mean.
+
+mod acting;
+mod descriptors;
+mod fleet;
+mod fronts;
+mod limits;
+mod notes;
+mod notify;
+mod reload;
+mod requests;
+mod status;
+mod stopping;
+
+use std::{
+    io,
+    num::NonZeroUsize,
+    rc::Rc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use futures_util::StreamExt;
+use nix::libc::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
+use signal_hook_tokio::Signals;
+use tokio::{
+    sync::{Notify, mpsc},
+    task::JoinSet,
+    time::sleep_until,
+};
+use tracing::{info, warn};
+
+use crate::{
+    admin::{self, Answer, ClaimError, Reloaded, ServerError},
+    config::{Config, ConfigError},
+    control::{Event, Supervisor},
+    logging::{LogError, Logging},
+    process::Cgroups,
+    route::{BindError, DataPlane, Settings},
+};
+use descriptors::Descriptors;
+use fleet::Fleet;
+use fronts::Fronts;
+use notes::Notes;
+use requests::{Loads, Requests};
+
+/// Events that wait for the main thread; whoever brings one more waits too.
+const QUEUED_EVENTS: usize = 1024;
+
+/// Operators' requests that wait for the main thread; whoever brings one more waits too.
+const QUEUED_REQUESTS: usize = 16;
+
+/// How long a stop at once may take before lbd ends anyway; its guards then finish the work.
+const ABORT_PATIENCE: Duration = Duration::from_secs(5);
+
+/// The daemon could not start, or not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// The log file can't be opened.
+    #[error(transparent)]
+    Log(#[from] LogError),
+    /// Another daemon runs with this configuration, or `[admin] socket` can't be had.
+    #[error(transparent)]
+    Claim(#[from] ClaimError),
+    /// The admin socket can't be served.
+    #[error(transparent)]
+    Admin(#[from] ServerError),
+    /// A service's own address can't be listened on.
+    #[error("service {service}: {source}")]
+    Bind {
+        /// Which service.
+        service: Arc<str>,
+        /// Why.
+        source: BindError,
+    },
+    /// The configuration asks for what this lbd can't do.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The system denies what the daemon can't do without.
+    #[error("cannot start: {0}")]
+    System(#[from] io::Error),
+}
+
+/// Runs the daemon until it is stopped. Blocks.
+///
+/// # Errors
+/// Where it can't start. Nothing is left running then.
+pub fn run(config: Config) -> Result<(), DaemonError> {
+    // First of all: of two daemons with one configuration the second must not touch a thing.
+    let socket = match admin::Socket::claim(&config) {
+        Err(error) if !matches!(error, ClaimError::NoFolder(_)) => return Err(error.into()),
+        socket => socket,
+    };
+    let descriptors = Descriptors::raise();
+    // Declared first, dropped last: what the end has to say is still written.
+    let logging = Logging::start(&config.log)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let tasks = tokio::task::LocalSet::new();
+    tasks.block_on(&runtime, async {
+        let signals = Signals::new([SIGHUP, SIGTERM, SIGINT, SIGQUIT, SIGUSR1, SIGCHLD])?;
+        let (sender, requests) = mpsc::channel(QUEUED_REQUESTS);
+        // Dropped after the daemon, so that whoever waits for it gets an answer.
+        let _server = match &socket {
+            Ok(socket) => Some(admin::Server::start(socket, sender)?),
+            Err(error) => {
+                warn!(%error, "lbd can't be operated but by signals");
+                None
+            }
+        };
+        Daemon::start(config, &logging, descriptors)?.run(signals, requests).await;
+        Ok(())
+    })
+}
+
+struct Daemon<'a> {
+    /// The configuration in force.
+    config: Config,
+    supervisor: Supervisor,
+    fleet: Fleet,
+    fronts: Fronts,
+    plane: Rc<DataPlane>,
+    access: Arc<AtomicBool>,
+    logging: &'a Logging,
+    /// Why workers' processes can't be limited, where they can't.
+    no_process_limits: Option<String>,
+    notes: Notes,
+    events: mpsc::Receiver<Event>,
+    idle: Arc<Notify>,
+    /// Listeners that are being emptied; the service where all of its are.
+    closing: JoinSet<Option<Arc<str>>>,
+    /// A reload that waits for that, and who waits for it.
+    reload_wanted: Option<Vec<Answer<Reloaded>>>,
+    requests: Requests,
+    loads: Loads,
+    stage: Stage,
+    ready: bool,
+    started: Instant,
+    dropped_lines: usize,
+    dropped_told: Instant,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Running,
+    /// Since then, gracefully.
+    Stopping(Instant),
+    /// Since then, at once.
+    Aborting(Instant),
+    /// No worker is left. Clients are waited for as long as the stop that began then allows; not at
+    /// all where there is no such time.
+    Finished(Option<Instant>),
+}
+
+impl<'a> Daemon<'a> {
+    fn start(
+        config: Config,
+        logging: &'a Logging,
+        descriptors: Descriptors,
+    ) -> Result<Self, DaemonError> {
+        let now = Instant::now();
+        let cgroups = Cgroups::claim();
+        let no_process_limits = limits::no_process_limits(&cgroups);
+        if let Some(why) = &no_process_limits {
+            config.refuse_process_limits(why)?;
+        }
+        let (sender, events) = mpsc::channel(QUEUED_EVENTS);
+        let idle = Arc::new(Notify::new());
+        let workers = config.services.iter().map(|service| service.slots.count()).sum();
+        let max_held = descriptors.connections(workers);
+        let threads = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+        let plane = Rc::new(DataPlane::start(Settings { threads, max_held })?);
+        let access = Arc::new(AtomicBool::new(config.log.access));
+        let mut daemon = Self {
+            supervisor: Supervisor::new(seed()),
+            fleet: Fleet::new(descriptors, cgroups.ok(), sender, Arc::clone(&idle))?,
+            fronts: Fronts::new(Rc::clone(&plane), Arc::clone(&access)),
+            plane,
+            access,
+            logging,
+            no_process_limits,
+            notes: Notes::default(),
+            events,
+            idle,
+            closing: JoinSet::new(),
+            reload_wanted: None,
+            requests: Requests::default(),
+            loads: Loads::new(),
+            stage: Stage::Running,
+            ready: false,
+            started: now,
+            dropped_lines: 0,
+            dropped_told: now,
+            config,
+        };
+        let bound = daemon
+            .fronts
+            .bind(&daemon.config.services)
+            .map_err(|(service, source)| DaemonError::Bind { service, source })?;
+        let pid = std::process::id();
+        info!(version = env!("CARGO_PKG_VERSION"), pid, "starting");
+        info!(limit = descriptors.limit, connections = max_held, "descriptors");
+        let (services, ticket) = (daemon.config.services.clone(), daemon.requests.ticket());
+        daemon.handle(Event::Apply { services, ticket });
+        daemon.fronts.open(bound, Vec::new());
+        Ok(daemon)
+    }
+
+    /// Waits and handles until no worker and no connection is left.
+    async fn run(mut self, mut signals: Signals, mut asked: mpsc::Receiver<admin::Request>) {
+        while !matches!(self.stage, Stage::Finished(_)) {
+            let deadline = self.deadline();
+            let clock = sleep_until(deadline.unwrap_or_else(far_future).into());
+            tokio::select! {
+                Some(event) = self.events.recv() => self.handle(event),
+                Some(signal) = signals.next() => self.signal(signal),
+                Some(request) = asked.recv() => self.request(request),
+                () = self.idle.notified() => self.look_for_idle(),
+                Some(Ok(service)) = self.closing.join_next() => self.closed(service),
+                () = clock, if deadline.is_some() => self.timeout(),
+            }
+            self.tell_askers();
+            self.tell_dropped_lines();
+        }
+        self.flush(&mut signals, &mut asked).await;
+        // Before the last line: each connection that is cut has its own.
+        self.plane.cut();
+        let uptime = notes::seconds(self.started.elapsed());
+        info!(uptime, "stopped");
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        match self.stage {
+            Stage::Aborting(since) => Some(since + ABORT_PATIENCE),
+            Stage::Running | Stage::Stopping(_) | Stage::Finished(_) => self.supervisor.deadline(),
+        }
+    }
+
+    fn timeout(&mut self) {
+        let now = Instant::now();
+        if let Stage::Aborting(since) = self.stage
+            && now >= since + ABORT_PATIENCE
+        {
+            warn!("some workers could not be killed in time, their guards go on");
+            self.stage = Stage::Finished(None);
+            return;
+        }
+        let actions = self.supervisor.timeout(now);
+        self.perform(actions);
+    }
+
+    fn signal(&mut self, signal: i32) {
+        match signal {
+            SIGHUP => self.reload(Vec::new()),
+            SIGTERM | SIGINT if self.stage == Stage::Running => self.stop(),
+            SIGTERM | SIGINT | SIGQUIT => self.abort(),
+            SIGUSR1 => self.logging.reopen(),
+            SIGCHLD => self.fleet.reap(),
+            _ => {}
+        }
+    }
+
+    fn handle(&mut self, event: Event) {
+        match event {
+            Event::Exited { id, .. } => self.departed(id),
+            Event::Gone { id } => {
+                self.departed(id);
+                self.fleet.forget(id);
+            }
+            Event::Probed { id, .. } => self.fleet.probed(id),
+            _ => {}
+        }
+        let actions = self.supervisor.handle(event, Instant::now());
+        self.perform(actions);
+    }
+
+    fn look_for_idle(&mut self) {
+        for id in self.fleet.idle() {
+            self.handle(Event::Idle { id });
+        }
+    }
+
+    fn look_whether_ready(&mut self) {
+        if self.ready || self.stage != Stage::Running {
+            return;
+        }
+        let services = self.supervisor.services();
+        self.ready = services.iter().all(|service| !service.rotation().workers.is_empty());
+        if self.ready {
+            let after = notes::seconds(self.started.elapsed());
+            info!(after, "ready");
+            notify::ready();
+        }
+    }
+
+    fn tell_dropped_lines(&mut self) {
+        let dropped = self.logging.dropped_lines();
+        if dropped > self.dropped_lines && self.dropped_told.elapsed() >= Duration::from_secs(1) {
+            let lines = dropped - self.dropped_lines;
+            // Also in all: where the disk is full, this line is lost as well.
+            warn!(lines, total = dropped, "log lines dropped, the log is full or too slow");
+            self.dropped_lines = dropped;
+            self.dropped_told = Instant::now();
+        }
+    }
+
+    fn set_access(&self, access: bool) {
+        self.access.store(access, Ordering::Relaxed);
+    }
+}
+
+/// Restarts of different machines shall not go in step.
+fn seed() -> u64 {
+    use std::hash::{BuildHasher, RandomState};
+    RandomState::new().hash_one(std::process::id())
+}
+
+/// What a timer that is not armed would wait for.
+fn far_future() -> Instant {
+    Instant::now() + Duration::from_secs(24 * 3600)
+}

@@ -1,0 +1,192 @@
+//! The facts that control notes, as lines of the log.
+//!
+//! A worker that crashes many times a second for the same reason would flood the log with the same
+//! line: past ten in ten seconds, what is the same is folded into one line every ten seconds.
+
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytesize::ByteSize;
+use tracing::{error, info, warn};
+
+use crate::control::{Fact, Failure, Note, Why, Worn};
+
+/// So many failures of one slot for the same reason are all written …
+const UNFOLDED: u32 = 10;
+/// … in this time. After that, one in this time.
+const WINDOW: Duration = Duration::from_secs(10);
+
+/// Writes notes, and remembers what it folds.
+#[derive(Debug, Default)]
+pub(super) struct Notes {
+    /// The slots that fail again and again.
+    folds: HashMap<(Arc<str>, u32), Fold>,
+}
+
+#[derive(Debug)]
+struct Fold {
+    reason: String,
+    /// When the window began.
+    began: Instant,
+    /// Lines that may still be written in it.
+    left: u32,
+    /// Failures that were not, since the last line.
+    folded: u32,
+}
+
+impl Notes {
+    /// Writes one line, or folds it. `connections` is what the worker holds, where that is of
+    /// interest.
+    pub(super) fn write(&mut self, note: &Note, connections: Option<usize>, now: Instant) {
+        let service = &*note.service;
+        let slot = note.worker.map(|worker| worker.slot);
+        let port = note.worker.and_then(|worker| worker.port);
+        let pid = note.worker.and_then(|worker| worker.pid);
+        match &note.fact {
+            Fact::Started => {
+                if !self.is_folded(note) {
+                    info!(service, slot, port, pid, "worker started");
+                }
+            }
+            Fact::Healthy { after } => {
+                self.unfold(note);
+                let after = after.map(seconds);
+                info!(service, slot, port, pid, after, "worker healthy");
+            }
+            Fact::Unhealthy { error } => {
+                warn!(service, slot, port, pid, error, "worker unhealthy");
+            }
+            Fact::Down { reason, restart_in, failures, failure } => {
+                let Some(folded) = self.fold(note, reason, now) else { return };
+                let folded = (folded > 0).then_some(folded);
+                let restart_in = restart_in.map(seconds);
+                let failures = (*failures > 0).then_some(*failures);
+                let (error, status) = (reason, reason);
+                match failure {
+                    Failure::NotStarted => error!(
+                        service,
+                        slot, port, error, restart_in, failures, folded, "worker not started"
+                    ),
+                    Failure::Exited => warn!(
+                        service,
+                        slot, port, pid, status, restart_in, failures, folded, "worker exited"
+                    ),
+                    Failure::NotHealthy => warn!(
+                        service,
+                        slot, port, pid, error, restart_in, failures, folded, "worker given up"
+                    ),
+                }
+            }
+            Fact::Stopped { reason } => {
+                if !self.is_folded(note) {
+                    info!(service, slot, port, pid, status = reason, "worker exited");
+                }
+            }
+            Fact::Draining { why } => {
+                // Where the whole daemon stops, one line for each service says it better.
+                if *why != Why::Stopping {
+                    let why = why.to_string();
+                    info!(service, slot, port, pid, why, connections, "draining");
+                }
+            }
+            Fact::Resumed => info!(service, slot, port, pid, "worker resumed"),
+            Fact::Killed { why } => warn!(service, slot, port, pid, why, "worker killed"),
+            Fact::Recycling { worn: Worn::Memory { bytes, limit } } => {
+                let (memory, limit) = (ByteSize(*bytes).to_string(), ByteSize(*limit).to_string());
+                info!(service, slot, port, pid, why = "memory", memory, limit, "recycling");
+            }
+            Fact::Recycling { worn: Worn::Age { age, limit } } => {
+                let (age, limit) = (seconds(*age), seconds(*limit));
+                info!(service, slot, port, pid, why = "max-age", age, limit, "recycling");
+            }
+            Fact::NotRecycled { reason, retry_in } => {
+                let retry_in = seconds(*retry_in);
+                warn!(service, slot, port, pid, error = reason, retry_in, "not recycled");
+            }
+            Fact::RolloutBegun { workers } => info!(service, workers, "replacing workers"),
+            Fact::RolloutDone => info!(service, "workers replaced"),
+            Fact::RolloutFailed { reason } => {
+                error!(
+                    service,
+                    error = reason,
+                    "replacement failed, the old settings stay in force"
+                );
+            }
+        }
+    }
+
+    /// How many failures the line stands for besides its own; `None` where it is not to be written.
+    fn fold(&mut self, note: &Note, reason: &str, now: Instant) -> Option<u32> {
+        let new = || Fold { reason: reason.to_owned(), began: now, left: UNFOLDED, folded: 0 };
+        let fold = self.folds.entry(key(note)).or_insert_with(new);
+        if fold.reason != reason {
+            let folded = fold.folded;
+            *fold = Fold { left: UNFOLDED - 1, ..new() };
+            return Some(folded);
+        }
+        if now >= fold.began + WINDOW {
+            fold.began = now;
+            fold.left = if fold.folded > 0 { 1 } else { UNFOLDED };
+        }
+        if fold.left == 0 {
+            fold.folded += 1;
+            return None;
+        }
+        fold.left -= 1;
+        Some(std::mem::take(&mut fold.folded))
+    }
+
+    fn is_folded(&self, note: &Note) -> bool {
+        self.folds.get(&key(note)).is_some_and(|fold| fold.folded > 0)
+    }
+
+    fn unfold(&mut self, note: &Note) {
+        self.folds.remove(&key(note));
+    }
+}
+
+fn key(note: &Note) -> (Arc<str>, u32) {
+    (Arc::clone(&note.service), note.worker.map_or(u32::MAX, |worker| worker.slot))
+}
+
+/// Seconds with milliseconds, as the log shows them.
+pub(super) fn seconds(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1000.0).round() / 1000.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::NoteWorker;
+
+    #[test]
+    fn the_same_failure_is_written_ten_times_and_then_every_ten_seconds() {
+        let worker = Some(NoteWorker { slot: 0, port: None, pid: None });
+        let down = Note { service: "web".into(), worker, fact: Fact::Started };
+        let (mut notes, began) = (Notes::default(), Instant::now());
+        let mut fold = |reason: &str, tenths: u32| {
+            notes.fold(&down, reason, began + Duration::from_millis(100) * tenths)
+        };
+        let written: Vec<_> =
+            (1..=250).filter_map(|n| fold("exit status 1", n).map(|folded| (n, folded))).collect();
+        let first = (1..=10).map(|n| (n, 0));
+        assert_eq!(written, first.chain([(101, 90), (201, 99)]).collect::<Vec<_>>());
+        assert_eq!(fold("exit status 2", 251), Some(49), "another reason is told at once");
+        assert_eq!(fold("exit status 2", 252), Some(0));
+    }
+
+    #[test]
+    fn an_exponential_backoff_is_never_folded() {
+        let worker = Some(NoteWorker { slot: 0, port: None, pid: None });
+        let down = Note { service: "web".into(), worker, fact: Fact::Started };
+        let (mut notes, mut now) = (Notes::default(), Instant::now());
+        for doubling in 0..20 {
+            assert_eq!(notes.fold(&down, "exit status 1", now), Some(0));
+            now += Duration::from_millis(100 << doubling.min(8));
+        }
+        assert!(!notes.is_folded(&down));
+    }
+}

@@ -1,0 +1,120 @@
+//! A reload: read, compare, bind, and only then apply. A file that is refused changes nothing.
+
+use tracing::{info, warn};
+
+use super::{
+    Daemon, Stage,
+    fronts::Bound,
+    notify,
+    requests::{Waiting, tell},
+};
+use crate::{
+    admin::{Answer, Failure, Reloaded},
+    config::{
+        self, Config, ConfigError,
+        diff::{Diff, NeedsRestart, diff},
+    },
+    control::{Event, Ticket},
+    route::BindError,
+};
+
+/// Why a reload was refused.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Refused {
+    #[error("{}", .0.one_line())]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    NeedsRestart(#[from] NeedsRestart),
+    #[error("service {0}: {1}")]
+    Bind(std::sync::Arc<str>, BindError),
+    #[error("lbd was started without a configuration file")]
+    NoFile,
+    #[error("lbd is stopping")]
+    Stopping,
+}
+
+/// What can only succeed from here on.
+struct Prepared {
+    new: Config,
+    diff: Diff,
+    bound: Bound,
+}
+
+impl Daemon<'_> {
+    /// Reads the file again and applies the difference, and says in the log how that went. The
+    /// askers are told when it has been refused, or when the rollouts that follow have ended.
+    pub(super) fn reload(&mut self, askers: Vec<Answer<Reloaded>>) {
+        if self.stage != Stage::Running {
+            warn!(error = %Refused::Stopping, "reload refused");
+            return tell(askers, &Err(Refused::Stopping.into()));
+        }
+        // An address may only be bound again once whoever had it has let go of it.
+        if !self.closing.is_empty() {
+            self.reload_wanted.get_or_insert_default().extend(askers);
+            return;
+        }
+        notify::reloading();
+        match self.prepare() {
+            Ok(Prepared { new, diff, bound }) => {
+                let (added, removed) = (diff.added.len(), diff.removed.len());
+                let changed = diff.changed.len();
+                let reloaded = Reloaded { added, removed, changed };
+                let ticket = self.requests.wait(Waiting::Reload { askers, reloaded });
+                self.loads.accepted(ticket);
+                let moved = self.fronts.detach(&bound);
+                self.apply(new, &diff, ticket);
+                self.fronts.open(bound, moved);
+                info!(added, removed, changed, "reloaded");
+            }
+            Err(error) => {
+                warn!(%error, "reload refused");
+                self.loads.refused(error.to_string());
+                tell(askers, &Err(error.into()));
+            }
+        }
+        notify::ready();
+    }
+
+    fn prepare(&self) -> Result<Prepared, Refused> {
+        let path = self.config.path.as_deref().ok_or(Refused::NoFile)?;
+        let new = config::read(path)?;
+        if let Some(why) = &self.no_process_limits {
+            new.refuse_process_limits(why)?;
+        }
+        let diff = diff(&self.config, &new)?;
+        let bound = self
+            .fronts
+            .bind(&new.services)
+            .map_err(|(service, error)| Refused::Bind(service, error))?;
+        Ok(Prepared { new, diff, bound })
+    }
+
+    fn apply(&mut self, new: Config, diff: &Diff, ticket: Ticket) {
+        if let Some(level) = diff.log_level {
+            self.logging.set_level(level);
+        }
+        if let Some(access) = diff.log_access {
+            self.set_access(access);
+        }
+        for change in &diff.changed {
+            let listeners = self.fronts.take_closing(&change.name, &change.new.listen);
+            if !listeners.is_empty() {
+                self.close(listeners, None);
+            }
+        }
+        self.config = new;
+        let services = self.config.services.clone();
+        self.handle(Event::Apply { services, ticket });
+    }
+}
+
+impl From<Refused> for Failure {
+    fn from(refused: Refused) -> Self {
+        match refused {
+            // Somebody reads it in a terminal: a line a problem.
+            Refused::Config(error) => Self::Refused(error.to_string()),
+            Refused::NeedsRestart(_) | Refused::Bind(..) => Self::Refused(refused.to_string()),
+            Refused::NoFile | Refused::Stopping => Self::Failed(refused.to_string()),
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! What operators ask for over the admin socket, and who waits for the end of it.
+
+use std::{collections::HashMap, mem, sync::Arc, time::SystemTime};
+
+use super::{Daemon, Stage};
+use crate::{
+    admin::{Answer, Failure, Reloaded, Request, Restarted, status},
+    control::{Event, Ticket},
+};
+
+/// Requests that control works on, by their tickets.
+#[derive(Debug, Default)]
+pub(super) struct Requests {
+    tickets: u64,
+    waiting: HashMap<Ticket, Waiting>,
+    finished: Vec<(Ticket, Result<(), String>)>,
+}
+
+/// What is to be said at the end, and to whom.
+#[derive(Debug)]
+pub(super) enum Waiting {
+    Reload { askers: Vec<Answer<Reloaded>>, reloaded: Reloaded },
+    Restart { asker: Answer<Restarted>, restarted: Restarted },
+}
+
+/// When the configuration was read, and how that went.
+#[derive(Debug)]
+pub(super) struct Loads {
+    /// When the one in force was.
+    pub(super) loaded_at: SystemTime,
+    /// How the last attempt went; the start counts as one that went well.
+    pub(super) last: status::Reload,
+    /// Of the last reload that was accepted, until another is tried.
+    ticket: Option<Ticket>,
+}
+
+impl Requests {
+    pub(super) fn ticket(&mut self) -> Ticket {
+        self.tickets += 1;
+        Ticket(self.tickets)
+    }
+
+    /// A ticket that somebody waits for.
+    pub(super) fn wait(&mut self, waiting: Waiting) -> Ticket {
+        let ticket = self.ticket();
+        self.waiting.insert(ticket, waiting);
+        ticket
+    }
+
+    /// Takes note of control's answer, which [`Daemon::tell_askers`] passes on.
+    pub(super) fn finish(&mut self, ticket: Ticket, result: Result<(), String>) {
+        self.finished.push((ticket, result));
+    }
+}
+
+impl Loads {
+    pub(super) fn new() -> Self {
+        let now = SystemTime::now();
+        let last = status::Reload { ok: true, at: rfc3339(now), error: None };
+        Self { loaded_at: now, last, ticket: None }
+    }
+
+    pub(super) fn refused(&mut self, error: String) {
+        self.record(SystemTime::now(), Some(error));
+        self.ticket = None;
+    }
+
+    /// Its rollouts may still fail: they answer to `ticket`.
+    pub(super) fn accepted(&mut self, ticket: Ticket) {
+        self.loaded_at = SystemTime::now();
+        self.record(self.loaded_at, None);
+        self.ticket = Some(ticket);
+    }
+
+    /// Of several reloads only the last one counts.
+    fn rolled_out(&mut self, ticket: Ticket, result: &Result<(), String>) {
+        if let (true, Err(error)) = (self.ticket == Some(ticket), result) {
+            self.record(self.loaded_at, Some(error.clone()));
+        }
+    }
+
+    fn record(&mut self, at: SystemTime, error: Option<String>) {
+        self.last = status::Reload { ok: error.is_none(), at: rfc3339(at), error };
+    }
+}
+
+impl Daemon<'_> {
+    /// Answers at once, or sees to it that [`Self::tell_askers`] will.
+    pub(super) fn request(&mut self, request: Request) {
+        match request {
+            Request::Status(asker) => {
+                let _ = asker.send(self.status());
+            }
+            Request::Reload(asker) => self.reload(vec![asker]),
+            Request::Restart { service, answer } => self.restart(&service, answer),
+            Request::Stop if self.stage == Stage::Running => self.stop(),
+            Request::Stop => {}
+        }
+    }
+
+    /// Answers what control has finished. Called at the end of a turn, when everything that the
+    /// answer is about has been carried out.
+    pub(super) fn tell_askers(&mut self) {
+        for (ticket, result) in mem::take(&mut self.requests.finished) {
+            match self.requests.waiting.remove(&ticket) {
+                Some(Waiting::Reload { askers, reloaded }) => {
+                    self.loads.rolled_out(ticket, &result);
+                    let answer = result.map(|()| reloaded).map_err(Failure::Failed);
+                    tell(askers, &answer);
+                }
+                Some(Waiting::Restart { asker, restarted }) => {
+                    tell([asker], &result.map(|()| restarted).map_err(Failure::Failed));
+                }
+                // The start of the daemon, which nobody asked for.
+                None => {}
+            }
+        }
+    }
+
+    fn restart(&mut self, name: &str, asker: Answer<Restarted>) {
+        if self.stage != Stage::Running {
+            return tell([asker], &Err(Failure::Failed("lbd is stopping".to_owned())));
+        }
+        let Some(service) = self.supervisor.service(name) else {
+            let known: Vec<_> = self.config.services.iter().map(|service| &*service.name).collect();
+            let message = format!("there is no service {name:?}, but {}", known.join(", "));
+            return tell([asker], &Err(Failure::NotFound(message)));
+        };
+        let restarted = Restarted { workers: service.slots.len() };
+        let service = Some(Arc::clone(&service.config.name));
+        let ticket = self.requests.wait(Waiting::Restart { asker, restarted });
+        self.handle(Event::Restart { service, ticket });
+    }
+}
+
+/// Whoever asked may have gone away since.
+pub(super) fn tell<T: Clone>(
+    askers: impl IntoIterator<Item = Answer<T>>,
+    answer: &Result<T, Failure>,
+) {
+    for asker in askers {
+        let _ = asker.send(answer.clone());
+    }
+}
+
+pub(super) fn rfc3339(at: SystemTime) -> String {
+    humantime::format_rfc3339_millis(at).to_string()
+}

@@ -1,0 +1,119 @@
+//! How everything is, put together from control (lives), the fleet (traffic) and the
+//! configuration.
+
+use std::time::{Duration, Instant};
+
+use super::{Daemon, notes::seconds, requests::rfc3339};
+use crate::{
+    admin::status::{Bytes, Config, Connections, Probe, Service, State, Status, Worker},
+    control::{self, Phase, Slot},
+};
+
+impl Daemon<'_> {
+    /// What `/status` tells, but for what only `/proc` knows.
+    pub(super) fn status(&self) -> Status {
+        let now = Instant::now();
+        let path = self.config.path.as_ref().map(|path| path.display().to_string());
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            uptime_seconds: seconds(now - self.started),
+            config: Config {
+                path,
+                loaded_at: rfc3339(self.loads.loaded_at),
+                last_reload: self.loads.last.clone(),
+            },
+            services: self.supervisor.services().iter().map(|s| self.service(s, now)).collect(),
+        }
+    }
+
+    fn service(&self, service: &control::Service, now: Instant) -> Service {
+        let of_slot = |slot: &Slot| match slot.workers().next() {
+            Some(worker) => self.worker(worker, Some(slot), now),
+            None => vacant(slot, now),
+        };
+        let outgoing = |worker: &control::Worker| {
+            let slot = service.slots.iter().find(|slot| slot.number == worker.slot);
+            self.worker(worker, slot, now)
+        };
+        Service {
+            name: service.config.name.to_string(),
+            listen: service.config.listen.iter().map(ToString::to_string).collect(),
+            route: "proxy".to_owned(),
+            balance: service.config.routing.balance.to_string(),
+            workers: service.slots.iter().map(of_slot).collect(),
+            retiring: service.retiring.iter().map(outgoing).collect(),
+        }
+    }
+
+    /// `slot` is its slot, or that of its successors; a reload may have taken it away.
+    fn worker(&self, worker: &control::Worker, slot: Option<&Slot>, now: Instant) -> Worker {
+        let generation = worker.generation;
+        let traffic = self.fleet.upstream(worker.id).map(|upstream| upstream.traffic());
+        let traffic = traffic.unwrap_or_default();
+        Worker {
+            slot: worker.slot,
+            port: worker.port,
+            pid: worker.pid,
+            generation,
+            state: state(worker.phase),
+            since_seconds: seconds(now.saturating_duration_since(worker.since)),
+            restarts: slot.map_or_else(|| generation.saturating_sub(1), |slot| slot.restarts),
+            last_exit: slot.and_then(last_exit),
+            connections: Connections {
+                active: u64::try_from(traffic.active).unwrap_or(u64::MAX),
+                total: traffic.total,
+                failed: traffic.failed,
+            },
+            bytes: Bytes { sent: traffic.sent, received: traffic.received },
+            resident_bytes: None,
+            cpu_seconds: None,
+            last_probe: worker.last_probe.as_ref().map(|probe| Probe {
+                ok: probe.error.is_none(),
+                seconds: micros(probe.took),
+                error: probe.error.clone(),
+            }),
+        }
+    }
+}
+
+/// A slot that nobody is in.
+fn vacant(slot: &Slot, now: Instant) -> Worker {
+    // Once it is due, it only waits for the port that its predecessor has.
+    let state = if slot.start_at > now { State::Backoff } else { State::Starting };
+    let since = slot.last_exit.as_ref().map_or(slot.start_at, |exit| exit.at);
+    Worker {
+        slot: slot.number,
+        port: slot.fixed_port.or(slot.last_port),
+        pid: None,
+        generation: slot.generation,
+        state,
+        since_seconds: seconds(now.saturating_duration_since(since)),
+        restarts: slot.restarts,
+        last_exit: last_exit(slot),
+        connections: Connections::default(),
+        bytes: Bytes::default(),
+        resident_bytes: None,
+        cpu_seconds: None,
+        last_probe: None,
+    }
+}
+
+fn last_exit(slot: &Slot) -> Option<String> {
+    slot.last_exit.as_ref().map(|exit| exit.status.clone())
+}
+
+fn state(phase: Phase) -> State {
+    match phase {
+        Phase::Launching | Phase::Starting => State::Starting,
+        Phase::Healthy => State::Healthy,
+        Phase::Unhealthy => State::Unhealthy,
+        Phase::Draining { .. } => State::Draining,
+        Phase::Stopping { .. } | Phase::Ended => State::Stopping,
+    }
+}
+
+/// Seconds with microseconds: a probe on this machine takes some hundred of them.
+fn micros(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e6).round() / 1e6
+}

@@ -1,0 +1,94 @@
+//! The end of listeners and of the whole daemon, in the order that loses nobody: no new clients,
+//! then those that wait are taken, then workers end, then what they said last is passed on.
+
+use std::{rc::Rc, sync::Arc, time::Instant};
+
+use futures_util::StreamExt;
+use nix::libc::{SIGINT, SIGQUIT, SIGTERM};
+use signal_hook_tokio::Signals;
+use tokio::{sync::mpsc, time::sleep_until};
+use tracing::{info, warn};
+
+use super::{Daemon, Stage, notify};
+use crate::{admin, control::Event, route::ListenerId};
+
+impl Daemon<'_> {
+    /// Graceful: no new connections, then those in flight end, then the workers do.
+    pub(super) fn stop(&mut self) {
+        info!(connections = self.fronts.active(), "stopping");
+        notify::stopping();
+        self.stage = Stage::Stopping(Instant::now());
+        self.handle(Event::Stop);
+    }
+
+    pub(super) fn abort(&mut self) {
+        if matches!(self.stage, Stage::Aborting(_)) {
+            return;
+        }
+        warn!(connections = self.fronts.active(), "stopping at once");
+        notify::stopping();
+        self.stage = Stage::Aborting(Instant::now());
+        self.handle(Event::Abort);
+    }
+
+    /// Stops accepting on these, in the background; every client that waits there is taken first.
+    pub(super) fn close(&mut self, listeners: Vec<ListenerId>, service: Option<Arc<str>>) {
+        let plane = Rc::clone(&self.plane);
+        self.closing.spawn_local(async move {
+            for listener in listeners {
+                if let Err(error) = plane.close(listener).await {
+                    warn!(%error, "clients that came in the last instant may have been reset");
+                }
+            }
+            service
+        });
+    }
+
+    pub(super) fn closed(&mut self, service: Option<Arc<str>>) {
+        if let Some(service) = service {
+            if matches!(self.stage, Stage::Stopping(_)) {
+                self.tell_draining(&service);
+            }
+            self.handle(Event::Closed { service });
+        }
+        if self.closing.is_empty()
+            && let Some(askers) = self.reload_wanted.take()
+        {
+            self.reload(askers);
+        }
+    }
+
+    fn tell_draining(&self, service: &Arc<str>) {
+        let held = self.fronts.route(service).map_or(0, |route| route.active());
+        let stop = self.supervisor.service(service).map(|service| &service.config.stop);
+        if let (1.., Some(stop)) = (held, stop) {
+            let up_to = humantime::format_duration(stop.drain_timeout).to_string();
+            let hint = "a second SIGTERM or Ctrl-C stops at once";
+            info!(service = &**service, connections = held, up_to, hint, "draining");
+        }
+    }
+
+    /// After the last worker: what it answered last may still be on its way to slow clients, who
+    /// have the rest of the drain timeout, unless lbd stops at once.
+    pub(super) async fn flush(
+        &mut self,
+        signals: &mut Signals,
+        asked: &mut mpsc::Receiver<admin::Request>,
+    ) {
+        let Stage::Finished(Some(since)) = self.stage else { return };
+        let patience = self.config.services.iter().map(|service| service.stop.drain_timeout).max();
+        let until = since + patience.unwrap_or_default();
+        loop {
+            tokio::select! {
+                () = self.fronts.emptied() => return,
+                () = sleep_until(until.into()) => return,
+                Some(request) = asked.recv() => self.request(request),
+                Some(signal) = signals.next() => {
+                    if matches!(signal, SIGTERM | SIGINT | SIGQUIT) {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+}
