@@ -22,6 +22,7 @@
 //! - a SIGHUP: `daemon` ─▶ `config` reads and compares ─▶ `control` ─▶ actions ─▶ "reloaded".
 
 pub mod admin;
+pub mod bench;
 pub mod config;
 pub mod control;
 pub mod daemon;
