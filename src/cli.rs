@@ -1,0 +1,277 @@
+//! The command line: argv becomes one command, and its end an exit status.
+
+mod bench;
+mod operate;
+mod table;
+
+use std::{
+    io::{self, Write},
+    net::SocketAddr,
+    path::PathBuf,
+    process::ExitCode,
+};
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::{admin, bench::BenchError, config, daemon, logging::Logging, process, worker};
+use operate::Target;
+
+/// The configuration is wrong: `EX_CONFIG` of sysexits.h(3head).
+const EXIT_CONFIG: u8 = 78;
+/// The command line is wrong, as clap has it.
+const EXIT_USAGE: u8 = 2;
+/// It failed at run time.
+const EXIT_FAILURE: u8 = 1;
+
+const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("LBD_COMMIT"), ")");
+
+/// Supervises an app's worker processes and balances connections between them.
+///
+/// Without a command it runs the daemon in the foreground, as the configuration says, until it is
+/// stopped: SIGTERM or Ctrl-C stops it gracefully, a second one at once; SIGHUP reloads the
+/// configuration.
+#[derive(Debug, Parser)]
+#[command(
+    name = "lbd",
+    version = VERSION,
+    args_conflicts_with_subcommands = true,
+    after_help = "Example: lbd --config lb.toml"
+)]
+struct Cli {
+    #[command(flatten)]
+    config: ConfigFile,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Args)]
+struct ConfigFile {
+    /// The configuration file
+    #[arg(long, value_name = "FILE", default_value = "lb.toml")]
+    config: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the daemon with no file: one service, this command
+    #[command(
+        after_help = "Example: lbd run --listen 127.0.0.1:8080 --workers 4 -- node server.js\n\n\
+        Each worker finds the port it has to listen on in $PORT; {port} and {slot} are replaced in \
+        its arguments."
+    )]
+    Run {
+        /// Where clients connect: IP:PORT or unix:PATH; may be given more than once
+        #[arg(long, value_name = "ADDRESS", required = true)]
+        listen: Vec<String>,
+        /// How many workers [default: one a core]
+        #[arg(long, value_name = "N")]
+        workers: Option<u32>,
+        /// The program and its arguments, after `--`
+        #[arg(last = true, required = true, value_name = "COMMAND")]
+        command: Vec<String>,
+    },
+    /// Read and validate the configuration and print what it would run; changes nothing
+    #[command(after_help = "Example: lbd check --config lb.toml")]
+    Check {
+        #[command(flatten)]
+        config: ConfigFile,
+    },
+    /// Show the services and workers of the running daemon
+    #[command(after_help = "Example: lbd status --config /etc/lbd/lb.toml --watch\n\n\
+        FOR is how long a worker has been in its state. In a narrow terminal the least important \
+        columns are left out.")]
+    Status {
+        #[command(flatten)]
+        target: Target,
+        /// Print what GET /status answers
+        #[arg(long)]
+        json: bool,
+        /// Show it anew each second, until Ctrl-C
+        #[arg(long)]
+        watch: bool,
+    },
+    /// Have the running daemon read its configuration again
+    ///
+    /// As SIGHUP, but it waits until what changed is in force, and says why where it is refused.
+    #[command(after_help = "Example: lbd reload --config /etc/lbd/lb.toml")]
+    Reload {
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Replace the workers of the running daemon one at a time
+    #[command(after_help = "Example: lbd restart web")]
+    Restart {
+        #[command(flatten)]
+        target: Target,
+        /// The service [default: all, one after the other]
+        service: Option<String>,
+    },
+    /// Stop the running daemon gracefully, and wait until it is gone
+    ///
+    /// As SIGTERM. Ctrl-C ends the waiting, not the stop.
+    #[command(after_help = "Example: lbd stop --config /etc/lbd/lb.toml")]
+    Stop {
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Serve a folder over HTTP: the built-in worker
+    ///
+    /// It listens on --listen, or on the socket passed as LISTEN_FDS, or on $PORT of 127.0.0.1.
+    #[command(after_help = "Example: lbd worker --root www --listen 127.0.0.1:8080")]
+    Worker {
+        /// The folder that is served
+        #[arg(long, value_name = "FOLDER")]
+        root: PathBuf,
+        /// Where to listen
+        #[arg(long, value_name = "ADDRESS")]
+        listen: Option<SocketAddr>,
+        /// A thread for each connection and blocking I/O: the baseline of the comparison
+        #[arg(long)]
+        threaded: bool,
+    },
+    /// Compare load-balanced async workers with a server that has a thread for each connection
+    ///
+    /// Starts both, on free ports, drives the one and the other at each concurrency, and prints a
+    /// table for each and their ratio. A request is complete with status 200 and the right length.
+    #[command(after_help = "Example: lbd bench --concurrency 1,10,100 --plot comparison.svg\n\n\
+        Times are from connecting to the last byte; KB are of 1024 bytes; ratios are the balancer's \
+        value through the threaded server's.")]
+    Bench(Box<bench::Bench>),
+}
+
+/// Parses the arguments of this process, runs the command to its end, and gives its exit status:
+/// 0 stopped as asked, 1 failed at run time, 2 wrong usage, 78 wrong configuration.
+///
+/// Errors go to standard error. Blocks until the command is done.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(answer) => {
+            // --help and --version come this way too, with status 0. A closed pipe is no reason
+            // to complain.
+            let _ = answer.print();
+            return ExitCode::from(u8::try_from(answer.exit_code()).unwrap_or(EXIT_FAILURE));
+        }
+    };
+    if matches!(cli.command, None | Some(Command::Run { .. })) {
+        // In a container the first process has to reap what others leave behind.
+        match process::stay_as_init() {
+            Ok(None) => {}
+            Ok(Some(status)) => return status,
+            Err(error) => {
+                let _ = writeln!(io::stderr(), "lbd: cannot be init of its container: {error}");
+                return ExitCode::from(EXIT_FAILURE);
+            }
+        }
+    }
+    let result = match cli.command {
+        None => run_file(&cli.config.config),
+        Some(Command::Run { listen, workers, command }) => run_command(&listen, workers, command),
+        Some(Command::Check { config }) => check(&config.config),
+        Some(Command::Status { target, json, watch }) => operate::status(&target, json, watch),
+        Some(Command::Reload { target }) => operate::reload(&target),
+        Some(Command::Restart { target, service }) => operate::restart(&target, service),
+        Some(Command::Stop { target }) => operate::stop(&target),
+        Some(Command::Worker { root, listen, threaded }) => {
+            serve(&worker::Options { root, threaded, listen })
+        }
+        Some(Command::Bench(options)) => bench::run(*options),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(io::stderr(), "{error}");
+            ExitCode::from(error.status())
+        }
+    }
+}
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    #[error(transparent)]
+    Config(#[from] config::ConfigError),
+    /// The arguments that stand for a configuration are wrong.
+    #[error("{0}")]
+    Usage(config::ConfigError),
+    #[error("lbd: {0}")]
+    Daemon(daemon::DaemonError),
+    #[error("lbd: {0}")]
+    Client(#[from] admin::ClientError),
+    #[error("lbd: {0}")]
+    Io(#[from] io::Error),
+    #[error("lbd worker: {0}")]
+    Worker(#[from] worker::WorkerError),
+    #[error("lbd bench: {0}")]
+    Bench(BenchError),
+}
+
+impl From<BenchError> for Error {
+    fn from(error: BenchError) -> Self {
+        match error {
+            // It names the file and needs no more.
+            BenchError::Config(error) => Self::Config(error),
+            error => Self::Bench(error),
+        }
+    }
+}
+
+impl From<daemon::DaemonError> for Error {
+    fn from(error: daemon::DaemonError) -> Self {
+        match error {
+            daemon::DaemonError::Config(error) => Self::Config(error),
+            error => Self::Daemon(error),
+        }
+    }
+}
+
+impl Error {
+    fn status(&self) -> u8 {
+        match self {
+            Self::Config(_) => EXIT_CONFIG,
+            Self::Usage(_) | Self::Bench(BenchError::TooFew { .. } | BenchError::Url(_)) => {
+                EXIT_USAGE
+            }
+            Self::Bench(BenchError::Unfit { .. }) => EXIT_CONFIG,
+            Self::Daemon(_) | Self::Client(_) | Self::Io(_) | Self::Worker(_) | Self::Bench(_) => {
+                EXIT_FAILURE
+            }
+        }
+    }
+}
+
+fn run_file(file: &std::path::Path) -> Result<(), Error> {
+    Ok(daemon::run(config::read(file)?)?)
+}
+
+fn run_command(listen: &[String], workers: Option<u32>, command: Vec<String>) -> Result<(), Error> {
+    let config = config::from_command(listen, workers, command).map_err(Error::Usage)?;
+    Ok(daemon::run(config)?)
+}
+
+fn serve(options: &worker::Options) -> Result<(), Error> {
+    let _logging = Logging::start(&config::Log::default()).map_err(daemon::DaemonError::from)?;
+    Ok(worker::run(options)?)
+}
+
+fn check(file: &std::path::Path) -> Result<(), Error> {
+    let config = config::read(file)?;
+    for place in &config.process_limits {
+        let config::Place { line, key } = place;
+        let file = file.display();
+        let _ = writeln!(
+            io::stderr(),
+            "{file}:{line}: {key}: note: refused where lbd is started without a cgroup of its own \
+             that has the pids controller; whether it will have one can't be known here"
+        );
+    }
+    let mut out = io::stdout().lock();
+    for service in &config.services {
+        // Whoever closed the pipe has read enough.
+        if writeln!(out, "{}", config::describe(service)).is_err() {
+            break;
+        }
+    }
+    Ok(())
+}

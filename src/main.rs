@@ -1,0 +1,12 @@
+//! The `lbd` binary: one of its own children's first step, or a command of the user's.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    // Decided before anything else is set up: the step stays on as each worker's guard and should
+    // cost as little as it can.
+    if std::env::args_os().nth(1).is_some_and(|argument| argument == "exec") {
+        return lbd::process::exec_main();
+    }
+    lbd::cli::main()
+}
