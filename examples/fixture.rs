@@ -1,0 +1,288 @@
+//! A worker for the tests, with the good and the bad habits of real ones: `fixture MODE [OPTION…]`.
+//!
+//! It listens on `$PORT` of 127.0.0.1, or on descriptor 3 where `LISTEN_FDS` says so.
+//!
+//! | mode | does |
+//! | --- | --- |
+//! | `http` | answers GET, keeps connections alive; see [`page`] for what the paths do |
+//! | `echo` | sends back what comes, and ends its side when the client ends its own |
+//! | `reset` | resets each connection after the first bytes |
+//! | `pour BYTES` | after the first bytes, sends so many and resets the connection |
+//! | `once` | answers the first connection, then listens no more and lives on |
+//! | `hear FILE` | says `bye` after the first bytes and ends its side; writes all it heard, or the error, to FILE |
+//! | `deaf` | accepts, and never reads |
+//! | `mute` | listens with a queue for one connection and never accepts: later ones hang |
+//! | `silent` | never listens |
+//! | `exit STATUS` | ends at once |
+//! | `spam LINES` | writes that many lines to each of its streams, then is `http` |
+//!
+//! | option | does |
+//! | --- | --- |
+//! | `--gate FILE` | listens only once FILE exists |
+//! | `--status FILE` | the answer to `/health` is the status in FILE; 200 while there is none |
+//! | `--heads FILE` | appends the head of each request to FILE |
+//! | `--ignore-term` | SIGTERM does nothing |
+//! | `--fork` | has a child in a session of its own, which outlives it |
+//! | `--daemonize` | has a grandchild that has left it in every way, and ignores SIGTERM |
+//! | `--pour BYTES` | has a thread that writes so many bytes to standard output, no newline among them |
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails where its fixture does")]
+
+use std::{
+    env,
+    fs::{self, OpenOptions},
+    io::{self, BufRead, BufReader, Read, Write},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    os::fd::{FromRawFd, OwnedFd},
+    path::Path,
+    process::{self, Command},
+    sync::LazyLock,
+    thread,
+    time::Duration,
+};
+
+use nix::{
+    sys::{
+        signal::{SigSet, Signal},
+        stat::{Mode, umask},
+    },
+    unistd::{getsid, setsid},
+};
+use socket2::{Domain, SockRef, Socket, Type};
+
+/// Between two looks at a file that somebody is to make.
+const LOOK: Duration = Duration::from_millis(5);
+
+fn main() {
+    LazyLock::force(&DESCRIPTORS);
+    let words: Vec<String> = env::args().skip(1).collect();
+    let option = |name: &str| {
+        let at = words.iter().position(|word| word == name)?;
+        Some(words.get(at + 1).cloned().unwrap_or_default())
+    };
+    if option("--ignore-term").is_some() {
+        // Blocked before there is another thread, so in all of them.
+        SigSet::from(Signal::SIGTERM).thread_block().unwrap();
+    }
+    if option("--fork").is_some() {
+        let mut child =
+            Command::new(env::current_exe().unwrap()).arg("daemonized").spawn().unwrap();
+        thread::spawn(move || child.wait());
+    }
+    if option("--daemonize").is_some() {
+        // Gone before this goes on, so that what it leaves is nobody's child.
+        Command::new(env::current_exe().unwrap()).arg("daemonize").status().unwrap();
+    }
+    if let Some(bytes) = option("--pour") {
+        let bytes = bytes.parse().unwrap();
+        thread::spawn(move || pour(io::stdout(), bytes));
+    }
+    if let Some(gate) = option("--gate") {
+        while !Path::new(&gate).exists() {
+            thread::sleep(LOOK);
+        }
+    }
+    let argument = words.get(1).map_or("", String::as_str);
+    match words[0].as_str() {
+        "http" => http(option("--status").unwrap_or_default(), option("--heads")),
+        "echo" => serve(|stream| echo(&stream)),
+        "reset" => serve(|stream| reset(&stream)),
+        "pour" => {
+            let bytes = argument.parse().unwrap();
+            serve(move |stream| {
+                if (&stream).read(&mut [0; 4096]).is_ok_and(|read| read > 0) {
+                    pour(&stream, bytes);
+                    reset_now(&stream);
+                }
+            });
+        }
+        "once" => {
+            let _ = listener().accept().unwrap();
+            for_ever();
+        }
+        "hear" => {
+            let file = argument.to_owned();
+            serve(move |stream| hear(&stream, &file));
+        }
+        "deaf" => serve(|_open| for_ever()),
+        "mute" => mute(),
+        "silent" => for_ever(),
+        "exit" => process::exit(argument.parse().unwrap()),
+        "spam" => {
+            for number in 0..argument.parse::<u64>().unwrap() {
+                println!("line {number}");
+                eprintln!("line {number}");
+            }
+            http(String::new(), None);
+        }
+        "daemonized" => {
+            setsid().unwrap();
+            for_ever();
+        }
+        "daemonize" => {
+            setsid().unwrap();
+            let mut orphan = Command::new(env::current_exe().unwrap());
+            orphan.args(["silent", "--ignore-term"]);
+            #[expect(clippy::zombie_processes, reason = "it shall outlive this process")]
+            orphan.spawn().unwrap();
+        }
+        mode => panic!("no mode {mode}"),
+    }
+}
+
+fn listener() -> TcpListener {
+    if env::var_os("LISTEN_FDS").is_some() {
+        // SAFETY: whoever sets LISTEN_FDS passes a listening socket as descriptor 3
+        // (sd_listen_fds(3)), and this is the one place that takes it.
+        return unsafe { OwnedFd::from_raw_fd(3) }.into();
+    }
+    let port: u16 = env::var("PORT").unwrap().parse().unwrap();
+    TcpListener::bind(("127.0.0.1", port)).unwrap()
+}
+
+/// A thread for each connection.
+fn serve(handle: impl Fn(TcpStream) + Clone + Send + 'static) {
+    for stream in listener().incoming() {
+        let (handle, stream) = (handle.clone(), stream.unwrap());
+        thread::spawn(move || handle(stream));
+    }
+}
+
+fn http(status: String, heads: Option<String>) {
+    serve(move |stream| {
+        // A client that leaves in the middle is none of its business.
+        let _ = requests(&stream, &status, heads.as_deref());
+    });
+}
+
+fn requests(stream: &TcpStream, status: &str, heads: Option<&str>) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let mut reader = BufReader::new(stream);
+    loop {
+        let (mut head, mut line) = (String::new(), String::new());
+        while line != "\r\n" {
+            line.clear();
+            if reader.read_line(&mut line)? == 0 {
+                return Ok(());
+            }
+            head.push_str(&line);
+        }
+        if let Some(file) = heads {
+            let mut file = OpenOptions::new().append(true).create(true).open(file)?;
+            file.write_all(head.as_bytes())?;
+        }
+        let path = head.split(' ').nth(1).unwrap_or("/");
+        let (code, body) = page(path, &head, status);
+        let keep = !head.to_ascii_lowercase().contains("connection: close");
+        let connection = if keep { "keep-alive" } else { "close" };
+        let length = body.len();
+        let answer = format!(
+            "HTTP/1.1 {code} -\r\nContent-Length: {length}\r\nConnection: {connection}\r\n\r\n"
+        );
+        (&mut &*stream).write_all(&[answer.as_bytes(), &body].concat())?;
+        if !keep {
+            return Ok(());
+        }
+    }
+}
+
+/// What a GET of `path` is answered with.
+fn page(path: &str, head: &str, status: &str) -> (u16, Vec<u8>) {
+    let lines = |words: Vec<String>| words.join("\n").into_bytes();
+    let body = match path.split('/').collect::<Vec<_>>().as_slice() {
+        // Who answers.
+        ["", ""] => format!("{} {}", env::var("PORT").unwrap(), process::id()).into_bytes(),
+        ["", "health"] => {
+            let status = fs::read_to_string(status).ok().and_then(|text| text.trim().parse().ok());
+            return (status.unwrap_or(200), Vec::new());
+        }
+        // Answers when that file exists.
+        ["", "when", file @ ..] => {
+            while !Path::new("/").join(file.join("/")).exists() {
+                thread::sleep(LOOK);
+            }
+            Vec::new()
+        }
+        ["", "bytes", count] => vec![b'x'; count.parse().unwrap()],
+        // What it was given.
+        ["", "head"] => head.as_bytes().to_vec(),
+        ["", "argv"] => lines(env::args().skip(1).collect()),
+        ["", "env"] => lines(env::vars().map(|(name, value)| format!("{name}={value}")).collect()),
+        ["", "directory"] => env::current_dir().unwrap().into_os_string().into_encoded_bytes(),
+        ["", "umask"] => {
+            let mask = umask(Mode::empty());
+            umask(mask);
+            format!("{:03o}", mask.bits()).into_bytes()
+        }
+        ["", "session"] => getsid(None).unwrap().to_string().into_bytes(),
+        ["", "descriptors"] => lines(DESCRIPTORS.clone()),
+        _ => return (404, Vec::new()),
+    };
+    (200, body)
+}
+
+/// `NUMBER TARGET` of each descriptor that it was started with.
+static DESCRIPTORS: LazyLock<Vec<String>> = LazyLock::new(|| {
+    let name = |number: u32| {
+        let target = fs::read_link(format!("/proc/self/fd/{number}")).ok()?;
+        Some(format!("{number} {}", target.display()))
+    };
+    (0..1024).filter_map(name).collect()
+});
+
+fn echo(stream: &TcpStream) {
+    let _ = io::copy(&mut &*stream, &mut &*stream);
+    let _ = stream.shutdown(Shutdown::Write);
+}
+
+fn reset(mut stream: &TcpStream) {
+    let _ = stream.read(&mut [0; 4096]);
+    reset_now(stream);
+}
+
+/// To close it now is to reset it (socket(7), SO_LINGER).
+fn reset_now(stream: &TcpStream) {
+    SockRef::from(stream).set_linger(Some(Duration::ZERO)).unwrap();
+}
+
+/// Anything but newlines, and nothing that is text.
+fn pour(mut to: impl Write, mut bytes: usize) {
+    let block: Vec<u8> = (0..=255).cycle().filter(|byte| *byte != b'\n').take(1 << 16).collect();
+    while bytes > 0 {
+        // Through whatever buffer, to whoever does not listen any more: only the amount counts.
+        let _ = to.write_all(&block[..bytes.min(block.len())]).and_then(|()| to.flush());
+        bytes = bytes.saturating_sub(block.len());
+    }
+}
+
+/// Probes, which say nothing, are not written down.
+fn hear(mut stream: &TcpStream, file: &str) {
+    let mut heard = vec![0; 1];
+    if stream.read_exact(&mut heard).is_err() {
+        return;
+    }
+    stream.write_all(b"bye").unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    let heard = match stream.read_to_end(&mut heard) {
+        Ok(_) => heard,
+        Err(error) => format!("{:?}", error.kind()).into_bytes(),
+    };
+    let whole = format!("{file}.part");
+    fs::write(&whole, heard).unwrap();
+    fs::rename(whole, file).unwrap();
+}
+
+fn mute() {
+    let port: u16 = env::var("PORT").unwrap().parse().unwrap();
+    let address = SocketAddr::from(([127, 0, 0, 1], port));
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    socket.set_reuse_address(true).unwrap();
+    socket.bind(&address.into()).unwrap();
+    socket.listen(0).unwrap();
+    for_ever();
+}
+
+fn for_ever() {
+    loop {
+        thread::park();
+    }
+}

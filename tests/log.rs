@@ -1,0 +1,318 @@
+//! What lbd writes, where, and what happens when it can't.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "these are tests")]
+
+mod common;
+
+use std::{
+    fs::{self, File},
+    net::TcpStream,
+    process::Command,
+};
+
+use common::{
+    Daemon, Line, Mark, Ports,
+    client::{KeepAlive, get, turns},
+    command, eventually, fixture,
+};
+use nix::sys::signal::Signal::{SIGTERM, SIGUSR1};
+
+/// The lines of a log file so far.
+fn lines(path: &std::path::Path) -> Vec<Line> {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    text.split_inclusive('\n')
+        .filter(|l| l.ends_with('\n'))
+        .map(|l| Line::parse(l.trim_end()))
+        .collect()
+}
+
+#[test]
+fn the_life_of_a_daemon_in_its_messages() {
+    let ports = Ports::take(1);
+    let config = ports.service(&command(&["http"]));
+    let mut daemon = Daemon::healthy(&config, 1);
+    let port = ports.worker(0).to_string();
+    let pid = daemon.worker_pid(ports.worker(0)).to_string();
+    let address = ports.address().to_string();
+    let worker = [("service", "web"), ("slot", "0"), ("port", &*port), ("pid", &*pid)];
+    daemon.wait(Mark::START, "listening", &[("service", "web"), ("address", &address)]);
+    daemon.wait(Mark::START, "worker started", &worker);
+    daemon.wait(Mark::START, "worker healthy", &worker);
+    daemon.must_reload(&config);
+    daemon.signal(SIGTERM);
+    daemon.wait_stopped();
+    let exited = daemon.wait(Mark::START, "worker exited", &worker);
+    assert_eq!(exited.get("status"), Some("killed by SIGTERM"));
+    // Each line has a time and a level, and a message that is not empty.
+    for line in daemon.log.lines(Mark::START) {
+        assert!(matches!(&*line.level, "INFO" | "WARN" | "ERROR"), "{}", line.raw);
+        let time = line.raw.split(' ').next().unwrap();
+        assert!(time.len() == 27 && time.ends_with('Z') && time.contains('T'), "{time}");
+        assert!(!line.message.is_empty(), "{}", line.raw);
+    }
+}
+
+#[test]
+fn a_connection_is_one_line_at_its_end() {
+    let ports = Ports::take(1);
+    let daemon = Daemon::healthy(&ports.service(&command(&["http"])), 1);
+    let mut client = KeepAlive::new(ports.address());
+    client.get("/bytes/1000").unwrap();
+    assert!(daemon.said(Mark::START, "connection").is_empty());
+    let address = client.stream().local_addr().unwrap().to_string();
+    drop(client);
+    let line = daemon.wait(Mark::START, "connection", &[("client", &address)]);
+    assert_eq!(line.get("service"), Some("web"));
+    assert_eq!(line.get("worker"), Some(&*format!("web/{}", ports.worker(0))));
+    assert_eq!(line.get("port"), Some(&*ports.worker(0).to_string()));
+    assert_eq!(line.get("end"), Some("closed"));
+    let request = "GET /bytes/1000 HTTP/1.1\r\nHost: test\r\n\r\n";
+    let answer = "HTTP/1.1 200 -\r\nContent-Length: 1000\r\nConnection: keep-alive\r\n\r\n";
+    assert_eq!(line.number::<usize>("received"), request.len());
+    assert_eq!(line.number::<usize>("sent"), answer.len() + 1000);
+    assert!((0.0..20.0).contains(&line.number::<f64>("duration")));
+}
+
+#[test]
+fn access_false_writes_none() {
+    let ports = Ports::take(1);
+    let config = format!("[log]\naccess = false\n{}", ports.service(&command(&["http"])));
+    let mut daemon = Daemon::healthy(&config, 1);
+    turns(ports.address(), 3);
+    daemon.signal(SIGTERM);
+    daemon.wait_stopped();
+    assert!(daemon.said(Mark::START, "connection").is_empty());
+}
+
+#[test]
+fn json_has_the_same_messages_and_fields() {
+    let ports = Ports::take(1);
+    let config = format!("[log]\nformat = \"json\"\n{}", ports.service(&command(&["http"])));
+    let mut daemon = Daemon::start(&config);
+    daemon.log.wait_for(Mark::START, "healthy", 1, |line| line.raw.contains("\"worker healthy\""));
+    turns(ports.address(), 1);
+    daemon.write_config("=");
+    daemon.signal(nix::sys::signal::Signal::SIGHUP);
+    daemon.log.wait_for(Mark::START, "refused", 1, |line| line.raw.contains("\"reload refused\""));
+    daemon.signal(SIGTERM);
+    assert_eq!(daemon.wait_exit().code(), Some(0));
+    let lines: Vec<serde_json::Value> = daemon
+        .log
+        .lines(Mark::START)
+        .iter()
+        .map(|line| serde_json::from_str(&line.raw).unwrap_or_else(|_| panic!("{}", line.raw)))
+        .collect();
+    let one = |message: &str| {
+        let mut found = lines.iter().filter(|line| line["message"] == message);
+        let line = found.next().unwrap_or_else(|| panic!("no {message}"));
+        assert!(found.next().is_none(), "two of {message}");
+        assert!(line["timestamp"].is_string() && line["level"].is_string(), "{line}");
+        line
+    };
+    let port = ports.worker(0);
+    assert_eq!(one("listening")["address"], ports.address().to_string());
+    let started = one("worker started");
+    assert_eq!(
+        (&started["service"], &started["slot"], &started["port"]),
+        (&"web".into(), &0.into(), &port.into())
+    );
+    assert!(started["pid"].is_i64());
+    for message in ["worker healthy", "worker exited"] {
+        assert_eq!((&one(message)["port"], &one(message)["pid"]), (&port.into(), &started["pid"]));
+    }
+    let connection = one("connection");
+    assert_eq!(connection["worker"], format!("web/{port}"));
+    assert_eq!(connection["end"], "closed");
+    assert!(connection["sent"].is_u64() && connection["received"].is_u64());
+    assert!(connection["duration"].is_f64() && connection["client"].is_string());
+    assert!(one("reload refused")["error"].as_str().unwrap().contains("lb.toml:1"));
+    one("stopped");
+}
+
+#[test]
+fn output_becomes_tagged_lines_whatever_it_is() {
+    let ports = Ports::take(1);
+    let folder = tempfile::tempdir().unwrap();
+    let script = "printf 'plain\\nkey=value \"quoted\"\\n\\033[31mred\\0\\377\\n'; \
+                  printf 'forged\\rworker healthy port=1\\n' >&2; printf 'no newline'";
+    fs::write(folder.path().join("say"), format!("#!/bin/sh\n{script}; exec {} http\n", fixture()))
+        .unwrap();
+    let config = ports.service("command = [\"sh\", \"say\"]");
+    let mut daemon = Daemon::start_in(folder, &config);
+    daemon.wait_healthy(Mark::START, 1);
+    daemon.signal(SIGTERM);
+    daemon.wait_stopped();
+    let port = ports.worker(0).to_string();
+    let pid = daemon.worker_pid(ports.worker(0)).to_string();
+    let output = daemon.said(Mark::START, "output");
+    let said = |stream: &str| -> Vec<&str> {
+        let of = output.iter().filter(|line| line.get("stream") == Some(stream));
+        of.map(|line| line.get("line").unwrap()).collect()
+    };
+    assert_eq!(
+        said("stdout"),
+        ["plain", "key=value \"quoted\"", "␛[31mred␀\u{fffd}", "no newline"]
+    );
+    assert_eq!(said("stderr"), ["forged␍worker healthy port=1"]);
+    for line in &output {
+        let fields = [("service", "web"), ("slot", "0"), ("port", &*port), ("pid", &*pid)];
+        assert!(line.is("output", &fields), "{}", line.raw);
+    }
+    assert_eq!(daemon.said(Mark::START, "worker healthy").len(), 1);
+}
+
+#[test]
+fn a_worker_that_floods_is_neither_slowed_nor_lets_others_wait() {
+    let ports = Ports::take(1);
+    const LINES: usize = 200_000;
+    let count = LINES.to_string();
+    let daemon = Daemon::start(&ports.service(&command(&["spam", &count])));
+    // It serves only after it has written everything.
+    daemon.wait_healthy(Mark::START, 1);
+    assert_eq!(turns(ports.address(), 2).len(), 2);
+    let dropped = daemon.wait(Mark::START, "output dropped", &[("service", "web")]);
+    assert!(dropped.number::<usize>("lines") > 0);
+    let written = daemon.said(Mark::START, "output").len();
+    assert!((1..LINES).contains(&written), "{written}");
+}
+
+#[test]
+fn output_goes_where_it_is_told() {
+    let (null, file, inherit) = (Ports::take(1), Ports::take(1), Ports::take(1));
+    let service = |name: &str, ports: &Ports, output: &str| {
+        let command = format!(
+            "command = [\"sh\", \"-c\", \"echo from {name}; exec {} http\"]\noutput = {output:?}",
+            fixture()
+        );
+        ports.service(&command).replace("[service.web]", &format!("[service.{name}]"))
+    };
+    let config = [
+        service("null", &null, "null"),
+        service("file", &file, "worker.log"),
+        service("inherit", &inherit, "inherit"),
+    ]
+    .concat();
+    let folder = tempfile::tempdir().unwrap();
+    let stdout = folder.path().join("stdout");
+    fs::write(folder.path().join("lb.toml"), config).unwrap();
+    // The shell is gone when lbd runs, so that it has standard output as a file.
+    let mut command = Command::new("sh");
+    let script = "exec \"$0\" --config lb.toml >stdout";
+    command.args(["-c", script, env!("CARGO_BIN_EXE_lbd")]);
+    let daemon = Daemon::run(folder, command);
+    daemon.wait_healthy(Mark::START, 3);
+    assert_eq!(fs::read_to_string(daemon.path("worker.log")).unwrap(), "from file\n");
+    assert_eq!(fs::read_to_string(stdout).unwrap(), "from inherit\n");
+    assert!(daemon.said(Mark::START, "output").is_empty());
+    assert!(!daemon.log.text().contains("from null"));
+}
+
+#[test]
+fn a_log_file_is_opened_anew_on_sigusr1() {
+    let ports = Ports::take(1);
+    let service = ports.service(&command(&["http"]));
+    let mut daemon = Daemon::start(&format!("[log]\nfile = \"lbd.log\"\n{service}"));
+    let (path, old) = (daemon.path("lbd.log"), daemon.path("lbd.log.1"));
+    let count = |path: &std::path::Path, message: &str| {
+        lines(path).iter().filter(|line| line.message == message).count()
+    };
+    eventually("healthy", || count(&path, "worker healthy") == 1);
+    turns(ports.address(), 1);
+    eventually("a line", || count(&path, "connection") == 1);
+    fs::rename(&path, &old).unwrap();
+    daemon.signal(SIGUSR1);
+    // What it writes goes to the new file as soon as it has heard.
+    eventually("the new file", || {
+        turns(ports.address(), 1);
+        path.exists()
+    });
+    daemon.signal(SIGTERM);
+    assert_eq!(daemon.wait_exit().code(), Some(0));
+    assert_eq!((count(&old, "stopped"), count(&path, "stopped")), (0, 1));
+    assert_eq!(count(&path, "worker exited"), 1);
+    assert_eq!(daemon.log.text(), "", "nothing on standard error");
+}
+
+#[test]
+fn a_rotated_log_has_its_date_in_its_name() {
+    let ports = Ports::take(1);
+    let service = ports.service(&command(&["http"]));
+    let log = "[log]\nfile = \"lbd.log\"\nrotate = \"daily\"\nkeep = 2\n";
+    let mut daemon = Daemon::start(&format!("{log}{service}"));
+    let find = || {
+        let names = fs::read_dir(daemon.folder.path()).unwrap();
+        let mut names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.find(|name| name.starts_with("lbd.log."))
+    };
+    eventually("the file", || find().is_some_and(|n| !lines(&daemon.path(&n)).is_empty()));
+    let name = find().unwrap();
+    let date = name.strip_prefix("lbd.log.").unwrap();
+    assert!(date.len() == 10 && date.split('-').count() == 3, "{name}");
+    daemon.signal(SIGTERM);
+    assert_eq!(daemon.wait_exit().code(), Some(0));
+    assert!(lines(&daemon.path(&name)).iter().any(|line| line.message == "stopped"));
+}
+
+#[test]
+fn a_full_disk_stops_nothing() {
+    let ports = Ports::take(2);
+    let service = ports.service(&command(&["http"]));
+    let mut daemon = Daemon::start(&format!("[log]\nfile = \"/dev/full\"\n{service}"));
+    // lbd's log can't tell when it listens; then clients are held until there is a worker.
+    eventually("it listens", || TcpStream::connect(ports.address()).is_ok());
+    for _ in 0..200 {
+        get(ports.address(), "/");
+    }
+    daemon.signal(SIGTERM);
+    assert_eq!(daemon.wait_exit().code(), Some(0));
+    daemon.assert_nothing_runs();
+}
+
+#[test]
+fn a_log_that_nobody_reads_stops_nothing() {
+    let ports = Ports::take(1);
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("lb.toml"), ports.service(&command(&["spam", "20000"]))).unwrap();
+    // A pipe that is full from the beginning, and has a reader that never reads.
+    nix::unistd::mkfifo(&folder.path().join("pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let reader = File::options().read(true).write(true).open(folder.path().join("pipe")).unwrap();
+    let mut command = Command::new("sh");
+    command.args(["-c", "exec \"$0\" --config lb.toml 2>pipe", env!("CARGO_BIN_EXE_lbd")]);
+    let mut daemon = Daemon::run(folder, command);
+    eventually("it listens", || TcpStream::connect(ports.address()).is_ok());
+    for _ in 0..500 {
+        get(ports.address(), "/");
+    }
+    daemon.signal(SIGTERM);
+    assert_eq!(daemon.wait_exit().code(), Some(0));
+    daemon.assert_nothing_runs();
+    drop(reader);
+}
+
+#[test]
+fn standard_error_that_is_closed_stops_nothing() {
+    let ports = Ports::take(1);
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("lb.toml"), ports.service(&command(&["http"]))).unwrap();
+    let mut command = Command::new("sh");
+    command.args(["-c", "exec \"$0\" --config lb.toml 0<&- 1>&- 2>&-", env!("CARGO_BIN_EXE_lbd")]);
+    let mut daemon = Daemon::run(folder, command);
+    daemon.log.wait_for_end();
+    eventually("it listens", || TcpStream::connect(ports.address()).is_ok());
+    // None of its sockets became one of the standard descriptors.
+    let descriptors = get(ports.address(), "/descriptors");
+    assert!(descriptors.starts_with("0 /dev/null\n1 pipe:"), "{descriptors}");
+    daemon.signal(SIGTERM);
+    assert_eq!(daemon.wait_exit().code(), Some(0));
+}
+
+#[test]
+fn a_log_file_that_cannot_be_opened_is_1() {
+    let ports = Ports::take(1);
+    let service = ports.service(&command(&["http"]));
+    let mut daemon = Daemon::start(&format!("[log]\nfile = \"no/folder/lbd.log\"\n{service}"));
+    assert_eq!(daemon.wait_exit().code(), Some(1));
+    let said = daemon.log.text();
+    assert!(said.starts_with("lbd: cannot open the log file "), "{said}");
+    assert!(said.contains("/no/folder/lbd.log: "), "{said}");
+    daemon.assert_nothing_runs();
+}

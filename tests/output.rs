@@ -1,0 +1,164 @@
+//! Workers' output, whatever it is, as lines of lbd's log.
+
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test")]
+
+use std::{
+    collections::BTreeMap,
+    fmt::Debug,
+    sync::{Mutex, MutexGuard, OnceLock},
+    time::Duration,
+};
+
+use lbd::{
+    config::Output,
+    process::{Child, ChildEvent, Exit, Identity, Launch, Outputs, Spawner},
+};
+use tokio::time::timeout;
+use tracing::{Event, Subscriber, field::Field};
+use tracing_subscriber::{Layer, layer::Context, layer::SubscriberExt as _, registry};
+
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// One event: its fields as text.
+type Fields = BTreeMap<&'static str, String>;
+
+/// Everything logged in this process.
+static LOGGED: Mutex<Vec<Fields>> = Mutex::new(Vec::new());
+
+struct Capture;
+
+impl<S: Subscriber> Layer<S> for Capture {
+    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+        struct Visit(Fields);
+        impl tracing::field::Visit for Visit {
+            fn record_str(&mut self, field: &Field, value: &str) {
+                self.0.insert(field.name(), value.to_owned());
+            }
+            fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
+                self.0.insert(field.name(), format!("{value:?}"));
+            }
+        }
+        let mut visit = Visit(Fields::new());
+        event.record(&mut visit);
+        LOGGED.lock().unwrap().push(visit.0);
+    }
+}
+
+/// The children of a process are one family: one test at a time.
+fn turn() -> MutexGuard<'static, ()> {
+    static FAMILY: Mutex<()> = Mutex::new(());
+    static CAPTURE: OnceLock<()> = OnceLock::new();
+    CAPTURE.get_or_init(|| {
+        tracing::subscriber::set_global_default(registry().with(Capture)).unwrap();
+    });
+    FAMILY.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// Runs `script` with its output at `output`; its pid, and what was logged about `service`.
+fn run(service: &str, output: &Output, script: &str) -> (i32, Vec<Fields>) {
+    let outputs = Outputs::start().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let pid = runtime.block_on(async {
+        let spawner = Spawner::with_guard(env!("CARGO_BIN_EXE_lbd").into()).unwrap();
+        let worker = Identity { service, slot: 1, port: 9003 };
+        let launch = Launch {
+            label: format!("{service}/9003"),
+            program: None,
+            argv: ["sh", "-c", script].map(str::to_owned).to_vec(),
+            env: vec![("PATH".into(), std::env::var_os("PATH").unwrap())],
+            directory: "/".into(),
+            listener: None,
+            streams: outputs.open(output, worker).unwrap(),
+            umask: None,
+            user: None,
+            group: None,
+            open_files: None,
+            cgroup: None,
+        };
+        let mut child = spawner.spawn(launch).unwrap();
+        let Some(ChildEvent::Started { pid }) = next(&mut child).await else { panic!() };
+        assert_eq!(next(&mut child).await, Some(ChildEvent::Exited(Exit::Code(0))));
+        assert_eq!(next(&mut child).await, Some(ChildEvent::Gone));
+        pid
+    });
+    // Returns when all of it is logged.
+    drop(outputs);
+    let mut logged = LOGGED.lock().unwrap();
+    (pid, logged.extract_if(.., |fields| fields["service"] == service).collect())
+}
+
+async fn next(child: &mut Child) -> Option<ChildEvent> {
+    timeout(DEADLINE, child.next()).await.expect("did not happen in time")
+}
+
+fn lines<'a>(logged: &'a [Fields], stream: &str) -> Vec<&'a str> {
+    let of_stream =
+        logged.iter().filter(|fields| fields.get("stream").is_some_and(|s| s == stream));
+    of_stream.map(|fields| fields["line"].as_str()).collect()
+}
+
+#[test]
+fn each_line_is_one_event_with_its_worker_and_stream() {
+    let _turn = turn();
+    let (pid, logged) = run("lines", &Output::Log, "echo one; echo two >&2; printf three");
+    assert_eq!(lines(&logged, "stdout"), ["one", "three"]);
+    assert_eq!(lines(&logged, "stderr"), ["two"]);
+    let expected = [
+        ("line", "one"),
+        ("message", "output"),
+        ("pid", &pid.to_string()),
+        ("port", "9003"),
+        ("service", "lines"),
+        ("slot", "1"),
+        ("stream", "stdout"),
+    ];
+    let first = logged.iter().find(|fields| fields["line"] == "one").unwrap();
+    assert_eq!(*first, Fields::from(expected.map(|(name, value)| (name, value.to_owned()))));
+}
+
+#[test]
+fn binary_and_a_closed_stdout_do_no_harm() {
+    let _turn = turn();
+    let script =
+        r"printf 'a\000b\377\033[2Jc\nnext\n'; exec >&-; echo lost; echo still >&2; exit 0";
+    let (_, logged) = run("binary", &Output::Log, script);
+    assert_eq!(lines(&logged, "stdout"), ["a␀b\u{fffd}␛[2Jc", "next"]);
+    assert!(lines(&logged, "stderr").contains(&"still"), "{logged:?}");
+}
+
+#[test]
+fn a_flood_without_a_newline_is_read_to_its_end_and_mostly_dropped() {
+    let _turn = turn();
+    // 64 MiB, in one line. A worker that has to wait for its reader would not end.
+    let (_, logged) = run("flood", &Output::Log, "head -c 67108864 /dev/zero; echo; echo >&2 end");
+    let flood = lines(&logged, "stdout");
+    assert!(flood.iter().all(|line| line.chars().count() <= 8192));
+    let dropped: u64 = logged
+        .iter()
+        .filter(|fields| fields["message"] == "output dropped")
+        .map(|fields| fields["lines"].parse::<u64>().unwrap())
+        .sum();
+    assert!(dropped > 0, "all {} lines were logged", flood.len());
+    // The flood is a whole number of the longest lines; and `end` is one more.
+    let seen = u64::try_from(logged.iter().filter(|f| f["message"] == "output").count()).unwrap();
+    assert_eq!(seen + dropped, 67_108_864 / 8192 + 1);
+}
+
+#[test]
+fn a_file_is_appended_to() {
+    let _turn = turn();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("worker.log");
+    for _ in 0..2 {
+        let (_, logged) = run("file", &Output::File(path.clone()), "echo out; echo err >&2");
+        assert!(logged.is_empty(), "{logged:?}");
+    }
+    assert_eq!(std::fs::read_to_string(path).unwrap(), "out\nerr\nout\nerr\n");
+}
+
+#[test]
+fn nothing_is_heard_of_null() {
+    let _turn = turn();
+    let (_, logged) = run("null", &Output::Null, "echo out; echo err >&2");
+    assert!(logged.is_empty(), "{logged:?}");
+}

@@ -1,0 +1,789 @@
+//! The data plane over real sockets, with workers in this process.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
+use std::{
+    io::{self, ErrorKind, Read, Write},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    num::{NonZeroU32, NonZeroUsize},
+    os::unix::net::UnixStream,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use lbd::{
+    config::{Listen, Routing},
+    route::{DataPlane, Listener, ListenerId, Pool, ServiceRoute, Settings, Upstream},
+};
+use socket2::{Domain, Socket, Type};
+
+const DEADLINE: Duration = Duration::from_secs(20);
+
+/// A plane of two threads with one service and one listener.
+struct Rig {
+    plane: DataPlane,
+    route: Arc<ServiceRoute>,
+    listener: ListenerId,
+    address: SocketAddr,
+}
+
+impl Rig {
+    fn new(routing: Routing, workers: &[SocketAddr]) -> Self {
+        Self::with(routing, &upstreams(workers), None)
+    }
+
+    fn with(routing: Routing, upstreams: &[Arc<Upstream>], coming: Option<Instant>) -> Self {
+        Self::on("127.0.0.1:0", 10_000, routing, upstreams, coming)
+    }
+
+    fn on(
+        address: &str,
+        max_held: usize,
+        routing: Routing,
+        upstreams: &[Arc<Upstream>],
+        coming: Option<Instant>,
+    ) -> Self {
+        let settings = Settings {
+            threads: NonZeroUsize::new(2).unwrap(),
+            max_held: NonZeroUsize::new(max_held).unwrap(),
+        };
+        let plane = DataPlane::start(settings).unwrap();
+        let pool = Pool::new(upstreams.to_vec(), coming, Arc::new(routing));
+        let route = plane.service("web".into(), pool, Arc::new(AtomicBool::new(false)));
+        let mut address: SocketAddr = address.parse().unwrap();
+        let listener = Listener::bind(&Listen::Tcp(address)).unwrap();
+        address.set_port(listener.port().unwrap());
+        let listener = plane.open(&route, listener);
+        Self { plane, route, listener, address }
+    }
+
+    fn connect(&self) -> TcpStream {
+        let client = TcpStream::connect(self.address).unwrap();
+        client.set_read_timeout(Some(DEADLINE)).unwrap();
+        client
+    }
+
+    fn publish(&self, routing: Routing, upstreams: &[Arc<Upstream>], coming: Option<Instant>) {
+        self.route.publish(Pool::new(upstreams.to_vec(), coming, Arc::new(routing)));
+    }
+
+    fn close(&self) -> io::Result<()> {
+        runtime().block_on(self.plane.close(self.listener))
+    }
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
+}
+
+fn upstreams(workers: &[SocketAddr]) -> Vec<Arc<Upstream>> {
+    let upstream = |(slot, &address): (usize, &SocketAddr)| {
+        let label = format!("web/{}", address.port()).into();
+        Upstream::new(slot as u64, slot as u32, label, address, Arc::default())
+    };
+    workers.iter().enumerate().map(upstream).collect()
+}
+
+/// A worker that treats each connection in a thread of its own.
+fn worker(treat: impl Fn(TcpStream) + Clone + Send + 'static) -> SocketAddr {
+    worker_on("127.0.0.1:0", treat)
+}
+
+fn worker_on(address: &str, treat: impl Fn(TcpStream) + Clone + Send + 'static) -> SocketAddr {
+    let listener = TcpListener::bind(address).unwrap();
+    let address = listener.local_addr().unwrap();
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let treat = treat.clone();
+            thread::spawn(move || treat(stream));
+        }
+    });
+    address
+}
+
+/// A worker that says who it is, and closes.
+fn naming(name: &'static str) -> SocketAddr {
+    worker(move |mut stream| stream.write_all(name.as_bytes()).unwrap())
+}
+
+fn echo(mut stream: TcpStream) {
+    let mut buffer = [0; 16 * 1024];
+    while let Ok(count @ 1..) = stream.read(&mut buffer) {
+        if stream.write_all(&buffer[..count]).is_err() {
+            return;
+        }
+    }
+}
+
+/// An address where nobody listens, kept from others for as long as the socket lives.
+fn refusing() -> (Socket, SocketAddr) {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+    let address = socket.local_addr().unwrap().as_socket().unwrap();
+    (socket, address)
+}
+
+/// An address whose accept queue is full, so that a connect gets no answer.
+fn stalling() -> (Vec<Socket>, SocketAddr) {
+    let (listener, address) = refusing();
+    listener.listen(0).unwrap();
+    let mut held = vec![listener];
+    loop {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        let is_full = socket.connect_timeout(&address.into(), Duration::from_millis(100)).is_err();
+        held.push(socket);
+        if is_full {
+            return (held, address);
+        }
+    }
+}
+
+fn said(mut stream: impl Read) -> String {
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    text
+}
+
+fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let end = Instant::now() + DEADLINE;
+    while !is_so() {
+        assert!(Instant::now() < end, "in vain: {what}");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn reset_on_close(stream: &TcpStream) {
+    socket2::SockRef::from(stream).set_linger(Some(Duration::ZERO)).unwrap();
+}
+
+fn is_reset(result: io::Result<usize>) -> bool {
+    result.is_err_and(|error| error.kind() == ErrorKind::ConnectionReset)
+}
+
+#[test]
+fn connections_rotate_over_both_threads() {
+    let rig = Rig::new(Routing::default(), &["1", "2", "3", "4"].map(naming));
+    for round in 0..100 {
+        let names: Vec<_> = (0..4).map(|_| said(rig.connect())).collect();
+        assert_eq!(names, ["1", "2", "3", "4"], "in round {round}");
+    }
+}
+
+#[test]
+fn a_refused_worker_is_skipped() {
+    let (_bound, refusing) = refusing();
+    let all = upstreams(&[naming("1"), refusing, naming("3"), naming("4")]);
+    let rig = Rig::with(Routing::default(), &all, None);
+    let names: Vec<_> = (0..6).map(|_| said(rig.connect())).collect();
+    assert_eq!(names, ["1", "3", "4", "1", "3", "4"]);
+    assert_eq!((all[1].traffic().failed, all[1].traffic().total), (2, 0));
+    assert_eq!((all[2].traffic().failed, all[2].traffic().total), (0, 2));
+}
+
+#[test]
+fn a_stalled_worker_is_skipped_after_the_connect_timeout() {
+    let (_queue, stalling) = stalling();
+    let routing = Routing { connect_timeout: Duration::from_millis(150), ..Routing::default() };
+    let rig = Rig::new(routing, &[stalling, naming("2")]);
+    let begun = Instant::now();
+    assert_eq!(said(rig.connect()), "2");
+    assert!((150..900).contains(&begun.elapsed().as_millis()), "{:?}", begun.elapsed());
+}
+
+#[test]
+fn a_connection_is_held_while_a_worker_is_on_its_way() {
+    let rig = Rig::with(Routing::default(), &[], Some(Instant::now()));
+    let client = rig.connect();
+    until("held", || rig.route.held() == 1);
+    assert_eq!(rig.route.active(), 1);
+    rig.publish(Routing::default(), &[], Some(Instant::now() + Duration::from_secs(1)));
+    rig.publish(Routing::default(), &upstreams(&[naming("1")]), None);
+    assert_eq!(said(client), "1");
+    until("released", || rig.route.held() == 0 && rig.route.active() == 0);
+}
+
+#[test]
+fn a_held_connection_outlives_a_worker_that_refuses() {
+    let (_bound, refusing) = refusing();
+    let rig = Rig::new(Routing::default(), &[refusing]);
+    let client = rig.connect();
+    until("held", || rig.route.held() == 1);
+    rig.publish(Routing::default(), &[], Some(Instant::now()));
+    rig.publish(Routing::default(), &upstreams(&[naming("1")]), None);
+    assert_eq!(said(client), "1");
+}
+
+#[test]
+fn a_connection_is_held_no_longer_than_the_hold_timeout() {
+    let routing = Routing { hold_timeout: Duration::from_millis(200), ..Routing::default() };
+    let rig = Rig::with(routing, &[], Some(Instant::now()));
+    let begun = Instant::now();
+    assert!(is_reset(rig.connect().read(&mut [0])));
+    assert!((200..900).contains(&begun.elapsed().as_millis()), "{:?}", begun.elapsed());
+}
+
+#[test]
+fn with_no_worker_to_come_a_connection_is_reset_at_once() {
+    let late = Instant::now() + Duration::from_secs(60);
+    for coming in [None, Some(late)] {
+        let rig = Rig::with(Routing::default(), &[], coming);
+        let begun = Instant::now();
+        assert!(is_reset(rig.connect().read(&mut [0])));
+        assert!(begun.elapsed() < Duration::from_secs(1));
+    }
+}
+
+#[test]
+fn a_held_client_that_leaves_frees_its_place() {
+    let rig = Rig::with(Routing::default(), &[], Some(Instant::now()));
+    let (ends, resets) = (rig.connect(), rig.connect());
+    until("held", || rig.route.held() == 2);
+    drop(ends);
+    until("one left", || rig.route.active() == 1);
+    reset_on_close(&resets);
+    drop(resets);
+    until("none left", || rig.route.active() == 0 && rig.route.held() == 0);
+}
+
+#[test]
+fn a_half_close_stays_one_from_either_side() {
+    // The worker answers only when the client has ended, and goes on after its own end.
+    let rig = Rig::new(
+        Routing::default(),
+        &[worker(|mut stream| {
+            let request = said(&stream);
+            stream.write_all(request.to_uppercase().as_bytes()).unwrap();
+        })],
+    );
+    let mut client = rig.connect();
+    client.write_all(b"hello").unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(said(client), "HELLO");
+
+    let (heard, hears) = std::sync::mpsc::channel();
+    let rig = Rig::new(
+        Routing::default(),
+        &[worker(move |mut stream| {
+            stream.write_all(b"bye").unwrap();
+            stream.shutdown(Shutdown::Write).unwrap();
+            heard.send(said(stream)).unwrap();
+        })],
+    );
+    let mut client = rig.connect();
+    assert_eq!(said(&client), "bye");
+    client.write_all(b"still here").unwrap();
+    drop(client);
+    assert_eq!(hears.recv_timeout(DEADLINE).unwrap(), "still here");
+}
+
+#[test]
+fn a_reset_stays_a_reset_from_either_side() {
+    let (heard, hears) = std::sync::mpsc::channel();
+    let rig = Rig::new(
+        Routing::default(),
+        &[worker(move |mut stream| {
+            let mut byte = [0];
+            stream.read_exact(&mut byte).unwrap();
+            if byte == *b"w" {
+                stream.write_all(b"part").unwrap();
+                reset_on_close(&stream);
+            } else {
+                stream.write_all(b"go").unwrap();
+                heard.send(stream.read(&mut byte)).unwrap();
+            }
+        })],
+    );
+    let mut client = rig.connect();
+    client.write_all(b"w").unwrap();
+    let mut text = String::new();
+    let error = client.read_to_string(&mut text).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+
+    let mut client = rig.connect();
+    client.write_all(b"c").unwrap();
+    client.read_exact(&mut [0; 2]).unwrap();
+    reset_on_close(&client);
+    drop(client);
+    assert!(is_reset(hears.recv_timeout(DEADLINE).unwrap()));
+}
+
+#[test]
+fn a_reset_is_seen_behind_backpressure_and_after_a_half_close() {
+    let rig = Rig::new(
+        Routing::default(),
+        &[worker(|mut stream| while stream.write_all(&[0; 64 * 1024]).is_ok() {})],
+    );
+    // The client reads nothing, so that the relay doesn't read the worker either.
+    let client = rig.connect();
+    let before = || rig.route.active();
+    until("connected", || before() == 1);
+    until_still(|| queued(&client));
+    reset_on_close(&client);
+    drop(client);
+    until("ended", || rig.route.active() == 0);
+
+    let read = Arc::new(AtomicBool::new(false));
+    let has_read = Arc::clone(&read);
+    let rig = Rig::new(
+        Routing::default(),
+        &[worker(move |mut stream| {
+            assert_eq!(said(&stream), "x");
+            stream.write_all(b"y").unwrap();
+            until("read", || has_read.load(SeqCst));
+            reset_on_close(&stream);
+        })],
+    );
+    let mut client = rig.connect();
+    client.write_all(b"x").unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    client.read_exact(&mut [0]).unwrap();
+    read.store(true, SeqCst);
+    assert!(is_reset(client.read(&mut [0])));
+}
+
+#[test]
+fn a_reset_worker_is_seen_while_the_client_reads_nothing() {
+    let (go, goes) = std::sync::mpsc::channel::<()>();
+    let goes = Arc::new(std::sync::Mutex::new(goes));
+    let rig = Rig::new(
+        Routing::default(),
+        &[worker(move |mut stream| {
+            stream.set_nonblocking(true).unwrap();
+            let goes = goes.lock().unwrap();
+            while goes.try_recv().is_err() {
+                _ = stream.write(&[0; 64 * 1024]).is_ok();
+            }
+            reset_on_close(&stream);
+        })],
+    );
+    let client = rig.connect();
+    until_still(|| queued(&client));
+    go.send(()).unwrap();
+    until("ended", || rig.route.active() == 0);
+    let error = io::copy(&mut &client, &mut io::sink()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+}
+
+/// Bytes that wait to be read.
+fn queued(stream: &TcpStream) -> usize {
+    let mut buffer = vec![0; 16 << 20];
+    stream.set_nonblocking(true).unwrap();
+    let count = stream.peek(&mut buffer).unwrap_or(0);
+    stream.set_nonblocking(false).unwrap();
+    count
+}
+
+/// Waits until a growing number has stopped to grow.
+fn until_still(mut number: impl FnMut() -> usize) -> usize {
+    let (mut last, mut since) = (number(), Instant::now());
+    until("still", || {
+        let now = number();
+        if now != last || now == 0 {
+            (last, since) = (now, Instant::now());
+        }
+        since.elapsed() > Duration::from_millis(200)
+    });
+    last
+}
+
+/// A stream of numbers that differs at every place.
+struct Noise(u64);
+
+impl Noise {
+    fn fill(&mut self, buffer: &mut [u8]) {
+        for chunk in buffer.chunks_mut(8) {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            chunk.copy_from_slice(&self.0.to_le_bytes()[..chunk.len()]);
+        }
+    }
+}
+
+const VOLUME: usize = 256 << 20;
+
+fn send_noise(mut stream: &TcpStream, seed: u64) {
+    let mut noise = Noise(seed);
+    let mut block = vec![0; 64 * 1024];
+    for number in 0..VOLUME / block.len() {
+        noise.fill(&mut block);
+        if number % 64 == 0 {
+            let (single, rest) = block.split_at(100);
+            single.iter().for_each(|byte| stream.write_all(&[*byte]).unwrap());
+            stream.write_all(rest).unwrap();
+        } else {
+            stream.write_all(&block).unwrap();
+        }
+    }
+    stream.shutdown(Shutdown::Write).unwrap();
+}
+
+fn expect_noise(mut stream: &TcpStream, seed: u64) {
+    let mut noise = Noise(seed);
+    let (mut expected, mut block) = (vec![0; 64 * 1024], vec![0; 64 * 1024]);
+    for number in 0..VOLUME / block.len() {
+        noise.fill(&mut expected);
+        stream.read_exact(&mut block).unwrap();
+        assert!(block == expected, "block {number} differs");
+    }
+    assert_eq!(stream.read(&mut block).unwrap(), 0);
+}
+
+#[test]
+fn bytes_pass_unchanged_both_ways_at_once() {
+    let all = upstreams(&[worker(|stream| {
+        thread::scope(|scope| {
+            scope.spawn(|| send_noise(&stream, 1));
+            expect_noise(&stream, 2);
+        });
+    })]);
+    let rig = Rig::with(Routing::default(), &all, None);
+    let client = rig.connect();
+    thread::scope(|scope| {
+        scope.spawn(|| send_noise(&client, 2));
+        expect_noise(&client, 1);
+    });
+    until("ended", || rig.route.active() == 0);
+    let traffic = all[0].traffic();
+    assert_eq!((traffic.sent, traffic.received), (VOLUME as u64, VOLUME as u64));
+    assert_eq!((traffic.active, traffic.total, traffic.failed), (0, 1, 0));
+}
+
+#[test]
+fn an_idle_connection_is_reset_and_a_busy_one_is_not() {
+    let routing = Routing { idle_timeout: Duration::from_millis(300), ..Routing::default() };
+    let rig = Rig::new(routing, &[worker(echo)]);
+    let mut idle = rig.connect();
+    let mut busy = rig.connect();
+    let begun = Instant::now();
+    let ended = thread::spawn(move || (idle.read(&mut [0]), begun.elapsed()));
+    while begun.elapsed() < Duration::from_millis(900) {
+        busy.write_all(b"x").unwrap();
+        busy.read_exact(&mut [0]).unwrap();
+        thread::sleep(Duration::from_millis(20));
+    }
+    let (result, after) = ended.join().unwrap();
+    assert!(is_reset(result));
+    assert!((300..800).contains(&after.as_millis()), "{after:?}");
+}
+
+#[test]
+fn no_more_than_max_connections_reach_the_workers() {
+    let now = Arc::new(AtomicUsize::new(0));
+    let most = Arc::new(AtomicUsize::new(0));
+    let worker = worker({
+        let (now, most) = (Arc::clone(&now), Arc::clone(&most));
+        move |stream| {
+            most.fetch_max(now.fetch_add(1, SeqCst) + 1, SeqCst);
+            thread::sleep(Duration::from_millis(2));
+            now.fetch_sub(1, SeqCst);
+            echo(stream);
+        }
+    });
+    let limit = |max| Routing { max_connections: NonZeroU32::new(max), ..Routing::default() };
+    let all = upstreams(&[worker]);
+    let rig = Rig::with(limit(3), &all, None);
+    thread::scope(|scope| {
+        for _ in 0..16 {
+            scope.spawn(|| {
+                for _ in 0..20 {
+                    let mut client = rig.connect();
+                    client.write_all(b"x").unwrap();
+                    client.read_exact(&mut [0]).unwrap();
+                    assert!(rig.route.active() <= 3);
+                }
+            });
+        }
+    });
+    assert_eq!(all[0].traffic().total, 320);
+    assert!(most.load(SeqCst) <= 3, "{most:?}");
+
+    let clients: Vec<_> = (0..5).map(|_| rig.connect()).collect();
+    until("full", || all[0].traffic().total == 323);
+    rig.publish(limit(5), &all, None);
+    until("more", || all[0].traffic().total == 325);
+    drop(clients);
+}
+
+fn each_at_most(worker_connections: u32) -> Routing {
+    let worker_connections = NonZeroU32::new(worker_connections);
+    Routing { worker_connections, ..Routing::default() }
+}
+
+#[test]
+fn no_worker_has_more_than_it_may_and_whoever_waits_gets_the_first_free_place() {
+    // Each worker knows itself how many it has.
+    let now: [Arc<AtomicUsize>; 2] = Default::default();
+    let workers = now.clone().map(|now| {
+        worker(move |mut stream| {
+            let has = now.fetch_add(1, SeqCst) + 1;
+            stream.read_exact(&mut [0]).unwrap();
+            // Before the end of the stream, which is what gives the place back.
+            now.fetch_sub(1, SeqCst);
+            stream.write_all(&[u8::try_from(has).unwrap()]).unwrap();
+        })
+    });
+    let all = upstreams(&workers);
+    let rig = Rig::with(each_at_most(2), &all, None);
+    thread::scope(|scope| {
+        for _ in 0..32 {
+            scope.spawn(|| {
+                for _ in 0..50 {
+                    let mut client = rig.connect();
+                    client.write_all(b"x").unwrap();
+                    let mut has = [0];
+                    client.read_exact(&mut has).unwrap();
+                    assert!(has[0] <= 2, "{has:?}");
+                    assert!(all.iter().all(|upstream| upstream.active() <= 2));
+                }
+            });
+        }
+    });
+    assert_eq!(all.iter().map(|upstream| upstream.traffic().total).sum::<u64>(), 1600);
+    until("released", || rig.route.held() == 0 && rig.route.active() == 0);
+}
+
+#[test]
+fn the_longest_waiting_goes_first_and_a_wider_limit_lets_all_in() {
+    let all = upstreams(&[worker(echo)]);
+    let rig = Rig::with(each_at_most(1), &all, None);
+    let mut clients: Vec<_> = (0..6)
+        .map(|number| {
+            let client = rig.connect();
+            until("its turn", || rig.route.active() == number + 1);
+            client
+        })
+        .collect();
+    until("waiting", || rig.route.held() == 5);
+    assert_eq!(all[0].traffic().total, 1);
+    drop(clients.remove(0));
+    until("the next", || all[0].traffic().total == 2);
+    assert_eq!(rig.route.held(), 4);
+    // One that leaves while it waits takes nobody's place.
+    drop(clients.remove(3));
+    until("gone", || rig.route.held() == 3);
+    rig.publish(each_at_most(2), &all, None);
+    until("wider", || all[0].traffic().total == 3);
+    assert_eq!(rig.route.held(), 2);
+    rig.publish(Routing::default(), &all, None);
+    until("no limit", || all[0].traffic().total == 5);
+    for client in &mut clients {
+        client.write_all(b"x").unwrap();
+        client.read_exact(&mut [0]).unwrap();
+    }
+}
+
+#[test]
+fn where_all_are_full_a_connection_waits_no_longer_than_the_hold_timeout() {
+    let routing = Routing { hold_timeout: Duration::from_millis(200), ..each_at_most(1) };
+    let rig = Rig::new(routing, &[worker(echo)]);
+    let _first = rig.connect();
+    until("full", || rig.route.active() == 1);
+    let begun = Instant::now();
+    assert!(is_reset(rig.connect().read(&mut [0])));
+    assert!((200..900).contains(&begun.elapsed().as_millis()), "{:?}", begun.elapsed());
+}
+
+#[test]
+fn a_full_worker_is_waited_for_though_another_refuses() {
+    let (_bound, refusing) = refusing();
+    let all = upstreams(&[refusing, worker(echo)]);
+    let rig = Rig::with(each_at_most(1), &all, None);
+    let first = rig.connect();
+    until("full", || all[1].traffic().total == 1);
+    let mut second = rig.connect();
+    until("waiting", || rig.route.held() == 1);
+    drop(first);
+    second.write_all(b"x").unwrap();
+    second.read_exact(&mut [0]).unwrap();
+    assert!(all[0].traffic().failed >= 1);
+}
+
+#[test]
+fn the_budget_of_the_process_holds_over_all_services() {
+    let all = upstreams(&[worker(echo)]);
+    let rig = Rig::on("127.0.0.1:0", 4, Routing::default(), &all, None);
+    let mut clients: Vec<_> = (0..8).map(|_| rig.connect()).collect();
+    until("full", || all[0].traffic().total == 4);
+    assert_eq!(rig.plane.held(), 4);
+    for (number, mut client) in clients.drain(..).enumerate() {
+        client.write_all(b"x").unwrap();
+        client.read_exact(&mut [0]).unwrap();
+        assert!(all[0].traffic().total <= 5 + number as u64);
+    }
+    until("empty", || rig.plane.held() == 0);
+}
+
+#[test]
+fn closing_a_listener_resets_nobody() {
+    for (listen, host) in [("127.0.0.1:0", "127.0.0.1:0"), ("[::1]:0", "[::1]:0")] {
+        let worker = worker_on(host, |mut stream| {
+            let mut byte = [0];
+            stream.read_exact(&mut byte).unwrap();
+            stream.write_all(&byte).unwrap();
+        });
+        let rig = Rig::on(listen, 10_000, Routing::default(), &upstreams(&[worker]), None);
+        let served = AtomicUsize::new(0);
+        thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    // Until the first SYN that gets no answer.
+                    let timeout = Duration::from_millis(500);
+                    while let Ok(mut client) = TcpStream::connect_timeout(&rig.address, timeout) {
+                        client.write_all(b"x").unwrap();
+                        let mut byte = [0];
+                        client.read_exact(&mut byte).expect("reset after the connect succeeded");
+                        served.fetch_add(1, SeqCst);
+                    }
+                });
+            }
+            until("under way", || served.load(SeqCst) > 200);
+            rig.close().unwrap();
+        });
+        let refused = TcpStream::connect(rig.address).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+        runtime().block_on(rig.route.emptied());
+    }
+}
+
+#[test]
+fn closing_a_unix_listener_resets_nobody() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("web.sock");
+    let rig = Rig::new(Routing::default(), &[worker(echo)]);
+    let listener = Listener::bind(&Listen::Unix(path.clone())).unwrap();
+    let listener = rig.plane.open(&rig.route, listener);
+    let served = AtomicUsize::new(0);
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                while let Ok(mut client) = UnixStream::connect(&path) {
+                    client.write_all(b"hello").unwrap();
+                    client.shutdown(Shutdown::Write).unwrap();
+                    assert_eq!(said(client), "hello");
+                    served.fetch_add(1, SeqCst);
+                }
+            });
+        }
+        until("under way", || served.load(SeqCst) > 200);
+        runtime().block_on(rig.plane.close(listener)).unwrap();
+    });
+    assert!(!path.exists());
+}
+
+#[test]
+fn a_closed_listener_leaves_its_connections_alone() {
+    let rig = Rig::new(Routing::default(), &[worker(echo)]);
+    let mut client = rig.connect();
+    client.write_all(b"x").unwrap();
+    client.read_exact(&mut [0]).unwrap();
+    rig.close().unwrap();
+    client.write_all(b"x").unwrap();
+    client.read_exact(&mut [0]).unwrap();
+    assert_eq!(rig.route.active(), 1);
+}
+
+#[test]
+fn a_cut_resets_both_sides() {
+    let (heard, hears) = std::sync::mpsc::channel();
+    let rig = Rig::new(
+        Routing::default(),
+        &[worker(move |mut stream| heard.send(stream.read(&mut [0])).unwrap())],
+    );
+    let mut client = rig.connect();
+    until("connected", || rig.route.active() == 1 && rig.plane.held() == 1);
+    client.write_all(b"").unwrap();
+    rig.plane.cut();
+    assert!(is_reset(client.read(&mut [0])));
+    assert!(is_reset(hears.recv_timeout(DEADLINE).unwrap()));
+}
+
+#[test]
+fn every_thread_makes_progress_when_asked() {
+    let rig = Rig::new(Routing::default(), &[]);
+    let before = rig.plane.progress();
+    assert_eq!(before.len(), 2);
+    until("progress", || {
+        rig.plane.progress().iter().zip(&before).all(|(now, before)| now > before)
+    });
+}
+
+#[test]
+fn a_retired_upstream_tells_when_its_last_connection_ends() {
+    let drained = Arc::new(tokio::sync::Notify::new());
+    let upstream = Upstream::new(1, 0, "web/1".into(), worker(echo), Arc::clone(&drained));
+    let rig = Rig::with(Routing::default(), &[Arc::clone(&upstream)], None);
+    let client = rig.connect();
+    until("taken", || upstream.traffic().total == 1);
+    assert_eq!(upstream.retire(), 1);
+    drop(client);
+    runtime().block_on(drained.notified());
+    assert_eq!(upstream.active(), 0);
+}
+
+#[derive(Clone, Default)]
+struct Lines(Arc<std::sync::Mutex<Vec<u8>>>);
+
+impl Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn each_connection_gets_one_line_at_its_end() {
+    let lines = Lines::default();
+    let writer = lines.clone();
+    tracing_subscriber::fmt()
+        .with_writer(move || writer.clone())
+        .with_ansi(false)
+        .without_time()
+        .init();
+    let text = || String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+
+    let settings = Settings { threads: NonZeroUsize::MIN, max_held: NonZeroUsize::MAX };
+    let plane = DataPlane::start(settings).unwrap();
+    let access = Arc::new(AtomicBool::new(true));
+    let worker = worker(echo);
+    let pool = |all| Pool::new(all, None, Arc::new(Routing::default()));
+    let route = plane.service("logged".into(), pool(upstreams(&[worker])), Arc::clone(&access));
+    let listener = Listener::bind(&Listen::Tcp(([127, 0, 0, 1], 0).into())).unwrap();
+    let address = SocketAddr::from(([127, 0, 0, 1], listener.port().unwrap()));
+    plane.open(&route, listener);
+
+    let mut client = TcpStream::connect(address).unwrap();
+    client.write_all(b"hello").unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(said(&client), "hello");
+    until("a line", || text().contains(" end=closed"));
+    let line = format!(
+        "connection service=\"logged\" slot=0 port={port} client={client} worker=\"web/{port}\" \
+         sent=5 received=5 duration=0.",
+        port = worker.port(),
+        client = client.local_addr().unwrap(),
+    );
+    assert!(text().contains(&line), "{line}\n{}", text());
+
+    route.publish(pool(vec![]));
+    let client = TcpStream::connect(address).unwrap();
+    until("a line", || text().contains(" end=no-worker"));
+    let line = format!(
+        "connection service=\"logged\" client={} worker=\"-\" sent=0 received=0",
+        client.local_addr().unwrap()
+    );
+    assert!(text().contains(&line), "{line}\n{}", text());
+
+    access.store(false, SeqCst);
+    TcpStream::connect(address).unwrap();
+    until("ended", || route.active() == 0);
+    plane.cut();
+    assert_eq!(text().lines().filter(|line| line.contains("logged")).count(), 2);
+}
