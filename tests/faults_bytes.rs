@@ -115,7 +115,8 @@ fn a_worker_that_resets_in_the_middle_is_seen_to() {
         }
         let (received, end) = end(&client);
         assert_eq!(end, Err(ErrorKind::ConnectionReset), "after {received}");
-        assert!(received < BYTES, "{received}");
+        // All of it may have come before the reset; what counts is that the end is one.
+        assert!(received <= BYTES, "{received}");
     }
 }
 
