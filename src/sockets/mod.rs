@@ -20,7 +20,7 @@ pub use accept::{Acceptor, accept_nonblocking};
 use std::{
     collections::VecDeque,
     io,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Shutdown, SocketAddr},
 };
 
 use nix::libc;
@@ -170,7 +170,10 @@ impl<Owner: Copy + PartialEq> Port<Owner> {
             rescued.extend(self.clients(&self.members[index].socket, acceptor));
             // As the kernel does it. The answer stays right meanwhile: it is 0, or out of range, and
             // then the only one left is chosen.
-            drop(self.members.swap_remove(index));
+            let left = self.members.swap_remove(index);
+            // To close it is not enough: a child that was forked just now has a copy until its
+            // execve is done, and until then the kernel's group would have this one in it.
+            let _ = left.socket.shutdown(Shutdown::Read);
             self.selected = 0;
             let _ = self.steer(None);
         }
@@ -308,6 +311,20 @@ mod tests {
                 let _clients = connect(&port, 50);
                 assert_eq!(waiting(&port, [stayer, 3]), [0, 50], "and was selected");
             }
+        }
+    }
+
+    #[test]
+    fn one_that_leaves_gets_nothing_even_if_a_child_has_a_copy_still() {
+        for (leaver, stayer) in [(1, 2), (2, 1)] {
+            let mut port = Port::open(V4, 1).unwrap();
+            port.join(2).unwrap();
+            port.select(stayer).unwrap();
+            let _copy = port.socket(leaver).unwrap().try_clone().unwrap();
+            port.abandon(leaver);
+            port.tidy(&mut Acceptor::new().unwrap());
+            let _clients = connect(&port, 50);
+            assert_eq!(waiting(&port, [stayer]), [50], "{leaver} left");
         }
     }
 
