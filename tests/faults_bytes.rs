@@ -113,10 +113,9 @@ fn a_worker_that_resets_in_the_middle_is_seen_to() {
             // Everything on the way is full when it comes.
             thread::sleep(std::time::Duration::from_millis(200));
         }
+        // All of it may have come before the reset; what counts is that the end is one.
         let (received, end) = end(&client);
         assert_eq!(end, Err(ErrorKind::ConnectionReset), "after {received}");
-        // All of it may have come before the reset; what counts is that the end is one.
-        assert!(received <= BYTES, "{received}");
     }
 }
 
