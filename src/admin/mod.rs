@@ -1,8 +1,9 @@
-//! How a running daemon is looked at and operated: HTTP over a unix socket.
+//! How a running daemon is looked at and operated: HTTP over a unix socket, and over TCP where the
+//! configuration says so.
 //!
 //! ```text
 //! lbd status, reload, …            the admin thread                 the main thread
-//! client ── finds ─▶ socket ─▶ server ── Request, bounded ─▶ daemon, which answers each
+//! client ── finds ─▶ socket ─▶ server ─ access ─ api ── Request, bounded ─▶ daemon, which answers each
 //! ```
 //!
 //! The server has a thread of its own, so that parsing, `/proc` and slow clients cost neither
@@ -10,6 +11,8 @@
 //! client share the types of [`status`], and where the socket is is decided in one place (`place`)
 //! for both.
 
+mod access;
+mod api;
 mod client;
 mod place;
 mod server;
@@ -19,9 +22,10 @@ mod usage;
 
 use tokio::sync::oneshot;
 
+pub use access::CurrentToken;
 pub use client::{Client, ClientError};
 pub use place::Instance;
-pub use server::{MAX_CONNECTIONS, Server, ServerError};
+pub use server::{MAX_CONNECTIONS, Server, ServerError, TcpSockets};
 pub use socket::{ClaimError, Socket};
 pub use status::Status;
 pub use usage::Process;

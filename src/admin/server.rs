@@ -1,50 +1,45 @@
-//! The HTTP side of the admin socket, on a thread of its own.
+//! The connections of the admin API, on a thread of its own.
 //!
 //! What a client may cost is bounded: connections, the size of what it sends, and the time it takes
-//! to send and to read.
+//! to send and to read. Each listener has connections of its own, so that however many come over
+//! TCP, the unix socket answers.
 
-use std::{io, thread, time::Duration};
+use std::{io, net::SocketAddr, sync::Arc, thread, time::Duration};
 
-use axum::{
-    Json, Router,
-    body::{Body, to_bytes},
-    extract::{Path, Request as HttpRequest, State},
-    http::{HeaderMap, StatusCode, header, uri::Authority},
-    middleware::{self, Next},
-    response::{IntoResponse, Response},
-    routing::{get, post},
-};
-use hyper::server::conn::http1;
+use axum::Router;
+use futures_util::future::{self, FutureExt, Shared};
+use hyper::{body::Incoming, server::conn::http1};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     server::graceful::GracefulShutdown,
     service::TowerToHyperService,
 };
-use serde_json::json;
 use tokio::{
-    net::{UnixListener, UnixStream},
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, UnixListener},
     sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
     time::{sleep, timeout},
 };
 use tokio_io_timeout::TimeoutStream;
+use tower::ServiceExt;
 
-use super::{Failure, Process, Reloaded, Request, Restarted, Socket, Status};
+use super::{
+    Request, Socket,
+    access::{CurrentToken, Via, admit},
+    api::router,
+};
 
-/// Connections held at once; more wait to be taken.
+/// Connections held at once on each listener; more wait to be taken.
 pub const MAX_CONNECTIONS: usize = 16;
+/// Clients that may wait to be taken.
+const BACKLOG: i32 = 64;
 /// The largest request head, in bytes; so also how much of a connection is buffered either way.
 const MAX_HEAD: usize = 16 * 1024;
-/// The largest request body, in bytes. No request needs one.
-const MAX_BODY: usize = 4 * 1024;
 /// How long a head may take to come, counted from the last answer; so also how long a connection
 /// may be idle.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a body may take to come.
-const BODY_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a client may read nothing while there is something to read.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long the main thread may take to tell how everything is.
-const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the last answers may take when the daemon ends.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 /// How long accepting pauses after an error that only time can cure.
@@ -52,8 +47,64 @@ const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 
 /// The server could not start.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot serve the admin socket: {0}")]
-pub struct ServerError(#[from] io::Error);
+pub enum ServerError {
+    /// There can be no thread, or no event loop in it.
+    #[error("cannot serve the admin API: {0}")]
+    System(#[from] io::Error),
+    /// An address of `[admin] listen` can't be had.
+    #[error("cannot listen on {address}, an admin.listen: {source}{}", hint(source))]
+    Bind {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+fn hint(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::AddrInUse => "; stop what listens there, or choose another port",
+        io::ErrorKind::AddrNotAvailable => "; choose an address of this machine",
+        io::ErrorKind::PermissionDenied => "; choose a port from 1024 on",
+        _ => "",
+    }
+}
+
+/// Sockets that listen on TCP addresses, and take nobody yet.
+#[derive(Debug, Default)]
+pub struct TcpSockets(Vec<std::net::TcpListener>);
+
+impl TcpSockets {
+    /// Listens on `addresses`.
+    ///
+    /// # Errors
+    ///
+    /// [`ServerError::Bind`] for the first that can't be had.
+    pub fn bind(addresses: &[SocketAddr]) -> Result<Self, ServerError> {
+        let bound = addresses.iter().map(|&address| {
+            listen(address).map_err(|source| ServerError::Bind { address, source })
+        });
+        bound.collect::<Result<_, _>>().map(Self)
+    }
+}
+
+fn listen(address: SocketAddr) -> io::Result<std::net::TcpListener> {
+    use socket2::{Domain, Socket, Type};
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    if address.is_ipv6() {
+        // As the services' own: the IPv4 wildcard is another address.
+        socket.set_only_v6(true)?;
+    }
+    // Both are handed down to the connections that it takes (tcp(7)). A client whose machine is gone
+    // would else be waited for until the kernel gives up, which takes a quarter of an hour.
+    socket.set_tcp_nodelay(true)?;
+    socket.set_tcp_user_timeout(Some(WRITE_TIMEOUT))?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    socket.set_nonblocking(true)?;
+    Ok(socket.into())
+}
 
 /// The running server. Dropped, it takes nobody any more, gives the last answers half a second to
 /// leave, and blocks until then.
@@ -64,21 +115,31 @@ pub struct Server {
 }
 
 impl Server {
-    /// Serves `socket`, and hands what is asked for to `daemon`.
+    /// Serves `socket` and `tcp`, and hands what is asked for to `daemon`. Over TCP `token` is what
+    /// proves a right to ask.
     ///
     /// # Errors
     ///
     /// Where there can be no thread, or no event loop in it.
-    pub fn start(socket: &Socket, daemon: mpsc::Sender<Request>) -> Result<Self, ServerError> {
+    pub fn start(
+        socket: Option<&Socket>,
+        tcp: TcpSockets,
+        token: CurrentToken,
+        daemon: mpsc::Sender<Request>,
+    ) -> Result<Self, ServerError> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let listener = {
+        let (unix, tcp) = {
             let _context = runtime.enter();
-            UnixListener::from_std(socket.listener()?)?
+            let unix =
+                socket.map(|socket| UnixListener::from_std(socket.listener()?)).transpose()?;
+            let tcp: io::Result<Vec<_>> = tcp.0.into_iter().map(TcpListener::from_std).collect();
+            (unix, tcp?)
         };
+        let router = router(daemon).layer(axum::middleware::from_fn_with_state(token, admit));
         let (stop, stopped) = oneshot::channel();
         let thread = thread::Builder::new()
             .name("admin".to_owned())
-            .spawn(move || runtime.block_on(serve(listener, router(daemon), stopped)))?;
+            .spawn(move || runtime.block_on(serve(unix, tcp, &router, stopped)))?;
         Ok(Self { stop: Some(stop), thread: Some(thread) })
     }
 }
@@ -92,19 +153,40 @@ impl Drop for Server {
     }
 }
 
-async fn serve(listener: UnixListener, router: Router, mut stopped: oneshot::Receiver<()>) {
+async fn serve(
+    unix: Option<UnixListener>,
+    tcp: Vec<TcpListener>,
+    router: &Router,
+    stopped: oneshot::Receiver<()>,
+) {
+    let stopped = stopped.shared();
+    let unix = future::join_all(unix.map(|listener| serve_on(listener, router, stopped.clone())));
+    let tcp = tcp.into_iter().map(|listener| serve_on(listener, router, stopped.clone()));
+    future::join(unix, future::join_all(tcp)).await;
+}
+
+/// Serves one listener until `stopped`, and then finishes the last answers.
+async fn serve_on<L: Listener>(
+    listener: L,
+    router: &Router,
+    mut stopped: Shared<oneshot::Receiver<()>>,
+) {
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(MAX_HEAD);
-    let free = std::sync::Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let free = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let connections = GracefulShutdown::new();
     loop {
-        let (stream, permit) = tokio::select! {
+        let (stream, via, permit) = tokio::select! {
             _ = &mut stopped => break,
             next = next(&listener, &free) => next,
         };
         let mut stream = TimeoutStream::new(stream);
         stream.set_write_timeout(Some(WRITE_TIMEOUT));
-        let service = TowerToHyperService::new(router.clone());
+        let service = router.clone().map_request(move |mut request: hyper::Request<Incoming>| {
+            request.extensions_mut().insert(via);
+            request
+        });
+        let service = TowerToHyperService::new(service);
         let connection = http.serve_connection(TokioIo::new(Box::pin(stream)), service);
         let connection = connections.watch(connection);
         tokio::spawn(async move {
@@ -118,15 +200,15 @@ async fn serve(listener: UnixListener, router: Router, mut stopped: oneshot::Rec
 }
 
 /// The next client, once there is one and room for it. May be dropped at any time.
-async fn next(
-    listener: &UnixListener,
-    free: &std::sync::Arc<Semaphore>,
-) -> (UnixStream, Option<OwnedSemaphorePermit>) {
+async fn next<L: Listener>(
+    listener: &L,
+    free: &Arc<Semaphore>,
+) -> (L::Stream, Via, Option<OwnedSemaphorePermit>) {
     // The semaphore is never closed.
-    let permit = std::sync::Arc::clone(free).acquire_owned().await.ok();
+    let permit = Arc::clone(free).acquire_owned().await.ok();
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => return (stream, permit),
+            Ok((stream, via)) => return (stream, via, permit),
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a connection on the admin socket");
                 sleep(ACCEPT_BACKOFF).await;
@@ -135,170 +217,29 @@ async fn next(
     }
 }
 
-fn router(daemon: mpsc::Sender<Request>) -> Router {
-    Router::new()
-        .route("/healthz", get(healthz))
-        .route("/status", get(status))
-        .route("/reload", post(reload))
-        .route("/stop", post(stop))
-        .route("/services/{name}/restart", post(restart))
-        .fallback(async || Error::new(StatusCode::NOT_FOUND, "there is nothing at this path"))
-        .method_not_allowed_fallback(async || {
-            Error::new(StatusCode::METHOD_NOT_ALLOWED, "this path takes another method")
-        })
-        .layer(middleware::from_fn(admit))
-        .with_state(Daemon(daemon))
+/// What clients connect to.
+trait Listener {
+    type Stream: AsyncRead + AsyncWrite + Send + 'static;
+
+    /// The next client. May be dropped at any time.
+    async fn accept(&self) -> io::Result<(Self::Stream, Via)>;
 }
 
-/// 200 where every service has a healthy worker.
-async fn healthz(State(daemon): State<Daemon>) -> Result<&'static str, Error> {
-    let status = daemon.status().await?;
-    let missing: Vec<_> = status.without_health().collect();
-    match (missing.is_empty(), status.services.is_empty()) {
-        (true, false) => Ok("ok\n"),
-        (true, true) => Err(Error::gone()),
-        (false, _) => {
-            let error = format!("no healthy worker: {}", missing.join(", "));
-            Err(Error::new(StatusCode::SERVICE_UNAVAILABLE, error))
-        }
+impl Listener for UnixListener {
+    type Stream = tokio::net::UnixStream;
+
+    async fn accept(&self) -> io::Result<(Self::Stream, Via)> {
+        let (stream, _) = self.accept().await?;
+        Ok((stream, Via::Unix))
     }
 }
 
-async fn status(State(daemon): State<Daemon>) -> Result<Json<Status>, Error> {
-    let mut status = daemon.status().await?;
-    for worker in status.services.iter_mut().flat_map(|service| service.all_mut()) {
-        let process = worker.pid.and_then(Process::look);
-        worker.resident_bytes = process.map(|process| process.resident_bytes);
-        worker.cpu_seconds = process.map(|process| process.cpu_seconds);
-    }
-    Ok(Json(status))
-}
+impl Listener for TcpListener {
+    type Stream = tokio::net::TcpStream;
 
-async fn reload(State(daemon): State<Daemon>) -> Result<Json<Reloaded>, Error> {
-    Ok(Json(daemon.ask(Request::Reload).await??))
-}
-
-async fn restart(
-    State(daemon): State<Daemon>,
-    Path(service): Path<String>,
-) -> Result<Json<Restarted>, Error> {
-    Ok(Json(daemon.ask(|answer| Request::Restart { service, answer }).await??))
-}
-
-async fn stop(
-    State(daemon): State<Daemon>,
-) -> Result<(StatusCode, Json<serde_json::Value>), Error> {
-    daemon.0.send(Request::Stop).await.map_err(|_| Error::gone())?;
-    Ok((StatusCode::ACCEPTED, Json(json!({ "stopping": true }))))
-}
-
-/// The main thread, to be asked.
-#[derive(Debug, Clone)]
-struct Daemon(mpsc::Sender<Request>);
-
-impl Daemon {
-    async fn ask<T>(
-        &self,
-        request: impl FnOnce(oneshot::Sender<T>) -> Request,
-    ) -> Result<T, Error> {
-        let (sender, answer) = oneshot::channel();
-        self.0.send(request(sender)).await.map_err(|_| Error::gone())?;
-        answer.await.map_err(|_| Error::gone())
-    }
-
-    async fn status(&self) -> Result<Status, Error> {
-        let busy = |_| Error::new(StatusCode::SERVICE_UNAVAILABLE, "lbd is too busy to answer");
-        timeout(STATUS_TIMEOUT, self.ask(Request::Status)).await.map_err(busy)?
-    }
-}
-
-/// Lets no web page change anything, and takes no more of a body than there can be.
-async fn admit(request: HttpRequest, next: Next) -> Response {
-    if !request.method().is_safe() && !is_local(request.headers()) {
-        let message = "asked on behalf of another host; expected Host: localhost";
-        return Error::new(StatusCode::FORBIDDEN, message).into_response();
-    }
-    let (head, body) = request.into_parts();
-    match timeout(BODY_TIMEOUT, to_bytes(body, MAX_BODY)).await {
-        Ok(Ok(bytes)) => next.run(HttpRequest::from_parts(head, Body::from(bytes))).await,
-        Ok(Err(_)) => {
-            let message = format!("the body has more than {MAX_BODY} bytes");
-            Error::new(StatusCode::PAYLOAD_TOO_LARGE, message).into_response()
-        }
-        Err(_) => {
-            Error::new(StatusCode::REQUEST_TIMEOUT, "the body takes too long").into_response()
-        }
-    }
-}
-
-/// Whether a request was made to this machine, and not by a page of another host: one whose name
-/// leads here (DNS rebinding), or one that lets its visitors post (CSRF).
-fn is_local(headers: &HeaderMap) -> bool {
-    let text = |name| headers.get(name).map(|value| value.to_str().unwrap_or_default());
-    let Some(host) = text(header::HOST) else { return false };
-    let local = host
-        .parse::<Authority>()
-        .is_ok_and(|host| ["localhost", "lbd", "127.0.0.1", "[::1]"].contains(&host.host()));
-    let same = text(header::ORIGIN)
-        .is_none_or(|origin| origin.split_once("://").is_some_and(|(_, origin)| origin == host));
-    local && same
-}
-
-/// What went wrong, as `{ "error": "…" }`.
-#[derive(Debug)]
-struct Error(StatusCode, String);
-
-impl Error {
-    fn new(status: StatusCode, message: impl Into<String>) -> Self {
-        Self(status, message.into())
-    }
-
-    /// The main thread does not answer any more.
-    fn gone() -> Self {
-        Self::new(StatusCode::SERVICE_UNAVAILABLE, "lbd is stopping")
-    }
-}
-
-impl From<Failure> for Error {
-    fn from(failure: Failure) -> Self {
-        let status = match failure {
-            Failure::NotFound(_) => StatusCode::NOT_FOUND,
-            Failure::Refused(_) => StatusCode::UNPROCESSABLE_ENTITY,
-            Failure::Failed(_) => StatusCode::CONFLICT,
-        };
-        Self(status, failure.to_string())
-    }
-}
-
-impl IntoResponse for Error {
-    fn into_response(self) -> Response {
-        (self.0, Json(json!({ "error": self.1 }))).into_response()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_this_machine_may_ask_for_a_change() {
-        let local = |host: Option<&str>, origin: Option<&str>| {
-            let mut headers = HeaderMap::new();
-            host.map(|host| headers.insert(header::HOST, host.parse().unwrap()));
-            origin.map(|origin| headers.insert(header::ORIGIN, origin.parse().unwrap()));
-            is_local(&headers)
-        };
-        for host in ["localhost", "lbd", "127.0.0.1:9000", "[::1]:9000", "localhost:80"] {
-            assert!(local(Some(host), None), "{host}");
-            assert!(local(Some(host), Some(&format!("http://{host}"))), "{host}");
-            assert!(!local(Some(host), Some("http://example.org")), "{host}");
-            assert!(!local(Some(host), Some("null")), "{host}");
-        }
-        for host in ["example.org", "localhost.example.org", "127.0.0.1.nip.io", "", "a@b@c", "::1"]
-        {
-            assert!(!local(Some(host), None), "{host}");
-        }
-        assert!(!local(Some("localhost:80"), Some("http://localhost:81")), "another port");
-        assert!(!local(None, None));
+    async fn accept(&self) -> io::Result<(Self::Stream, Via)> {
+        let (stream, peer) = self.accept().await?;
+        let local = stream.local_addr()?;
+        Ok((stream, Via::Tcp { local, peer }))
     }
 }

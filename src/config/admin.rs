@@ -1,27 +1,52 @@
 //! Reads `[admin]`.
 
-use std::path::Path;
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
 
 use super::{
     Admin, Listen,
     addresses::{Claim, Claimant, Claims},
-    reader::Table,
-    unsupported, values,
+    reader::{Table, Value},
+    token::Token,
+    values,
 };
 
-/// Relative paths are relative to `base`. The socket is added to `claims`: no service can have it.
+/// Relative paths are relative to `base`. What it wants bound is added to `claims`: no service can
+/// have it.
 pub(super) fn read(mut table: Table<'_>, base: &Path, claims: &mut Claims) -> Admin {
     let socket = table.read("socket", |value| {
         let path = value.parsed(|text| values::socket_path(text, base))?;
-        claims.push(Claim {
-            address: Listen::Unix(path.clone()),
-            by: Claimant::Listener,
-            key: value.key().to_owned(),
-            line: Some(value.line()),
-        });
+        claims.push(claim(&value, Listen::Unix(path.clone())));
         Some(path)
     });
-    unsupported::refuse(&mut table, unsupported::ADMIN);
+    let listen = listen(&mut table, claims);
+    let token = table.read("token-file", |value| value.parsed(|text| token(text, base)));
+    table.only_with("listen", &["token-file"]);
     table.finish();
-    Admin { socket }
+    let (token_file, token) = token.unzip();
+    Admin { socket, listen, token_file, token }
+}
+
+fn listen(table: &mut Table<'_>, claims: &mut Claims) -> Vec<SocketAddr> {
+    let items = table.read("listen", |value| value.one_or_list("an address or a list of them"));
+    let mut addresses = Vec::new();
+    for item in items.into_iter().flatten() {
+        let Some(address) = item.parsed(values::tcp_listen) else { continue };
+        claims.push(claim(&item, Listen::Tcp(address)));
+        addresses.push(address);
+    }
+    addresses
+}
+
+fn token(text: &str, base: &Path) -> Result<(PathBuf, Token), String> {
+    let path = values::path_in(base, text)?;
+    let token = Token::read(&path)?;
+    Ok((path, token))
+}
+
+fn claim(value: &Value<'_>, address: Listen) -> Claim {
+    let (key, line) = (value.key().to_owned(), Some(value.line()));
+    Claim { address, by: Claimant::Listener, key, line }
 }

@@ -17,6 +17,8 @@ pub struct Diff {
     pub log_level: Option<Level>,
     /// The new `[log] access` where it changed.
     pub log_access: Option<bool>,
+    /// The file of `[admin] token-file` holds another token.
+    pub token_changed: bool,
 }
 
 /// What changed in one service. An address that moves from one service to another in one reload is
@@ -61,6 +63,8 @@ pub fn diff(old: &Config, new: &Config) -> Result<Diff, NeedsRestart> {
         ("log.rotate", was.rotate != is.rotate),
         ("log.keep", was.keep != is.keep),
         ("admin.socket", old.admin.socket != new.admin.socket),
+        ("admin.listen", old.admin.listen != new.admin.listen),
+        ("admin.token-file", old.admin.token_file != new.admin.token_file),
     ];
     let keys: Vec<_> =
         fixed.into_iter().filter_map(|(key, differs)| differs.then_some(key)).collect();
@@ -70,6 +74,7 @@ pub fn diff(old: &Config, new: &Config) -> Result<Diff, NeedsRestart> {
     let mut diff = Diff {
         log_level: (was.level != is.level).then_some(is.level),
         log_access: (was.access != is.access).then_some(is.access),
+        token_changed: old.admin.token != new.admin.token,
         ..Diff::default()
     };
     for service in &old.services {
@@ -259,7 +264,7 @@ mod tests {
             edit(&mut new);
             diff(&base(), &new).map_err(|error| error.to_string())
         };
-        let refused: [(Edit, &str); 6] = [
+        let refused: [(Edit, &str); 8] = [
             (|new| new.log.format = LogFormat::Json, "a change of log.format needs a restart"),
             (
                 |new| new.log.file = Some(PathBuf::from("/x")),
@@ -270,6 +275,14 @@ mod tests {
             (
                 |new| new.admin.socket = Some(PathBuf::from("/x")),
                 "a change of admin.socket needs a restart",
+            ),
+            (
+                |new| new.admin.listen.push(([127, 0, 0, 1], 9).into()),
+                "a change of admin.listen needs a restart",
+            ),
+            (
+                |new| new.admin.token_file = Some(PathBuf::from("/x")),
+                "a change of admin.token-file needs a restart",
             ),
             (
                 |new| {

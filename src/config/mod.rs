@@ -16,6 +16,7 @@ mod reader;
 mod service;
 #[cfg(test)]
 mod tests;
+mod token;
 mod unsupported;
 mod values;
 
@@ -30,6 +31,7 @@ use toml::de::DeTable;
 pub use describe::describe;
 pub use error::{ConfigError, Problem};
 pub use model::*;
+pub use token::Token;
 
 use addresses::{Claim, Claimant, Claims};
 use reader::{Source, Table};

@@ -16,6 +16,8 @@ use std::{
 
 use nix::sys::signal::Signal;
 
+use super::token::Token;
+
 /// A whole, valid configuration.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
@@ -75,6 +77,12 @@ impl Default for Log {
 pub struct Admin {
     /// The absolute path of the unix socket; lbd picks one where `None`.
     pub socket: Option<PathBuf>,
+    /// Where it is reached over TCP as well; nowhere where empty.
+    pub listen: Vec<SocketAddr>,
+    /// The absolute path of the file with the token.
+    pub token_file: Option<PathBuf>,
+    /// What was in it; without one nothing can be changed over TCP.
+    pub token: Option<Token>,
 }
 
 /// `[log] level`.

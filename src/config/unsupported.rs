@@ -3,9 +3,6 @@
 
 use super::reader::Table;
 
-/// Keys of `[admin]`.
-pub(super) const ADMIN: &[&str] = &["listen", "token-file"];
-
 /// Keys of a service.
 pub(super) const SERVICE: &[&str] = &["proxy-protocol"];
 

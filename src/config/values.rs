@@ -66,6 +66,17 @@ pub(super) fn listen(text: &str, base: &Path) -> Result<Listen, String> {
     Ok(Listen::Tcp(address))
 }
 
+/// `[admin] listen`: only what is reached over TCP.
+pub(super) fn tcp_listen(text: &str) -> Result<SocketAddr, String> {
+    match listen(text, Path::new(""))? {
+        Listen::Tcp(address) => Ok(address),
+        Listen::Unix(path) => {
+            let path = quoted(&path.to_string_lossy());
+            Err(format!("a unix socket; write socket = {path}, or an address"))
+        }
+    }
+}
+
 /// The path of a unix socket, relative to `base`.
 pub(super) fn socket_path(text: &str, base: &Path) -> Result<PathBuf, String> {
     let path = path_in(base, text)?;

@@ -5,8 +5,10 @@ use std::num::{NonZeroU32, NonZeroUsize};
 use crate::admin;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-/// Descriptors that are not for clients: standard streams, log, event loops, signals, operators …
-const OWN: u64 = 40 + admin::MAX_CONNECTIONS as u64;
+/// Descriptors that are not for clients: standard streams, log, event loops, signals …
+const OWN: u64 = 40;
+/// … for each listener of the admin API itself and its connections …
+const PER_ADMIN: u64 = 1 + admin::MAX_CONNECTIONS as u64;
 /// … and for each worker its guard's channel and handle, its output, its socket, its cgroup and its probe.
 const PER_WORKER: u64 = 8;
 
@@ -38,9 +40,12 @@ impl Descriptors {
 
     /// How many connections may be held at once so that probes, restarts and reloads still have
     /// descriptors: each connection has two.
-    pub(super) fn connections(self, workers: usize) -> NonZeroUsize {
-        let workers = u64::try_from(workers).unwrap_or(u64::MAX);
-        let kept = OWN.saturating_add(PER_WORKER.saturating_mul(workers));
+    ///
+    /// `admin_addresses` is how many addresses the admin API has besides its unix socket.
+    pub(super) fn connections(self, workers: usize, admin_addresses: usize) -> NonZeroUsize {
+        let of = |each: u64, count| each.saturating_mul(u64::try_from(count).unwrap_or(u64::MAX));
+        let admin = of(PER_ADMIN, admin_addresses.saturating_add(1));
+        let kept = OWN.saturating_add(admin).saturating_add(of(PER_WORKER, workers));
         let pairs = usize::try_from(self.limit.saturating_sub(kept) / 2).unwrap_or(usize::MAX);
         NonZeroUsize::new(pairs).unwrap_or(NonZeroUsize::MIN)
     }
@@ -53,8 +58,9 @@ mod tests {
     #[test]
     fn some_are_kept_for_the_workers() {
         let of = |limit| Descriptors { inherited: limit, limit };
-        assert_eq!(of(1024).connections(4).get(), 468);
-        assert_eq!(of(128).connections(4).get(), 20);
-        assert_eq!(of(20).connections(4).get(), 1, "never none at all");
+        assert_eq!(of(1024).connections(4, 0).get(), 467);
+        assert_eq!(of(1024).connections(4, 1).get(), 459);
+        assert_eq!(of(128).connections(4, 0).get(), 19);
+        assert_eq!(of(20).connections(4, 0).get(), 1, "never none at all");
     }
 }

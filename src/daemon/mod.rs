@@ -31,7 +31,7 @@ use futures_util::StreamExt;
 use nix::libc::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
 use signal_hook_tokio::Signals;
 use tokio::{
-    sync::{Notify, mpsc},
+    sync::{Notify, mpsc, watch},
     task::JoinSet,
     time::sleep_until,
 };
@@ -39,7 +39,7 @@ use tracing::{info, warn};
 
 use crate::{
     admin::{self, Answer, ClaimError, Reloaded, ServerError},
-    config::{Config, ConfigError},
+    config::{Config, ConfigError, Token},
     control::{Event, Supervisor},
     logging::{LogError, Logging},
     process::Cgroups,
@@ -69,7 +69,7 @@ pub enum DaemonError {
     /// Another daemon runs with this configuration, or `[admin] socket` can't be had.
     #[error(transparent)]
     Claim(#[from] ClaimError),
-    /// The admin socket can't be served.
+    /// The admin API can't be served.
     #[error(transparent)]
     Admin(#[from] ServerError),
     /// A service's own address can't be listened on.
@@ -99,6 +99,8 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
         socket => socket,
     };
     let descriptors = Descriptors::raise();
+    // Before anything runs: a port that is taken ends it all.
+    let tcp = admin::TcpSockets::bind(&config.admin.listen)?;
     // Declared first, dropped last: what the end has to say is still written.
     let logging = Logging::start(&config.log)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -106,15 +108,16 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     tasks.block_on(&runtime, async {
         let signals = Signals::new([SIGHUP, SIGTERM, SIGINT, SIGQUIT, SIGUSR1, SIGCHLD])?;
         let (sender, requests) = mpsc::channel(QUEUED_REQUESTS);
+        if let Err(error) = &socket {
+            warn!(%error, "the commands of lbd can't reach it, but signals can");
+        }
+        for address in &config.admin.listen {
+            info!(%address, token = config.admin.token.is_some(), "admin listening");
+        }
+        let (token, current) = watch::channel(config.admin.token.clone());
         // Dropped after the daemon, so that whoever waits for it gets an answer.
-        let _server = match &socket {
-            Ok(socket) => Some(admin::Server::start(socket, sender)?),
-            Err(error) => {
-                warn!(%error, "lbd can't be operated but by signals");
-                None
-            }
-        };
-        Daemon::start(config, &logging, descriptors)?.run(signals, requests).await;
+        let _server = admin::Server::start(socket.as_ref().ok(), tcp, current, sender)?;
+        Daemon::start(config, &logging, descriptors, token)?.run(signals, requests).await;
         Ok(())
     })
 }
@@ -127,6 +130,8 @@ struct Daemon<'a> {
     fronts: Fronts,
     plane: Rc<DataPlane>,
     access: Arc<AtomicBool>,
+    /// What the admin API asks for over TCP.
+    token: watch::Sender<Option<Token>>,
     logging: &'a Logging,
     /// Why workers' processes can't be limited, where they can't.
     no_process_limits: Option<String>,
@@ -163,6 +168,7 @@ impl<'a> Daemon<'a> {
         config: Config,
         logging: &'a Logging,
         descriptors: Descriptors,
+        token: watch::Sender<Option<Token>>,
     ) -> Result<Self, DaemonError> {
         let now = Instant::now();
         let cgroups = Cgroups::claim();
@@ -173,7 +179,7 @@ impl<'a> Daemon<'a> {
         let (sender, events) = mpsc::channel(QUEUED_EVENTS);
         let idle = Arc::new(Notify::new());
         let workers = config.services.iter().map(|service| service.slots.count()).sum();
-        let max_held = descriptors.connections(workers);
+        let max_held = descriptors.connections(workers, config.admin.listen.len());
         let threads = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
         let plane = Rc::new(DataPlane::start(Settings { threads, max_held })?);
         let access = Arc::new(AtomicBool::new(config.log.access));
@@ -183,6 +189,7 @@ impl<'a> Daemon<'a> {
             fronts: Fronts::new(Rc::clone(&plane), Arc::clone(&access)),
             plane,
             access,
+            token,
             logging,
             no_process_limits,
             notes: Notes::default(),

@@ -102,6 +102,9 @@ impl Daemon<'_> {
                 self.close(listeners, None);
             }
         }
+        if diff.token_changed {
+            self.token.send_replace(new.admin.token.clone());
+        }
         self.config = new;
         let services = self.config.services.clone();
         self.handle(Event::Apply { services, ticket });

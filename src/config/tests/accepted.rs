@@ -30,7 +30,7 @@ ports   = [9002, 9003, 9004, 9005]
             rotate: Rotate::Never,
             keep: None,
         },
-        admin: Admin { socket: None },
+        admin: Admin::default(),
         services: vec![Service {
             name: "web".into(),
             listen: vec![Listen::Tcp(([127, 0, 0, 1], 44444).into())],
@@ -101,6 +101,7 @@ keep = 7
 
 [admin]
 socket = "run/admin.sock"
+listen = ["127.0.0.1:9000", "[::1]:9000"]
 
 [service."a.b_c-1"]
 listen = ["[::]:80", "0.0.0.0:80", "unix:run//./x.sock"]
@@ -162,6 +163,13 @@ max-connections = 30
         keep: Some(number(7)),
     };
     assert_eq!(config.log, log);
+    let admin = Admin {
+        socket: Some(PathBuf::from("/srv/run/admin.sock")),
+        listen: vec![([127, 0, 0, 1], 9000).into(), "[::1]:9000".parse().unwrap()],
+        token_file: None,
+        token: None,
+    };
+    assert_eq!(config.admin, admin);
     let words = ["./server", "--port={port}", "{anything}"];
     let env = [("A", "1"), ("B.C", "")];
     let expected = Service {
@@ -232,7 +240,7 @@ max-connections = 30
     assert_eq!(config.services, [expected]);
     assert_eq!(
         config.refuse_process_limits("there is no cgroup").unwrap_err().to_string(),
-        "/srv/lb.toml:58: service.\"a.b_c-1\".limits.processes: there is no cgroup; remove it, or \
+        "/srv/lb.toml:59: service.\"a.b_c-1\".limits.processes: there is no cgroup; remove it, or \
          run lbd where it has a cgroup with the pids controller, such as systemd's Delegate=yes \
          gives it"
     );

@@ -1,0 +1,318 @@
+//! Who may ask for what.
+//!
+//! | | over the unix socket | over TCP |
+//! | --- | --- | --- |
+//! | GET | whoever can open it | from this machine itself, or with the token |
+//! | POST | the same, and no web page | with the token, and no web page |
+//!
+//! A page that a browser shows must not operate a daemon that the browser's user can reach: not by
+//! posting a form here (CSRF; the `Origin` gives it away), nor under a name of its own that leads
+//! here (DNS rebinding; the `Host` does).
+
+use std::{net::SocketAddr, time::Duration};
+
+use axum::{
+    body::{Body, to_bytes},
+    extract::{Request, State},
+    http::{HeaderMap, HeaderValue, StatusCode, header, uri::Authority},
+    middleware::Next,
+    response::{IntoResponse, Response},
+};
+use tokio::{
+    sync::watch,
+    time::{sleep, timeout},
+};
+
+use super::api::Error;
+use crate::config::Token;
+
+/// The largest request body, in bytes. No request needs one.
+const MAX_BODY: usize = 4 * 1024;
+/// How long a body may take to come.
+const BODY_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a wrong token is thought about: guessing takes for ever.
+const WRONG_TOKEN_DELAY: Duration = Duration::from_millis(250);
+
+/// The token in force, if there is one; a reload may change it.
+pub type CurrentToken = watch::Receiver<Option<Token>>;
+
+/// The way a request came in: an extension of each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Via {
+    /// Over the unix socket, which only the daemon's user and root can open.
+    Unix,
+    /// Over TCP.
+    Tcp {
+        /// The address that the client connected to.
+        local: SocketAddr,
+        /// The client's.
+        peer: SocketAddr,
+    },
+}
+
+/// Lets nobody do what is not theirs to do, and takes no more of a body than there can be.
+pub(super) async fn admit(
+    State(token): State<CurrentToken>,
+    request: Request,
+    next: Next,
+) -> Response {
+    // Whoever made the connection said which way it came; without that nothing is allowed.
+    let Some(&via) = request.extensions().get::<Via>() else {
+        return Error::new(StatusCode::FORBIDDEN, "nobody knows who asks").into_response();
+    };
+    let changes = !request.method().is_safe();
+    let verdict = judge(via, changes, request.headers(), token.borrow().as_ref());
+    if let Err(denied) = verdict {
+        if denied == Denied::WrongToken {
+            sleep(WRONG_TOKEN_DELAY).await;
+        }
+        return denied.into_response();
+    }
+    let (head, body) = request.into_parts();
+    match timeout(BODY_TIMEOUT, to_bytes(body, MAX_BODY)).await {
+        Ok(Ok(bytes)) => next.run(Request::from_parts(head, Body::from(bytes))).await,
+        Ok(Err(_)) => {
+            let message = format!("the body has more than {MAX_BODY} bytes");
+            Error::new(StatusCode::PAYLOAD_TOO_LARGE, message).into_response()
+        }
+        Err(_) => {
+            Error::new(StatusCode::REQUEST_TIMEOUT, "the body takes too long").into_response()
+        }
+    }
+}
+
+/// Why somebody is not answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Denied {
+    /// A web page of somebody else asks, it seems.
+    Foreign,
+    /// A token is needed, and there is none to have.
+    NoToken {
+        /// To change something, not only to look.
+        change: bool,
+    },
+    /// A token is needed, and none came.
+    MissingToken,
+    /// This is not the token.
+    WrongToken,
+}
+
+/// Whether a request with these `headers` is answered; `changes` where it is one that changes
+/// something.
+fn judge(
+    via: Via,
+    changes: bool,
+    headers: &HeaderMap,
+    token: Option<&Token>,
+) -> Result<(), Denied> {
+    if changes && !is_local(headers, via) {
+        return Err(Denied::Foreign);
+    }
+    let Via::Tcp { peer, .. } = via else { return Ok(()) };
+    match (bearer(headers), token) {
+        (Some(given), Some(token)) if token.is(given) => Ok(()),
+        (Some(_), Some(_)) => Err(Denied::WrongToken),
+        (None, Some(_)) if changes => Err(Denied::MissingToken),
+        (_, None) if changes => Err(Denied::NoToken { change: true }),
+        _ if peer.ip().to_canonical().is_loopback() => {
+            // A browser on this machine may show a page of anybody's; those that send no Host are
+            // no browsers.
+            let named = headers.contains_key(header::HOST);
+            if !named || is_local(headers, via) { Ok(()) } else { Err(Denied::Foreign) }
+        }
+        (_, Some(_)) => Err(Denied::MissingToken),
+        (_, None) => Err(Denied::NoToken { change: false }),
+    }
+}
+
+/// Whether a request was made to this machine, and not by a page of another host: one whose name
+/// leads here, or one that lets its visitors post.
+fn is_local(headers: &HeaderMap, via: Via) -> bool {
+    let text = |name| headers.get(name).map(|value| value.to_str().unwrap_or_default());
+    let Some(host) = text(header::HOST) else { return false };
+    let by_name = || {
+        host.parse::<Authority>()
+            .is_ok_and(|host| ["localhost", "lbd", "127.0.0.1", "[::1]"].contains(&host.host()))
+    };
+    // A client leaves the port out where it is HTTP's own.
+    let by_address = || match via {
+        Via::Unix => false,
+        Via::Tcp { local, .. } => {
+            let host = host.parse().or_else(|_| format!("{host}:80").parse());
+            host.is_ok_and(|host: SocketAddr| host == local)
+        }
+    };
+    let same = text(header::ORIGIN)
+        .is_none_or(|origin| origin.split_once("://").is_some_and(|(_, origin)| origin == host));
+    same && (by_name() || by_address())
+}
+
+/// The token that a request brings (RFC 6750, 2.1).
+fn bearer(headers: &HeaderMap) -> Option<&str> {
+    let mut values = headers.get_all(header::AUTHORIZATION).iter();
+    // Of two it can't be known which is meant: neither is right.
+    let (first, None) = (values.next()?, values.next()) else { return Some("") };
+    let (scheme, token) = first.to_str().ok()?.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| token.trim_ascii())
+}
+
+impl IntoResponse for Denied {
+    fn into_response(self) -> Response {
+        let (status, message, challenge) = match self {
+            Self::Foreign => (
+                StatusCode::FORBIDDEN,
+                "asked on behalf of another host; expected Host: localhost",
+                None,
+            ),
+            Self::NoToken { change: true } => (
+                StatusCode::FORBIDDEN,
+                "nothing can be changed over TCP without a token, and [admin] token-file is not set",
+                None,
+            ),
+            Self::NoToken { change: false } => (
+                StatusCode::FORBIDDEN,
+                "other machines need a token to look, and [admin] token-file is not set",
+                None,
+            ),
+            Self::MissingToken => (
+                StatusCode::UNAUTHORIZED,
+                "expected the header Authorization: Bearer TOKEN, with the token of [admin] token-file",
+                Some("Bearer realm=\"lbd\""),
+            ),
+            Self::WrongToken => (
+                StatusCode::UNAUTHORIZED,
+                "this is not the token of [admin] token-file",
+                Some("Bearer realm=\"lbd\", error=\"invalid_token\""),
+            ),
+        };
+        let mut response = Error::new(status, message).into_response();
+        let headers = response.headers_mut();
+        // Whoever has no business here shall not keep a connection either.
+        headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+        if let Some(challenge) = challenge {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static(challenge));
+        }
+        response
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::http::HeaderName;
+
+    use super::*;
+
+    const UNIX: Via = Via::Unix;
+
+    fn tcp(local: &str, peer: &str) -> Via {
+        Via::Tcp { local: local.parse().unwrap(), peer: peer.parse().unwrap() }
+    }
+
+    fn headers(pairs: &[(HeaderName, &str)]) -> HeaderMap {
+        pairs.iter().map(|(name, value)| (name.clone(), value.parse().unwrap())).collect()
+    }
+
+    #[test]
+    fn only_this_machine_may_ask_for_a_change() {
+        let local = |host: Option<&str>, origin: Option<&str>| {
+            let host = host.map(|host| (header::HOST, host));
+            let origin = origin.map(|origin| (header::ORIGIN, origin));
+            let pairs: Vec<_> = host.into_iter().chain(origin).collect();
+            judge(UNIX, true, &headers(&pairs), None) == Ok(())
+        };
+        for host in ["localhost", "lbd", "127.0.0.1:9000", "[::1]:9000", "localhost:80"] {
+            assert!(local(Some(host), None), "{host}");
+            assert!(local(Some(host), Some(&format!("http://{host}"))), "{host}");
+            assert!(!local(Some(host), Some("http://example.org")), "{host}");
+            assert!(!local(Some(host), Some("null")), "{host}");
+        }
+        for host in [
+            "example.org",
+            "localhost.example.org",
+            "127.0.0.1.nip.io",
+            "",
+            "a@b@c",
+            "::1",
+            "10.0.0.1",
+        ] {
+            assert!(!local(Some(host), None), "{host}");
+        }
+        assert!(!local(Some("localhost:80"), Some("http://localhost:81")), "another port");
+        assert!(!local(None, None));
+        assert_eq!(judge(UNIX, false, &HeaderMap::new(), None), Ok(()), "to look is no change");
+    }
+
+    #[test]
+    fn the_address_that_was_connected_to_is_a_good_host() {
+        let host = |local: &str, host: &str| {
+            is_local(&headers(&[(header::HOST, host)]), tcp(local, "10.0.0.9:1"))
+        };
+        assert!(host("10.0.0.1:9000", "10.0.0.1:9000") && host("[fd00::1]:9000", "[fd00::1]:9000"));
+        assert!(host("10.0.0.1:80", "10.0.0.1") && host("[fd00::1]:80", "[fd00::1]"));
+        assert!(!host("10.0.0.1:9000", "10.0.0.1:9001") && !host("10.0.0.1:9000", "10.0.0.1"));
+        assert!(!host("10.0.0.1:9000", "10.0.0.2:9000"));
+    }
+
+    #[test]
+    fn the_token_decides_over_tcp() {
+        use Denied::{Foreign, MissingToken, NoToken, WrongToken};
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("token");
+        std::fs::write(&file, "s3cret").unwrap();
+        let private = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+        std::fs::set_permissions(&file, private).unwrap();
+        let token = Token::read(&file).unwrap();
+        let near = tcp("127.0.0.1:9000", "127.0.0.1:5");
+        let near6 = tcp("[::1]:9000", "[::1]:5");
+        let far = tcp("10.0.0.1:9000", "10.0.0.9:5");
+        let good = (header::AUTHORIZATION, "Bearer s3cret");
+        let lower = (header::AUTHORIZATION, "bearer  s3cret ");
+        let wrong = (header::AUTHORIZATION, "Bearer s3cre");
+        let basic = (header::AUTHORIZATION, "Basic s3cret");
+        let own = (header::HOST, "127.0.0.1:9000");
+        let far_host = (header::HOST, "10.0.0.1:9000");
+        let evil = (header::HOST, "example.org");
+        let page = (header::ORIGIN, "http://example.org");
+        type Pairs<'a> = &'a [(HeaderName, &'static str)];
+        let to_look: [(Via, Pairs<'_>, bool, Result<(), Denied>); 17] = [
+            (near, &[own.clone()], false, Ok(())),
+            (near, &[own.clone()], true, Ok(())),
+            (near6, &[own.clone()], true, Ok(())),
+            (near, &[], true, Ok(())),
+            (near, &[evil.clone()], true, Err(Foreign)),
+            (near, &[own.clone(), page.clone()], true, Err(Foreign)),
+            (near, &[evil.clone(), good.clone()], true, Ok(())),
+            (near, &[own.clone(), wrong.clone()], true, Err(WrongToken)),
+            (near, &[own.clone(), wrong.clone()], false, Ok(())),
+            (near, &[own.clone(), basic.clone()], true, Ok(())),
+            (far, &[far_host.clone()], false, Err(NoToken { change: false })),
+            (far, &[far_host.clone()], true, Err(MissingToken)),
+            (far, &[far_host.clone(), basic.clone()], true, Err(MissingToken)),
+            (far, &[far_host.clone(), wrong.clone()], true, Err(WrongToken)),
+            (far, &[far_host.clone(), lower.clone()], true, Ok(())),
+            (far, &[far_host.clone(), good.clone(), good.clone()], true, Err(WrongToken)),
+            (far, &[good.clone()], false, Err(NoToken { change: false })),
+        ];
+        for (via, pairs, set, expected) in to_look {
+            let found = judge(via, false, &headers(pairs), set.then_some(&token));
+            assert_eq!(found, expected, "GET {via:?} {pairs:?} {set}");
+        }
+        let to_change: [(Via, Pairs<'_>, bool, Result<(), Denied>); 11] = [
+            (near, &[own.clone()], false, Err(NoToken { change: true })),
+            (near, &[own.clone(), good.clone()], false, Err(NoToken { change: true })),
+            (near, &[own.clone()], true, Err(MissingToken)),
+            (near, &[own.clone(), wrong.clone()], true, Err(WrongToken)),
+            (near, &[own.clone(), good.clone()], true, Ok(())),
+            (near6, &[own.clone(), good.clone()], true, Ok(())),
+            (near, &[good.clone()], true, Err(Foreign)),
+            (near, &[evil.clone(), good.clone()], true, Err(Foreign)),
+            (near, &[own.clone(), page.clone(), good.clone()], true, Err(Foreign)),
+            (far, &[far_host.clone(), good.clone()], true, Ok(())),
+            (far, &[own.clone(), basic.clone()], true, Err(MissingToken)),
+        ];
+        for (via, pairs, set, expected) in to_change {
+            let found = judge(via, true, &headers(pairs), set.then_some(&token));
+            assert_eq!(found, expected, "POST {via:?} {pairs:?} {set}");
+        }
+    }
+}

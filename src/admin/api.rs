@@ -1,0 +1,130 @@
+//! What can be asked over HTTP, and how it is answered. Who may ask is decided in `access`.
+
+use std::time::Duration;
+
+use axum::{
+    Json, Router,
+    extract::{Path, State},
+    http::StatusCode,
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use serde_json::json;
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::timeout,
+};
+
+use super::{Failure, Process, Reloaded, Request, Restarted, Status};
+
+/// How long the main thread may take to tell how everything is.
+const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Every path there is.
+pub(super) fn router(daemon: mpsc::Sender<Request>) -> Router {
+    Router::new()
+        .route("/healthz", get(healthz))
+        .route("/status", get(status))
+        .route("/reload", post(reload))
+        .route("/stop", post(stop))
+        .route("/services/{name}/restart", post(restart))
+        .fallback(async || Error::new(StatusCode::NOT_FOUND, "there is nothing at this path"))
+        .method_not_allowed_fallback(async || {
+            Error::new(StatusCode::METHOD_NOT_ALLOWED, "this path takes another method")
+        })
+        .with_state(Daemon(daemon))
+}
+
+/// 200 where every service has a healthy worker.
+async fn healthz(State(daemon): State<Daemon>) -> Result<&'static str, Error> {
+    let status = daemon.status().await?;
+    let missing: Vec<_> = status.without_health().collect();
+    match (missing.is_empty(), status.services.is_empty()) {
+        (true, false) => Ok("ok\n"),
+        (true, true) => Err(Error::gone()),
+        (false, _) => {
+            let error = format!("no healthy worker: {}", missing.join(", "));
+            Err(Error::new(StatusCode::SERVICE_UNAVAILABLE, error))
+        }
+    }
+}
+
+async fn status(State(daemon): State<Daemon>) -> Result<Json<Status>, Error> {
+    let mut status = daemon.status().await?;
+    for worker in status.services.iter_mut().flat_map(|service| service.all_mut()) {
+        let process = worker.pid.and_then(Process::look);
+        worker.resident_bytes = process.map(|process| process.resident_bytes);
+        worker.cpu_seconds = process.map(|process| process.cpu_seconds);
+    }
+    Ok(Json(status))
+}
+
+async fn reload(State(daemon): State<Daemon>) -> Result<Json<Reloaded>, Error> {
+    Ok(Json(daemon.ask(Request::Reload).await??))
+}
+
+async fn restart(
+    State(daemon): State<Daemon>,
+    Path(service): Path<String>,
+) -> Result<Json<Restarted>, Error> {
+    Ok(Json(daemon.ask(|answer| Request::Restart { service, answer }).await??))
+}
+
+async fn stop(
+    State(daemon): State<Daemon>,
+) -> Result<(StatusCode, Json<serde_json::Value>), Error> {
+    daemon.0.send(Request::Stop).await.map_err(|_| Error::gone())?;
+    Ok((StatusCode::ACCEPTED, Json(json!({ "stopping": true }))))
+}
+
+/// The main thread, to be asked.
+#[derive(Debug, Clone)]
+struct Daemon(mpsc::Sender<Request>);
+
+impl Daemon {
+    async fn ask<T>(
+        &self,
+        request: impl FnOnce(oneshot::Sender<T>) -> Request,
+    ) -> Result<T, Error> {
+        let (sender, answer) = oneshot::channel();
+        self.0.send(request(sender)).await.map_err(|_| Error::gone())?;
+        answer.await.map_err(|_| Error::gone())
+    }
+
+    async fn status(&self) -> Result<Status, Error> {
+        let busy = |_| Error::new(StatusCode::SERVICE_UNAVAILABLE, "lbd is too busy to answer");
+        timeout(STATUS_TIMEOUT, self.ask(Request::Status)).await.map_err(busy)?
+    }
+}
+
+/// What went wrong, as `{ "error": "…" }`.
+#[derive(Debug)]
+pub(super) struct Error(StatusCode, String);
+
+impl Error {
+    pub(super) fn new(status: StatusCode, message: impl Into<String>) -> Self {
+        Self(status, message.into())
+    }
+
+    /// The main thread does not answer any more.
+    fn gone() -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "lbd is stopping")
+    }
+}
+
+impl From<Failure> for Error {
+    fn from(failure: Failure) -> Self {
+        let status = match failure {
+            Failure::NotFound(_) => StatusCode::NOT_FOUND,
+            Failure::Refused(_) => StatusCode::UNPROCESSABLE_ENTITY,
+            Failure::Failed(_) => StatusCode::CONFLICT,
+        };
+        Self(status, failure.to_string())
+    }
+}
+
+impl IntoResponse for Error {
+    fn into_response(self) -> Response {
+        (self.0, Json(json!({ "error": self.1 }))).into_response()
+    }
+}
