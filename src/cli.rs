@@ -2,7 +2,10 @@
 
 mod bench;
 mod operate;
+mod overview;
+mod progress;
 mod table;
+mod watch;
 
 use std::{
     io::{self, Write},
@@ -78,8 +81,9 @@ enum Command {
     },
     /// Show the services and workers of the running daemon
     #[command(after_help = "Example: lbd status --config /etc/lbd/lb.toml --watch\n\n\
-        FOR is how long a worker has been in its state. In a narrow terminal the least important \
-        columns are left out.")]
+        FOR is how long a worker has been in its state. CPU is what it used since its start, with \
+        --watch how much of a core it uses. In a narrow terminal the least important columns are \
+        left out.")]
     Status {
         #[command(flatten)]
         target: Target,
@@ -99,12 +103,41 @@ enum Command {
         target: Target,
     },
     /// Replace the workers of the running daemon one at a time
-    #[command(after_help = "Example: lbd restart web")]
+    #[command(after_help = "Examples: lbd restart web\n          lbd restart web 2")]
     Restart {
         #[command(flatten)]
         target: Target,
         /// The service [default: all, one after the other]
         service: Option<String>,
+        /// The slot of a single worker [default: all of the service]
+        slot: Option<u32>,
+    },
+    /// Take a worker of the running daemon out of rotation
+    ///
+    /// It runs on, keeps the connections that it has and is given no new one, until `lbd resume`;
+    /// so does whoever takes its place, after a restart or a reload. Meanwhile it is not replaced
+    /// for being unhealthy or past a limit.
+    #[command(after_help = "Example: lbd drain web 2 --wait")]
+    Drain {
+        #[command(flatten)]
+        target: Target,
+        /// The service
+        service: String,
+        /// The slot of the worker
+        slot: u32,
+        /// Wait until it holds no connection any more
+        #[arg(long)]
+        wait: bool,
+    },
+    /// Put a worker of the running daemon back into rotation
+    #[command(after_help = "Example: lbd resume web 2")]
+    Resume {
+        #[command(flatten)]
+        target: Target,
+        /// The service
+        service: String,
+        /// The slot of the worker
+        slot: u32,
     },
     /// Stop the running daemon gracefully, and wait until it is gone
     ///
@@ -171,7 +204,13 @@ pub fn main() -> ExitCode {
         Some(Command::Check { config }) => check(&config.config),
         Some(Command::Status { target, json, watch }) => operate::status(&target, json, watch),
         Some(Command::Reload { target }) => operate::reload(&target),
-        Some(Command::Restart { target, service }) => operate::restart(&target, service),
+        Some(Command::Restart { target, service, slot }) => {
+            operate::restart(&target, service, slot)
+        }
+        Some(Command::Drain { target, service, slot, wait }) => {
+            operate::drain(&target, &service, slot, wait)
+        }
+        Some(Command::Resume { target, service, slot }) => operate::resume(&target, &service, slot),
         Some(Command::Stop { target }) => operate::stop(&target),
         Some(Command::Worker { root, listen, threaded }) => {
             serve(&worker::Options { root, threaded, listen })

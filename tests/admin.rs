@@ -45,7 +45,7 @@ fn status_has_the_shape_of_the_contract() {
         "services": [{
             "name": "string", "listen": ["string"], "route": "string", "balance": "string",
             "workers": [worker_shape(), worker_shape()],
-            "retiring": [],
+            "replacements": [], "retiring": [],
         }],
     });
     assert_eq!(kinds(&status), shape);
@@ -660,8 +660,8 @@ fn kinds(value: &Value) -> Value {
 fn worker_shape() -> Value {
     json!({
         "slot": "number", "port": "number", "pid": "number", "generation": "number",
-        "state": "string", "since_seconds": "number", "restarts": "number", "last_exit": "null",
-        "connections": { "active": "number", "total": "number", "failed": "number" },
+        "state": "string", "since_seconds": "number", "drained": "bool", "restarts": "number", "last_exit": "null",
+        "connections": { "active": "number", "total": "number", "failed": "number", "per_second": "null" },
         "bytes": { "sent": "number", "received": "number" },
         "resident_bytes": "number", "cpu_seconds": "number",
         "last_probe": { "ok": "bool", "seconds": "number", "error": "null" },

@@ -190,8 +190,8 @@ fn what_is_wrong_and_what_would_be_right_is_one_sentence() {
             "lb.toml:4: service.web.balnce: unknown key; did you mean `balance`?\n",
         ),
         (
-            "[admin]\nlisten = \"127.0.0.1:81\"\n[service.web]\nlisten = \"127.0.0.1:80\"\ncommand = [\"x\"]\n",
-            "lb.toml:2: admin.listen: not supported yet; remove it\n",
+            "[admin]\nlisten = \"localhost:81\"\n[service.web]\nlisten = \"127.0.0.1:80\"\ncommand = [\"x\"]\n",
+            "lb.toml:2: admin.listen: \"localhost:81\" has a name in it; write \"127.0.0.1:81\"\n",
         ),
     ] {
         assert_eq!(refusal(config), sentence);

@@ -15,7 +15,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::{Failure, Process, Reloaded, Request, Restarted, Status};
+use super::{Failure, Placed, Process, Reloaded, Request, Restarted, Status};
 
 /// How long the main thread may take to tell how everything is.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
@@ -28,6 +28,9 @@ pub(super) fn router(daemon: mpsc::Sender<Request>) -> Router {
         .route("/reload", post(reload))
         .route("/stop", post(stop))
         .route("/services/{name}/restart", post(restart))
+        .route("/services/{name}/workers/{slot}/restart", post(restart_worker))
+        .route("/services/{name}/workers/{slot}/drain", post(drain))
+        .route("/services/{name}/workers/{slot}/resume", post(resume))
         .fallback(async || Error::new(StatusCode::NOT_FOUND, "there is nothing at this path"))
         .method_not_allowed_fallback(async || {
             Error::new(StatusCode::METHOD_NOT_ALLOWED, "this path takes another method")
@@ -67,7 +70,36 @@ async fn restart(
     State(daemon): State<Daemon>,
     Path(service): Path<String>,
 ) -> Result<Json<Restarted>, Error> {
-    Ok(Json(daemon.ask(|answer| Request::Restart { service, answer }).await??))
+    Ok(Json(daemon.ask(|answer| Request::Restart { service, slot: None, answer }).await??))
+}
+
+async fn restart_worker(
+    State(daemon): State<Daemon>,
+    Path((service, slot)): Path<(String, String)>,
+) -> Result<Json<Restarted>, Error> {
+    let slot = Some(number(&slot)?);
+    Ok(Json(daemon.ask(|answer| Request::Restart { service, slot, answer }).await??))
+}
+
+async fn drain(
+    State(daemon): State<Daemon>,
+    Path((service, slot)): Path<(String, String)>,
+) -> Result<Json<Placed>, Error> {
+    daemon.place(service, &slot, true).await
+}
+
+async fn resume(
+    State(daemon): State<Daemon>,
+    Path((service, slot)): Path<(String, String)>,
+) -> Result<Json<Placed>, Error> {
+    daemon.place(service, &slot, false).await
+}
+
+fn number(slot: &str) -> Result<u32, Error> {
+    slot.parse().map_err(|_| {
+        let message = format!("{slot:?} is not a slot; expected its number, such as 0");
+        Error::new(StatusCode::NOT_FOUND, message)
+    })
 }
 
 async fn stop(
@@ -89,6 +121,17 @@ impl Daemon {
         let (sender, answer) = oneshot::channel();
         self.0.send(request(sender)).await.map_err(|_| Error::gone())?;
         answer.await.map_err(|_| Error::gone())
+    }
+
+    async fn place(
+        &self,
+        service: String,
+        slot: &str,
+        drained: bool,
+    ) -> Result<Json<Placed>, Error> {
+        let slot = number(slot)?;
+        let request = |answer| Request::Place { service, slot, drained, answer };
+        Ok(Json(self.ask(request).await??))
     }
 
     async fn status(&self) -> Result<Status, Error> {

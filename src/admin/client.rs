@@ -14,7 +14,7 @@ use nix::unistd::geteuid;
 use serde::{Deserialize, de::DeserializeOwned};
 use tokio::{net::UnixStream, time::timeout};
 
-use super::{Reloaded, Restarted, Status, place::Instance};
+use super::{Placed, Reloaded, Restarted, Status, place::Instance};
 
 /// How long a daemon may take to accept a connection, and to answer what needs no waiting.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -125,6 +125,36 @@ impl Client {
     /// [`ClientError::Refused`] where there is no such service, or where a new worker fails.
     pub async fn restart(&self, service: &str) -> Result<Restarted, ClientError> {
         self.ask(Method::POST, &format!("/services/{service}/restart")).await
+    }
+
+    /// Has it replace the worker of one slot; returns when that is done.
+    ///
+    /// # Errors
+    ///
+    /// [`ClientError::Refused`] where there is no such slot, or where the new worker fails.
+    pub async fn restart_worker(&self, service: &str, slot: u32) -> Result<Restarted, ClientError> {
+        self.ask(Method::POST, &format!("/services/{service}/workers/{slot}/restart")).await
+    }
+
+    /// Has it take the worker of a slot out of rotation, and returns when that is so; the
+    /// connections that it has stay.
+    ///
+    /// # Errors
+    ///
+    /// [`ClientError::Refused`] where there is no such slot.
+    pub async fn drain(&self, service: &str, slot: u32) -> Result<Placed, ClientError> {
+        let path = format!("/services/{service}/workers/{slot}/drain");
+        self.soon(self.ask(Method::POST, &path)).await
+    }
+
+    /// Has it put the worker of a slot back into rotation, as soon as it is healthy.
+    ///
+    /// # Errors
+    ///
+    /// [`ClientError::Refused`] where there is no such slot.
+    pub async fn resume(&self, service: &str, slot: u32) -> Result<Placed, ClientError> {
+        let path = format!("/services/{service}/workers/{slot}/resume");
+        self.soon(self.ask(Method::POST, &path)).await
     }
 
     /// Has it stop; returns at once.

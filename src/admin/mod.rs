@@ -27,7 +27,7 @@ pub use client::{Client, ClientError};
 pub use place::Instance;
 pub use server::{MAX_CONNECTIONS, Server, ServerError, TcpSockets};
 pub use socket::{ClaimError, Socket};
-pub use status::Status;
+pub use status::{State, Status};
 pub use usage::Process;
 
 use serde::{Deserialize, Serialize};
@@ -39,12 +39,25 @@ pub enum Request {
     Status(oneshot::Sender<Status>),
     /// Read the file again, and answer when what changed is in force.
     Reload(Answer<Reloaded>),
-    /// Replace the workers of a service one at a time, and answer at the end.
+    /// Replace the workers of a service one at a time, or that of one slot, and answer at the end.
     Restart {
         /// Its name.
         service: String,
+        /// The slot; all of them where `None`.
+        slot: Option<u32>,
         /// Where the answer goes.
         answer: Answer<Restarted>,
+    },
+    /// Take a slot out of rotation or put it back in, and answer when that is so.
+    Place {
+        /// The service.
+        service: String,
+        /// The slot.
+        slot: u32,
+        /// Out of rotation.
+        drained: bool,
+        /// Where the answer goes.
+        answer: Answer<Placed>,
     },
     /// Stop gracefully; while that is under way already it changes nothing.
     Stop,
@@ -69,6 +82,21 @@ pub struct Reloaded {
 pub struct Restarted {
     /// How many workers were replaced.
     pub workers: usize,
+}
+
+/// Where an operator has put a worker.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Placed {
+    /// Out of rotation at the operator's wish, until it is resumed.
+    pub drained: bool,
+    /// Where it is in its life.
+    pub state: State,
+    /// The connections that it holds.
+    pub active: u64,
+    /// How many workers of the service are in rotation.
+    pub in_rotation: usize,
+    /// What clients of the service will notice of it, if anything.
+    pub warning: Option<String>,
 }
 
 /// Why the daemon did not do what it was asked to.

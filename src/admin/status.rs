@@ -57,6 +57,8 @@ pub struct Service {
     pub balance: String,
     /// One a slot, in order.
     pub workers: Vec<Worker>,
+    /// Workers that take over from one in `workers` as soon as they are healthy.
+    pub replacements: Vec<Worker>,
     /// Workers that left their slot and are not gone yet.
     pub retiring: Vec<Worker>,
 }
@@ -76,6 +78,8 @@ pub struct Worker {
     pub state: State,
     /// Since when it is in this state.
     pub since_seconds: f64,
+    /// An operator took its slot out of rotation.
+    pub drained: bool,
     /// Workers started in its slot after the first.
     pub restarts: u64,
     /// How the last worker of its slot ended, or why it could not be started.
@@ -104,7 +108,8 @@ pub enum State {
     Healthy,
     /// Out of rotation since its probes failed.
     Unhealthy,
-    /// Out of rotation for good; its connections are given time to end.
+    /// Out of rotation: for good, and its connections are given time to end; or for as long as an
+    /// operator wants.
     Draining,
     /// Asked to end, or ended and being cleared away.
     Stopping,
@@ -124,7 +129,7 @@ impl fmt::Display for State {
 }
 
 /// A worker's connections.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Connections {
     /// Held now.
     pub active: u64,
@@ -132,6 +137,8 @@ pub struct Connections {
     pub total: u64,
     /// Connects that were refused, failed or timed out.
     pub failed: u64,
+    /// Taken in the last second; `None` where nobody counted.
+    pub per_second: Option<f64>,
 }
 
 /// What passed through a worker's connections.
@@ -161,20 +168,20 @@ impl Status {
         self.services.iter().filter(move |s| !healthy(s)).map(|service| &*service.name)
     }
 
-    /// All workers, those on their way out included.
+    /// All workers, those on their way in and out included.
     pub fn workers(&self) -> impl Iterator<Item = &Worker> {
         self.services.iter().flat_map(Service::all)
     }
 }
 
 impl Service {
-    /// Its workers, those on their way out included.
+    /// Its workers, those on their way in and out included.
     pub fn all(&self) -> impl Iterator<Item = &Worker> {
-        self.workers.iter().chain(&self.retiring)
+        self.workers.iter().chain(&self.replacements).chain(&self.retiring)
     }
 
     /// The same, to be changed.
     pub fn all_mut(&mut self) -> impl Iterator<Item = &mut Worker> {
-        self.workers.iter_mut().chain(&mut self.retiring)
+        self.workers.iter_mut().chain(&mut self.replacements).chain(&mut self.retiring)
     }
 }

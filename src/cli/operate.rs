@@ -1,26 +1,25 @@
 //! The commands that talk to a running daemon.
 
 use std::{
-    io::{self, IsTerminal, Write},
+    io::{self, Write},
     path::PathBuf,
     time::Duration,
 };
 
 use clap::Args;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use terminal_size::terminal_size_of;
-use tokio::time::{interval, sleep};
+use tokio::time::sleep;
 
-use super::{Error, table};
+use super::{
+    Error,
+    overview::{render, span},
+    progress::{self, Bar, Progress},
+    watch::{view, watch},
+};
 use crate::admin::{
-    Client, ClientError, Instance, Process, Restarted, Status,
-    status::{Service, State},
+    Client, ClientError, Instance, Placed, Process, Restarted, Status,
+    status::{Service, State, Worker},
 };
 
-/// How often `status --watch` looks.
-const WATCH_INTERVAL: Duration = Duration::from_secs(1);
-/// How often a command that waits looks how far it is.
-const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 /// How long the process may take to be gone after its socket is.
 const EXIT_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -39,7 +38,8 @@ pub(super) struct Target {
 }
 
 impl Target {
-    async fn find(&self) -> Result<Client, Error> {
+    /// The daemon that runs there now.
+    pub(super) async fn find(&self) -> Result<Client, Error> {
         if let Some(path) = &self.socket {
             return Ok(Client::at(path.clone()));
         }
@@ -52,26 +52,18 @@ impl Target {
 }
 
 /// Prints how everything is, once or until somebody has seen enough.
-pub(super) fn status(target: &Target, json: bool, watch: bool) -> Result<(), Error> {
+pub(super) fn status(target: &Target, json: bool, again: bool) -> Result<(), Error> {
     run(async {
-        let client = target.find().await?;
-        if !watch {
-            let status = client.status().await?;
-            let text = if json { pretty(&status)? } else { shown(&status) };
-            return printed(&text);
+        if again {
+            return watch(target, json).await;
         }
-        let in_place = io::stdout().is_terminal() && !json;
-        let mut clock = interval(WATCH_INTERVAL);
-        loop {
-            clock.tick().await;
-            let status = client.status().await?;
-            printed(&match (json, in_place) {
-                (true, _) => {
-                    format!("{}\n", serde_json::to_string(&status).map_err(io::Error::from)?)
-                }
-                (false, true) => over_the_last(&shown(&status)),
-                (false, false) => format!("{}\n", shown(&status)),
-            })?;
+        let status = target.find().await?.status().await?;
+        match json {
+            true => {
+                let text = serde_json::to_string_pretty(&status).map_err(io::Error::from)?;
+                print(&(text + "\n"))
+            }
+            false => print(&render(&status, None, view())),
         }
     })
 }
@@ -81,18 +73,28 @@ pub(super) fn reload(target: &Target) -> Result<(), Error> {
     run(async {
         let client = target.find().await?;
         let bar = Bar::new("reloading");
-        let reloaded = bar.during(client.reload(), async || None).await?;
+        let progress = async || {
+            let now = under_way(client.status().await.ok()?.services.iter());
+            Some(Progress { done: None, now })
+        };
+        let reloaded = bar.during(client.reload(), progress).await?;
+        drop(bar);
         let (added, removed, changed) = (reloaded.added, reloaded.removed, reloaded.changed);
-        printed(&format!(
-            "reloaded: services added {added}, removed {removed}, changed {changed}\n"
-        ))
+        print(&format!("reloaded: services added {added}, removed {removed}, changed {changed}\n"))
     })
 }
 
-/// Replaces the workers of one service, or of one after the other.
-pub(super) fn restart(target: &Target, service: Option<String>) -> Result<(), Error> {
+/// Replaces the workers of one service, or of one after the other; or that of one slot.
+pub(super) fn restart(
+    target: &Target,
+    service: Option<String>,
+    slot: Option<u32>,
+) -> Result<(), Error> {
     run(async {
         let client = target.find().await?;
+        if let (Some(service), Some(slot)) = (&service, slot) {
+            return restart_worker(&client, service, slot).await;
+        }
         let before = client.status().await?;
         let all = || before.services.iter().map(|service| service.name.clone()).collect();
         for name in service.map_or_else(all, |name| vec![name]) {
@@ -100,9 +102,64 @@ pub(super) fn restart(target: &Target, service: Option<String>) -> Result<(), Er
             let old = before.services.iter().find(|service| service.name == name);
             let progress = async || replaced(old?, &client.status().await.ok()?);
             let Restarted { workers } = bar.during(client.restart(&name), progress).await?;
-            printed(&format!("{name}: workers replaced {workers}\n"))?;
+            drop(bar);
+            print(&format!("{name}: workers replaced {workers}\n"))?;
         }
         Ok(())
+    })
+}
+
+async fn restart_worker(client: &Client, service: &str, slot: u32) -> Result<(), Error> {
+    let bar = Bar::new(&format!("restarting {service}/{slot}"));
+    let progress = async || {
+        let status = client.status().await.ok()?;
+        let now = under_way(status.services.iter().filter(|found| found.name == service));
+        Some(Progress { done: None, now })
+    };
+    bar.during(client.restart_worker(service, slot), progress).await?;
+    drop(bar);
+    print(&format!("{service}/{slot}: worker replaced\n"))
+}
+
+/// Takes a worker out of rotation, and perhaps waits until it holds no connection any more.
+pub(super) fn drain(target: &Target, service: &str, slot: u32, wait: bool) -> Result<(), Error> {
+    run(async {
+        let client = target.find().await?;
+        let placed = client.drain(service, slot).await?;
+        let Placed { mut active, warning, .. } = placed;
+        let bar = wait.then(|| Bar::new(&format!("draining {service}/{slot}")));
+        if let Some(warning) = warning {
+            let warning = format!("lbd: warning: {warning}\n");
+            match &bar {
+                Some(bar) => bar.note(&warning),
+                None => _ = io::stderr().write_all(warning.as_bytes()),
+            }
+        }
+        while let Some(bar) = bar.as_ref().filter(|_| active > 0) {
+            bar.show(Progress { done: None, now: connections(active) });
+            sleep(progress::INTERVAL).await;
+            let status = client.status().await?;
+            let found = status.services.iter().find(|found| found.name == service);
+            let worker = found.and_then(|found| found.workers.iter().find(|w| w.slot == slot));
+            // Resumed by somebody else, or gone: there is nothing left to wait for.
+            let worker = worker.filter(|worker| worker.drained).ok_or_else(|| {
+                io::Error::other(format!("{service}/{slot} is not drained any more"))
+            })?;
+            active = worker.connections.active;
+        }
+        drop(bar);
+        print(&format!("{service}/{slot}: out of rotation, {} left\n", connections(active)))
+    })
+}
+
+/// Puts a worker back into rotation.
+pub(super) fn resume(target: &Target, service: &str, slot: u32) -> Result<(), Error> {
+    run(async {
+        let placed = target.find().await?.resume(service, slot).await?;
+        print(&match placed.state {
+            State::Healthy => format!("{service}/{slot}: in rotation\n"),
+            state => format!("{service}/{slot}: {state}; in rotation as soon as it is healthy\n"),
+        })
     })
 }
 
@@ -119,11 +176,11 @@ pub(super) fn stop(target: &Target) -> Result<(), Error> {
             match client.status().await {
                 // A service manager may have started the next one.
                 Ok(status) if i32::try_from(status.pid) != Ok(pid) => break,
-                Ok(status) => bar.say(waiting_for(&status)),
+                Ok(status) => bar.show(Progress { done: None, now: waiting_for(&status) }),
                 Err(ClientError::NothingListens(_)) => break,
                 Err(_) => {}
             }
-            sleep(PROGRESS_INTERVAL).await;
+            sleep(progress::INTERVAL).await;
         }
         let is_there = || {
             Process::look(pid).is_some_and(|now| {
@@ -140,7 +197,7 @@ pub(super) fn stop(target: &Target) -> Result<(), Error> {
             return Err(io::Error::other(still).into());
         }
         drop(bar);
-        printed("stopped\n")
+        print("stopped\n")
     })
 }
 
@@ -149,7 +206,7 @@ fn run(command: impl Future<Output = Result<(), Error>>) -> Result<(), Error> {
 }
 
 /// Writes to standard output. Whoever closed it has read enough: that ends the command well.
-fn printed(text: &str) -> Result<(), Error> {
+pub(super) fn print(text: &str) -> Result<(), Error> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => std::process::exit(0),
@@ -157,103 +214,53 @@ fn printed(text: &str) -> Result<(), Error> {
     }
 }
 
-fn shown(status: &Status) -> String {
-    let out = io::stdout();
-    let colour = out.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
-    let width = terminal_size_of(&out).map(|(width, _)| usize::from(width.0));
-    table::render(status, width, colour)
-}
-
-/// Written over what is there, and then what is left of that erased (ECMA-48): nothing flickers. A
-/// screen that is too low shows the upper part.
-fn over_the_last(text: &str) -> String {
-    let height = terminal_size_of(io::stdout()).map(|(_, height)| usize::from(height.0));
-    let rows = height.map_or(usize::MAX, |height| height.saturating_sub(1));
-    let lines: String = text.lines().take(rows).map(|line| format!("{line}\x1b[K\n")).collect();
-    format!("\x1b[H{lines}\x1b[J")
-}
-
-fn pretty(status: &Status) -> Result<String, Error> {
-    Ok(serde_json::to_string_pretty(status).map_err(io::Error::from)? + "\n")
-}
-
 /// How many of the workers that a service had are replaced by healthy ones, and of how many.
-fn replaced(old: &Service, now: &Status) -> Option<(u64, u64)> {
+fn replaced(old: &Service, now: &Status) -> Option<Progress> {
     let now = now.services.iter().find(|service| service.name == old.name)?;
-    let is_new = |slot, generation, state| {
-        let before = old.workers.iter().find(|worker| worker.slot == slot);
-        state == State::Healthy && before.is_none_or(|before| generation > before.generation)
+    let is_new = |worker: &&Worker| {
+        let before = old.workers.iter().find(|before| before.slot == worker.slot);
+        // One that is out of rotation is replaced too, and stays there.
+        let proven = matches!(worker.state, State::Healthy | State::Draining);
+        proven && before.is_none_or(|before| worker.generation > before.generation)
     };
-    let done = now.workers.iter().filter(|w| is_new(w.slot, w.generation, w.state)).count();
-    Some((u64::try_from(done).ok()?, u64::try_from(now.workers.len()).ok()?))
+    let done = u64::try_from(now.workers.iter().filter(is_new).count()).ok()?;
+    let all = u64::try_from(now.workers.len()).ok()?;
+    Some(Progress { done: Some((done, all)), now: under_way([now]) })
+}
+
+/// The first worker on its way in or out: what a replacement waits for.
+fn under_way<'s>(services: impl IntoIterator<Item = &'s Service>) -> String {
+    let told = |service: &Service, worker: &Worker| {
+        let (name, slot, state) = (&service.name, worker.slot, worker.state);
+        let active = worker.connections.active;
+        match state {
+            State::Draining => format!("{name}/{slot}: {state}, {}", connections(active)),
+            _ => format!("{name}/{slot}: {state} for {}", span(worker.since_seconds)),
+        }
+    };
+    let first = |service: &Service| {
+        let starting = service.workers.iter().find(|worker| worker.state == State::Starting);
+        let ahead = service.replacements.first().or(starting).or(service.retiring.first());
+        ahead.map(|worker| told(service, worker))
+    };
+    services.into_iter().find_map(first).unwrap_or_default()
 }
 
 /// What a daemon that stops has to wait for.
 fn waiting_for(status: &Status) -> String {
-    let connections: u64 = status.workers().map(|worker| worker.connections.active).sum();
+    let active: u64 = status.workers().map(|worker| worker.connections.active).sum();
     let workers = status.workers().filter(|worker| worker.pid.is_some()).count();
-    match (workers, connections) {
+    match (workers, active) {
         (0, _) => "waiting for slow clients".to_owned(),
         (_, 0) => format!("waiting for workers to end: {workers}"),
-        _ => format!("waiting for connections to end: {connections}, on workers: {workers}"),
+        _ => format!("waiting for connections to end: {active}, on workers: {workers}"),
     }
 }
 
-/// What is shown while a command waits; nothing where standard error is no terminal.
-struct Bar(ProgressBar);
-
-impl Bar {
-    fn new(what: &str) -> Self {
-        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-        // The template is known to be well-formed.
-        if let Ok(style) = ProgressStyle::with_template("{spinner} {prefix} {msg}") {
-            bar.set_style(style);
-        }
-        bar.set_prefix(what.to_owned());
-        bar.enable_steady_tick(PROGRESS_INTERVAL);
-        Self(bar)
-    }
-
-    fn say(&self, message: String) {
-        self.0.set_message(message);
-    }
-
-    /// Waits for `done`, and shows how far it is, as far as `progress` knows.
-    async fn during<T>(
-        self,
-        done: impl Future<Output = T>,
-        progress: impl AsyncFn() -> Option<(u64, u64)>,
-    ) -> T {
-        let mut done = std::pin::pin!(done);
-        if self.0.is_hidden() {
-            return done.await;
-        }
-        let mut clock = interval(PROGRESS_INTERVAL);
-        loop {
-            tokio::select! {
-                done = &mut done => return done,
-                _ = clock.tick() => {
-                    if let Some((position, length)) = progress().await {
-                        self.show(position, length);
-                    }
-                }
-            }
-        }
-    }
-
-    fn show(&self, position: u64, length: u64) {
-        if self.0.length().is_none()
-            && let Ok(style) = ProgressStyle::with_template("{prefix} [{bar:30}] {pos}/{len}")
-        {
-            self.0.set_style(style.progress_chars("=> "));
-        }
-        self.0.set_length(length);
-        self.0.set_position(position);
-    }
-}
-
-impl Drop for Bar {
-    fn drop(&mut self) {
-        self.0.finish_and_clear();
+fn connections(count: u64) -> String {
+    match count {
+        0 => "no connection".to_owned(),
+        1 => "1 connection".to_owned(),
+        _ => format!("{count} connections"),
     }
 }

@@ -1,269 +1,240 @@
-//! `lbd status` for people: a row a worker, process and traffic together.
+//! Columns that fit a width: which are shown, how wide each is, and the lines that come of it.
 
-use bytesize::ByteSize;
+use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
 
-use crate::admin::{
-    Status,
-    status::{Probe, Service, State, Worker},
-};
+/// What is between two columns.
+const GAP: usize = 2;
 
-/// How much of a sentence is shown in a column.
-const MAX_TEXT: usize = 40;
-
-/// The status as lines of at most `width` columns; the least important columns are left out where
-/// that is too narrow for all.
-pub(super) fn render(status: &Status, width: Option<usize>, colour: bool) -> String {
-    let workers = || status.services.iter().flat_map(|s| s.all().map(move |worker| (s, worker)));
-    let mut columns: Vec<Column> = LAYOUT
-        .iter()
-        .map(|&(importance, align, title, cell)| {
-            let cells: Vec<_> = workers().map(|(service, worker)| cell(service, worker)).collect();
-            let widths = cells.iter().map(|cell| cell.chars().count());
-            let width = widths.chain([title.len()]).max().unwrap_or_default();
-            Column { importance, align, title, cells, width }
-        })
-        .collect();
-    while width.is_some_and(|width| total(&columns) > width) && columns.len() > 1 {
-        let least = columns.iter().map(|column| column.importance).max();
-        columns.retain(|column| Some(column.importance) != least);
-    }
-    let mut text = heading(status, width);
-    text += &line(columns.iter().map(|column| column.padded(column.title)));
-    for (row, (_, worker)) in workers().enumerate() {
-        text += &line(columns.iter().map(|column| {
-            let cell = column.padded(&column.cells[row]);
-            match colour && column.title == STATE {
-                true => format!("\x1b[{}m{cell}\x1b[0m", sgr(worker.state)),
-                false => cell,
-            }
-        }));
-    }
-    text
+/// A column of a table.
+#[derive(Debug, Clone)]
+pub(super) struct Column {
+    pub(super) title: &'static str,
+    pub(super) align: Align,
+    /// Where there is no room for all, those of the greatest number are left out first; 0 is shown
+    /// always.
+    pub(super) importance: u8,
+    /// Text may be cut to this, where there is no room for all of it.
+    pub(super) least: usize,
+    pub(super) cells: Vec<Cell>,
 }
 
-struct Column {
-    importance: u8,
-    align: Align,
-    title: &'static str,
-    cells: Vec<String>,
-    width: usize,
+/// What is in a row and column.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Cell {
+    text: String,
+    /// How it is shown: SGR parameters (ECMA-48), or nothing.
+    style: &'static str,
 }
 
-#[derive(Clone, Copy)]
-enum Align {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Align {
     Left,
     Right,
 }
 
-type Cell = fn(&Service, &Worker) -> String;
+impl Cell {
+    /// Text, of which nothing is obeyed by a terminal.
+    pub(super) fn new(text: impl Into<String>) -> Self {
+        let mut text = text.into();
+        if text.contains(char::is_control) {
+            text = text.replace(char::is_control, "\u{fffd}");
+        }
+        Self { text, style: "" }
+    }
 
-const STATE: &str = "STATE";
-
-/// The columns from left to right; of the greatest number is who goes first.
-const LAYOUT: &[(u8, Align, &str, Cell)] = {
-    use Align::{Left, Right};
-    &[
-        (0, Left, "SERVICE", |service, _| service.name.clone()),
-        (0, Right, "SLOT", |_, worker| worker.slot.to_string()),
-        (3, Right, "PORT", |_, worker| optional(worker.port)),
-        (2, Right, "PID", |_, worker| optional(worker.pid)),
-        (0, Left, STATE, |_, worker| worker.state.to_string()),
-        (1, Right, "FOR", |_, worker| span(worker.since_seconds)),
-        (4, Right, "ACTIVE", |_, worker| worker.connections.active.to_string()),
-        (6, Right, "TOTAL", |_, worker| worker.connections.total.to_string()),
-        (7, Right, "FAILED", |_, worker| worker.connections.failed.to_string()),
-        (9, Right, "SENT", |_, worker| bytes(worker.bytes.sent)),
-        (10, Right, "RECEIVED", |_, worker| bytes(worker.bytes.received)),
-        (5, Right, "RESTARTS", |_, worker| worker.restarts.to_string()),
-        (8, Right, "MEMORY", |_, worker| worker.resident_bytes.map_or_else(none, bytes)),
-        (11, Right, "CPU", |_, worker| {
-            worker.cpu_seconds.map_or_else(none, |seconds| format!("{seconds:.1}s"))
-        }),
-        (13, Left, "LAST PROBE", |_, worker| worker.last_probe.as_ref().map_or_else(none, probe)),
-        (12, Left, "LAST EXIT", |_, worker| {
-            worker.last_exit.as_deref().map_or_else(none, shortened)
-        }),
-    ]
-};
+    pub(super) fn styled(self, style: &'static str) -> Self {
+        Self { style, ..self }
+    }
+}
 
 impl Column {
-    fn padded(&self, text: &str) -> String {
-        let width = self.width;
+    /// How wide it is where there is room.
+    fn natural(&self) -> usize {
+        let cells = self.cells.iter().map(|cell| cell.text.width());
+        cells.chain([self.title.len()]).max().unwrap_or_default()
+    }
+
+    /// How narrow it can be.
+    fn narrowest(&self) -> usize {
+        self.natural().min(self.least.max(self.title.len()))
+    }
+}
+
+/// The table as lines of at most `width` columns of a terminal: the least important columns are left
+/// out, and long texts cut, as far as that is needed. Colours and bold only where `styled`.
+pub(super) fn lines(columns: &[Column], width: Option<usize>, styled: bool) -> Vec<String> {
+    let shown = fitting(columns, width.unwrap_or(usize::MAX));
+    let style = |text: String, style: &str| match styled && !style.is_empty() {
+        true => format!("\x1b[{style}m{text}\x1b[0m"),
+        false => text,
+    };
+    let rows = columns.iter().map(|column| column.cells.len()).max().unwrap_or_default();
+    let line = |cells: Vec<(String, &str)>| {
+        let mut line = String::new();
+        for (index, (text, how)) in cells.iter().enumerate() {
+            let last = index + 1 == cells.len();
+            let text = if last { text.trim_end() } else { text };
+            if index > 0 {
+                line.push_str(&" ".repeat(GAP));
+            }
+            line.push_str(&style(text.to_owned(), how));
+        }
+        match styled {
+            true => line,
+            // An empty last cell would leave its gap.
+            false => line.trim_end().to_owned(),
+        }
+    };
+    let title = |&(column, width): &(&Column, usize)| (column.fill(column.title, width), "1");
+    let head = line(shown.iter().map(title).collect());
+    let body = (0..rows).map(|row| {
+        let cell = |&(column, width): &(&Column, usize)| {
+            let cell = column.cells.get(row).cloned().unwrap_or_default();
+            (column.fill(&cell.text, width), cell.style)
+        };
+        line(shown.iter().map(cell).collect())
+    });
+    [head].into_iter().chain(body).collect()
+}
+
+/// The columns that are shown, from left to right, and how wide each is.
+fn fitting(columns: &[Column], width: usize) -> Vec<(&Column, usize)> {
+    let mut by_importance: Vec<_> = columns.iter().enumerate().collect();
+    by_importance.sort_by_key(|(_, column)| column.importance);
+    // One by one as narrow as they can be; one that does not fit makes room for lesser ones that do.
+    let (mut used, mut shown) = (0, Vec::new());
+    for (index, column) in by_importance {
+        let more = column.narrowest() + if used == 0 { 0 } else { GAP };
+        if column.importance == 0 || used + more <= width {
+            used += more;
+            shown.push((index, column, column.narrowest()));
+        }
+    }
+    // What is left goes to those that would like it, the most important first.
+    let mut left = width.saturating_sub(used);
+    for (_, column, wide) in &mut shown {
+        let more = left.min(column.natural() - *wide);
+        *wide += more;
+        left -= more;
+    }
+    // Even what is always shown may be too much: then the widest of it is cut.
+    let mut over = used.saturating_sub(width);
+    while over > 0 {
+        let Some((_, _, widest)) = shown.iter_mut().max_by_key(|(_, _, wide)| *wide) else { break };
+        if *widest <= 1 {
+            break;
+        }
+        *widest -= 1;
+        over -= 1;
+    }
+    shown.sort_by_key(|(index, _, _)| *index);
+    shown.into_iter().map(|(_, column, wide)| (column, wide)).collect()
+}
+
+impl Column {
+    /// `text` cut and padded to exactly `width`.
+    fn fill(&self, text: &str, width: usize) -> String {
+        let text = cut(text, width);
+        let padding = " ".repeat(width.saturating_sub(text.width()));
         match self.align {
-            Align::Left => format!("{text:<width$}"),
-            Align::Right => format!("{text:>width$}"),
+            Align::Left => text + &padding,
+            Align::Right => padding + &text,
         }
     }
 }
 
-fn total(columns: &[Column]) -> usize {
-    columns.iter().map(|column| column.width).sum::<usize>() + 2 * columns.len().saturating_sub(1)
-}
-
-fn line(cells: impl Iterator<Item = String>) -> String {
-    let cells: Vec<_> = cells.collect();
-    format!("{}\n", cells.join("  ").trim_end())
-}
-
-/// What is to be said of the daemon as a whole.
-fn heading(status: &Status, width: Option<usize>) -> String {
-    let config = &status.config;
-    let from = config.path.as_deref().unwrap_or("no file");
-    let mut lines = vec![format!(
-        "lbd {}, pid {}, up {}, {from}",
-        status.version,
-        status.pid,
-        span(status.uptime_seconds)
-    )];
-    if let Some(reload) = Some(&config.last_reload).filter(|reload| !reload.ok) {
-        let error = reload.error.as_deref().unwrap_or_default();
-        lines.push(format!("the reload of {} failed: {error}", reload.at));
-    }
-    let fitting = |line: String| match width {
-        Some(width) => line.chars().take(width).chain(['\n']).collect(),
-        None => line + "\n",
-    };
-    lines.into_iter().map(fitting).collect()
-}
-
-/// SGR parameters (ECMA-48): green, yellow, red.
-fn sgr(state: State) -> &'static str {
-    match state {
-        State::Healthy => "32",
-        State::Starting | State::Draining | State::Stopping => "33",
-        State::Backoff | State::Unhealthy => "31",
-    }
-}
-
-fn none() -> String {
-    "-".to_owned()
-}
-
-fn optional(value: Option<impl ToString>) -> String {
-    value.map_or_else(none, |value| value.to_string())
-}
-
-fn bytes(count: u64) -> String {
-    ByteSize::b(count).display().iec_short().to_string()
-}
-
-fn probe(probe: &Probe) -> String {
-    match &probe.error {
-        None => format!("{:.1}ms", probe.seconds * 1000.0),
-        Some(error) => shortened(error),
-    }
-}
-
-fn shortened(text: &str) -> String {
-    if text.chars().count() <= MAX_TEXT {
+/// `text`, or as much of its beginning as fits, with an ellipsis.
+pub(super) fn cut(text: &str, width: usize) -> String {
+    if text.width() <= width {
         return text.to_owned();
     }
-    text.chars().take(MAX_TEXT - 1).chain(['…']).collect()
-}
-
-/// The two largest units: `12s`, `3m 5s`, `2h 59m`, `40d 7h`.
-fn span(seconds: f64) -> String {
-    // What is shown is whole seconds, and far from the largest u64.
-    let seconds = seconds.max(0.0) as u64;
-    let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86400);
-    match (days, hours, minutes) {
-        (0, 0, 0) => format!("{seconds}s"),
-        (0, 0, _) => format!("{minutes}m {}s", seconds % 60),
-        (0, _, _) => format!("{hours}h {}m", minutes % 60),
-        _ => format!("{days}d {}h", hours % 24),
+    let mut room = width.saturating_sub(1);
+    let fits = |c: &char| {
+        let wide = c.width().unwrap_or_default();
+        let fits = wide <= room;
+        room = room.saturating_sub(wide);
+        fits
+    };
+    let mut cut: String = text.chars().take_while(fits).collect();
+    if width > 0 {
+        cut.push('…');
     }
+    cut
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::admin::status::{Bytes, Config, Connections, Reload};
 
-    fn worker(slot: u32, state: State) -> Worker {
-        Worker {
-            slot,
-            port: Some(9002),
-            pid: (state == State::Healthy).then_some(4711),
-            generation: 3,
-            state,
-            since_seconds: 3723.5,
-            restarts: 2,
-            last_exit: Some("killed by SIGKILL".to_owned()),
-            connections: Connections { active: 1, total: 20, failed: 3 },
-            bytes: Bytes { sent: 5_000_000, received: 12 },
-            resident_bytes: Some(10 << 20),
-            cpu_seconds: Some(1.25),
-            last_probe: Some(Probe { ok: true, seconds: 0.00042, error: None }),
-        }
+    fn column(title: &'static str, importance: u8, least: usize, cells: &[&str]) -> Column {
+        let cells = cells.iter().map(|text| Cell::new(*text)).collect();
+        Column { title, align: Align::Left, importance, least, cells }
     }
 
-    fn status() -> Status {
-        Status {
-            version: "1.2.3".to_owned(),
-            pid: 7,
-            uptime_seconds: 90_061.0,
-            config: Config {
-                path: Some("/etc/lb.toml".to_owned()),
-                loaded_at: "2026-01-02T03:04:05.678Z".to_owned(),
-                last_reload: Reload { ok: true, at: "now".to_owned(), error: None },
-            },
-            services: vec![Service {
-                name: "web".to_owned(),
-                listen: Vec::new(),
-                route: "proxy".to_owned(),
-                balance: "round-robin".to_owned(),
-                workers: vec![worker(0, State::Healthy), worker(1, State::Backoff)],
-                retiring: vec![worker(0, State::Draining)],
-            }],
-        }
+    fn columns() -> Vec<Column> {
+        vec![
+            column("NAME", 0, 4, &["web", "a-long-name"]),
+            column("NOTE", 2, 6, &["the quick brown fox", ""]),
+            Column { align: Align::Right, ..column("N", 1, 9, &["1", "23456"]) },
+        ]
     }
 
     #[test]
-    fn a_row_a_worker() {
-        let expected = "\
-lbd 1.2.3, pid 7, up 1d 1h, /etc/lb.toml
-SERVICE  SLOT  PORT   PID  STATE       FOR  ACTIVE  TOTAL  FAILED  SENT  RECEIVED  RESTARTS  MEMORY   CPU  LAST PROBE  LAST EXIT
-web         0  9002  4711  healthy   1h 2m       1     20       3  4.8M       12B         2   10.0M  1.2s  0.4ms       killed by SIGKILL
-web         1  9002     -  backoff   1h 2m       1     20       3  4.8M       12B         2   10.0M  1.2s  0.4ms       killed by SIGKILL
-web         0  9002     -  draining  1h 2m       1     20       3  4.8M       12B         2   10.0M  1.2s  0.4ms       killed by SIGKILL
-";
-        assert_eq!(render(&status(), None, false), expected);
+    fn all_is_shown_where_there_is_room() {
+        let expected = [
+            "NAME         NOTE                     N",
+            "web          the quick brown fox      1",
+            "a-long-name                       23456",
+        ];
+        assert_eq!(lines(&columns(), None, false), expected);
+        assert_eq!(lines(&columns(), Some(39), false), expected);
     }
 
     #[test]
-    fn it_fits_whatever_the_width() {
-        let mut status = status();
-        status.config.last_reload =
-            Reload { ok: false, at: "now".to_owned(), error: Some("e".repeat(200)) };
-        for width in 23..200 {
-            for line in render(&status, Some(width), false).lines() {
-                assert!(line.chars().count() <= width, "{width}: {line}");
+    fn what_does_not_fit_is_cut_and_then_left_out() {
+        assert_eq!(
+            lines(&columns(), Some(32), false),
+            [
+                "NAME         NOTE              N",
+                "web          the quick b…      1",
+                "a-long-name                23456"
+            ]
+        );
+        assert_eq!(lines(&columns(), Some(19), false)[2], "a-l…          23456");
+        assert_eq!(lines(&columns(), Some(18), false)[2], "a-long-name  23456");
+        assert_eq!(lines(&columns(), Some(8), false), ["NAME", "web", "a-long-…"]);
+        assert_eq!(lines(&columns(), Some(2), false), ["N…", "w…", "a…"]);
+    }
+
+    #[test]
+    fn no_line_is_ever_too_wide() {
+        let mut columns = columns();
+        columns[1].cells =
+            vec![Cell::new("日本語のとても長い説明文"), Cell::new("tab\tand\nline\x1b[2J")];
+        for width in 1..60 {
+            for line in lines(&columns, Some(width), false) {
+                assert!(
+                    line.width() <= width && !line.contains(char::is_control),
+                    "{width}: {line}"
+                );
             }
         }
-        let narrow = render(&status, Some(40), false);
-        assert!(narrow.contains("SERVICE  SLOT   PID  STATE       FOR\n"), "{narrow}");
     }
 
     #[test]
-    fn colour_is_by_state_and_changes_no_width() {
-        let plain = render(&status(), None, false);
-        let coloured = render(&status(), None, true);
-        for (part, colour) in [("healthy ", 32), ("backoff ", 31), ("draining", 33)] {
-            assert!(coloured.contains(&format!("\x1b[{colour}m{part}\x1b[0m")), "{coloured}");
-        }
-        let mut stripped = coloured.replace("\x1b[0m", "");
-        for colour in [31, 32, 33] {
-            stripped = stripped.replace(&format!("\x1b[{colour}m"), "");
-        }
-        assert_eq!(stripped, plain);
-    }
-
-    #[test]
-    fn spans_have_two_units() {
-        let spans = [(0.9, "0s"), (59.0, "59s"), (185.0, "3m 5s"), (10_799.0, "2h 59m")];
-        for (seconds, shown) in spans {
-            assert_eq!(span(seconds), shown);
-        }
-        assert_eq!(span(3_481_200.0), "40d 7h");
+    fn style_changes_no_text() {
+        let mut columns = columns();
+        let cells = std::mem::take(&mut columns[0].cells);
+        columns[0].cells = cells.into_iter().map(|cell| cell.styled("32")).collect();
+        let styled = lines(&columns, Some(32), true);
+        assert!(styled[0].starts_with("\x1b[1mNAME       \x1b[0m  \x1b[1mNOTE"), "{styled:?}");
+        assert!(styled[1].starts_with("\x1b[32mweb        \x1b[0m  the"), "{styled:?}");
+        let strip = |line: &String| {
+            let plain = ["\x1b[32m", "\x1b[1m", "\x1b[0m"]
+                .iter()
+                .fold(line.clone(), |l, s| l.replace(s, ""));
+            plain.trim_end().to_owned()
+        };
+        assert_eq!(styled.iter().map(strip).collect::<Vec<_>>(), lines(&columns, Some(32), false));
     }
 }

@@ -88,8 +88,25 @@ pub enum Event {
     Restart {
         /// The service; all of them where `None`.
         service: Option<Arc<str>>,
+        /// One slot of it; all of them where `None`.
+        slot: Option<u32>,
         /// Who waits for the end.
         ticket: Ticket,
+    },
+    /// An operator wants no connection to go to this slot, until [`Event::Resume`]. Its worker runs
+    /// on.
+    Drain {
+        /// The service.
+        service: Arc<str>,
+        /// The slot's number.
+        slot: u32,
+    },
+    /// Takes that back.
+    Resume {
+        /// The service.
+        service: Arc<str>,
+        /// The slot's number.
+        slot: u32,
     },
     /// Graceful stop.
     Stop,
@@ -134,7 +151,8 @@ pub enum Action {
         /// The service.
         service: Arc<str>,
     },
-    /// Hand it no connection any more, and say [`Event::Idle`] as soon as it holds none.
+    /// Hand it no connection any more, and say [`Event::Idle`] as soon as it holds none; at once
+    /// where that was asked for before and is so already.
     Retire {
         /// The incarnation.
         id: WorkerId,
@@ -244,6 +262,8 @@ pub enum Fact {
         /// Why.
         why: Why,
     },
+    /// An operator took its slot out of rotation; it runs on.
+    Drained,
     /// A worker that was draining is back in rotation.
     Resumed,
     /// Its time to stop is over: it is killed.

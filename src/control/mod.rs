@@ -100,8 +100,18 @@ impl Supervisor {
                 }
             }
             Event::Apply { services, ticket } => self.apply(services, ticket, now, &mut actions),
-            Event::Restart { service, ticket } => {
-                self.restart(service.as_deref(), ticket, now, &mut actions);
+            Event::Restart { service, slot, ticket } => {
+                self.restart(service.as_deref(), slot, ticket, now, &mut actions);
+            }
+            Event::Drain { service: name, slot } => {
+                if let Some(service) = open(&mut self.services, &name) {
+                    service.drain(slot, &mut cx);
+                }
+            }
+            Event::Resume { service: name, slot } => {
+                if let Some(service) = open(&mut self.services, &name) {
+                    service.resume(slot, &mut cx);
+                }
             }
             Event::Stop => {
                 self.stopping = true;
@@ -191,19 +201,23 @@ impl Supervisor {
     fn restart(
         &mut self,
         name: Option<&str>,
+        slot: Option<u32>,
         ticket: Ticket,
         now: Instant,
         actions: &mut Vec<Action>,
     ) {
         let chosen = |service: &Service| {
-            service.is_open() && name.is_none_or(|name| &*service.config.name == name)
+            service.is_open()
+                && name.is_none_or(|name| &*service.config.name == name)
+                && slot.is_none_or(|slot| service.slots.iter().any(|s| s.number == slot))
         };
         let services = self.services.iter().filter(|service| chosen(service)).count();
         if self.stopping || services == 0 {
-            let error = match name {
+            let error = match (name, slot) {
                 _ if self.stopping => "lbd is stopping".to_owned(),
-                Some(name) => format!("there is no service {name:?}"),
-                None => "there is no service".to_owned(),
+                (Some(name), None) => format!("there is no service {name:?}"),
+                (Some(name), Some(slot)) => format!("there is no slot {slot} in {name:?}"),
+                (None, _) => "there is no service".to_owned(),
             };
             actions.push(Action::Answer { ticket, result: Err(error) });
             return;
@@ -211,7 +225,7 @@ impl Supervisor {
         self.waiting.insert(ticket, Waiting { services, errors: Vec::new() });
         let mut cx = Context { now, shared: &mut self.shared, actions };
         for service in self.services.iter_mut().filter(|service| chosen(service)) {
-            service.restart(ticket, &mut cx);
+            service.restart(slot, ticket, &mut cx);
         }
     }
 
@@ -277,4 +291,9 @@ impl Supervisor {
         }
         joined
     }
+}
+
+/// The service of that name, unless it is on its way out.
+fn open<'s>(services: &'s mut [Service], name: &str) -> Option<&'s mut Service> {
+    services.iter_mut().find(|service| service.is_open() && &*service.config.name == name)
 }

@@ -69,6 +69,8 @@ impl Service {
             Event::Closed { .. }
             | Event::Apply { .. }
             | Event::Restart { .. }
+            | Event::Drain { .. }
+            | Event::Resume { .. }
             | Event::Stop
             | Event::Abort => {}
         }

@@ -16,6 +16,8 @@ impl Service {
     pub(super) fn reconcile(&mut self, cx: &mut Context<'_>) {
         let numbered = numbered(&self.config, &self.slots, &self.retiring);
         let mut old = mem::take(&mut self.slots);
+        let drained: BTreeSet<_> =
+            old.iter().filter(|slot| slot.drained).map(|slot| slot.number).collect();
         for (number, port) in numbered {
             let kept = old.iter().position(|slot| slot.number == number && slot.fixed_port == port);
             let slot = if let Some(position) = kept {
@@ -23,9 +25,12 @@ impl Service {
             } else {
                 let spec = Arc::clone(&self.config.worker);
                 let mut slot = Slot::new(number, port, spec, cx.now);
+                slot.drained = drained.contains(&number);
                 slot.current = self.resumable(&slot, cx);
                 if let Some(worker) = &slot.current {
                     slot.generation = worker.generation;
+                    // It was out of rotation before the slot was away.
+                    slot.drained = worker.aside.is_some();
                     slot.last_port = worker.port;
                 }
                 slot
@@ -48,6 +53,9 @@ impl Service {
         })?;
         let mut worker = self.retiring.remove(index);
         worker.resume(cx.now, cx.actions);
+        if slot.drained && worker.aside.is_none() {
+            worker.set_aside(cx.now, cx.actions);
+        }
         self.note_of(note_of(&worker), Fact::Resumed, cx);
         Some(worker)
     }

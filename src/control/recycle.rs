@@ -142,7 +142,8 @@ impl Service {
 
     /// When the worker in `slot` is to be replaced for a limit, by all that is known.
     fn recycling_due(&self, slot: &Slot) -> Option<Instant> {
-        let worker = slot.current.as_ref().filter(|worker| worker.phase == Phase::Healthy)?;
+        let healthy = |worker: &&Worker| worker.phase == Phase::Healthy && !slot.drained;
+        let worker = slot.current.as_ref().filter(healthy)?;
         let worn = worker.worn_at(&self.config.limits)?;
         Some(slot.recycling.not_before.map_or(worn, |at| at.max(worn)))
     }

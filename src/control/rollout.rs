@@ -104,8 +104,8 @@ impl Service {
         self.rollout = Some(Rollout { kind, tickets, workers, todo, step });
     }
 
-    /// Replaces every worker by one with the same settings.
-    pub(super) fn restart(&mut self, ticket: Ticket, cx: &mut Context<'_>) {
+    /// Replaces every worker, or that of one slot, by one with the same settings.
+    pub(super) fn restart(&mut self, slot: Option<u32>, ticket: Ticket, cx: &mut Context<'_>) {
         let proving = if self.rollout.as_ref().and_then(Rollout::recycles).is_some() {
             let spec = Arc::clone(&self.config.worker);
             self.abandon_rollout("somebody asked for a restart", Some(&spec), cx)
@@ -118,8 +118,9 @@ impl Service {
             return;
         }
         // One that was just started in its stead counts as restarted.
-        let old = |slot: &&Slot| proving.is_none_or(|id| !slot.holds(id));
-        let todo = self.slots.iter().filter(old).map(|slot| slot.number).collect();
+        let old = |found: &&Slot| proving.is_none_or(|id| !found.holds(id));
+        let chosen = |found: &&Slot| slot.is_none_or(|number| found.number == number);
+        let todo = self.slots.iter().filter(chosen).filter(old).map(|slot| slot.number).collect();
         self.begin_rollout(todo, proving, Some(ticket), Kind::Restart, cx);
     }
 

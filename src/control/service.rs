@@ -9,7 +9,7 @@ use super::{
     reconcile::numbered,
     recycle::Wear,
     rollout::{Kind, Rollout},
-    slot::{Slot, note_of},
+    slot::{Slot, note_of, note_of_slot},
     worker::{Phase, Worker},
 };
 use crate::config::{self, Slots};
@@ -123,7 +123,9 @@ impl Service {
     }
 
     fn coming(&self, slot: &Slot) -> Coming {
-        if slot.on_its_way() {
+        if slot.drained {
+            Coming::Never
+        } else if slot.on_its_way() {
             Coming::Now
         } else if slot.is_vacant() && self.is_open() {
             // A slot that waits for its predecessor to be gone is as good as starting.
@@ -139,7 +141,8 @@ impl Service {
     }
 
     /// Whether it is meant to be: not removed, and not being stopped.
-    pub(super) fn is_open(&self) -> bool {
+    #[must_use]
+    pub fn is_open(&self) -> bool {
         self.life == Life::Open
     }
 
@@ -285,6 +288,9 @@ impl Service {
             port,
             spec: Arc::clone(&slot.spec),
         }));
+        if slot.drained {
+            worker.set_aside(cx.now, cx.actions);
+        }
         if beside {
             slot.next = Some(worker);
         } else {
@@ -298,6 +304,38 @@ impl Service {
         if let Some(worker) = self.slots.iter_mut().find_map(|slot| slot.take(id)) {
             self.dismiss(worker, why, cx);
         }
+    }
+
+    /// Takes a slot out of rotation at an operator's wish. Its worker is left alone: one that is
+    /// being replaced for a limit is kept.
+    pub(super) fn drain(&mut self, number: u32, cx: &mut Context<'_>) {
+        let Some(index) = self.slots.iter().position(|slot| slot.number == number) else { return };
+        if self.slots[index].drained {
+            return;
+        }
+        self.slots[index].drained = true;
+        let is_replaced = self.slots[index].next.is_some();
+        if is_replaced && self.rollout.as_ref().and_then(Rollout::recycles).is_some() {
+            self.abandon_rollout("an operator took the worker out of rotation", None, cx);
+        }
+        let slot = &mut self.slots[index];
+        for worker in slot.workers_mut() {
+            worker.set_aside(cx.now, cx.actions);
+        }
+        let subject = note_of_slot(slot);
+        self.note_of(subject, Fact::Drained, cx);
+    }
+
+    /// Takes that back.
+    pub(super) fn resume(&mut self, number: u32, cx: &mut Context<'_>) {
+        let slot = self.slots.iter_mut().find(|slot| slot.number == number && slot.drained);
+        let Some(slot) = slot else { return };
+        slot.drained = false;
+        for worker in slot.workers_mut() {
+            worker.bring_back(cx.now, cx.actions);
+        }
+        let subject = note_of_slot(slot);
+        self.note_of(subject, Fact::Resumed, cx);
     }
 
     /// Takes a worker that left its slot out of service.
@@ -330,7 +368,7 @@ impl Service {
         let worker = self
             .slots
             .iter_mut()
-            .flat_map(|slot| slot.current.iter_mut().chain(&mut slot.next))
+            .flat_map(Slot::workers_mut)
             .chain(&mut self.retiring)
             .find(|worker| worker.id == id);
         if let Some(worker) = worker {

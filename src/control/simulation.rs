@@ -62,7 +62,8 @@ fn disturb(machine: &mut Machine) {
         84..86 => machine.hang(),
         86..90 => machine.sleep(),
         90..94 => apply(machine),
-        94..96 => restart(machine),
+        94..95 => restart(machine),
+        95..96 => place(machine),
         96..98 => machine.grow(),
         _ => machine.sweep(),
     }
@@ -79,7 +80,16 @@ fn restart(machine: &mut Machine) {
     let names = [None, Some("a"), Some("b"), Some("none")];
     let service = machine.random.choice(names).flatten().map(Into::into);
     let ticket = machine.ticket();
-    machine.handle(Event::Restart { service, ticket });
+    let slot = machine.random.bool().then(|| machine.random.u32(0..4));
+    machine.handle(Event::Restart { service, slot, ticket });
+}
+
+/// An operator takes a worker out of rotation, or puts it back.
+fn place(machine: &mut Machine) {
+    let names = ["a", "b", "c", "none"];
+    let service = machine.random.choice(names).unwrap_or("a").into();
+    let (slot, drain) = (machine.random.u32(0..4), machine.random.u8(..) < 160);
+    machine.place(service, slot, drain);
 }
 
 /// A valid configuration: no port twice.
@@ -151,6 +161,9 @@ fn vary(service: &mut Service, random: &mut fastrand::Rng) {
 /// Where nothing fails any more, all that is wanted comes about.
 fn calm_down(machine: &mut Machine) {
     machine.calm = true;
+    if machine.random.bool() {
+        machine.resume_all();
+    }
     let end = machine.now + CALM;
     while !is_as_wanted(machine) {
         assert!(machine.now < end, "not as wanted: {:#?}", machine.supervisor);
@@ -176,6 +189,8 @@ fn is_as_wanted(machine: &Machine) -> bool {
                 };
                 slot.next.is_none() && slot.current.as_ref().is_some_and(healthy)
             })
+            && service.rotation().workers.len()
+                == service.slots.iter().filter(|slot| !slot.drained).count()
     };
     machine.tickets.is_empty()
         && running.len() == machine.wanted.len()
@@ -198,7 +213,7 @@ fn end(machine: &mut Machine) {
             4 => {
                 // What comes now is too late, and is answered so.
                 let ticket = machine.ticket();
-                machine.handle(Event::Restart { service: None, ticket });
+                machine.handle(Event::Restart { service: None, slot: None, ticket });
                 assert!(!machine.tickets.contains(&ticket));
             }
             5..15 => machine.connect(),

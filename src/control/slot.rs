@@ -21,6 +21,9 @@ pub struct Slot {
     pub fixed_port: Option<u16>,
     /// What the next worker here is started with.
     pub spec: Arc<WorkerSpec>,
+    /// An operator wants it out of rotation: whoever fills it gets no connection. Kept for as long
+    /// as the slot is, whatever becomes of its workers.
+    pub drained: bool,
     /// The worker that fills it.
     pub current: Option<Worker>,
     /// The one that replaces `current` as soon as it is healthy.
@@ -58,6 +61,7 @@ impl Slot {
             number,
             fixed_port,
             spec,
+            drained: false,
             current: None,
             next: None,
             start_at: now,
@@ -97,6 +101,11 @@ impl Slot {
         self.current.iter().chain(&self.next)
     }
 
+    /// The same, to be changed.
+    pub fn workers_mut(&mut self) -> impl Iterator<Item = &mut Worker> {
+        self.current.iter_mut().chain(&mut self.next)
+    }
+
     /// The workers in it, out of it.
     pub fn into_workers(self) -> impl Iterator<Item = Worker> {
         self.current.into_iter().chain(self.next)
@@ -120,4 +129,11 @@ impl Slot {
 #[must_use]
 pub(super) fn note_of(worker: &Worker) -> NoteWorker {
     NoteWorker { slot: worker.slot, port: worker.port, pid: worker.pid }
+}
+
+/// What a note says of `slot`, whoever fills it.
+#[must_use]
+pub(super) fn note_of_slot(slot: &Slot) -> NoteWorker {
+    let vacant = NoteWorker { slot: slot.number, port: slot.fixed_port, pid: None };
+    slot.current.as_ref().map_or(vacant, note_of)
 }

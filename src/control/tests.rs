@@ -1,5 +1,6 @@
 //! Each transition by name, against a driver and a clock that are made up.
 
+mod drains;
 mod lives;
 mod probes;
 mod recycling;
@@ -151,7 +152,21 @@ impl World {
     }
 
     fn restart(&mut self, ticket: u64, service: Option<&str>) -> Vec<String> {
-        self.event(Event::Restart { service: service.map(Into::into), ticket: Ticket(ticket) })
+        let service = service.map(Into::into);
+        self.event(Event::Restart { service, slot: None, ticket: Ticket(ticket) })
+    }
+
+    fn restart_slot(&mut self, ticket: u64, slot: u32) -> Vec<String> {
+        let service = Some("web".into());
+        self.event(Event::Restart { service, slot: Some(slot), ticket: Ticket(ticket) })
+    }
+
+    fn drain(&mut self, slot: u32) -> Vec<String> {
+        self.event(Event::Drain { service: "web".into(), slot })
+    }
+
+    fn resume(&mut self, slot: u32) -> Vec<String> {
+        self.event(Event::Resume { service: "web".into(), slot })
     }
 
     /// Lets time pass, from one deadline to the next.

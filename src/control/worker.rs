@@ -56,6 +56,8 @@ pub struct Worker {
     pub last_probe: Option<ProbeOutcome>,
     /// How near it is to its limits.
     pub wear: Wear,
+    /// Since when an operator has it out of rotation, whatever its phase; see [`Slot::drained`](super::Slot::drained).
+    pub aside: Option<Instant>,
     tally: Tally,
     probe: ProbeClock,
     pause: Duration,
@@ -153,6 +155,7 @@ impl Worker {
             started: now,
             last_probe: None,
             wear: Wear::default(),
+            aside: None,
             tally: Tally::default(),
             probe: ProbeClock::Off,
             pause: FIRST_PROBE_PAUSE,
@@ -170,7 +173,7 @@ impl Worker {
     /// Whether new connections may go to it.
     #[must_use]
     pub fn in_rotation(&self) -> bool {
-        self.phase == Phase::Healthy
+        self.phase == Phase::Healthy && self.aside.is_none()
     }
 
     /// Whether it may yet become healthy by itself.
@@ -182,7 +185,8 @@ impl Worker {
     /// The longest it was healthy without a break.
     #[must_use]
     pub fn longest_health(&self, now: Instant) -> Duration {
-        let this_time = if self.in_rotation() { now - self.since } else { Duration::ZERO };
+        let this_time =
+            if self.phase == Phase::Healthy { now - self.since } else { Duration::ZERO };
         self.healthiest.max(this_time)
     }
 
@@ -289,8 +293,25 @@ impl Worker {
         }
     }
 
+    /// Takes it out of rotation for as long as an operator wants. It runs on and is probed, but no
+    /// probe changes that, and how ill it may be is the operator's business.
+    pub fn set_aside(&mut self, now: Instant, actions: &mut Vec<Action>) {
+        self.aside = Some(now);
+        actions.push(Action::Retire { id: self.id });
+    }
+
+    /// The operator wants it back: in rotation at once where it is healthy. One that is not has its
+    /// full time to become so.
+    pub fn bring_back(&mut self, now: Instant, actions: &mut Vec<Action>) {
+        self.aside = None;
+        if self.phase == Phase::Unhealthy {
+            self.since = now;
+        }
+        actions.push(Action::Reinstate { id: self.id });
+    }
+
     /// Brings a worker that only drains back to where it was: one that was unhealthy has still to
-    /// prove itself.
+    /// prove itself, and one that an operator had set aside stays so.
     pub fn resume(&mut self, now: Instant, actions: &mut Vec<Action>) {
         let Some((phase, since)) = self.drained_from.take() else { return };
         self.enter(phase, since);
@@ -298,7 +319,9 @@ impl Worker {
         if self.probe == ProbeClock::Off {
             self.probe = ProbeClock::Due(now);
         }
-        actions.push(Action::Reinstate { id: self.id });
+        if self.aside.is_none() {
+            actions.push(Action::Reinstate { id: self.id });
+        }
     }
 
     /// Its last connection ended: a draining worker is asked to end.
@@ -348,10 +371,10 @@ impl Worker {
     pub fn deadline(&self, health: &Health, unhealthy_after: Duration) -> Option<Instant> {
         let phase = match self.phase {
             Phase::Launching | Phase::Starting => Some(self.started + health.start_timeout),
-            Phase::Unhealthy => Some(self.since + unhealthy_after),
+            Phase::Unhealthy if self.aside.is_none() => Some(self.since + unhealthy_after),
             Phase::Draining { until, .. } => Some(until),
             Phase::Stopping { kill_at, .. } => kill_at,
-            Phase::Healthy | Phase::Ended => None,
+            Phase::Healthy | Phase::Unhealthy | Phase::Ended => None,
         };
         let probe = match self.probe {
             ProbeClock::Due(at) => Some(at),
@@ -372,7 +395,9 @@ impl Worker {
             Phase::Launching | Phase::Starting if now >= self.started + health.start_timeout => {
                 Change::StartTimeout
             }
-            Phase::Unhealthy if now >= self.since + unhealthy_after => Change::UnhealthyTooLong,
+            Phase::Unhealthy if self.aside.is_none() && now >= self.since + unhealthy_after => {
+                Change::UnhealthyTooLong
+            }
             Phase::Draining { until, .. } if now >= until => Change::DrainTimeout,
             Phase::Stopping { kill_at: Some(at), .. } if now >= at => Change::StopTimeout,
             Phase::Launching

@@ -92,6 +92,9 @@ impl Notes {
                     info!(service, slot, port, pid, why, connections, "draining");
                 }
             }
+            Fact::Drained => {
+                info!(service, slot, port, pid, why = "operator", connections, "draining");
+            }
             Fact::Resumed => info!(service, slot, port, pid, "worker resumed"),
             Fact::Killed { why } => warn!(service, slot, port, pid, why, "worker killed"),
             Fact::Recycling { worn: Worn::Memory { bytes, limit } } => {

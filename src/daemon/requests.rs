@@ -4,8 +4,8 @@ use std::{collections::HashMap, mem, sync::Arc, time::SystemTime};
 
 use super::{Daemon, Stage};
 use crate::{
-    admin::{Answer, Failure, Reloaded, Request, Restarted, status},
-    control::{Event, Ticket},
+    admin::{Answer, Failure, Placed, Reloaded, Request, Restarted, status},
+    control::{Coming, Event, Service, Ticket},
 };
 
 /// Requests that control works on, by their tickets.
@@ -92,7 +92,10 @@ impl Daemon<'_> {
                 let _ = asker.send(self.status());
             }
             Request::Reload(asker) => self.reload(vec![asker]),
-            Request::Restart { service, answer } => self.restart(&service, answer),
+            Request::Restart { service, slot, answer } => self.restart(&service, slot, answer),
+            Request::Place { service, slot, drained, answer } => {
+                let _ = answer.send(self.place(&service, slot, drained));
+            }
             Request::Stop if self.stage == Stage::Running => self.stop(),
             Request::Stop => {}
         }
@@ -117,20 +120,62 @@ impl Daemon<'_> {
         }
     }
 
-    fn restart(&mut self, name: &str, asker: Answer<Restarted>) {
+    fn restart(&mut self, name: &str, slot: Option<u32>, asker: Answer<Restarted>) {
+        let service = match self.known(name, slot) {
+            Ok(service) => service,
+            Err(failure) => return tell([asker], &Err(failure)),
+        };
+        let workers = slot.map_or(service.slots.len(), |_| 1);
+        let service = Some(Arc::clone(&service.config.name));
+        let restarted = Restarted { workers };
+        let ticket = self.requests.wait(Waiting::Restart { asker, restarted });
+        self.handle(Event::Restart { service, slot, ticket });
+    }
+
+    /// When this returns, the data threads know it.
+    fn place(&mut self, name: &str, slot: u32, drained: bool) -> Result<Placed, Failure> {
+        let service = Arc::clone(&self.known(name, Some(slot))?.config.name);
+        self.handle(match drained {
+            true => Event::Drain { service, slot },
+            false => Event::Resume { service, slot },
+        });
+        let service = self.known(name, Some(slot))?;
+        let worker = self.slot_status(service, slot).ok_or_else(|| no_slot(service, slot))?;
+        let rotation = service.rotation();
+        let in_rotation = rotation.workers.len();
+        let warning = match rotation.coming {
+            Coming::Never if in_rotation == 0 => Some(format!(
+                "no worker of {name} is in rotation, and none is to come: its clients are turned \
+                 away until one is resumed"
+            )),
+            Coming::Never | Coming::Now | Coming::At(_) => None,
+        };
+        let (active, state) = (worker.connections.active, worker.state);
+        Ok(Placed { drained: worker.drained, state, active, in_rotation, warning })
+    }
+
+    /// The service `name`, which has this slot, and on which there is something to do.
+    fn known(&self, name: &str, slot: Option<u32>) -> Result<&Service, Failure> {
         if self.stage != Stage::Running {
-            return tell([asker], &Err(Failure::Failed("lbd is stopping".to_owned())));
+            return Err(Failure::Failed("lbd is stopping".to_owned()));
         }
         let Some(service) = self.supervisor.service(name) else {
             let known: Vec<_> = self.config.services.iter().map(|service| &*service.name).collect();
             let message = format!("there is no service {name:?}, but {}", known.join(", "));
-            return tell([asker], &Err(Failure::NotFound(message)));
+            return Err(Failure::NotFound(message));
         };
-        let restarted = Restarted { workers: service.slots.len() };
-        let service = Some(Arc::clone(&service.config.name));
-        let ticket = self.requests.wait(Waiting::Restart { asker, restarted });
-        self.handle(Event::Restart { service, ticket });
+        if !service.is_open() {
+            return Err(Failure::Failed(format!("{name} is being removed")));
+        }
+        let unknown = |slot: &u32| service.slots.iter().all(|found| found.number != *slot);
+        slot.filter(unknown).map_or(Ok(service), |slot| Err(no_slot(service, slot)))
     }
+}
+
+fn no_slot(service: &Service, slot: u32) -> Failure {
+    let known: Vec<_> = service.slots.iter().map(|slot| slot.number.to_string()).collect();
+    let (name, known) = (&service.config.name, known.join(", "));
+    Failure::NotFound(format!("there is no slot {slot} in {name}, but {known}"))
 }
 
 /// Whoever asked may have gone away since.

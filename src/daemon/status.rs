@@ -27,10 +27,24 @@ impl Daemon<'_> {
         }
     }
 
-    fn service(&self, service: &control::Service, now: Instant) -> Service {
-        let of_slot = |slot: &Slot| match slot.workers().next() {
+    /// What [`Self::status`] tells of one slot; `None` where the service has no such.
+    pub(super) fn slot_status(&self, service: &control::Service, number: u32) -> Option<Worker> {
+        let slot = service.slots.iter().find(|slot| slot.number == number)?;
+        Some(self.slot(slot, Instant::now()))
+    }
+
+    fn slot(&self, slot: &Slot, now: Instant) -> Worker {
+        match slot.workers().next() {
             Some(worker) => self.worker(worker, Some(slot), now),
             None => vacant(slot, now),
+        }
+    }
+
+    fn service(&self, service: &control::Service, now: Instant) -> Service {
+        let of_slot = |slot: &Slot| self.slot(slot, now);
+        let replacement = |slot: &Slot| {
+            let next = slot.current.as_ref().and(slot.next.as_ref())?;
+            Some(self.worker(next, Some(slot), now))
         };
         let outgoing = |worker: &control::Worker| {
             let slot = service.slots.iter().find(|slot| slot.number == worker.slot);
@@ -42,6 +56,7 @@ impl Daemon<'_> {
             route: "proxy".to_owned(),
             balance: service.config.routing.balance.to_string(),
             workers: service.slots.iter().map(of_slot).collect(),
+            replacements: service.slots.iter().filter_map(replacement).collect(),
             retiring: service.retiring.iter().map(outgoing).collect(),
         }
     }
@@ -56,14 +71,16 @@ impl Daemon<'_> {
             port: worker.port,
             pid: worker.pid,
             generation,
-            state: state(worker.phase),
-            since_seconds: seconds(now.saturating_duration_since(worker.since)),
+            state: state(worker),
+            drained: worker.aside.is_some(),
+            since_seconds: seconds(now.saturating_duration_since(since(worker))),
             restarts: slot.map_or_else(|| generation.saturating_sub(1), |slot| slot.restarts),
             last_exit: slot.and_then(last_exit),
             connections: Connections {
                 active: u64::try_from(traffic.active).unwrap_or(u64::MAX),
                 total: traffic.total,
                 failed: traffic.failed,
+                per_second: None,
             },
             bytes: Bytes { sent: traffic.sent, received: traffic.received },
             resident_bytes: None,
@@ -88,6 +105,7 @@ fn vacant(slot: &Slot, now: Instant) -> Worker {
         pid: None,
         generation: slot.generation,
         state,
+        drained: slot.drained,
         since_seconds: seconds(now.saturating_duration_since(since)),
         restarts: slot.restarts,
         last_exit: last_exit(slot),
@@ -103,13 +121,27 @@ fn last_exit(slot: &Slot) -> Option<String> {
     slot.last_exit.as_ref().map(|exit| exit.status.clone())
 }
 
-fn state(phase: Phase) -> State {
-    match phase {
+fn state(worker: &control::Worker) -> State {
+    match worker.phase {
         Phase::Launching | Phase::Starting => State::Starting,
+        Phase::Healthy if worker.aside.is_some() => State::Draining,
         Phase::Healthy => State::Healthy,
         Phase::Unhealthy => State::Unhealthy,
         Phase::Draining { .. } => State::Draining,
         Phase::Stopping { .. } | Phase::Ended => State::Stopping,
+    }
+}
+
+/// Since when it is in its [`state`].
+fn since(worker: &control::Worker) -> Instant {
+    match worker.phase {
+        Phase::Healthy => worker.aside.map_or(worker.since, |aside| aside.max(worker.since)),
+        Phase::Launching
+        | Phase::Starting
+        | Phase::Unhealthy
+        | Phase::Draining { .. }
+        | Phase::Stopping { .. }
+        | Phase::Ended => worker.since,
     }
 }
 

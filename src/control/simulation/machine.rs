@@ -47,6 +47,8 @@ pub(super) struct Machine {
     pub(super) calm: bool,
     pub(super) finished: bool,
     pub(super) steps: u64,
+    /// What operators took out of rotation and did not put back, as long as it is there.
+    drained: BTreeSet<(Arc<str>, u32)>,
     seed: u64,
     /// Those that are not gone, as far as the core was told.
     processes: BTreeMap<WorkerId, Process>,
@@ -76,6 +78,7 @@ impl Machine {
             calm: false,
             finished: false,
             steps: 0,
+            drained: BTreeSet::new(),
             seed,
             processes: BTreeMap::new(),
             published: BTreeMap::new(),
@@ -179,6 +182,33 @@ impl Machine {
         }
     }
 
+    /// An operator's wish, which holds at once and for as long as the slot is there.
+    pub(super) fn place(&mut self, service: Arc<str>, slot: u32, drain: bool) {
+        let name = Arc::clone(&service);
+        if !drain {
+            self.drained.remove(&(Arc::clone(&name), slot));
+        }
+        self.handle(match drain {
+            true => Event::Drain { service, slot },
+            false => Event::Resume { service, slot },
+        });
+        let found = self.supervisor.service(&name).filter(|service| service.is_open());
+        let found = found.and_then(|s| s.slots.iter().find(|found| found.number == slot));
+        assert!(found.is_none_or(|found| found.drained == drain), "the wish is not kept");
+        if drain && found.is_some() {
+            self.drained.insert((name, slot));
+        }
+    }
+
+    pub(super) fn resume_all(&mut self) {
+        let slots = self.supervisor.services().iter().flat_map(|service| {
+            service.slots.iter().map(|slot| (Arc::clone(&service.config.name), slot.number))
+        });
+        for (service, slot) in slots.collect::<Vec<_>>() {
+            self.place(service, slot, false);
+        }
+    }
+
     pub(super) fn handle(&mut self, event: Event) {
         let actions = self.supervisor.handle(event, self.now);
         self.perform(actions);
@@ -264,6 +294,11 @@ impl Machine {
             assert!(!self.finished, "{action:?} after the end");
             self.carry_out(action);
         }
+        let services = &self.supervisor;
+        self.drained.retain(|(name, slot)| {
+            let service = services.service(name);
+            service.is_some_and(|service| service.slots.iter().any(|s| s.number == *slot))
+        });
         self.check();
     }
 
@@ -288,7 +323,10 @@ impl Machine {
                 let calm = self.calm;
                 let process = self.processes.get_mut(&id).unwrap();
                 assert!(process.told == Told::Started && !process.probing, "{id:?} is probed");
-                assert!(!process.retired, "{id:?} is probed");
+                let known =
+                    self.supervisor.services().iter().flat_map(super::super::Service::workers);
+                let aside = known.filter(|w| w.aside.is_some()).any(|worker| worker.id == id);
+                assert!(!process.retired || aside, "{id:?} is probed");
                 process.probing = true;
                 let good = !process.ending && (calm || !(process.hung || process.bad));
                 let error = (!good).then(|| "timed out".to_owned());
@@ -302,7 +340,9 @@ impl Machine {
             }
             Action::Retire { id } => {
                 assert!(!self.is_published(id), "{id:?} is retired while it is in rotation");
-                self.turn(id, true);
+                if !self.processes[&id].retired {
+                    self.turn(id, true);
+                }
                 self.look_if_idle(id);
             }
             Action::Reinstate { id } => {
@@ -385,6 +425,21 @@ impl Machine {
         self.published.values().any(|rotation| rotation.workers.contains(&id))
     }
 
+    /// Who is out of rotation at an operator's wish, and nobody else, is handed no connection.
+    fn check_wishes(&self) {
+        for service in self.supervisor.services().iter().filter(|service| service.is_open()) {
+            for slot in &service.slots {
+                let wish = (Arc::clone(&service.config.name), slot.number);
+                assert!(slot.drained || !self.drained.contains(&wish), "{wish:?} is forgotten");
+                for worker in slot.workers() {
+                    let id = worker.id;
+                    assert_eq!(self.processes[&id].retired, slot.drained, "{id:?} in {slot:?}");
+                    assert!(!slot.drained || !self.is_published(id), "{id:?} is in rotation");
+                }
+            }
+        }
+    }
+
     /// What must hold after every step.
     fn check(&self) {
         for service in self.supervisor.services() {
@@ -400,6 +455,7 @@ impl Machine {
             let alive = |p: &&Process| p.service == *name;
             assert_eq!(known, self.processes.values().filter(alive).count(), "lost a worker");
         }
+        self.check_wishes();
         for id in self.published.values().flat_map(|rotation| &rotation.workers) {
             let process = &self.processes[id];
             assert!(process.told == Told::Started && !process.retired, "{id:?} is in rotation");

@@ -1,0 +1,87 @@
+//! What is shown on a terminal while a command waits.
+
+use std::{io, time::Duration};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use tokio::time::interval;
+
+/// How often a command that waits looks how far it is.
+pub(super) const INTERVAL: Duration = Duration::from_millis(200);
+
+/// One line on standard error, gone at the end; nothing where that is no terminal.
+pub(super) struct Bar(ProgressBar);
+
+/// How far something is.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Progress {
+    /// How much of how much is done, where that can be counted.
+    pub(super) done: Option<(u64, u64)>,
+    /// What is under way.
+    pub(super) now: String,
+}
+
+impl Bar {
+    pub(super) fn new(what: &str) -> Self {
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+        bar.set_style(style("{spinner} {prefix} {wide_msg}"));
+        bar.set_prefix(what.to_owned());
+        bar.enable_steady_tick(INTERVAL);
+        Self(bar)
+    }
+
+    /// Waits for `done`, and shows how far it is, as far as `progress` knows.
+    pub(super) async fn during<T>(
+        &self,
+        done: impl Future<Output = T>,
+        progress: impl AsyncFn() -> Option<Progress>,
+    ) -> T {
+        let mut done = std::pin::pin!(done);
+        if self.0.is_hidden() {
+            return done.await;
+        }
+        let mut clock = interval(INTERVAL);
+        loop {
+            tokio::select! {
+                done = &mut done => return done,
+                _ = clock.tick() => {
+                    // Whoever is asked may be slow: what is waited for goes first.
+                    tokio::select! {
+                        biased;
+                        done = &mut done => return done,
+                        progress = progress() => progress.into_iter().for_each(|p| self.show(p)),
+                    }
+                }
+            }
+        }
+    }
+
+    pub(super) fn show(&self, progress: Progress) {
+        if let Some((position, length)) = progress.done {
+            if self.0.length().is_none() {
+                let bar = style("{spinner} {prefix} [{bar:24}] {pos}/{len} {wide_msg}");
+                self.0.set_style(bar.progress_chars("=> "));
+            }
+            self.0.set_length(length);
+            self.0.set_position(position);
+        }
+        self.0.set_message(progress.now);
+    }
+
+    /// Something that stays, above the line.
+    pub(super) fn note(&self, text: &str) {
+        self.0.suspend(|| {
+            let _ = io::Write::write_all(&mut io::stderr(), text.as_bytes());
+        });
+    }
+}
+
+/// Each is known to be well-formed.
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_spinner())
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}

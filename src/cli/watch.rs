@@ -1,0 +1,237 @@
+//! `lbd status --watch`: the same again each second, until somebody has seen enough. A daemon that
+//! goes away is waited for.
+
+use std::{
+    env,
+    io::{self, IsTerminal, Write},
+    time::{Duration, Instant},
+};
+
+use futures_util::StreamExt;
+use nix::libc::{SIGHUP, SIGINT, SIGTERM, SIGTSTP, SIGWINCH};
+use signal_hook::low_level::emulate_default_handler;
+use signal_hook_tokio::Signals;
+use tokio::time::{MissedTickBehavior, interval};
+
+use super::{
+    Error,
+    operate::{Target, print},
+    overview::{View, render, span},
+    table::cut,
+};
+use crate::admin::Status;
+
+/// How often it looks.
+const INTERVAL: Duration = Duration::from_secs(1);
+
+/// Shows how everything is until a signal ends it, which is how it is meant to end.
+///
+/// # Errors
+///
+/// Where there is no daemon to begin with, or nothing can be printed.
+pub(super) async fn watch(target: &Target, json: bool) -> Result<(), Error> {
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGTSTP, SIGWINCH])?;
+    let mut seen = Seen::new(look(target).await?);
+    let mut clock = interval(INTERVAL);
+    clock.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    clock.tick().await;
+    let mut output = Output::new(json)?;
+    loop {
+        output.show(&seen)?;
+        let mut next = std::pin::pin!(async {
+            clock.tick().await;
+            look(target).await
+        });
+        loop {
+            tokio::select! {
+                result = &mut next => {
+                    seen.take_in(result);
+                    break;
+                }
+                signal = signals.next() => match signal {
+                    Some(SIGWINCH) => output.redraw(&seen)?,
+                    Some(SIGTSTP) => {
+                        output.suspended(|| emulate_default_handler(SIGTSTP))?;
+                        output.redraw(&seen)?;
+                    }
+                    _ => return Ok(()),
+                },
+            }
+        }
+    }
+}
+
+/// A daemon that comes back may be another one, elsewhere.
+async fn look(target: &Target) -> Result<Status, Error> {
+    Ok(target.find().await?.status().await?)
+}
+
+/// What is known.
+struct Seen {
+    status: Status,
+    at: Instant,
+    /// What it was before.
+    earlier: Option<Status>,
+    /// Why it could not be asked again.
+    trouble: Option<String>,
+}
+
+impl Seen {
+    fn new(status: Status) -> Self {
+        Self { status, at: Instant::now(), earlier: None, trouble: None }
+    }
+
+    fn take_in(&mut self, result: Result<Status, Error>) {
+        match result {
+            Ok(status) => {
+                self.earlier = Some(std::mem::replace(&mut self.status, status));
+                self.at = Instant::now();
+                self.trouble = None;
+            }
+            Err(error) => self.trouble = Some(error.to_string()),
+        }
+    }
+
+    fn shown(&self, view: View) -> String {
+        render(&self.status, self.earlier.as_ref(), view)
+    }
+}
+
+/// Where it goes.
+enum Output {
+    /// A line of JSON each time.
+    Json { told: Told },
+    /// One table after the other.
+    Text { told: Told },
+    /// In place.
+    Screen(Screen),
+}
+
+/// What somebody who reads a pipe was told already.
+type Told = Option<String>;
+
+impl Output {
+    fn new(json: bool) -> io::Result<Self> {
+        Ok(match json {
+            true => Self::Json { told: None },
+            false if obeys() => Self::Screen(Screen::enter()?),
+            false => Self::Text { told: None },
+        })
+    }
+
+    fn show(&mut self, seen: &Seen) -> Result<(), Error> {
+        match self {
+            Self::Screen(screen) => Ok(screen.draw(seen)?),
+            Self::Json { told } | Self::Text { told } if seen.trouble.is_some() => {
+                if *told != seen.trouble {
+                    told.clone_from(&seen.trouble);
+                    let _ = writeln!(io::stderr(), "{}", told.as_deref().unwrap_or_default());
+                }
+                Ok(())
+            }
+            Self::Json { told } => {
+                *told = None;
+                let line = serde_json::to_string(&seen.status).map_err(io::Error::from)?;
+                print(&(line + "\n"))
+            }
+            Self::Text { told } => {
+                *told = None;
+                print(&(seen.shown(view()) + "\n"))
+            }
+        }
+    }
+
+    /// The same once more, where that is not one more.
+    fn redraw(&mut self, seen: &Seen) -> Result<(), Error> {
+        match self {
+            Self::Screen(screen) => Ok(screen.draw(seen)?),
+            Self::Json { .. } | Self::Text { .. } => Ok(()),
+        }
+    }
+
+    /// Gives the terminal back while this process is stopped.
+    fn suspended(&mut self, stop: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        match self {
+            Self::Screen(_) => {
+                Screen::leave()?;
+                stop()?;
+                Screen::begin()
+            }
+            Self::Json { .. } | Self::Text { .. } => stop(),
+        }
+    }
+}
+
+/// How standard output is written to.
+pub(super) fn view() -> View {
+    let is_set = |name| env::var_os(name).is_some_and(|value| !value.is_empty());
+    View { width: size().map(|(width, _)| width), colour: obeys() && !is_set("NO_COLOR") }
+}
+
+/// Whether standard output is a terminal that obeys control sequences.
+fn obeys() -> bool {
+    io::stdout().is_terminal() && env::var_os("TERM").is_none_or(|term| term != "dumb")
+}
+
+/// The columns and rows of standard output.
+fn size() -> Option<(usize, usize)> {
+    let (width, height) = terminal_size::terminal_size_of(io::stdout())?;
+    Some((width.0.into(), height.0.into()))
+}
+
+/// The alternate screen of a terminal (xterm's control sequences, which all terminals of today have).
+/// Dropped, it is as if nothing had been there.
+struct Screen(());
+
+impl Screen {
+    fn enter() -> io::Result<Self> {
+        Self::begin()?;
+        Ok(Self(()))
+    }
+
+    /// The alternate screen, no cursor, and no line that goes on in the next one.
+    fn begin() -> io::Result<()> {
+        write("\x1b[?1049h\x1b[?25l\x1b[?7l")
+    }
+
+    fn leave() -> io::Result<()> {
+        write("\x1b[?7h\x1b[?25h\x1b[?1049l")
+    }
+
+    /// Written over what is there, and then what is left of that erased (ECMA-48): nothing flickers.
+    fn draw(&self, seen: &Seen) -> io::Result<()> {
+        let (width, height) = size().unwrap_or((80, 24));
+        let mut text = String::new();
+        let mut view = view();
+        if let Some(trouble) = &seen.trouble {
+            // What was known last stays, but is no news any more.
+            let since = span(seen.at.elapsed().as_secs_f64());
+            let trouble = cut(&format!("{trouble}; waiting for it since {since}"), width);
+            text = match view.colour {
+                true => format!("\x1b[31m{trouble}\x1b[0m\n"),
+                false => trouble + "\n",
+            };
+            view.colour = false;
+        }
+        text += &seen.shown(view);
+        let mut lines: Vec<_> = text.lines().map(ToOwned::to_owned).collect();
+        if lines.len() > height {
+            let more = lines.len() - height.saturating_sub(1);
+            lines.truncate(height.saturating_sub(1));
+            lines.push(cut(&format!("… and {more} more lines"), width));
+        }
+        write(&format!("\x1b[H{}\x1b[K\x1b[J", lines.join("\x1b[K\r\n")))
+    }
+}
+
+impl Drop for Screen {
+    fn drop(&mut self) {
+        let _ = Self::leave();
+    }
+}
+
+fn write(text: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    out.flush()
+}
