@@ -12,7 +12,7 @@ const ALLOWED: [(&str, &[&str]); 12] = [
     ("cli", &["admin", "bench", "config", "daemon", "logging", "process", "worker"]),
     ("bench", &["admin", "config"]),
     ("daemon", &["admin", "config", "control", "logging", "probe", "process", "route", "sockets"]),
-    ("admin", &["config"]),
+    ("admin", &["config", "logging"]),
     ("probe", &["config", "control", "sockets"]),
     ("process", &["config"]),
     ("route", &["config"]),

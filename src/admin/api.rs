@@ -1,10 +1,10 @@
 //! What can be asked over HTTP, and how it is answered. Who may ask is decided in `access`.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     Json, Router,
-    extract::{Path, State},
+    extract::{FromRef, Path, State},
     http::StatusCode,
     response::{IntoResponse, Response},
     routing::{get, post},
@@ -15,16 +15,20 @@ use tokio::{
     time::timeout,
 };
 
-use super::{Failure, Placed, Process, Reloaded, Request, Restarted, Status};
+use super::{
+    Failure, Placed, Process, Reloaded, Request, Restarted, Status,
+    events::{Watched, events},
+};
 
 /// How long the main thread may take to tell how everything is.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Every path there is.
-pub(super) fn router(daemon: mpsc::Sender<Request>) -> Router {
+pub(super) fn router(context: Context) -> Router {
     Router::new()
         .route("/healthz", get(healthz))
         .route("/status", get(status))
+        .route("/events", get(events))
         .route("/reload", post(reload))
         .route("/stop", post(stop))
         .route("/services/{name}/restart", post(restart))
@@ -35,7 +39,26 @@ pub(super) fn router(daemon: mpsc::Sender<Request>) -> Router {
         .method_not_allowed_fallback(async || {
             Error::new(StatusCode::METHOD_NOT_ALLOWED, "this path takes another method")
         })
-        .with_state(Daemon(daemon))
+        .with_state(context)
+}
+
+/// What requests are answered from.
+#[derive(Debug, Clone)]
+pub(super) struct Context {
+    daemon: Daemon,
+    pub(super) watched: Arc<Watched>,
+}
+
+impl Context {
+    pub(super) fn new(daemon: Daemon, watched: Watched) -> Self {
+        Self { daemon, watched: Arc::new(watched) }
+    }
+}
+
+impl FromRef<Context> for Daemon {
+    fn from_ref(context: &Context) -> Self {
+        context.daemon.clone()
+    }
 }
 
 /// 200 where every service has a healthy worker.
@@ -52,13 +75,9 @@ async fn healthz(State(daemon): State<Daemon>) -> Result<&'static str, Error> {
     }
 }
 
-async fn status(State(daemon): State<Daemon>) -> Result<Json<Status>, Error> {
-    let mut status = daemon.status().await?;
-    for worker in status.services.iter_mut().flat_map(|service| service.all_mut()) {
-        let process = worker.pid.and_then(Process::look);
-        worker.resident_bytes = process.map(|process| process.resident_bytes);
-        worker.cpu_seconds = process.map(|process| process.cpu_seconds);
-    }
+async fn status(State(context): State<Context>) -> Result<Json<Status>, Error> {
+    let mut status = context.daemon.look().await?;
+    context.watched.latest().borrow().rate(&mut status);
     Ok(Json(status))
 }
 
@@ -111,9 +130,24 @@ async fn stop(
 
 /// The main thread, to be asked.
 #[derive(Debug, Clone)]
-struct Daemon(mpsc::Sender<Request>);
+pub(super) struct Daemon(mpsc::Sender<Request>);
 
 impl Daemon {
+    pub(super) fn new(requests: mpsc::Sender<Request>) -> Self {
+        Self(requests)
+    }
+
+    /// How everything is, with what `/proc` knows.
+    pub(super) async fn look(&self) -> Result<Status, Error> {
+        let mut status = self.status().await?;
+        for worker in status.services.iter_mut().flat_map(|service| service.all_mut()) {
+            let process = worker.pid.and_then(Process::look);
+            worker.resident_bytes = process.map(|process| process.resident_bytes);
+            worker.cpu_seconds = process.map(|process| process.cpu_seconds);
+        }
+        Ok(status)
+    }
+
     async fn ask<T>(
         &self,
         request: impl FnOnce(oneshot::Sender<T>) -> Request,

@@ -14,7 +14,9 @@
 mod access;
 mod api;
 mod client;
+mod events;
 mod place;
+mod sampler;
 mod server;
 mod socket;
 pub mod status;

@@ -17,7 +17,7 @@ use hyper_util::{
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, UnixListener},
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch},
     time::{sleep, timeout},
 };
 use tokio_io_timeout::TimeoutStream;
@@ -26,8 +26,11 @@ use tower::ServiceExt;
 use super::{
     Request, Socket,
     access::{CurrentToken, Via, admit},
-    api::router,
+    api::{Context, Daemon, router},
+    events::Watched,
+    sampler,
 };
+use crate::logging::Recent;
 
 /// Connections held at once on each listener; more wait to be taken.
 pub const MAX_CONNECTIONS: usize = 16;
@@ -116,7 +119,7 @@ pub struct Server {
 
 impl Server {
     /// Serves `socket` and `tcp`, and hands what is asked for to `daemon`. Over TCP `token` is what
-    /// proves a right to ask.
+    /// proves a right to ask. Whoever watches sees what is in `recent`.
     ///
     /// # Errors
     ///
@@ -126,6 +129,7 @@ impl Server {
         tcp: TcpSockets,
         token: CurrentToken,
         daemon: mpsc::Sender<Request>,
+        recent: Recent,
     ) -> Result<Self, ServerError> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (unix, tcp) = {
@@ -135,11 +139,15 @@ impl Server {
             let tcp: io::Result<Vec<_>> = tcp.0.into_iter().map(TcpListener::from_std).collect();
             (unix, tcp?)
         };
-        let router = router(daemon).layer(axum::middleware::from_fn_with_state(token, admit));
+        let (latest, look) = watch::channel(Arc::default());
+        let daemon = Daemon::new(daemon);
+        let sampler = sampler::run(daemon.clone(), recent.clone(), latest);
+        let router = router(Context::new(daemon, Watched::new(recent, look)))
+            .layer(axum::middleware::from_fn_with_state(token, admit));
         let (stop, stopped) = oneshot::channel();
         let thread = thread::Builder::new()
             .name("admin".to_owned())
-            .spawn(move || runtime.block_on(serve(unix, tcp, &router, stopped)))?;
+            .spawn(move || runtime.block_on(serve(unix, tcp, &router, sampler, stopped)))?;
         Ok(Self { stop: Some(stop), thread: Some(thread) })
     }
 }
@@ -157,12 +165,20 @@ async fn serve(
     unix: Option<UnixListener>,
     tcp: Vec<TcpListener>,
     router: &Router,
+    sampler: impl Future<Output = ()>,
     stopped: oneshot::Receiver<()>,
 ) {
     let stopped = stopped.shared();
+    // Dropped at the end, so that those who watch are not waited for.
+    let sampler = async {
+        tokio::select! {
+            _ = stopped.clone() => {}
+            () = sampler => {}
+        }
+    };
     let unix = future::join_all(unix.map(|listener| serve_on(listener, router, stopped.clone())));
     let tcp = tcp.into_iter().map(|listener| serve_on(listener, router, stopped.clone()));
-    future::join(unix, future::join_all(tcp)).await;
+    future::join3(sampler, unix, future::join_all(tcp)).await;
 }
 
 /// Serves one listener until `stopped`, and then finishes the last answers.

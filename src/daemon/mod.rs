@@ -116,7 +116,8 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
         }
         let (token, current) = watch::channel(config.admin.token.clone());
         // Dropped after the daemon, so that whoever waits for it gets an answer.
-        let _server = admin::Server::start(socket.as_ref().ok(), tcp, current, sender)?;
+        let _server =
+            admin::Server::start(socket.as_ref().ok(), tcp, current, sender, logging.recent())?;
         Daemon::start(config, &logging, descriptors, token)?.run(signals, requests).await;
         Ok(())
     })

@@ -4,6 +4,7 @@
 //! never holds up traffic or supervision: what does not fit is dropped and counted.
 
 mod queue;
+mod recent;
 mod sink;
 
 use std::{
@@ -28,6 +29,7 @@ use tracing_subscriber::{
 
 use crate::config::{Level, Log, LogFormat};
 use queue::{Entrance, Held, Way};
+pub use recent::{KEPT, Note, Reader, Recent};
 use sink::Sink;
 
 /// The log could not be set up.
@@ -53,6 +55,7 @@ pub struct Logging {
     reopen: Arc<AtomicBool>,
     /// Lines that the queue had no room for, and lines that could not be written.
     lost: Arc<AtomicUsize>,
+    recent: Recent,
     _writer: WorkerGuard,
 }
 
@@ -81,15 +84,16 @@ impl Logging {
             && io::stderr().is_terminal()
             && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
         let lines = fmt::layer().with_target(false).with_writer(writer);
-        let subscriber = Registry::default().with(filter);
+        let recent = Recent::default();
+        let registry = Registry::default();
         let result = match settings.format {
             LogFormat::Text => {
                 let lines = lines
                     .with_timer(SystemTime)
                     .with_ansi(colours)
                     .fmt_fields(key_value_fields())
-                    .boxed();
-                tracing::subscriber::set_global_default(subscriber.with(lines))
+                    .with_filter(filter);
+                tracing::subscriber::set_global_default(registry.with(lines).with(recent.layer()))
             }
             LogFormat::Json => {
                 let lines = lines
@@ -97,12 +101,12 @@ impl Logging {
                     .flatten_event(true)
                     .with_current_span(false)
                     .with_span_list(false)
-                    .boxed();
-                tracing::subscriber::set_global_default(subscriber.with(lines))
+                    .with_filter(filter);
+                tracing::subscriber::set_global_default(registry.with(lines).with(recent.layer()))
             }
         };
         result.map_err(|_| LogError::Twice)?;
-        Ok(Self { level, reopen, lost, _writer: guard })
+        Ok(Self { level, reopen, lost, recent, _writer: guard })
     }
 
     /// Changes the least severe level that is written.
@@ -114,6 +118,12 @@ impl Logging {
     /// Has the file opened anew before the next line, after somebody moved it away.
     pub fn reopen(&self) {
         self.reopen.store(true, Ordering::Relaxed);
+    }
+
+    /// The last lines, whatever the level that is written.
+    #[must_use]
+    pub fn recent(&self) -> Recent {
+        self.recent.clone()
     }
 
     /// Lines dropped so far because the writer could not keep up, or could not write.

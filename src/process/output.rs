@@ -150,7 +150,10 @@ async fn follow(job: Job) {
         if allowance.borrow_mut().admits(line, Instant::now()) {
             let split = split.then_some(true);
             let line = text(line);
-            info!(service = &*service, slot, port, pid, stream, line, split, "output");
+            info!(
+                target: "output",
+                service = &*service, slot, port, pid, stream, line, split, "output"
+            );
         } else {
             dropped.set(dropped.get() + 1);
             drop_noticed.notify_one();

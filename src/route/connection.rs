@@ -170,6 +170,7 @@ impl Connection {
         }
         let lease = self.worker.as_ref().map(|(_, lease)| lease);
         info!(
+            target: "access",
             service = service.name(),
             slot = lease.map(|lease| lease.slot()),
             port = lease.map(|lease| lease.port()),

@@ -1,0 +1,125 @@
+//! `GET /events`: everything as it happens, as server-sent events (HTML Living Standard, 9.2).
+//!
+//! | event | data | when |
+//! | --- | --- | --- |
+//! | `samples` | the last minute of each slot: connections a second and held | once, first |
+//! | `note` | a line of lbd's log, but of traffic | the last 100, then each |
+//! | `status` | the same as `/status` | once a second, and soon after each note |
+//!
+//! Nothing is queued for a client: it is told the latest when it has taken the one before.
+
+use std::{collections::VecDeque, convert::Infallible, sync::Arc};
+
+use axum::{
+    extract::State,
+    http::{StatusCode, header},
+    response::{
+        IntoResponse, Response,
+        sse::{Event, Sse},
+    },
+};
+use futures_util::stream;
+use serde::Serialize;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::{
+    api::{Context, Error},
+    sampler::Latest,
+};
+use crate::logging::{Reader, Recent};
+
+/// How many may watch at once: of the connections of a listener some are left for commands, however
+/// many dashboards are open.
+const MAX_STREAMS: usize = 8;
+
+/// What is watched.
+#[derive(Debug)]
+pub(super) struct Watched {
+    recent: Recent,
+    latest: Latest,
+    free: Arc<Semaphore>,
+}
+
+impl Watched {
+    pub(super) fn new(recent: Recent, latest: Latest) -> Self {
+        Self { recent, latest, free: Arc::new(Semaphore::new(MAX_STREAMS)) }
+    }
+
+    /// How it was at the last look.
+    pub(super) fn latest(&self) -> &Latest {
+        &self.latest
+    }
+
+    fn watch(&self) -> Option<Watcher> {
+        let permit = Arc::clone(&self.free).try_acquire_owned().ok()?;
+        let mut latest = self.latest.clone();
+        // Also the look that there was before.
+        latest.mark_changed();
+        let notes = self.recent.read();
+        Some(Watcher { latest, notes, pending: VecDeque::new(), begun: false, _permit: permit })
+    }
+}
+
+pub(super) async fn events(State(context): State<Context>) -> Result<Response, Error> {
+    let watcher = context.watched.watch().ok_or_else(|| {
+        let message = format!("{MAX_STREAMS} watch already, which is as many as can");
+        Error::new(StatusCode::SERVICE_UNAVAILABLE, message)
+    })?;
+    let events = stream::unfold(watcher, async |mut watcher| {
+        let event = watcher.next().await?;
+        Some((Ok::<_, Infallible>(event), watcher))
+    });
+    Ok(([(header::CACHE_CONTROL, "no-store")], Sse::new(events)).into_response())
+}
+
+/// One client, and what it is about to be told.
+#[derive(Debug)]
+struct Watcher {
+    latest: Latest,
+    notes: Reader,
+    /// Bounded by the notes that are kept, and two more.
+    pending: VecDeque<Event>,
+    begun: bool,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Watcher {
+    /// The next event; `None` when the daemon ends.
+    async fn next(&mut self) -> Option<Event> {
+        loop {
+            if let Some(event) = self.pending.pop_front() {
+                return Some(event);
+            }
+            tokio::select! {
+                biased;
+                () = self.notes.changed(), if self.begun => self.tell_notes(),
+                changed = self.latest.changed() => {
+                    changed.ok()?;
+                    self.tell_all();
+                }
+            }
+        }
+    }
+
+    fn tell_all(&mut self) {
+        let look = Arc::clone(&self.latest.borrow_and_update());
+        let Some(status) = &look.status else { return };
+        if !self.begun {
+            self.begun = true;
+            self.pending.extend(event("samples", &*look.samples));
+        }
+        // What happened comes before how it is since.
+        self.tell_notes();
+        self.pending.extend(event("status", &**status));
+    }
+
+    fn tell_notes(&mut self) {
+        let unread = self.notes.unread();
+        self.pending.extend(unread.iter().filter_map(|note| event("note", &**note)));
+    }
+}
+
+fn event(name: &str, data: &impl Serialize) -> Option<Event> {
+    // Maps with keys that are no strings are all that it refuses.
+    Event::default().event(name).json_data(data).ok()
+}
