@@ -30,6 +30,7 @@ impl Answer {
     }
 }
 
+#[allow(dead_code, reason = "no test file uses all of it")]
 impl Client {
     pub(crate) fn connect(address: SocketAddr) -> Self {
         let stream = TcpStream::connect_timeout(&address, PATIENCE).unwrap();
