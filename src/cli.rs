@@ -187,7 +187,10 @@ pub fn main() -> ExitCode {
             return ExitCode::from(u8::try_from(answer.exit_code()).unwrap_or(EXIT_FAILURE));
         }
     };
+    let mut passed = daemon::Passed::none();
     if matches!(cli.command, None | Some(Command::Run { .. })) {
+        // SAFETY: nothing has been opened, and no thread or process started, before.
+        passed = unsafe { daemon::Passed::from_environment() };
         // In a container the first process has to reap what others leave behind.
         match process::stay_as_init() {
             Ok(None) => {}
@@ -199,8 +202,10 @@ pub fn main() -> ExitCode {
         }
     }
     let result = match cli.command {
-        None => run_file(&cli.config.config),
-        Some(Command::Run { listen, workers, command }) => run_command(&listen, workers, command),
+        None => run_file(&cli.config.config, passed),
+        Some(Command::Run { listen, workers, command }) => {
+            run_command(&listen, workers, command, passed)
+        }
         Some(Command::Check { config }) => check(&config.config),
         Some(Command::Status { target, json, watch }) => operate::status(&target, json, watch),
         Some(Command::Reload { target }) => operate::reload(&target),
@@ -280,13 +285,18 @@ impl Error {
     }
 }
 
-fn run_file(file: &std::path::Path) -> Result<(), Error> {
-    Ok(daemon::run(config::read(file)?)?)
+fn run_file(file: &std::path::Path, passed: daemon::Passed) -> Result<(), Error> {
+    Ok(daemon::run(config::read(file)?, passed)?)
 }
 
-fn run_command(listen: &[String], workers: Option<u32>, command: Vec<String>) -> Result<(), Error> {
+fn run_command(
+    listen: &[String],
+    workers: Option<u32>,
+    command: Vec<String>,
+    passed: daemon::Passed,
+) -> Result<(), Error> {
     let config = config::from_command(listen, workers, command).map_err(Error::Usage)?;
-    Ok(daemon::run(config)?)
+    Ok(daemon::run(config, passed)?)
 }
 
 fn serve(options: &worker::Options) -> Result<(), Error> {

@@ -6,6 +6,7 @@ use std::{
     sync::{Arc, atomic::AtomicBool},
 };
 
+use super::passed::PassedSockets;
 use crate::{
     config::{self, Listen},
     route::{BindError, DataPlane, Listener, ListenerId, Pool, ServiceRoute},
@@ -16,6 +17,8 @@ use crate::{
 pub(super) struct Fronts {
     plane: Rc<DataPlane>,
     access: Arc<AtomicBool>,
+    /// What the service manager made, and keeps.
+    passed: PassedSockets,
     fronts: HashMap<Arc<str>, Front>,
     /// Services that are gone but still hold connections: clients that read slowly.
     lingering: Vec<Arc<ServiceRoute>>,
@@ -43,12 +46,16 @@ struct Move {
 }
 
 impl Fronts {
-    pub(super) fn new(plane: Rc<DataPlane>, access: Arc<AtomicBool>) -> Self {
-        Self { plane, access, fronts: HashMap::new(), lingering: Vec::new() }
+    pub(super) fn new(
+        plane: Rc<DataPlane>,
+        access: Arc<AtomicBool>,
+        passed: PassedSockets,
+    ) -> Self {
+        Self { plane, access, passed, fronts: HashMap::new(), lingering: Vec::new() }
     }
 
-    /// Binds every address of `services` that is not open yet. Nothing listens until
-    /// [`Self::open`]; dropped, all are let go.
+    /// Binds every address of `services` that is not open yet and for which no socket was passed.
+    /// Nobody is accepted until [`Self::open`]; dropped, all are let go.
     pub(super) fn bind(
         &self,
         services: &[config::Service],
@@ -88,7 +95,8 @@ impl Fronts {
     pub(super) fn open(&mut self, bound: Bound, moved: Vec<(Arc<str>, Listen, ListenerId)>) {
         for (name, listen, id) in moved {
             if let Some(front) = self.fronts.get_mut(&name) {
-                tracing::info!(service = &*name, address = %listen, "listening");
+                let socket = self.passed.find(&listen).map(|shared| shared.name());
+                tracing::info!(service = &*name, address = %listen, socket, "listening");
                 self.plane.reassign(id, &front.route);
                 front.open.insert(listen, id);
             }
@@ -96,7 +104,8 @@ impl Fronts {
         for (name, listener) in bound.new {
             if let Some(front) = self.fronts.get_mut(&name) {
                 let listen = listener.listen().clone();
-                tracing::info!(service = &*name, address = %listen, "listening");
+                let socket = self.passed.find(&listen).map(|shared| shared.name());
+                tracing::info!(service = &*name, address = %listen, socket, "listening");
                 let id = self.plane.open(&front.route, listener);
                 front.open.insert(listen, id);
             }
@@ -109,13 +118,20 @@ impl Fronts {
     }
 
     /// Binds beside those of our own listeners on the same port that `services` do without: as
-    /// `0.0.0.0:80` beside `127.0.0.1:80`, which it replaces.
+    /// `0.0.0.0:80` beside `127.0.0.1:80`, which it replaces. A passed socket is taken instead, where
+    /// there is one, and never replaced.
     fn bind_one(
         &self,
         listen: &Listen,
         services: &[config::Service],
     ) -> Result<Listener, BindError> {
-        let goes = |open: &Listen| !services.iter().any(|service| service.listen.contains(open));
+        if let Some(listener) = self.passed.listener(listen) {
+            return listener;
+        }
+        let goes = |open: &Listen| {
+            !services.iter().any(|service| service.listen.contains(open))
+                && self.passed.find(open).is_none()
+        };
         let overlaps = |open: &Listen| match (open, listen) {
             (Listen::Tcp(open), Listen::Tcp(new)) => open.port() == new.port(),
             (Listen::Tcp(_) | Listen::Unix(_), _) => false,
@@ -128,12 +144,19 @@ impl Fronts {
         } else {
             self.plane.bind_beside(listen, &replaced)
         }
+        .map_err(|error| self.passed.explain(listen, error))
     }
 
     /// The listeners of `service` that are not in `keep`: to be closed by the caller.
     pub(super) fn take_closing(&mut self, service: &str, keep: &[Listen]) -> Vec<ListenerId> {
         let Some(front) = self.fronts.get_mut(service) else { return Vec::new() };
         front.open.extract_if(|listen, _| !keep.contains(listen)).map(|(_, id)| id).collect()
+    }
+
+    /// Says which passed sockets `services` have no use for: nobody is refused there, and nobody is
+    /// served.
+    pub(super) fn tell_unused(&self, services: &[config::Service]) {
+        self.passed.tell_unused(services);
     }
 
     /// Publishes who can be handed a connection.

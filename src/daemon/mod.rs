@@ -11,8 +11,10 @@ mod fronts;
 mod limits;
 mod notes;
 mod notify;
+mod passed;
 mod reload;
 mod requests;
+mod sentence;
 mod status;
 mod stopping;
 
@@ -49,6 +51,9 @@ use descriptors::Descriptors;
 use fleet::Fleet;
 use fronts::Fronts;
 use notes::Notes;
+use notify::Manager;
+pub use passed::Passed;
+use passed::PassedSockets;
 use requests::{Loads, Requests};
 
 /// Events that wait for the main thread; whoever brings one more waits too.
@@ -56,6 +61,9 @@ const QUEUED_EVENTS: usize = 1024;
 
 /// Operators' requests that wait for the main thread; whoever brings one more waits too.
 const QUEUED_REQUESTS: usize = 16;
+
+/// What the service manager grants on top of the longest time that lbd's own deadlines allow.
+const SLACK: Duration = Duration::from_secs(10);
 
 /// How long a stop at once may take before lbd ends anyway; its guards then finish the work.
 const ABORT_PATIENCE: Duration = Duration::from_secs(5);
@@ -88,11 +96,16 @@ pub enum DaemonError {
     System(#[from] io::Error),
 }
 
-/// Runs the daemon until it is stopped. Blocks.
+/// Runs the daemon until it is stopped, on the sockets that were `passed` to it as far as they are
+/// those that `config` asks for. Blocks.
 ///
 /// # Errors
 /// Where it can't start. Nothing is left running then.
-pub fn run(config: Config) -> Result<(), DaemonError> {
+pub fn run(config: Config, passed: Passed) -> Result<(), DaemonError> {
+    supervise(config, passed).inspect_err(notify::failed)
+}
+
+fn supervise(config: Config, passed: Passed) -> Result<(), DaemonError> {
     // First of all: of two daemons with one configuration the second must not touch a thing.
     let socket = match admin::Socket::claim(&config) {
         Err(error) if !matches!(error, ClaimError::NoFolder(_)) => return Err(error.into()),
@@ -118,7 +131,7 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
         // Dropped after the daemon, so that whoever waits for it gets an answer.
         let _server =
             admin::Server::start(socket.as_ref().ok(), tcp, current, sender, logging.recent())?;
-        Daemon::start(config, &logging, descriptors, token)?.run(signals, requests).await;
+        Daemon::start(config, passed, &logging, descriptors, token)?.run(signals, requests).await;
         Ok(())
     })
 }
@@ -134,6 +147,7 @@ struct Daemon<'a> {
     /// What the admin API asks for over TCP.
     token: watch::Sender<Option<Token>>,
     logging: &'a Logging,
+    manager: Manager,
     /// Why workers' processes can't be limited, where they can't.
     no_process_limits: Option<String>,
     notes: Notes,
@@ -167,6 +181,7 @@ enum Stage {
 impl<'a> Daemon<'a> {
     fn start(
         config: Config,
+        passed: Passed,
         logging: &'a Logging,
         descriptors: Descriptors,
         token: watch::Sender<Option<Token>>,
@@ -179,19 +194,23 @@ impl<'a> Daemon<'a> {
         }
         let (sender, events) = mpsc::channel(QUEUED_EVENTS);
         let idle = Arc::new(Notify::new());
+        let start_timeouts = config.services.iter().map(|service| service.health.start_timeout);
+        let patience = start_timeouts.max().unwrap_or_default() + SLACK;
         let workers = config.services.iter().map(|service| service.slots.count()).sum();
         let max_held = descriptors.connections(workers, config.admin.listen.len());
         let threads = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
         let plane = Rc::new(DataPlane::start(Settings { threads, max_held })?);
         let access = Arc::new(AtomicBool::new(config.log.access));
+        let passed = PassedSockets::choose(passed, &config.services);
         let mut daemon = Self {
             supervisor: Supervisor::new(seed()),
             fleet: Fleet::new(descriptors, cgroups.ok(), sender, Arc::clone(&idle))?,
-            fronts: Fronts::new(Rc::clone(&plane), Arc::clone(&access)),
+            fronts: Fronts::new(Rc::clone(&plane), Arc::clone(&access), passed),
             plane,
             access,
             token,
             logging,
+            manager: Manager::from_environment(now, now + patience),
             no_process_limits,
             notes: Notes::default(),
             events,
@@ -235,6 +254,7 @@ impl<'a> Daemon<'a> {
             }
             self.tell_askers();
             self.tell_dropped_lines();
+            self.tell_manager();
         }
         self.flush(&mut signals, &mut asked).await;
         // Before the last line: each connection that is cut has its own.
@@ -244,10 +264,11 @@ impl<'a> Daemon<'a> {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        match self.stage {
+        let own = match self.stage {
             Stage::Aborting(since) => Some(since + ABORT_PATIENCE),
             Stage::Running | Stage::Stopping(_) | Stage::Finished(_) => self.supervisor.deadline(),
-        }
+        };
+        own.into_iter().chain(self.manager.deadline()).min()
     }
 
     fn timeout(&mut self) {
@@ -303,7 +324,20 @@ impl<'a> Daemon<'a> {
         if self.ready {
             let after = notes::seconds(self.started.elapsed());
             info!(after, "ready");
-            notify::ready();
+            self.tell_ready();
+        }
+    }
+
+    fn tell_ready(&mut self) {
+        self.manager.ready(&self.sentence(), Instant::now());
+    }
+
+    /// What there is to say to the service manager at the end of a turn.
+    fn tell_manager(&mut self) {
+        let now = Instant::now();
+        self.manager.timeout(now, || self.plane.progress());
+        if self.manager.wants_status(now) {
+            self.manager.status(&self.sentence(), now);
         }
     }
 

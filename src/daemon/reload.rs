@@ -1,11 +1,12 @@
 //! A reload: read, compare, bind, and only then apply. A file that is refused changes nothing.
 
+use std::time::Instant;
+
 use tracing::{info, warn};
 
 use super::{
     Daemon, Stage,
     fronts::Bound,
-    notify,
     requests::{Waiting, tell},
 };
 use crate::{
@@ -53,7 +54,10 @@ impl Daemon<'_> {
             self.reload_wanted.get_or_insert_default().extend(askers);
             return;
         }
-        notify::reloading();
+        // Before the first READY it is the start that goes on.
+        if self.ready {
+            self.manager.reloading(Instant::now());
+        }
         match self.prepare() {
             Ok(Prepared { new, diff, bound }) => {
                 let (added, removed) = (diff.added.len(), diff.removed.len());
@@ -72,7 +76,9 @@ impl Daemon<'_> {
                 tell(askers, &Err(error.into()));
             }
         }
-        notify::ready();
+        if self.ready {
+            self.tell_ready();
+        }
     }
 
     fn prepare(&self) -> Result<Prepared, Refused> {
@@ -106,6 +112,7 @@ impl Daemon<'_> {
             self.token.send_replace(new.admin.token.clone());
         }
         self.config = new;
+        self.fronts.tell_unused(&self.config.services);
         let services = self.config.services.clone();
         self.handle(Event::Apply { services, ticket });
     }

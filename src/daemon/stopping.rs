@@ -1,7 +1,11 @@
 //! The end of listeners and of the whole daemon, in the order that loses nobody: no new clients,
 //! then those that wait are taken, then workers end, then what they said last is passed on.
 
-use std::{rc::Rc, sync::Arc, time::Instant};
+use std::{
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use futures_util::StreamExt;
 use nix::libc::{SIGINT, SIGQUIT, SIGTERM};
@@ -9,15 +13,21 @@ use signal_hook_tokio::Signals;
 use tokio::{sync::mpsc, time::sleep_until};
 use tracing::{info, warn};
 
-use super::{Daemon, Stage, notify};
-use crate::{admin, control::Event, route::ListenerId};
+use super::{ABORT_PATIENCE, Daemon, SLACK, Stage};
+use crate::{admin, config::Stop, control::Event, route::ListenerId};
 
 impl Daemon<'_> {
     /// Graceful: no new connections, then those in flight end, then the workers do.
     pub(super) fn stop(&mut self) {
         info!(connections = self.fronts.active(), "stopping");
-        notify::stopping();
-        self.stage = Stage::Stopping(Instant::now());
+        let now = Instant::now();
+        self.stage = Stage::Stopping(now);
+        let longest = |timeout: fn(&Stop) -> Duration| {
+            self.config.services.iter().map(|service| timeout(&service.stop)).max()
+        };
+        let patience = longest(|stop| stop.drain_timeout).unwrap_or_default()
+            + longest(|stop| stop.timeout).unwrap_or_default();
+        self.manager.stopping(&self.sentence(), now + patience + SLACK, now);
         self.handle(Event::Stop);
     }
 
@@ -26,8 +36,9 @@ impl Daemon<'_> {
             return;
         }
         warn!(connections = self.fronts.active(), "stopping at once");
-        notify::stopping();
-        self.stage = Stage::Aborting(Instant::now());
+        let now = Instant::now();
+        self.stage = Stage::Aborting(now);
+        self.manager.stopping(&self.sentence(), now + ABORT_PATIENCE + SLACK, now);
         self.handle(Event::Abort);
     }
 
@@ -79,9 +90,14 @@ impl Daemon<'_> {
         let patience = self.config.services.iter().map(|service| service.stop.drain_timeout).max();
         let until = since + patience.unwrap_or_default();
         loop {
+            let deadline = self.manager.deadline().map_or(until, |at| at.min(until));
             tokio::select! {
                 () = self.fronts.emptied() => return,
-                () = sleep_until(until.into()) => return,
+                () = sleep_until(deadline.into()) => {
+                    if deadline == until {
+                        return;
+                    }
+                }
                 Some(request) = asked.recv() => self.request(request),
                 Some(signal) = signals.next() => {
                     if matches!(signal, SIGTERM | SIGINT | SIGQUIT) {
@@ -89,6 +105,7 @@ impl Daemon<'_> {
                     }
                 }
             }
+            self.tell_manager();
         }
     }
 }

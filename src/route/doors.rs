@@ -99,14 +99,17 @@ impl Reactor {
         self.leave_service(former);
     }
 
-    /// Begins to close: what is queued is accepted first.
+    /// Begins to close: what is queued is accepted first, unless the queue has a next owner.
     pub(super) fn close_door(&mut self, id: u32, done: mpsc::Sender<()>) {
-        let at = self.now + HANDSHAKE;
-        if let Some(door) = self.doors.0.get_mut(&id) {
-            let at = if door.listener.is_tcp() { at } else { self.now };
-            door.closing = Some(Closing { at, _done: done });
+        let Some(door) = self.doors.0.get_mut(&id) else { return };
+        let lasts = door.listener.is_tcp() && !door.listener.is_shared();
+        let at = if lasts { self.now + HANDSHAKE } else { self.now };
+        door.closing = Some(Closing { at, _done: done });
+        if door.listener.is_shared() {
+            self.let_go_if_closed(id);
+        } else {
+            self.accept(id);
         }
-        self.accept(id);
     }
 
     /// Opens the doors that were full: there may be places now.

@@ -11,12 +11,16 @@ use std::{
         unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
     },
     path::{Path, PathBuf},
-    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
 };
 
 use nix::libc;
 use socket2::{Domain, SockAddr, SockFilter, Socket, Type};
 
+use super::shared::Shared;
 use crate::config::Listen;
 
 /// Asked for; the kernel caps it to `net.core.somaxconn`.
@@ -31,6 +35,8 @@ pub struct Listener {
     listen: Listen,
     /// The identity (device, inode) of a path to be removed.
     path: Option<(PathBuf, u64, u64)>,
+    /// Where the socket is somebody else's too: nothing is done to it that they would notice.
+    shared: Option<Arc<Shared>>,
     /// It could not accept when it last tried.
     failing: AtomicBool,
 }
@@ -46,6 +52,16 @@ pub struct BindError {
 }
 
 impl BindError {
+    pub(super) fn new(listen: &Listen, cause: io::Error) -> Self {
+        Self { hint: hint(listen, &cause), listen: listen.clone(), cause }
+    }
+
+    /// The same with another hint, which is put behind the cause as it is.
+    #[must_use]
+    pub fn with_hint(self, hint: String) -> Self {
+        Self { hint, ..self }
+    }
+
     /// What the system said.
     #[must_use]
     pub fn kind(&self) -> io::ErrorKind {
@@ -97,11 +113,7 @@ impl Listener {
             Listen::Tcp(address) => bind_tcp(*address).and_then(|s| Self::adopt(s, listen)),
             Listen::Unix(path) => bind_unix(path).and_then(|s| Self::adopt(s, listen)),
         }
-        .map_err(|cause| BindError {
-            hint: hint(listen, &cause),
-            listen: listen.clone(),
-            cause,
-        })
+        .map_err(|cause| BindError::new(listen, cause))
     }
 
     /// As [`Self::bind`], where these listeners of the same process have an overlapping address.
@@ -122,29 +134,39 @@ impl Listener {
             .and_then(|socket| Self::adopt(socket, listen))
             .and_then(|listener| listener.socket.set_reuse_port(false).map(|()| listener));
         let unshared = share(false);
-        bound.and_then(|listener| unshared.map(|()| listener)).map_err(|cause| BindError {
-            hint: hint(listen, &cause),
-            listen: listen.clone(),
-            cause,
-        })
+        bound
+            .and_then(|listener| unshared.map(|()| listener))
+            .map_err(|cause| BindError::new(listen, cause))
     }
 
-    /// Takes over a bound stream socket, which may be listening already.
+    /// Takes over a bound stream socket, and listens.
     fn adopt(socket: Socket, listen: &Listen) -> io::Result<Self> {
-        socket.set_nonblocking(true)?;
         socket.listen(BACKLOG)?;
         let path = match listen {
-            Listen::Tcp(_) => {
-                // Accepted sockets inherit it (tcp(7)), which saves a call for each.
-                socket.set_tcp_nodelay(true)?;
-                None
-            }
+            Listen::Tcp(_) => None,
             Listen::Unix(path) => {
                 let file = fs::symlink_metadata(path)?;
                 Some((path.clone(), file.dev(), file.ino()))
             }
         };
-        Ok(Self { socket, listen: listen.clone(), path, failing: AtomicBool::new(false) })
+        let mut listener = Self::over(socket, listen, None)?;
+        listener.path = path;
+        Ok(listener)
+    }
+
+    /// Prepares a listening socket to be accepted from.
+    pub(super) fn over(
+        socket: Socket,
+        listen: &Listen,
+        shared: Option<Arc<Shared>>,
+    ) -> io::Result<Self> {
+        socket.set_nonblocking(true)?;
+        if let Listen::Tcp(_) = listen {
+            // Accepted sockets inherit it (tcp(7)), which saves a call for each.
+            socket.set_tcp_nodelay(true)?;
+        }
+        let (listen, failing) = (listen.clone(), AtomicBool::new(false));
+        Ok(Self { socket, listen, path: None, shared, failing })
     }
 
     /// The address asked for.
@@ -179,7 +201,12 @@ impl Listener {
     /// On TCP, new SYNs are dropped: a client sends its SYN again a second later, and then finds
     /// either a successor or a closed port, but is never reset after its connect succeeded. On unix,
     /// connects are refused from here on.
+    ///
+    /// Does nothing to a shared socket: who comes now is for whoever has it next.
     pub(super) fn quiesce(&self) -> io::Result<()> {
+        if self.is_shared() {
+            return Ok(());
+        }
         match self.listen {
             Listen::Tcp(_) => self.socket.attach_filter(&drop_new_syns()),
             Listen::Unix(_) => {
@@ -191,6 +218,12 @@ impl Listener {
 
     pub(super) fn is_tcp(&self) -> bool {
         matches!(self.listen, Listen::Tcp(_))
+    }
+
+    /// Whether others have the socket too, and will have it when this is dropped.
+    #[must_use]
+    pub fn is_shared(&self) -> bool {
+        self.shared.is_some()
     }
 
     /// Notes that accepting failed. Whether that is news.

@@ -32,7 +32,7 @@
 //!
 //! It never shows an end where there was none: what is cut off (by a timeout, by the end of lbd, for
 //! want of a worker) is reset. It never exceeds `max-connections`. It never closes a listener with
-//! clients in its queue.
+//! clients in its queue, but one that others have too ([`Shared`]): theirs is the queue then.
 
 mod connection;
 mod crew;
@@ -45,6 +45,7 @@ mod queue;
 mod reactor;
 mod relay;
 mod service;
+mod shared;
 mod steps;
 mod upstream;
 
@@ -53,4 +54,5 @@ pub use listener::{BindError, Listener};
 pub use plane::{DataPlane, Settings};
 pub use pool::Pool;
 pub use service::ServiceRoute;
+pub use shared::Shared;
 pub use upstream::{Traffic, Upstream};

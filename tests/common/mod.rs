@@ -4,6 +4,7 @@
 
 pub(crate) mod client;
 pub(crate) mod log;
+pub(crate) mod manager;
 pub(crate) mod ports;
 pub(crate) mod proc;
 
@@ -156,14 +157,18 @@ impl Daemon {
 
     /// Runs `command`, which must become `lbd`, in `folder`.
     pub(crate) fn run(folder: TempDir, mut command: Command) -> Self {
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        Self::launch(folder, command)
+    }
+
+    /// The same, with the streams that `command` has.
+    pub(crate) fn launch(folder: TempDir, mut command: Command) -> Self {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let mark = format!("{}-{number}", std::process::id());
         let mut child = command
             .env(MARK, &mark)
             .current_dir(folder.path())
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();

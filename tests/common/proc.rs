@@ -21,6 +21,14 @@ pub(crate) fn is_stopped(pid: i32) -> bool {
     stats.flatten().all(|stat| stat.rsplit_once(") ").unwrap().1.starts_with('T'))
 }
 
+/// Its threads: their ids and names.
+pub(crate) fn threads(pid: i32) -> Vec<(i32, String)> {
+    let entries = fs::read_dir(format!("/proc/{pid}/task")).unwrap().map(Result::unwrap);
+    let name = |entry: &fs::DirEntry| fs::read_to_string(entry.path().join("comm")).unwrap();
+    let id = |entry: &fs::DirEntry| entry.file_name().to_str().unwrap().parse().unwrap();
+    entries.map(|entry| (id(&entry), name(&entry).trim_end().to_owned())).collect()
+}
+
 /// Its resident memory, in bytes.
 pub(crate) fn resident(pid: i32) -> usize {
     status(pid, "VmRSS").unwrap().trim_end_matches(" kB").parse::<usize>().unwrap() * 1024

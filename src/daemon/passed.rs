@@ -1,0 +1,205 @@
+//! Listening sockets that the service manager made and passed to lbd (sd_listen_fds(3)).
+//!
+//! They outlive lbd, so clients that connect while it is being restarted wait in their accept queues
+//! instead of being refused. That is why nothing is ever done to one that its next owner would
+//! notice: its queue is not emptied when lbd lets go of it, and no filter is attached to it. A copy is
+//! kept for as long as lbd runs: a reload that brings an address back finds its socket again.
+
+use std::{
+    collections::HashMap,
+    io,
+    os::fd::{FromRawFd as _, OwnedFd, RawFd},
+    sync::Arc,
+};
+
+use socket2::{Socket, Type};
+use tracing::{info, warn};
+
+use crate::{
+    config::{self, Listen},
+    route::{BindError, Listener, Shared},
+};
+
+/// What the environment says was passed to this process, not yet looked at.
+#[derive(Debug)]
+pub struct Passed(io::Result<Vec<(OwnedFd, String)>>);
+
+impl Passed {
+    /// Takes the descriptors that `LISTEN_FDS`, `LISTEN_PID` and `LISTEN_FDNAMES` tell of; none
+    /// where they are meant for another process. They are close-on-exec from here on; the variables
+    /// stay, and are kept from the workers with all others that are for lbd alone.
+    ///
+    /// # Safety
+    /// To be called once, before anything else in this process opens a descriptor or forks: what is
+    /// open from 3 on is then as the service manager left it, and nobody else's.
+    #[must_use]
+    pub unsafe fn from_environment() -> Self {
+        // SAFETY: the caller says that the descriptors are ours alone; that each is open has just
+        // been seen, by a call on it that went well.
+        let own = |fd: RawFd| unsafe { OwnedFd::from_raw_fd(fd) };
+        let fds = sd_notify::listen_fds_with_names();
+        Self(fds.map(|fds| fds.map(|(fd, name)| (own(fd), name)).collect()))
+    }
+
+    /// Nothing was passed.
+    #[must_use]
+    pub fn none() -> Self {
+        Self(Ok(Vec::new()))
+    }
+}
+
+/// The passed sockets that the configuration has, or had, a use for.
+#[derive(Debug)]
+pub(super) struct PassedSockets {
+    sockets: Vec<Arc<Shared>>,
+    /// Which one serves an address that it is not bound to, because its name says so.
+    named: HashMap<Listen, usize>,
+}
+
+impl PassedSockets {
+    /// Keeps those that are of use to `services`; says in the log which are not, and closes them.
+    pub(super) fn choose(passed: Passed, services: &[config::Service]) -> Self {
+        let fds = passed.0.unwrap_or_else(|error| {
+            warn!(%error, "cannot take over the sockets that LISTEN_FDS tells of");
+            Vec::new()
+        });
+        let mut found = Vec::new();
+        for (fd, name) in fds {
+            match inspect(fd) {
+                Ok(socket) => found.push((socket, name)),
+                Err(Unfit { address, why }) => {
+                    warn!(name, address, why, "a passed socket is of no use, closed");
+                }
+            }
+        }
+        Self::assign(found, services)
+    }
+
+    /// To each address the socket that is bound to it. What is left over goes, in order, by name: to
+    /// the service of that name, for an address of the same kind that has none.
+    fn assign(found: Vec<(Socket, String)>, services: &[config::Service]) -> Self {
+        let mut sockets: Vec<Arc<Shared>> = Vec::new();
+        let mut left = Vec::new();
+        let wanted = |listen: &Listen| services.iter().any(|s| s.listen.contains(listen));
+        for (socket, name) in found {
+            let Ok(shared) = Shared::new(socket, name) else { continue };
+            // Two sockets on one address share it by SO_REUSEPORT: the second serves nobody here.
+            let twin = sockets.iter().any(|other| other.address() == shared.address());
+            if wanted(shared.address()) && !twin {
+                sockets.push(Arc::new(shared));
+            } else {
+                left.push(shared);
+            }
+        }
+        let mut named = HashMap::new();
+        for shared in left {
+            let service = services.iter().find(|service| *service.name == *shared.name());
+            let listen = service.and_then(|service| {
+                service.listen.iter().find(|listen| {
+                    same_kind(listen, shared.address())
+                        && !named.contains_key(*listen)
+                        && !sockets.iter().any(|socket| socket.address() == *listen)
+                })
+            });
+            let (name, address) = (shared.name(), shared.address());
+            let Some(listen) = listen.cloned() else {
+                let hint = "no service listens there or has this name";
+                warn!(name, %address, hint, "a passed socket is of no use, closed");
+                continue;
+            };
+            info!(service = name, %listen, %address, "a passed socket is used for its name");
+            named.insert(listen, sockets.len());
+            sockets.push(Arc::new(shared));
+        }
+        Self { sockets, named }
+    }
+
+    /// The socket for `listen`, if one was passed.
+    pub(super) fn find(&self, listen: &Listen) -> Option<&Arc<Shared>> {
+        let bound = self.sockets.iter().find(|socket| socket.address() == listen);
+        bound.or_else(|| self.sockets.get(*self.named.get(listen)?))
+    }
+
+    /// A listener on the socket for `listen`, if one was passed.
+    pub(super) fn listener(&self, listen: &Listen) -> Option<Result<Listener, BindError>> {
+        self.find(listen).map(|shared| Listener::share(shared, listen))
+    }
+
+    /// Says which of them `services` have no use for any more. They stay open, and clients who come
+    /// there wait, until an address comes back or their owner closes them.
+    pub(super) fn tell_unused(&self, services: &[config::Service]) {
+        let listens: Vec<_> = services.iter().flat_map(|service| &service.listen).collect();
+        for (index, socket) in self.sockets.iter().enumerate() {
+            let named = self.named.iter().filter(|(_, other)| **other == index);
+            let mut stands_for = named.map(|(listen, _)| listen).chain([socket.address()]);
+            if !stands_for.any(|listen| listens.contains(&listen)) {
+                let (name, address) = (socket.name(), socket.address());
+                let hint = "its clients wait until an address is its again or its unit is stopped";
+                warn!(name, %address, hint, "a passed socket is not used any more");
+            }
+        }
+    }
+
+    /// Why `listen` could not be bound, where that is for a passed socket, which is never let go.
+    pub(super) fn explain(&self, listen: &Listen, error: BindError) -> BindError {
+        if error.kind() != io::ErrorKind::AddrInUse {
+            return error;
+        }
+        match self.sockets.iter().find(|socket| in_the_way(socket, listen)) {
+            Some(socket) => {
+                let (name, address) = (socket.name(), socket.address());
+                let takes = match (address, listen) {
+                    (Listen::Tcp(a), Listen::Tcp(b)) if a.is_ipv6() && b.is_ipv4() => {
+                        " and takes IPv4 clients too, unless BindIPv6Only=ipv6-only is set for it"
+                    }
+                    _ => "",
+                };
+                error.with_hint(format!(
+                    "; the socket that was passed as {name:?} is bound to {address}{takes}: change \
+                     the socket unit to this address and restart both units"
+                ))
+            }
+            None => error,
+        }
+    }
+}
+
+/// What makes a passed descriptor useless.
+struct Unfit {
+    address: Option<String>,
+    why: String,
+}
+
+/// A listening stream socket, or why it is none.
+fn inspect(fd: OwnedFd) -> Result<Socket, Unfit> {
+    let socket = Socket::from(fd);
+    let kind = socket.r#type().map_err(|error| Unfit { address: None, why: error.to_string() })?;
+    let address = Shared::address_of(&socket);
+    let shown = address.as_ref().map(ToString::to_string);
+    let unfit = |why: &str| Err(Unfit { address: shown.clone(), why: why.to_owned() });
+    if kind != Type::STREAM {
+        return unfit("it is no stream socket: write ListenStream=");
+    }
+    if address.is_none() {
+        return unfit("it has neither an IP address nor a path");
+    }
+    match socket.is_listener() {
+        Ok(true) => Ok(socket),
+        _ => unfit("it does not listen: write Accept=no"),
+    }
+}
+
+fn same_kind(a: &Listen, b: &Listen) -> bool {
+    matches!((a, b), (Listen::Tcp(_), Listen::Tcp(_)) | (Listen::Unix(_), Listen::Unix(_)))
+}
+
+/// Whether `listen` can't be bound because of `socket`.
+fn in_the_way(socket: &Shared, listen: &Listen) -> bool {
+    let (Listen::Tcp(bound), Listen::Tcp(wanted)) = (socket.address(), listen) else {
+        return false;
+    };
+    let both = socket.is_dual_stack();
+    let wildcard = bound.ip().is_unspecified() || wanted.ip().is_unspecified();
+    let same_family = bound.is_ipv4() == wanted.is_ipv4();
+    bound.port() == wanted.port() && (bound == wanted || wildcard && (same_family || both))
+}

@@ -1,0 +1,98 @@
+//! How lbd is, in one sentence: what `systemctl status` shows.
+
+use std::fmt::Write as _;
+
+use super::{Daemon, Stage};
+use crate::control::{Service, Slot};
+
+/// So many services in trouble are named.
+const NAMED: usize = 3;
+
+/// So many characters are given to a reason.
+const REASON: usize = 120;
+
+impl Daemon<'_> {
+    /// The sentence. Of one line, and a few hundred characters at most.
+    pub(super) fn sentence(&self) -> String {
+        let services = self.supervisor.services();
+        match self.stage {
+            Stage::Running => {
+                let mut sentence = running(services, self.ready);
+                if let Some(error) = &self.loads.last.error {
+                    let _ = write!(sentence, "; the last reload failed: {}", short(error));
+                }
+                sentence
+            }
+            Stage::Stopping(_) | Stage::Finished(Some(_)) => {
+                self.leaving("stopping", "waiting for")
+            }
+            Stage::Aborting(_) | Stage::Finished(None) => {
+                self.leaving("stopping at once", "cutting")
+            }
+        }
+    }
+
+    fn leaving(&self, how: &str, waits: &str) -> String {
+        let workers = self.supervisor.services().iter().flat_map(Service::workers).count();
+        let connections = counted(self.fronts.active(), "connection");
+        format!("{how}, {waits} {connections} and {}", counted(workers, "worker"))
+    }
+}
+
+fn running(services: &[Service], ready: bool) -> String {
+    let healthy = |service: &Service| service.rotation().workers.len();
+    let all: usize = services.iter().map(|service| service.slots.len()).sum();
+    let serving: usize = services.iter().map(healthy).sum();
+    let doing = if ready { "serving" } else { "starting" };
+    let mut sentence = format!("{doing}, {serving} of {} healthy", counted(all, "worker"));
+
+    let in_trouble: Vec<_> = services.iter().filter(|s| healthy(s) < s.slots.len()).collect();
+    for service in in_trouble.iter().take(NAMED) {
+        let (name, has, wants) = (&service.config.name, healthy(service), service.slots.len());
+        let has = if has == 0 { "none".to_owned() } else { has.to_string() };
+        let _ = write!(sentence, "; {name} has {has} of {wants}");
+        if let Some(reason) = service.slots.iter().find_map(|slot| reason(service, slot)) {
+            let _ = write!(sentence, " ({})", short(reason));
+        }
+    }
+    if let more @ 1.. = in_trouble.len().saturating_sub(NAMED) {
+        let _ = write!(sentence, "; {more} more of {} services lack workers", services.len());
+    }
+    sentence
+}
+
+/// Why the slot has no worker in rotation, where it has none and that is known.
+fn reason<'a>(service: &Service, slot: &'a Slot) -> Option<&'a str> {
+    let current = slot.current.as_ref();
+    if current.is_some_and(|worker| service.rotation().workers.contains(&worker.id)) {
+        return None;
+    }
+    let probe = current.and_then(|worker| worker.last_probe.as_ref()?.error.as_deref());
+    probe.or_else(|| Some(&*slot.last_exit.as_ref()?.status))
+}
+
+fn short(text: &str) -> String {
+    let line = text.lines().map(str::trim).find(|line| !line.is_empty()).unwrap_or_default();
+    match line.char_indices().nth(REASON) {
+        Some((end, _)) => format!("{}…", &line[..end]),
+        None => line.to_owned(),
+    }
+}
+
+fn counted(number: usize, what: &str) -> String {
+    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reason_is_one_short_line() {
+        assert_eq!(short("\n  lb.toml:3: wrong\nmore"), "lb.toml:3: wrong");
+        let long = "ä".repeat(REASON + 1);
+        assert_eq!(short(&long), format!("{}…", "ä".repeat(REASON)));
+        assert_eq!(short(&"x".repeat(REASON)), "x".repeat(REASON));
+        assert_eq!(counted(1, "worker"), "1 worker");
+    }
+}
