@@ -4,24 +4,23 @@
 mod common;
 
 use std::{
-    fs,
-    sync::mpsc,
-    thread,
+    fs, thread,
     time::{Duration, Instant},
 };
 
 use common::{
     Daemon, Mark, PATIENCE, Ports,
     client::{KeepAlive, get},
-    command, eventually, kill_hard,
+    command, eventually,
+    frozen::Frozen,
+    kill_hard,
     manager::{Manager, Message},
     named, proc,
 };
 use nix::{
-    sys::{
-        ptrace,
-        signal::Signal::{SIGHUP, SIGTERM},
-        wait::{WaitPidFlag, waitpid},
+    sys::signal::{
+        Signal::{SIGHUP, SIGKILL, SIGTERM},
+        kill,
     },
     unistd::Pid,
 };
@@ -38,7 +37,9 @@ fn ready_is_said_once_every_service_has_a_healthy_worker_and_what_is_missing_bef
     let manager = Manager::new();
     let gate = manager.folder.path().join("gate");
     let gated = command(&["http", "--gate", gate.to_str().unwrap()]);
-    let config = web.service(&command(&["http"])) + &named("api", &api.service(&gated));
+    // Long enough for the sentence in between to be sent.
+    let web_keys = format!("{}\nrestart.min-delay = \"1s\"", command(&["http"]));
+    let config = web.service(&web_keys) + &named("api", &api.service(&gated));
     let daemon = manager.start(&config);
     let waits = "starting, 2 of 3 workers healthy; api has none of 1";
     let (before, _) = manager.wait(0, waits, |message| message.says(waits));
@@ -52,7 +53,7 @@ fn ready_is_said_once_every_service_has_a_healthy_worker_and_what_is_missing_bef
     let (at, ready) = manager.wait_ready(before);
     assert_eq!(ready.names(), ["READY", "STATUS"], "in one message");
     assert_eq!(ready.get("STATUS"), Some("serving, 3 of 3 workers healthy"));
-    assert_eq!(daemon.said(Mark::START, "ready").len(), 1);
+    daemon.wait(Mark::START, "ready", &[]);
     // And never again by itself.
     kill_hard(daemon.worker_pid(web.worker(0)));
     let (down, _) = manager.wait(at, "2 of 3", |message| message.says("2 of 3 workers healthy"));
@@ -164,7 +165,7 @@ fn only_another_sentence_is_sent_and_not_ten_in_a_second() {
     while Instant::now() < until {
         let pid = daemon.worker_pid(ports.worker(slot % 4));
         // It may have gone by itself since.
-        let _ = nix::sys::signal::kill(Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+        let _ = kill(Pid::from_raw(pid), SIGKILL);
         slot += 1;
         thread::sleep(Duration::from_millis(10));
     }
@@ -199,37 +200,8 @@ fn a_manager_that_takes_nothing_in_holds_up_nobody_and_misses_no_state() {
     }
 }
 
-/// A thread that does not run, for as long as this is kept. The other threads of its process do.
-struct Frozen {
-    thaw: mpsc::Sender<()>,
-    tracer: thread::JoinHandle<()>,
-}
-
-impl Frozen {
-    fn thread(tid: Pid) -> Self {
-        let (thaw, end) = mpsc::channel();
-        let (report, frozen) = mpsc::channel();
-        // Only the thread that attached may do the rest (ptrace(2)).
-        let tracer = thread::spawn(move || {
-            ptrace::seize(tid, ptrace::Options::empty()).unwrap();
-            ptrace::interrupt(tid).unwrap();
-            waitpid(tid, Some(WaitPidFlag::__WALL)).unwrap();
-            report.send(()).unwrap();
-            let _ = end.recv();
-            ptrace::detach(tid, None).unwrap();
-        });
-        frozen.recv_timeout(PATIENCE).unwrap();
-        Self { thaw, tracer }
-    }
-
-    fn thaw(self) {
-        drop(self.thaw);
-        self.tracer.join().unwrap();
-    }
-}
-
 /// With the watchdog fed, until the thread that `choose` picks is frozen; and again once it isn't.
-fn is_fed_only_while_it_runs(choose: impl Fn(&Daemon) -> Pid) {
+fn is_fed_only_while_it_runs(choose: impl Fn(&Daemon) -> i32) {
     const TIMEOUT: Duration = Duration::from_millis(1200);
     let ports = Ports::take(1);
     let manager = Manager::new();
@@ -265,13 +237,13 @@ fn the_watchdog_is_not_fed_while_a_data_thread_hangs() {
         let data: Vec<_> =
             threads.iter().filter(|(_, name)| name.starts_with("lbd-data-")).collect();
         // The last of them: that each counts shows in that this one does.
-        Pid::from_raw(data.last().unwrap().0)
+        data.last().unwrap().0
     });
 }
 
 #[test]
 fn the_watchdog_is_not_fed_while_the_main_thread_hangs() {
-    is_fed_only_while_it_runs(|daemon| Pid::from_raw(daemon.pid()));
+    is_fed_only_while_it_runs(Daemon::pid);
 }
 
 #[test]
@@ -284,7 +256,7 @@ fn a_hanging_data_thread_is_told_in_the_log_once() {
     manager.wait_ready(0);
     let threads = proc::threads(daemon.pid());
     let (tid, _) = threads.iter().find(|(_, name)| name == "lbd-data-0").unwrap();
-    let frozen = Frozen::thread(Pid::from_raw(*tid));
+    let frozen = Frozen::thread(*tid);
     let hangs = "a data thread makes no progress, the watchdog is not fed";
     daemon.wait(Mark::START, hangs, &[]);
     thread::sleep(Duration::from_millis(200));

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "these are tests")]
 
 pub(crate) mod client;
+pub(crate) mod frozen;
 pub(crate) mod log;
 pub(crate) mod manager;
 pub(crate) mod ports;

@@ -1,0 +1,443 @@
+//! The units under a real systemd, booted in namespaces of its own by `tests/systemd/machine`: what an
+//! operator does all day, and what must never happen to clients meanwhile.
+//!
+//! Needs root and Debian's packages systemd and util-linux. Where a machine can't be booted, the tests
+//! say so and do nothing else.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "these are tests")]
+
+mod common;
+
+use std::{
+    fs::{self, File},
+    io::{BufRead, BufReader},
+    net::{SocketAddr, TcpListener, TcpStream},
+    path::Path,
+    process::{Child, Command, Output, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use common::{PATIENCE, client::KeepAlive, client::Load, frozen::Frozen, proc, www};
+use nix::sched::{CloneFlags, setns};
+
+/// A booted machine. Dropped, it is gone, with everything in it.
+struct Machine {
+    script: Child,
+    /// The pid of its init, here.
+    init: i32,
+    /// What ran when it was up.
+    before: String,
+}
+
+impl Machine {
+    /// Boots one with lbd in it, installed as README says, but not started. `None` where none can be
+    /// booted.
+    fn boot() -> Option<Self> {
+        let source = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let binary = Path::new(env!("CARGO_BIN_EXE_lbd"));
+        let mut script = Command::new(source.join("tests/systemd/machine"))
+            .args(["--time", "240", "--share"])
+            .arg(source)
+            .arg("--share")
+            .arg(binary.parent().unwrap())
+            // Ends when this process does, in whatever way.
+            .args(["--", "cat"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut said = String::new();
+        for line in BufReader::new(script.stderr.take().unwrap()).lines() {
+            let line = line.unwrap();
+            if let Some(pid) = line.strip_prefix("machine: up, pid=") {
+                let init = pid.parse().unwrap();
+                let mut machine = Self { script, init, before: String::new() };
+                machine.install(source, binary);
+                machine.before = machine.processes();
+                return Some(machine);
+            }
+            said += &(line + "\n");
+        }
+        let status = script.wait().unwrap();
+        assert_eq!(status.code(), Some(77), "{said}");
+        eprintln!("nothing is tested: {said}");
+        None
+    }
+
+    fn install(&self, source: &Path, binary: &Path) {
+        let (source, binary) = (source.display(), binary.display());
+        self.run(&format!(
+            "install -m 755 /host{binary} /usr/local/bin/lbd
+             install -m 644 /host{source}/systemd/lbd.service /host{source}/systemd/lbd.socket \
+                 /etc/systemd/system/
+             install -d /etc/lbd /srv/www && cp -r /host{}/. /srv/www
+             systemctl daemon-reload",
+            www().display()
+        ));
+    }
+
+    fn enter(&self) -> Command {
+        let mut command = Command::new("nsenter");
+        command
+            .args(["--all", "--target", &self.init.to_string(), "timeout", "60"])
+            .env_clear()
+            .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+            .stdin(Stdio::null());
+        command
+    }
+
+    fn attempt(&self, script: &str) -> Output {
+        self.enter().args(["bash", "-euc", script]).output().unwrap()
+    }
+
+    /// What the commands print; they have to succeed.
+    fn run(&self, script: &str) -> String {
+        let output = self.attempt(script);
+        let said = String::from_utf8_lossy(&output.stdout).trim_end().to_owned();
+        if !output.status.success() {
+            let journal =
+                self.attempt("journalctl --no-pager -n 60; systemctl --no-pager status lbd");
+            let error = String::from_utf8_lossy(&output.stderr);
+            let journal = String::from_utf8_lossy(&journal.stdout);
+            panic!("{script}\n{}: {said}\n{error}\n{journal}", output.status);
+        }
+        said
+    }
+
+    fn write(&self, path: &str, text: &str) {
+        fs::write(format!("/proc/{}/root{path}", self.init), text).unwrap();
+    }
+
+    /// A property of the service.
+    fn show(&self, property: &str) -> String {
+        self.run(&format!("systemctl show --property {property} --value lbd.service"))
+    }
+
+    /// Waits until the property of the service is that, or has it in it.
+    fn wait(&self, property: &str, wanted: &str) -> String {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            let value = self.show(property);
+            if value == wanted || wanted.len() > 8 && value.contains(wanted) {
+                return value;
+            }
+            if Instant::now() > until {
+                self.run(&format!("echo {property}={value:?}, not {wanted:?}; false"));
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Of the service: its pid in the machine.
+    fn main_pid(&self) -> i32 {
+        self.show("MainPID").parse().unwrap()
+    }
+
+    /// What the pid in the machine is here (`NSpid` of proc_pid_status(5)).
+    fn outside(&self, pid: i32) -> i32 {
+        let namespace = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
+        let here = namespace(&self.init.to_string()).unwrap();
+        let entries = fs::read_dir("/proc").unwrap();
+        let mut pids = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let is_it = |outside: &String| {
+            namespace(outside).as_ref() == Some(&here)
+                && fs::read_to_string(format!("/proc/{outside}/status")).is_ok_and(|status| {
+                    let ids = status.lines().find(|line| line.starts_with("NSpid:"));
+                    ids.unwrap().split_whitespace().last() == Some(&*pid.to_string())
+                })
+        };
+        pids.find(is_it).expect("there is no such process").parse().unwrap()
+    }
+
+    /// The pids of the workers, in the machine, as `lbd status` has them.
+    fn workers(&self) -> Vec<i32> {
+        let status = self.run("lbd status --config /etc/lbd/lb.toml --json");
+        let status: serde_json::Value = serde_json::from_str(&status).unwrap();
+        let services = status["services"].as_array().unwrap().iter();
+        let workers = services.flat_map(|service| service["workers"].as_array().unwrap().clone());
+        workers.map(|worker| i32::try_from(worker["pid"].as_i64().unwrap_or(0)).unwrap()).collect()
+    }
+
+    /// Has this thread, and those that it starts, connect to what is in the machine.
+    fn join_network(&self) {
+        let network = File::open(format!("/proc/{}/ns/net", self.init)).unwrap();
+        setns(network, CloneFlags::CLONE_NEWNET).unwrap();
+    }
+
+    /// The names of all that runs.
+    fn processes(&self) -> String {
+        self.run("ps --no-headers -e -o comm | sort")
+    }
+
+    /// Stops all, and looks for what is left.
+    fn stop_and_look(&self) {
+        self.run("systemctl stop lbd.socket lbd.service");
+        assert_eq!(self.show("ActiveState"), "inactive");
+        assert_eq!(self.show("Result"), "success");
+        let left = self.run(
+            "ls -d /run/lbd /run/private/lbd /sys/fs/cgroup/system.slice/lbd.service 2>/dev/null || true
+             ss --no-header --listening --tcp --processes",
+        );
+        assert_eq!(left, "", "left behind");
+        assert_eq!(self.processes(), self.before, "left running");
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        drop(self.script.stdin.take());
+        let _ = self.script.wait();
+    }
+}
+
+const WEB: &str = "[service.web]\nlisten = \"127.0.0.1:44444\"\nroot = \"/srv/www\"\n\
+    ports = [9002, 9003, 9004, 9005]\n";
+
+fn address() -> SocketAddr {
+    "127.0.0.1:44444".parse().unwrap()
+}
+
+#[test]
+fn a_day_of_operations() {
+    let Some(machine) = Machine::boot() else { return };
+    machine.join_network();
+    machine.write("/etc/lbd/lb.toml", WEB);
+
+    // Without the socket unit first: lbd binds its address itself.
+    machine.run("systemctl enable --now lbd.service");
+    machine.wait("StatusText", "serving, 4 of 4 workers healthy");
+    machine.run("systemctl stop lbd.service");
+    assert!(TcpStream::connect(address()).is_err(), "nobody is there");
+    machine.run("systemctl enable lbd.socket && systemctl start lbd.service");
+    machine.run("journalctl -u lbd | grep -q 'listening .*socket=lbd.socket'");
+    assert_eq!(machine.show("NRestarts"), "0");
+
+    // Nobody of them is root or can become it, and each has its cgroup.
+    let (main, workers) = (machine.main_pid(), machine.workers());
+    for (pid, capabilities) in
+        workers.iter().map(|pid| (pid, 0)).chain([(&main, 1_u64 << 10 | 1 << 39)])
+    {
+        let status = machine.run(&format!("cat /proc/{pid}/status"));
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+            line.split_whitespace().next().unwrap().to_owned()
+        };
+        assert!(field("Uid:").parse::<u32>().unwrap() > 1000, "{status}");
+        assert_eq!(u64::from_str_radix(&field("CapPrm:"), 16).unwrap(), capabilities, "{status}");
+        assert_eq!(field("NoNewPrivs:"), "1");
+    }
+    let mut cgroups: Vec<_> =
+        workers.iter().map(|pid| machine.run(&format!("grep '^0::' /proc/{pid}/cgroup"))).collect();
+    assert!(
+        cgroups.iter().all(|path| path.contains(&format!("lbd.service/lbd-{main}-"))),
+        "{cgroups:?}"
+    );
+    cgroups.dedup();
+    assert_eq!(cgroups.len(), 4);
+
+    let load = Load::start(address(), "/page.html");
+    load.more(50);
+    a_good_and_a_bad_reload(&machine);
+    assert_eq!(machine.workers(), workers, "untouched");
+    load.more(50);
+    for _ in 0..3 {
+        machine.run("systemctl restart lbd.service");
+        load.more(50);
+    }
+    load.end_without_failure();
+    assert_eq!(machine.show("NRestarts"), "0");
+
+    its_main_process_is_killed(&machine);
+    a_data_thread_hangs(&machine);
+    machine.stop_and_look();
+}
+
+fn a_good_and_a_bad_reload(machine: &Machine) {
+    let good = WEB.replace("[service.web]", "[service.web]\nbalance = \"least-connections\"");
+    machine.write("/etc/lbd/lb.toml", &good);
+    machine.run("systemctl reload lbd.service");
+    machine.run("timeout 20 journalctl -u lbd -f -n all | grep -q -m 1 'reloaded .*changed=1'");
+    machine.wait("StatusText", "serving, 4 of 4 workers healthy");
+
+    machine.write("/etc/lbd/lb.toml", &WEB.replace("ports", "prots"));
+    machine.run("systemctl reload lbd.service || true");
+    let status = machine.wait("StatusText", "; the last reload failed: ");
+    assert!(status.contains("prots"), "{status}");
+    assert_eq!(machine.show("ActiveState"), "active");
+    machine.write("/etc/lbd/lb.toml", &good);
+    machine.run("systemctl reload lbd.service");
+    machine.wait("StatusText", "serving, 4 of 4 workers healthy");
+}
+
+fn its_main_process_is_killed(machine: &Machine) {
+    let (main, workers) = (machine.main_pid(), machine.workers());
+    machine.run(&format!("kill -9 {main}"));
+    // Not refused, but held in the queue until there is another.
+    for _ in 0..20 {
+        let client = KeepAlive::new(address()).get("/page.html");
+        assert!(client.is_ok_and(|(status, _)| status == 200));
+    }
+    machine.wait("NRestarts", "1");
+    machine.wait("StatusText", "serving, 4 of 4 workers healthy");
+    for pid in workers {
+        let left = machine.attempt(&format!("test -e /proc/{pid}"));
+        assert!(!left.status.success(), "{pid} is an orphan");
+    }
+    // lbd, a guard and a worker for each slot.
+    assert_eq!(machine.run("pgrep --full --count '^lbd( |$)'"), "9");
+}
+
+fn a_data_thread_hangs(machine: &Machine) {
+    machine.run(
+        "mkdir -p /run/systemd/system/lbd.service.d
+         printf '[Service]\\nWatchdogSec=2\\n' >/run/systemd/system/lbd.service.d/watchdog.conf
+         systemctl daemon-reload && systemctl restart lbd.service",
+    );
+    // It lives on while nothing happens …
+    let before = machine.main_pid();
+    thread::sleep(Duration::from_secs(4));
+    assert_eq!(machine.main_pid(), before);
+    // … but not with a thread that hangs.
+    let threads = proc::threads(machine.outside(before));
+    let (tid, _) = threads.iter().find(|(_, name)| name.starts_with("lbd-data-")).unwrap();
+    let restarts: u32 = machine.show("NRestarts").parse().unwrap();
+    let frozen = Frozen::thread(*tid);
+    machine.wait("NRestarts", &(restarts + 1).to_string());
+    frozen.thaw();
+    machine.run("journalctl -u lbd | grep -q 'Watchdog timeout'");
+    machine.wait("StatusText", "serving, 4 of 4 workers healthy");
+    assert_ne!(machine.main_pid(), before);
+    assert!(KeepAlive::new(address()).get("/page.html").is_ok());
+}
+
+#[test]
+fn a_wrong_file_is_not_tried_again_and_what_is_missing_is_said() {
+    let Some(machine) = Machine::boot() else { return };
+    machine.write("/etc/lbd/lb.toml", &WEB.replace("ports", "prots"));
+    assert!(!machine.attempt("systemctl start lbd.service").status.success());
+    assert_eq!(machine.show("ExecMainStatus"), "78");
+    assert_eq!(machine.show("ActiveState"), "failed");
+    assert_eq!(machine.show("NRestarts"), "0");
+
+    // One that does not start leaves the other alone, and systemd waits with it.
+    let api =
+        "[service.api]\nlisten = \"127.0.0.1:44445\"\nworkers = 1\ncommand = [\"/no/such\"]\n";
+    machine.write("/etc/lbd/lb.toml", &(WEB.to_owned() + api));
+    machine.run("systemctl start --no-block lbd.service");
+    let status = machine.wait("StatusText", "4 of 5 workers healthy; api has none of 1 (");
+    assert!(status.starts_with("starting, "), "{status}");
+    assert_eq!(machine.show("ActiveState"), "activating");
+    machine.write("/etc/lbd/lb.toml", WEB);
+    machine.run("kill -HUP $(systemctl show --property MainPID --value lbd)");
+    machine.wait("ActiveState", "active");
+    machine.stop_and_look();
+}
+
+#[test]
+fn workers_in_other_languages_run_as_hardened_and_as_other_users() {
+    let Some(machine) = Machine::boot() else { return };
+    machine.join_network();
+    let has = |program: &str| machine.attempt(&format!("command -v {program}")).status.success();
+    let mut services: Vec<String> = Vec::new();
+    let address = |number: usize| -> SocketAddr {
+        ([127, 0, 0, 1], 8001 + u16::try_from(number).unwrap()).into()
+    };
+    let mut add = |name: &str, command: &str, more: &str| {
+        let listen = address(services.len());
+        services.push(format!(
+            "[service.{name}]\nlisten = \"{listen}\"\nworkers = 2\ncommand = {command}\n{more}\n"
+        ));
+    };
+    add("built-in", r#"["lbd", "worker", "--root", "/srv/www"]"#, "health.http = \"/page.html\"");
+    if has("python3") {
+        let python = r#"["python3", "-m", "http.server", "--bind", "127.0.0.1", "{port}"]"#;
+        add("python", python, "directory = \"/srv/www\"");
+    }
+    if has("node") {
+        // It compiles at run time, and reads /proc.
+        let serve =
+            "require(`http`).createServer((_, a) => a.end(`${require(`os`).cpus().length}`))";
+        let node = format!(r#"["node", "-e", "{serve}.listen(process.env.PORT, `127.0.0.1`)"]"#);
+        add("node", &node, "");
+    }
+    let is_served = |path: &str| {
+        for number in 0..services.len() {
+            let answer = KeepAlive::new(address(number)).get(path);
+            assert_eq!(answer.unwrap().0, 200, "{}", services[number]);
+        }
+    };
+    machine.write("/etc/lbd/lb.toml", &services.concat());
+    machine.run("systemctl start lbd.service");
+    is_served("/page.html");
+
+    // Python and Rust do without what hardening.conf takes away; Node's compiler doesn't.
+    let source = env!("CARGO_MANIFEST_DIR");
+    let drop_in = |name: &str| {
+        machine.run(&format!(
+            "rm -rf /etc/systemd/system/lbd.service.d && mkdir /etc/systemd/system/lbd.service.d
+             cp /host{source}/systemd/lbd.service.d/{name} /etc/systemd/system/lbd.service.d/
+             systemctl daemon-reload && systemctl restart lbd.service"
+        ));
+    };
+    let hardened: Vec<_> =
+        services.iter().filter(|service| !service.contains("[\"node\"")).cloned().collect();
+    machine.write("/etc/lbd/lb.toml", &hardened.concat());
+    drop_in("hardening.conf");
+    let memory = machine.run(&format!(
+        "grep -h Seccomp: /proc/{}/status && ls /proc | grep -c '[a-z]' || true",
+        machine.workers()[0]
+    ));
+    assert!(memory.starts_with("Seccomp:\t2"), "{memory}");
+    machine.stop_and_look();
+
+    // As another user, which only root can.
+    let user = services.concat().replace("\nworkers", "\nuser = \"nobody\"\nworkers");
+    machine.write("/etc/lbd/lb.toml", &user);
+    drop_in("per-worker-user.conf");
+    is_served("/page.html");
+    for pid in machine.workers() {
+        let status =
+            machine.run(&format!("grep -E '^(Uid|CapPrm|CapBnd|Groups):' /proc/{pid}/status"));
+        assert!(status.contains("Uid:\t65534\t65534"), "{status}");
+        assert!(status.contains("CapPrm:\t0000000000000000"), "{status}");
+    }
+    machine.run("systemctl reload lbd.service");
+    machine.stop_and_look();
+}
+
+#[test]
+fn processes_are_limited_where_the_controller_is_there() {
+    let Some(machine) = Machine::boot() else { return };
+    machine.join_network();
+    let limited = format!("{WEB}limits.processes = 20\n");
+    machine.write("/etc/lbd/lb.toml", &limited);
+    let start = machine.attempt("systemctl start lbd.service");
+    if machine.run("cat /sys/fs/cgroup/cgroup.controllers").contains("pids") {
+        for pid in machine.workers() {
+            let most = machine.run(&format!(
+                "cat /sys/fs/cgroup$(sed -n 's/^0:://p' /proc/{pid}/cgroup)/pids.max"
+            ));
+            assert_eq!(most, "20");
+        }
+    } else {
+        eprintln!("cgroup v2 has no pids controller here: that lbd says so is all that is tested");
+        assert!(!start.status.success());
+        assert_eq!(machine.show("ExecMainStatus"), "78");
+        machine.run("journalctl -u lbd | grep -q 'has no pids controller'");
+    }
+}
+
+#[test]
+fn nothing_of_a_machine_is_left_when_its_test_is_killed() {
+    let Some(mut machine) = Machine::boot() else { return };
+    let cgroups = machine.run("stat -f -c %T /sys/fs/cgroup");
+    assert_eq!(cgroups, "cgroup2fs");
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    drop(listener);
+    let init = machine.init;
+    // As the kernel does it for whoever is killed.
+    drop(machine.script.stdin.take());
+    machine.script.wait().unwrap();
+    common::eventually("its init is gone", || !Path::new(&format!("/proc/{init}")).exists());
+}

@@ -1,0 +1,77 @@
+//! What systemd makes of the units in `systemd/`.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "these are tests")]
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+use tempfile::TempDir;
+
+/// The units, in a folder of their own, with the binary under test for `lbd`.
+fn units(drop_ins: &[&str]) -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["lbd.service", "lbd.socket"] {
+        let unit = fs::read_to_string(source().join(name)).unwrap();
+        let start = format!("ExecStart={} ", env!("CARGO_BIN_EXE_lbd"));
+        let changed = unit.replace("ExecStart=lbd ", &start);
+        assert_eq!(changed != unit, name == "lbd.service");
+        fs::write(folder.path().join(name), changed).unwrap();
+    }
+    let folder_of_drop_ins = folder.path().join("lbd.service.d");
+    fs::create_dir(&folder_of_drop_ins).unwrap();
+    for name in drop_ins {
+        let file = source().join("lbd.service.d").join(name);
+        fs::copy(file, folder_of_drop_ins.join(name)).unwrap();
+    }
+    folder
+}
+
+fn source() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("systemd")
+}
+
+/// `None` where there is no systemd-analyze.
+fn analyze(folder: &Path, arguments: &[&str]) -> Option<Output> {
+    let output = Command::new("systemd-analyze").args(arguments).current_dir(folder).output();
+    match output {
+        Ok(output) => Some(output),
+        Err(_) => {
+            eprintln!("systemd-analyze is not here (Debian: systemd): nothing to do");
+            None
+        }
+    }
+}
+
+#[test]
+fn the_units_are_without_fault() {
+    for drop_ins in [&[][..], &["hardening.conf"], &["per-worker-user.conf"]] {
+        let folder = units(drop_ins);
+        let arguments = ["verify", "./lbd.service", "./lbd.socket"];
+        let Some(output) = analyze(folder.path(), &arguments) else { return };
+        let said = String::from_utf8(output.stderr).unwrap();
+        // What systemd before 253 has to say about the second Type=.
+        let fine =
+            |line: &str| line.ends_with("Failed to parse service type, ignoring: notify-reload");
+        let faults: Vec<_> = said.lines().filter(|line| !fine(line)).collect();
+        assert!(faults.is_empty() && output.status.success(), "{drop_ins:?}: {faults:#?}");
+    }
+}
+
+#[test]
+fn the_service_is_exposed_to_little() {
+    // In tenths. Root is what per-worker users cost.
+    for (drop_ins, most) in
+        [(&[][..], "20"), (&["hardening.conf"], "16"), (&["per-worker-user.conf"], "30")]
+    {
+        let folder = units(drop_ins);
+        let threshold = format!("--threshold={most}");
+        let arguments = ["security", "--offline=true", "--no-pager", &threshold, "./lbd.service"];
+        let Some(output) = analyze(folder.path(), &arguments) else { return };
+        let said = String::from_utf8(output.stdout).unwrap();
+        let level = said.lines().find(|line| line.contains("Overall exposure level"));
+        assert!(output.status.success(), "{drop_ins:?}: {level:?}");
+        eprintln!("{drop_ins:?}: {}", level.unwrap());
+    }
+}
