@@ -303,9 +303,10 @@ fn a_data_thread_hangs(machine: &Machine) {
     let (tid, _) = threads.iter().find(|(_, name)| name.starts_with("lbd-data-")).unwrap();
     let restarts: u32 = machine.show("NRestarts").parse().unwrap();
     let frozen = Frozen::thread(*tid);
-    machine.wait("NRestarts", &(restarts + 1).to_string());
+    machine.run("timeout 30 journalctl -u lbd -f -n all | grep -q -m 1 'Watchdog timeout'");
+    // Killed it is then, but one that is traced can't go before its tracer knows.
     frozen.thaw();
-    machine.run("journalctl -u lbd | grep -q 'Watchdog timeout'");
+    machine.wait("NRestarts", &(restarts + 1).to_string());
     machine.wait("StatusText", "serving, 4 of 4 workers healthy");
     assert_ne!(machine.main_pid(), before);
     assert!(KeepAlive::new(address()).get("/page.html").is_ok());

@@ -9,7 +9,7 @@ use std::{
 };
 
 use common::{
-    Daemon, Mark, PATIENCE, Ports,
+    Daemon, Mark, Ports,
     client::{KeepAlive, get},
     command, eventually,
     frozen::Frozen,
