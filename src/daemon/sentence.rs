@@ -67,6 +67,9 @@ fn reason<'a>(service: &Service, slot: &'a Slot) -> Option<&'a str> {
     if current.is_some_and(|worker| service.rotation().workers.contains(&worker.id)) {
         return None;
     }
+    if slot.drained {
+        return Some("drained by an operator");
+    }
     let probe = current.and_then(|worker| worker.last_probe.as_ref()?.error.as_deref());
     probe.or_else(|| Some(&*slot.last_exit.as_ref()?.status))
 }

@@ -79,3 +79,34 @@ impl Listener {
             .map_err(|cause| BindError::new(listen, cause))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        net::{TcpListener, TcpStream},
+        os::fd::OwnedFd,
+    };
+
+    use super::*;
+
+    #[test]
+    fn a_shared_socket_is_left_as_it_came() {
+        let theirs = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = theirs.local_addr().unwrap();
+        let copy = Socket::from(OwnedFd::from(theirs.try_clone().unwrap()));
+        let shared = Arc::new(Shared::new(copy, "lbd.socket".to_owned()).unwrap());
+        assert_eq!(*shared.address(), Listen::Tcp(address));
+        let listener = Listener::share(&shared, shared.address()).unwrap();
+        assert!(socket2::SockRef::from(&theirs).nonblocking().unwrap());
+
+        // One that waits stays, and another one comes in: no filter, and the queue is not emptied.
+        let _first = TcpStream::connect(address).unwrap();
+        listener.quiesce().unwrap();
+        let _second = TcpStream::connect(address).unwrap();
+        drop((listener, shared));
+        assert!(!socket2::SockRef::from(&theirs).nonblocking().unwrap());
+        for _ in 0..2 {
+            theirs.accept().unwrap();
+        }
+    }
+}
