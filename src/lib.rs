@@ -14,6 +14,8 @@
 //!      └─ worker                           the built-in HTTP worker, a program of its own
 //! ```
 //!
+//! `sockets` and `histogram` are below all of them, and know nothing of lbd.
+//!
 //! Three journeys, each a straight line:
 //!
 //! - a connection: `route`'s listener ─▶ pool ─▶ relay ─▶ counters;
@@ -27,6 +29,7 @@ pub mod cli;
 pub mod config;
 pub mod control;
 pub mod daemon;
+pub mod histogram;
 pub mod logging;
 pub mod probe;
 pub mod process;

@@ -8,18 +8,32 @@ use std::{
 };
 
 /// What each module may import. A module may not be missing here.
-const ALLOWED: [(&str, &[&str]); 12] = [
+const ALLOWED: [(&str, &[&str]); 13] = [
     ("cli", &["admin", "bench", "config", "daemon", "logging", "process", "worker"]),
     ("bench", &["admin", "config"]),
-    ("daemon", &["admin", "config", "control", "logging", "probe", "process", "route", "sockets"]),
-    ("admin", &["config", "logging"]),
+    (
+        "daemon",
+        &[
+            "admin",
+            "config",
+            "control",
+            "histogram",
+            "logging",
+            "probe",
+            "process",
+            "route",
+            "sockets",
+        ],
+    ),
+    ("admin", &["config", "histogram", "logging"]),
     ("probe", &["config", "control", "sockets"]),
     ("process", &["config"]),
-    ("route", &["config"]),
+    ("route", &["config", "histogram"]),
     ("control", &["config"]),
     ("logging", &["config"]),
     ("worker", &["sockets"]),
     ("sockets", &[]),
+    ("histogram", &[]),
     ("config", &[]),
 ];
 

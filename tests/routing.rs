@@ -167,7 +167,7 @@ fn a_held_client_is_let_go_after_the_hold_timeout() {
     let end = client.read(&mut [0]);
     assert!(begun.elapsed() >= Duration::from_millis(300), "{:?}", begun.elapsed());
     assert!(matches!(end, Ok(0)) || end.unwrap_err().kind() == ErrorKind::ConnectionReset);
-    daemon.wait(Mark::START, "connection", &[("end", "no-worker"), ("worker", "-")]);
+    daemon.wait(Mark::START, "connection", &[("end", "hold-timeout"), ("worker", "-")]);
 }
 
 #[test]

@@ -45,6 +45,8 @@ pub enum Event {
         id: WorkerId,
         /// How it ended, as a phrase ("exit status 1", "killed by SIGKILL").
         status: String,
+        /// A signal ended it.
+        by_signal: bool,
     },
     /// No process of this incarnation is left. Always its last event.
     Gone {
@@ -326,6 +328,39 @@ pub enum Failure {
     Exited,
     /// It runs, but was not healthy for too long: it is stopped.
     NotHealthy,
+}
+
+/// Why a worker is no more, as the metrics count it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cause {
+    /// The program ended by itself, with whatever status.
+    Exit,
+    /// A signal ended it that lbd did not send.
+    Signal,
+    /// It could not be started.
+    NotStarted,
+    /// lbd ended it: its probes had failed for too long.
+    Unhealthy,
+    /// lbd ended it: it was replaced or removed.
+    Stopped,
+}
+
+impl Cause {
+    /// All of them.
+    pub const ALL: [Self; 5] =
+        [Self::Exit, Self::Signal, Self::NotStarted, Self::Unhealthy, Self::Stopped];
+
+    /// What the metrics call it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Exit => "exit",
+            Self::Signal => "signal",
+            Self::NotStarted => "not-started",
+            Self::Unhealthy => "unhealthy",
+            Self::Stopped => "stopped",
+        }
+    }
 }
 
 /// Why a worker is taken out of service.

@@ -31,8 +31,8 @@ mod worker;
 use std::{collections::HashMap, sync::Arc, time::Instant};
 
 pub use event::{
-    Action, Event, Fact, Failure, Note, NoteWorker, ProbeOutcome, Spawn, Ticket, Why, WorkerId,
-    Worn,
+    Action, Cause, Event, Fact, Failure, Note, NoteWorker, ProbeOutcome, Spawn, Ticket, Why,
+    WorkerId, Worn,
 };
 pub use ports::WORKERS_ON_A_PORT;
 pub use service::{Coming, Rotation, Service};

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{
-    event::{Event, Fact, Failure, NoteWorker, Why, WorkerId},
+    event::{Cause, Event, Fact, Failure, NoteWorker, Why, WorkerId},
     service::{Context, Service},
     slot::{LastExit, note_of},
     worker::{Change, Phase},
@@ -43,11 +43,14 @@ impl Service {
                 });
                 self.note_worker(id, Fact::Started, cx);
             }
-            Event::Failed { reason, .. } => self.ended(id, reason, Failure::NotStarted, cx),
-            Event::Exited { status, .. } => self.ended(id, status, Failure::Exited, cx),
+            Event::Failed { reason, .. } => self.ended(id, reason, Cause::NotStarted, cx),
+            Event::Exited { status, by_signal, .. } => {
+                let cause = if by_signal { Cause::Signal } else { Cause::Exit };
+                self.ended(id, status, cause, cx);
+            }
             Event::Gone { .. } => {
                 // A guard that died without a word says only this.
-                self.ended(id, "lost".to_owned(), Failure::Exited, cx);
+                self.ended(id, "lost".to_owned(), Cause::Signal, cx);
                 self.retiring.retain(|worker| worker.id != id);
             }
             Event::Probed { outcome, .. } => {
@@ -187,15 +190,26 @@ impl Service {
     }
 
     /// A program ended, or could not be started.
-    fn ended(&mut self, id: WorkerId, status: String, failure: Failure, cx: &mut Context<'_>) {
+    fn ended(&mut self, id: WorkerId, status: String, cause: Cause, cx: &mut Context<'_>) {
         if let Some(worker) = self.retiring.iter_mut().find(|worker| worker.id == id) {
             if worker.phase == Phase::Ended {
                 return;
             }
             let subject = note_of(worker);
+            let cause = match worker.phase {
+                Phase::Stopping { why: Why::Unhealthy, .. } => Cause::Unhealthy,
+                Phase::Stopping { .. } => Cause::Stopped,
+                Phase::Launching
+                | Phase::Starting
+                | Phase::Healthy
+                | Phase::Unhealthy
+                | Phase::Draining { .. }
+                | Phase::Ended => cause,
+            };
             worker.ended(cx.now);
             let slot = worker.slot;
             if let Some(slot) = self.slots.iter_mut().find(|s| s.number == slot) {
+                slot.exits[cause as usize] += 1;
                 slot.last_exit = Some(LastExit { status: status.clone(), at: cx.now });
             }
             self.note_of(subject, Fact::Stopped { reason: status }, cx);
@@ -208,6 +222,9 @@ impl Service {
         let (subject, healthy) = (note_of(&worker), worker.longest_health(cx.now));
         worker.ended(cx.now);
         self.retiring.push(worker);
+        self.slots[index].exits[cause as usize] += 1;
+        let failure =
+            if cause == Cause::NotStarted { Failure::NotStarted } else { Failure::Exited };
         self.failed(index, Loss { id, subject, healthy, reason: status, failure }, cx);
     }
 

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Instant};
 
 use super::{
     backoff::Backoff,
-    event::{NoteWorker, WorkerId},
+    event::{Cause, NoteWorker, WorkerId},
     recycle::Recycling,
     worker::Worker,
 };
@@ -38,6 +38,8 @@ pub struct Slot {
     pub generation: u64,
     /// Workers started here after the first.
     pub restarts: u64,
+    /// Workers of this slot that are no more, by [`Cause`], in the order of [`Cause::ALL`].
+    pub exits: [u64; Cause::ALL.len()],
     /// How and when the last worker here ended, or why it could not be started.
     pub last_exit: Option<LastExit>,
     /// The port of the last worker that filled it.
@@ -69,6 +71,7 @@ impl Slot {
             recycling: Recycling::default(),
             generation: 0,
             restarts: 0,
+            exits: [0; Cause::ALL.len()],
             last_exit: None,
             last_port: fixed_port,
         }

@@ -233,7 +233,11 @@ impl World {
     }
 
     fn exit(&mut self, id: u64) -> Vec<String> {
-        self.event(Event::Exited { id: WorkerId(id), status: "exit status 1".to_owned() })
+        self.event(Event::Exited {
+            id: WorkerId(id),
+            status: "exit status 1".to_owned(),
+            by_signal: false,
+        })
     }
 
     fn gone(&mut self, id: u64) -> Vec<String> {

@@ -25,7 +25,7 @@ use crate::{
     control::{Event, Spawn, WORKERS_ON_A_PORT, WorkerId},
     probe,
     process::{
-        self, Cgroup, Cgroups, Child, ChildEvent, Controller, Identity, Launch, MemoryGauge,
+        self, Cgroup, Cgroups, Child, ChildEvent, Controller, Exit, Identity, Launch, MemoryGauge,
         Outputs, Spawner, Watched,
     },
     route::Upstream,
@@ -368,7 +368,10 @@ async fn report(mut child: Child, id: WorkerId, events: mpsc::Sender<Event>) {
         let event = match child.next().await {
             Some(ChildEvent::Started { pid }) => Event::Started { id, pid },
             Some(ChildEvent::Failed(reason)) => Event::Failed { id, reason },
-            Some(ChildEvent::Exited(exit)) => Event::Exited { id, status: exit.to_string() },
+            Some(ChildEvent::Exited(exit)) => {
+                let by_signal = !matches!(exit, Exit::Code(_));
+                Event::Exited { id, status: exit.to_string(), by_signal }
+            }
             Some(ChildEvent::Gone) => Event::Gone { id },
             None => return,
         };

@@ -8,7 +8,7 @@ use super::{
     listener::Peer,
     queue::Links,
     relay::{Fault, Flow, Pumped, Side},
-    service::Place,
+    service::{Place, ServiceRoute},
     upstream::Lease,
 };
 
@@ -47,6 +47,9 @@ pub(super) enum End {
     /// The client left before it had a worker.
     ClientGone,
     Idle,
+    /// No worker became healthy, or had room, in time.
+    HoldTimeout,
+    /// There was none, and none was to come.
     NoWorker,
     /// lbd stopped.
     Stopped,
@@ -54,18 +57,33 @@ pub(super) enum End {
     Failed,
 }
 
-impl fmt::Display for End {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
+impl End {
+    /// Those of a connection that a worker has taken, but [`Self::Closed`].
+    pub(super) const OF_TAKEN: [Self; 5] =
+        [Self::ClientReset, Self::WorkerReset, Self::Idle, Self::Stopped, Self::Failed];
+    /// Those of one that none has taken.
+    pub(super) const OF_OTHERS: [Self; 5] =
+        [Self::ClientGone, Self::HoldTimeout, Self::NoWorker, Self::Stopped, Self::Failed];
+
+    /// What the access log and the metrics call it.
+    pub(super) fn name(self) -> &'static str {
+        match self {
             Self::Closed => "closed",
             Self::ClientReset => "client-reset",
             Self::WorkerReset => "worker-reset",
             Self::ClientGone => "client-gone",
             Self::Idle => "idle",
+            Self::HoldTimeout => "hold-timeout",
             Self::NoWorker => "no-worker",
             Self::Stopped => "stopped",
             Self::Failed => "failed",
-        })
+        }
+    }
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
     }
 }
 
@@ -86,6 +104,10 @@ pub(super) struct Connection {
     pub(super) end: End,
     /// The ids of the upstreams that did not take it.
     pub(super) tried: Vec<u64>,
+    /// A worker did not take it, so that another was tried or waited for.
+    pub(super) is_retried: bool,
+    /// Since when it has waited for a worker; `None` once it has one.
+    pub(super) held_since: Option<Instant>,
     pub(super) service: u32,
     /// Tells it from the connections that had its key before.
     pub(super) generation: u32,
@@ -117,6 +139,8 @@ impl Connection {
             begun: now,
             end: End::Stopped,
             tried: Vec::new(),
+            is_retried: false,
+            held_since: None,
             service,
             generation,
             stage: None,
@@ -132,6 +156,10 @@ impl Connection {
 
     pub(super) fn begun(&self) -> Instant {
         self.begun
+    }
+
+    pub(super) fn service(&self) -> &ServiceRoute {
+        self.place.service()
     }
 
     pub(super) fn bytes(&self) -> u64 {

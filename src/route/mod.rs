@@ -25,6 +25,8 @@
 //!   so that the worker wakes up to a connection with a request in it. The end of a stream travels
 //!   with its last bytes.
 //! - Listeners are registered exclusively, so that one client wakes one thread.
+//! - What is counted at the end of a connection is counted in the thread's own cache lines, by the
+//!   clock of its turn (`tally`).
 //! - Bytes go through one buffer of 64 KiB a thread. An idle connection is about 250 bytes here.
 //! - Timeouts are the order of a linked list (`queue`), not timers.
 //!
@@ -47,6 +49,7 @@ mod relay;
 mod service;
 mod shared;
 mod steps;
+mod tally;
 mod upstream;
 
 pub use crew::ListenerId;
@@ -55,4 +58,5 @@ pub use plane::{DataPlane, Settings};
 pub use pool::Pool;
 pub use service::ServiceRoute;
 pub use shared::Shared;
+pub use tally::{Reasons, ServiceTally, WorkerTally};
 pub use upstream::{Traffic, Upstream};

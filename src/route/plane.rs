@@ -115,6 +115,7 @@ impl DataPlane {
     /// Takes over a connection that was accepted elsewhere, and places it as if a client had just
     /// made it. It counts towards the limits, but is not turned away by them.
     pub fn adopt(&self, service: &Arc<ServiceRoute>, connection: Socket) {
+        service.counters().count_rescued();
         self.crew.tell_one(Command::Adopt { connection, service: Arc::clone(service) });
     }
 

@@ -151,6 +151,7 @@ mod tests {
         collections::HashMap,
         net::{Ipv4Addr, SocketAddr},
         num::NonZeroU32,
+        time::Duration,
     };
 
     use super::*;
@@ -255,7 +256,7 @@ mod tests {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for _ in 0..1_000 {
-                        pool.pick(None, &mut vec![]).unwrap().count_taken();
+                        pool.pick(None, &mut vec![]).unwrap().count_taken(0, Duration::ZERO);
                     }
                 });
             }

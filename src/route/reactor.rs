@@ -20,6 +20,7 @@ use super::{
     queue::Queue,
     relay::{BUFFER, Side},
     service::{Place, ServiceRoute},
+    tally::Refusal,
 };
 
 /// Edges taken from the kernel at once.
@@ -42,7 +43,7 @@ pub(super) enum Subject {
 /// One data thread.
 pub(super) struct Reactor {
     crew: Arc<Crew>,
-    thread: usize,
+    pub(super) thread: usize,
     pub(super) epoll: Epoll,
     /// When the last edges were taken: the time of everything that follows from them.
     pub(super) now: Instant,
@@ -264,11 +265,12 @@ impl Reactor {
                     match stage {
                         Stage::Connecting => {
                             let token = self.token(key, Subject::Client);
-                            self.shielded(token, Self::skip);
+                            self.shielded(token, |reactor, key| {
+                                reactor.skip(key, Refusal::Timeout)
+                            });
                         }
-                        Stage::Held | Stage::Crowded | Stage::Doubtful => {
-                            self.finish(key, End::NoWorker)
-                        }
+                        Stage::Held | Stage::Crowded => self.finish(key, End::HoldTimeout),
+                        Stage::Doubtful => self.finish(key, End::NoWorker),
                         Stage::Relaying => self.finish(key, End::Idle),
                     }
                 }

@@ -10,7 +10,12 @@ use std::sync::{
 
 use tokio::sync::Notify;
 
-use super::{crew::Crew, gate::Gate, pool::Pool};
+use super::{
+    crew::Crew,
+    gate::Gate,
+    pool::Pool,
+    tally::{ServiceCounters, ServiceTally},
+};
 
 /// Where control publishes a service's [`Pool`] and reads what is held.
 #[derive(Debug)]
@@ -28,6 +33,7 @@ pub struct ServiceRoute {
     gate: Gate,
     waiting: AtomicUsize,
     emptied: Notify,
+    counters: ServiceCounters,
 }
 
 impl ServiceRoute {
@@ -47,6 +53,7 @@ impl ServiceRoute {
             crowded: AtomicBool::new(false),
             waiting: AtomicUsize::new(0),
             emptied: Notify::new(),
+            counters: ServiceCounters::default(),
         })
     }
 
@@ -83,6 +90,12 @@ impl ServiceRoute {
         self.waiting.load(Relaxed)
     }
 
+    /// All that only grows, each number exact by itself.
+    #[must_use]
+    pub fn tally(&self) -> ServiceTally {
+        self.counters.read()
+    }
+
     /// Returns when the service holds no connection; at once if it holds none. May be dropped at
     /// any time. It doesn't stop new ones: [close](super::DataPlane::close) the listeners first.
     pub async fn emptied(&self) {
@@ -95,6 +108,10 @@ impl ServiceRoute {
             }
             emptied.await;
         }
+    }
+
+    pub(super) fn counters(&self) -> &ServiceCounters {
+        &self.counters
     }
 
     pub(super) fn is_logged(&self) -> bool {

@@ -1,6 +1,10 @@
 //! The steps of a connection: placed with a worker, or held, relayed, ended.
 
-use std::{io, sync::Arc, time::Instant};
+use std::{
+    io,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use nix::{
     errno::Errno,
@@ -13,6 +17,7 @@ use super::{
     pool::{Nobody, Pool},
     reactor::{Reactor, Subject, grain},
     relay::{Pumped, Side},
+    tally::Refusal,
     upstream::Upstream,
 };
 
@@ -81,13 +86,16 @@ impl Reactor {
                     }
                     connection.worker = Some((Side::new(socket, lease.domain()), lease));
                     if is_connected {
-                        return self.begin(key);
+                        return self.begin(key, Duration::ZERO);
                     }
                     return self.enter(key, Stage::Connecting, self.now);
                 }
                 // Not the worker's fault, and no other's connect would fare better.
                 Err(Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM) => {}
-                Err(_) => lease.count_failed(),
+                Err(error) => {
+                    connection.is_retried = true;
+                    lease.count_refusal(Refusal::of(error));
+                }
             }
             drop(lease);
             route.has_room();
@@ -124,20 +132,31 @@ impl Reactor {
     /// The first edge of a worker's socket: it took the connection, or it didn't.
     fn connected(&mut self, key: usize, edge: EpollFlags) {
         if edge.intersects(EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP) {
-            self.skip(key);
+            let worker = self.connections[key].worker.as_ref();
+            let error = worker.and_then(|(worker, _)| worker.socket.take_error().ok()?);
+            self.skip(key, Refusal::of(error.map_or(Errno::UnknownErrno, errno)));
         } else if edge.contains(EpollFlags::EPOLLOUT) {
-            self.begin(key);
+            let since = self.connections[key].links.since;
+            self.begin(key, self.now - since);
         }
     }
 
-    /// Goes from the connect to the relay.
-    fn begin(&mut self, key: usize) {
+    /// Goes from the connect, which took so long, to the relay.
+    fn begin(&mut self, key: usize, took: Duration) {
         let connection = &mut self.connections[key];
         let Some((worker, lease)) = &connection.worker else { return };
         if is_self_connected(&worker.socket, lease) {
-            return self.skip(key);
+            return self.skip(key, Refusal::Refused);
         }
-        lease.count_taken();
+        lease.count_taken(self.thread, took);
+        let counters = connection.service().counters();
+        if connection.is_retried {
+            counters.count_retried();
+        }
+        if let Some(since) = connection.held_since {
+            counters.count_hold(self.thread, self.now - since);
+            connection.held_since = None;
+        }
         connection.tried = Vec::new();
         connection.client.expect();
         self.enter(key, Stage::Relaying, self.now);
@@ -145,10 +164,11 @@ impl Reactor {
     }
 
     /// Leaves the worker that didn't take the connection, and tries the next.
-    pub(super) fn skip(&mut self, key: usize) {
+    pub(super) fn skip(&mut self, key: usize, refusal: Refusal) {
         let connection = &mut self.connections[key];
         if let Some((worker, lease)) = connection.worker.take() {
-            lease.count_failed();
+            connection.is_retried = true;
+            lease.count_refusal(refusal);
             // The close does it as well, but not while a fork in progress shares the socket.
             _ = self.epoll.delete(&worker.socket);
             drop((worker, lease));
@@ -186,6 +206,10 @@ impl Reactor {
         let service = &mut self.services[connection.service as usize];
         if stage.is_waiting() {
             service.route.count_waiting(true);
+            if connection.held_since.is_none() {
+                connection.held_since = Some(self.now);
+                service.route.counters().count_held();
+            }
         }
         service.queues[stage as usize].insert(&mut self.connections, key, since);
     }
@@ -202,9 +226,19 @@ impl Reactor {
     }
 
     pub(super) fn finish(&mut self, key: usize, end: End) {
+        let is_taken = self.connections[key].stage == Some(Stage::Relaying);
         self.leave(key);
         let mut connection = self.connections.remove(key);
         connection.end = end;
+        match &connection.worker {
+            Some((_, lease)) if is_taken => {
+                lease.count_end(self.thread, end, self.now - connection.begun());
+            }
+            _ => connection.service().counters().count_end(end),
+        }
+        if let Some(since) = connection.held_since {
+            connection.service().counters().count_hold(self.thread, self.now - since);
+        }
         self.leave_service(connection.service as usize);
     }
 }

@@ -11,12 +11,17 @@ use std::{
             Ordering::{Relaxed, SeqCst},
         },
     },
+    time::Duration,
 };
 
 use socket2::{Domain, SockAddr};
 use tokio::sync::Notify;
 
-use super::listener::is_ephemeral;
+use super::{
+    connection::End,
+    listener::is_ephemeral,
+    tally::{Refusal, WorkerCounters, WorkerTally},
+};
 
 /// One incarnation of a worker: where it listens, and what passed through it.
 ///
@@ -34,9 +39,9 @@ pub struct Upstream {
     drained: Arc<Notify>,
     active: AtomicUsize,
     total: AtomicU64,
-    failed: AtomicU64,
     sent: AtomicU64,
     received: AtomicU64,
+    counters: WorkerCounters,
 }
 
 /// What passed through an [`Upstream`] so far.
@@ -79,9 +84,9 @@ impl Upstream {
             drained,
             active: AtomicUsize::new(0),
             total: AtomicU64::new(0),
-            failed: AtomicU64::new(0),
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
+            counters: WorkerCounters::default(),
         })
     }
 
@@ -115,10 +120,20 @@ impl Upstream {
         Traffic {
             active: self.active(),
             total: self.total.load(Relaxed),
-            failed: self.failed.load(Relaxed),
+            failed: self.counters.refused(),
             sent: self.sent.load(Relaxed),
             received: self.received.load(Relaxed),
         }
+    }
+
+    /// All that only grows, each number exact by itself.
+    #[must_use]
+    pub fn tally(&self) -> WorkerTally {
+        let mut tally = self.counters.read();
+        tally.total = self.total.load(Relaxed);
+        tally.sent = self.sent.load(Relaxed);
+        tally.received = self.received.load(Relaxed);
+        tally
     }
 
     /// Connections now on the worker, the ones being made included.
@@ -181,12 +196,17 @@ impl Upstream {
         self.endpoint.domain()
     }
 
-    pub(super) fn count_taken(&self) {
+    pub(super) fn count_taken(&self, thread: usize, connect: Duration) {
         self.total.fetch_add(1, Relaxed);
+        self.counters.count_connect(thread, connect);
     }
 
-    pub(super) fn count_failed(&self) {
-        self.failed.fetch_add(1, Relaxed);
+    pub(super) fn count_refusal(&self, refusal: Refusal) {
+        self.counters.count_refusal(refusal);
+    }
+
+    pub(super) fn count_end(&self, thread: usize, end: End, lasted: Duration) {
+        self.counters.count_end(thread, end, lasted);
     }
 
     pub(super) fn count_bytes(&self, sent: u64, received: u64) {

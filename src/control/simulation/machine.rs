@@ -273,7 +273,11 @@ impl Machine {
         process.ending = true;
         process.connections = 0;
         if self.random.u8(..) < 240 {
-            self.tell(id, delay, Event::Exited { id, status: "exit status 1".to_owned() });
+            self.tell(
+                id,
+                delay,
+                Event::Exited { id, status: "exit status 1".to_owned(), by_signal: false },
+            );
         }
         let leaving = if self.random.bool() { 0 } else { LEAVING };
         self.tell(id, leaving, Event::Gone { id });

@@ -130,3 +130,47 @@ fn coming_tells_when_a_worker_can_be_there() {
     world.end(3);
     assert_eq!(world.coming(), Coming::Never, "nothing is started any more");
 }
+
+#[test]
+fn each_end_is_counted_once_and_by_its_cause() {
+    use crate::control::Cause::{self, Exit, NotStarted, Signal, Stopped, Unhealthy};
+    let mut counted: Vec<Cause> = Vec::new();
+    let mut world = World::healthy(ports("a", &[9002]));
+    let mut counts = |world: &World, cause: Cause| {
+        counted.push(cause);
+        let of = |cause: Cause| counted.iter().filter(|known| **known == cause).count() as u64;
+        assert_eq!(world.web().slots[0].exits, Cause::ALL.map(of), "{cause:?}");
+    };
+    world.end(1);
+    counts(&world, Exit);
+    world.wait(SEC(60));
+    world.up(2);
+    let killed =
+        Event::Exited { id: WorkerId(2), status: "killed by SIGKILL".to_owned(), by_signal: true };
+    world.event(killed);
+    world.gone(2);
+    counts(&world, Signal);
+    world.wait(SEC(60));
+    world.fail_to_start(3);
+    counts(&world, NotStarted);
+    world.wait(SEC(60));
+    world.up(4);
+    world.gone(4);
+    counts(&world, Signal);
+    world.wait(SEC(60));
+    world.up(5);
+    world.fall(5);
+    world.wait(SEC(60));
+    world.end(5);
+    counts(&world, Unhealthy);
+    world.up(6);
+    world.restart(1, None);
+    world.idle(6);
+    world.end(6);
+    counts(&world, Stopped);
+    world.up(7);
+    world.restart(2, None);
+    // While it drains, before it is asked to.
+    world.end(7);
+    counts(&world, Exit);
+}

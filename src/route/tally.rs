@@ -1,0 +1,210 @@
+//! What is counted, by worker and by service, beyond what `/status` shows: for the metrics.
+//!
+//! All of it only grows. Data threads add and never look; what happens once a connection and on all
+//! threads alike goes into their own shards of a [`Histogram`], what is rare into one counter.
+
+use std::{
+    array,
+    ops::AddAssign,
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    time::Duration,
+};
+
+use nix::errno::Errno;
+
+use super::connection::End;
+use crate::histogram::{Durations, Histogram};
+
+/// Why a worker did not take a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Refusal {
+    Refused,
+    /// It did not answer within `connect-timeout`.
+    Timeout,
+    /// Anything else: no route to its host, no port left to connect from …
+    Error,
+}
+
+impl Refusal {
+    const ALL: [Self; 3] = [Self::Refused, Self::Timeout, Self::Error];
+
+    pub(super) fn of(errno: Errno) -> Self {
+        match errno {
+            Errno::ECONNREFUSED => Self::Refused,
+            Errno::ETIMEDOUT => Self::Timeout,
+            _ => Self::Error,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Refused => "refused",
+            Self::Timeout => "timeout",
+            Self::Error => "error",
+        }
+    }
+}
+
+/// How often something happened for which reason, in a fixed order of the reasons.
+pub type Reasons<const N: usize> = [(&'static str, u64); N];
+
+/// One worker's counters.
+#[derive(Debug, Default)]
+pub(super) struct WorkerCounters {
+    refusals: [AtomicU64; Refusal::ALL.len()],
+    failures: [AtomicU64; End::OF_TAKEN.len()],
+    connect: Histogram,
+    duration: Histogram,
+}
+
+/// One service's counters: of connections that no worker has, or not yet.
+#[derive(Debug, Default)]
+pub(super) struct ServiceCounters {
+    failures: [AtomicU64; End::OF_OTHERS.len()],
+    held: AtomicU64,
+    hold: Histogram,
+    retried: AtomicU64,
+    rescued: AtomicU64,
+}
+
+/// What was counted of a worker, or of several one after the other.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct WorkerTally {
+    /// Connections it took.
+    pub total: u64,
+    /// Bytes handed to clients.
+    pub sent: u64,
+    /// Bytes handed to the worker.
+    pub received: u64,
+    /// From the connect to the worker's answer, of each connection it took. A turn of the loop is
+    /// the grain: what is answered at once takes no time.
+    pub connect: Durations,
+    /// From acceptance to the end, of each connection it took that has ended.
+    pub duration: Durations,
+    refusals: [u64; Refusal::ALL.len()],
+    failures: [u64; End::OF_TAKEN.len()],
+}
+
+/// What was counted of a service.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ServiceTally {
+    /// Connections that had to wait for a worker.
+    pub held: u64,
+    /// How long, of those that have one now or were given up.
+    pub hold: Durations,
+    /// Connections that a worker took after another had not.
+    pub retried: u64,
+    /// Connections taken over from the queue of a worker that was gone or hung.
+    pub rescued: u64,
+    failures: [u64; End::OF_OTHERS.len()],
+}
+
+impl WorkerCounters {
+    pub(super) fn count_refusal(&self, refusal: Refusal) {
+        self.refusals[refusal as usize].fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn count_connect(&self, thread: usize, took: Duration) {
+        self.connect.count(thread, took);
+    }
+
+    pub(super) fn count_end(&self, thread: usize, end: End, lasted: Duration) {
+        self.duration.count(thread, lasted);
+        if let Some(reason) = End::OF_TAKEN.iter().position(|known| *known == end) {
+            self.failures[reason].fetch_add(1, Relaxed);
+        }
+    }
+
+    pub(super) fn refused(&self) -> u64 {
+        self.refusals.iter().map(|count| count.load(Relaxed)).sum()
+    }
+
+    /// All but the numbers that `/status` shows too.
+    pub(super) fn read(&self) -> WorkerTally {
+        WorkerTally {
+            connect: self.connect.read(),
+            duration: self.duration.read(),
+            refusals: load(&self.refusals),
+            failures: load(&self.failures),
+            ..WorkerTally::default()
+        }
+    }
+}
+
+impl ServiceCounters {
+    pub(super) fn count_end(&self, end: End) {
+        if let Some(reason) = End::OF_OTHERS.iter().position(|known| *known == end) {
+            self.failures[reason].fetch_add(1, Relaxed);
+        }
+    }
+
+    pub(super) fn count_held(&self) {
+        self.held.fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn count_hold(&self, thread: usize, took: Duration) {
+        self.hold.count(thread, took);
+    }
+
+    pub(super) fn count_retried(&self) {
+        self.retried.fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn count_rescued(&self) {
+        self.rescued.fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn read(&self) -> ServiceTally {
+        ServiceTally {
+            held: self.held.load(Relaxed),
+            hold: self.hold.read(),
+            retried: self.retried.load(Relaxed),
+            rescued: self.rescued.load(Relaxed),
+            failures: load(&self.failures),
+        }
+    }
+}
+
+impl WorkerTally {
+    /// Connects that failed, by their reasons.
+    #[must_use]
+    pub fn refusals(&self) -> Reasons<{ Refusal::ALL.len() }> {
+        array::from_fn(|reason| (Refusal::ALL[reason].name(), self.refusals[reason]))
+    }
+
+    /// Connections it took that did not end well, by their reasons.
+    #[must_use]
+    pub fn failures(&self) -> Reasons<{ End::OF_TAKEN.len() }> {
+        array::from_fn(|reason| (End::OF_TAKEN[reason].name(), self.failures[reason]))
+    }
+}
+
+impl ServiceTally {
+    /// Connections that no worker took, by their reasons.
+    #[must_use]
+    pub fn failures(&self) -> Reasons<{ End::OF_OTHERS.len() }> {
+        array::from_fn(|reason| (End::OF_OTHERS[reason].name(), self.failures[reason]))
+    }
+}
+
+impl AddAssign for WorkerTally {
+    fn add_assign(&mut self, other: Self) {
+        self.total += other.total;
+        self.sent += other.sent;
+        self.received += other.received;
+        self.connect += other.connect;
+        self.duration += other.duration;
+        add(&mut self.refusals, other.refusals);
+        add(&mut self.failures, other.failures);
+    }
+}
+
+fn load<const N: usize>(counters: &[AtomicU64; N]) -> [u64; N] {
+    array::from_fn(|reason| counters[reason].load(Relaxed))
+}
+
+fn add<const N: usize>(sums: &mut [u64; N], others: [u64; N]) {
+    for (sum, other) in sums.iter_mut().zip(others) {
+        *sum += other;
+    }
+}
