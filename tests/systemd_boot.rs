@@ -363,9 +363,9 @@ fn workers_in_other_languages_run_as_hardened_and_as_other_users() {
         add("node", &node, "");
     }
     let is_served = |path: &str| {
-        for number in 0..services.len() {
+        for (number, service) in services.iter().enumerate() {
             let answer = KeepAlive::new(address(number)).get(path);
-            assert_eq!(answer.unwrap().0, 200, "{}", services[number]);
+            assert_eq!(answer.unwrap().0, 200, "{service}");
         }
     };
     machine.write("/etc/lbd/lb.toml", &services.concat());

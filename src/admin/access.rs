@@ -200,6 +200,8 @@ impl IntoResponse for Denied {
 mod tests {
     use axum::http::HeaderName;
 
+    use std::slice::from_ref;
+
     use super::*;
 
     const UNIX: Via = Via::Unix;
@@ -275,36 +277,36 @@ mod tests {
         let page = (header::ORIGIN, "http://example.org");
         type Pairs<'a> = &'a [(HeaderName, &'static str)];
         let to_look: [(Via, Pairs<'_>, bool, Result<(), Denied>); 17] = [
-            (near, &[own.clone()], false, Ok(())),
-            (near, &[own.clone()], true, Ok(())),
-            (near6, &[own.clone()], true, Ok(())),
+            (near, from_ref(&own), false, Ok(())),
+            (near, from_ref(&own), true, Ok(())),
+            (near6, from_ref(&own), true, Ok(())),
             (near, &[], true, Ok(())),
-            (near, &[evil.clone()], true, Err(Foreign)),
+            (near, from_ref(&evil), true, Err(Foreign)),
             (near, &[own.clone(), page.clone()], true, Err(Foreign)),
             (near, &[evil.clone(), good.clone()], true, Ok(())),
             (near, &[own.clone(), wrong.clone()], true, Err(WrongToken)),
             (near, &[own.clone(), wrong.clone()], false, Ok(())),
             (near, &[own.clone(), basic.clone()], true, Ok(())),
-            (far, &[far_host.clone()], false, Err(NoToken { change: false })),
-            (far, &[far_host.clone()], true, Err(MissingToken)),
+            (far, from_ref(&far_host), false, Err(NoToken { change: false })),
+            (far, from_ref(&far_host), true, Err(MissingToken)),
             (far, &[far_host.clone(), basic.clone()], true, Err(MissingToken)),
             (far, &[far_host.clone(), wrong.clone()], true, Err(WrongToken)),
             (far, &[far_host.clone(), lower.clone()], true, Ok(())),
             (far, &[far_host.clone(), good.clone(), good.clone()], true, Err(WrongToken)),
-            (far, &[good.clone()], false, Err(NoToken { change: false })),
+            (far, from_ref(&good), false, Err(NoToken { change: false })),
         ];
         for (via, pairs, set, expected) in to_look {
             let found = judge(via, false, &headers(pairs), set.then_some(&token));
             assert_eq!(found, expected, "GET {via:?} {pairs:?} {set}");
         }
         let to_change: [(Via, Pairs<'_>, bool, Result<(), Denied>); 11] = [
-            (near, &[own.clone()], false, Err(NoToken { change: true })),
+            (near, from_ref(&own), false, Err(NoToken { change: true })),
             (near, &[own.clone(), good.clone()], false, Err(NoToken { change: true })),
-            (near, &[own.clone()], true, Err(MissingToken)),
+            (near, from_ref(&own), true, Err(MissingToken)),
             (near, &[own.clone(), wrong.clone()], true, Err(WrongToken)),
             (near, &[own.clone(), good.clone()], true, Ok(())),
             (near6, &[own.clone(), good.clone()], true, Ok(())),
-            (near, &[good.clone()], true, Err(Foreign)),
+            (near, from_ref(&good), true, Err(Foreign)),
             (near, &[evil.clone(), good.clone()], true, Err(Foreign)),
             (near, &[own.clone(), page.clone(), good.clone()], true, Err(Foreign)),
             (far, &[far_host.clone(), good.clone()], true, Ok(())),

@@ -1,11 +1,14 @@
 //! What can be asked over HTTP, and how it is answered. Who may ask is decided in `access`.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use axum::{
     Json, Router,
     extract::{FromRef, Path, State},
-    http::StatusCode,
+    http::{StatusCode, header},
     response::{IntoResponse, Response},
     routing::{get, post},
 };
@@ -18,6 +21,7 @@ use tokio::{
 use super::{
     Failure, Placed, Process, Reloaded, Request, Restarted, Status,
     events::{Watched, events},
+    metrics,
 };
 
 /// How long the main thread may take to tell how everything is.
@@ -28,6 +32,7 @@ pub(super) fn router(context: Context) -> Router {
     Router::new()
         .route("/healthz", get(healthz))
         .route("/status", get(status))
+        .route("/metrics", get(metrics))
         .route("/events", get(events))
         .route("/reload", post(reload))
         .route("/stop", post(stop))
@@ -47,11 +52,13 @@ pub(super) fn router(context: Context) -> Router {
 pub(super) struct Context {
     daemon: Daemon,
     pub(super) watched: Arc<Watched>,
+    /// What was seen of the workers so far.
+    cpu: Arc<Mutex<metrics::CpuTimes>>,
 }
 
 impl Context {
     pub(super) fn new(daemon: Daemon, watched: Watched) -> Self {
-        Self { daemon, watched: Arc::new(watched) }
+        Self { daemon, watched: Arc::new(watched), cpu: Arc::default() }
     }
 }
 
@@ -79,6 +86,13 @@ async fn status(State(context): State<Context>) -> Result<Json<Status>, Error> {
     let mut status = context.daemon.look().await?;
     context.watched.latest().borrow().rate(&mut status);
     Ok(Json(status))
+}
+
+async fn metrics(State(context): State<Context>) -> Result<impl IntoResponse, Error> {
+    let snapshot = context.daemon.ask_soon(Request::Metrics).await?;
+    let mut cpu = context.cpu.lock().unwrap_or_else(PoisonError::into_inner);
+    let page = metrics::page(&snapshot, &mut cpu);
+    Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], page))
 }
 
 async fn reload(State(daemon): State<Daemon>) -> Result<Json<Reloaded>, Error> {
@@ -169,8 +183,16 @@ impl Daemon {
     }
 
     async fn status(&self) -> Result<Status, Error> {
+        self.ask_soon(Request::Status).await
+    }
+
+    /// As [`Daemon::ask`], for what the main thread answers at once.
+    async fn ask_soon<T>(
+        &self,
+        request: impl FnOnce(oneshot::Sender<T>) -> Request,
+    ) -> Result<T, Error> {
         let busy = |_| Error::new(StatusCode::SERVICE_UNAVAILABLE, "lbd is too busy to answer");
-        timeout(STATUS_TIMEOUT, self.ask(Request::Status)).await.map_err(busy)?
+        timeout(STATUS_TIMEOUT, self.ask(request)).await.map_err(busy)?
     }
 }
 

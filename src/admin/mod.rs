@@ -15,6 +15,7 @@ mod access;
 mod api;
 mod client;
 mod events;
+pub mod metrics;
 mod place;
 mod sampler;
 mod server;
@@ -39,6 +40,8 @@ use serde::{Deserialize, Serialize};
 pub enum Request {
     /// How everything is, now.
     Status(oneshot::Sender<Status>),
+    /// All that is counted, now.
+    Metrics(oneshot::Sender<metrics::Snapshot>),
     /// Read the file again, and answer when what changed is in force.
     Reload(Answer<Reloaded>),
     /// Replace the workers of a service one at a time, or that of one slot, and answer at the end.

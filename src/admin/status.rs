@@ -115,6 +115,18 @@ pub enum State {
     Stopping,
 }
 
+impl State {
+    /// All of them.
+    pub const ALL: [Self; 6] = [
+        Self::Backoff,
+        Self::Starting,
+        Self::Healthy,
+        Self::Unhealthy,
+        Self::Draining,
+        Self::Stopping,
+    ];
+}
+
 impl fmt::Display for State {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {

@@ -9,6 +9,10 @@ use nix::unistd::{SysconfVar, sysconf};
 pub struct Process {
     /// Memory that is in RAM, in bytes. The kernel's counters may lag by some pages a thread.
     pub resident_bytes: u64,
+    /// Address space, in bytes.
+    pub virtual_bytes: u64,
+    /// Threads.
+    pub threads: u64,
     /// CPU time, user and system.
     pub cpu_seconds: f64,
     /// When it began, in clock ticks after boot: with the pid it names one process for ever.
@@ -25,6 +29,12 @@ impl Process {
         let page = per(SysconfVar::PAGE_SIZE)?;
         parse(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?, ticks, page)
     }
+
+    /// When it began, in seconds since the Unix epoch; `booted` is when the machine did.
+    #[must_use]
+    pub fn start_time(&self, booted: f64) -> Option<f64> {
+        Some(booted + self.began as f64 / per(SysconfVar::CLK_TCK)? as f64)
+    }
 }
 
 fn per(what: SysconfVar) -> Option<u64> {
@@ -40,6 +50,8 @@ fn parse(stat: &str, ticks_a_second: u64, page_size: u64) -> Option<Process> {
     let ticks = field(14)? + field(15)?;
     Some(Process {
         resident_bytes: field(24)? * page_size,
+        virtual_bytes: field(23)?,
+        threads: field(20)?,
         cpu_seconds: ticks as f64 / ticks_a_second as f64,
         began: field(22)?,
         ended: matches!(*fields.first()?, "Z" | "X"),
@@ -54,8 +66,14 @@ mod tests {
 
     #[test]
     fn a_name_may_hold_anything() {
-        let expected =
-            Process { resident_bytes: 10 * 4096, cpu_seconds: 1.75, began: 8765, ended: false };
+        let expected = Process {
+            resident_bytes: 10 * 4096,
+            virtual_bytes: 9,
+            threads: 1,
+            cpu_seconds: 1.75,
+            began: 8765,
+            ended: false,
+        };
         assert_eq!(parse(STAT, 100, 4096), Some(expected));
         let ended = STAT.replace(") S", ") Z");
         assert_eq!(parse(&ended, 100, 4096), Some(Process { ended: true, ..expected }));

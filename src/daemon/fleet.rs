@@ -19,10 +19,10 @@ use tokio::{
     task::spawn_local,
 };
 
-use super::descriptors::Descriptors;
+use super::{descriptors::Descriptors, ledger::Ledger};
 use crate::{
     config::{Probe, Program, SocketMode},
-    control::{Event, Spawn, WORKERS_ON_A_PORT, WorkerId},
+    control::{Event, ProbeOutcome, Spawn, WORKERS_ON_A_PORT, WorkerId},
     probe,
     process::{
         self, Cgroup, Cgroups, Child, ChildEvent, Controller, Exit, Identity, Launch, MemoryGauge,
@@ -59,6 +59,7 @@ pub(super) struct Fleet {
     /// Notified when a retired worker's last connection ends.
     idle: Arc<Notify>,
     members: HashMap<WorkerId, Member>,
+    pub(super) ledger: Ledger,
     /// The ports whose sockets workers inherit.
     ports: HashMap<SocketAddr, InheritedPort>,
     acceptor: Acceptor,
@@ -80,6 +81,7 @@ struct InheritedPort {
 struct Member {
     controller: Controller,
     guard: i32,
+    service: Arc<str>,
     upstream: Arc<Upstream>,
     address: SocketAddr,
     retired: bool,
@@ -101,6 +103,7 @@ impl Fleet {
             events,
             idle,
             members: HashMap::new(),
+            ledger: Ledger::default(),
             ports: HashMap::new(),
             acceptor: Acceptor::new()?,
             cgroups,
@@ -150,9 +153,10 @@ impl Fleet {
     }
 
     /// The probe that was asked for has ended.
-    pub(super) fn probed(&mut self, id: WorkerId) {
+    pub(super) fn probed(&mut self, id: WorkerId, outcome: &ProbeOutcome) {
         if let Some(member) = self.members.get_mut(&id) {
             member.probing = false;
+            self.ledger.probed(&member.service, member.upstream.slot(), outcome);
         }
     }
 
@@ -340,7 +344,9 @@ impl Fleet {
         let upstream = Upstream::new(id.0, order.slot, label, address, idle);
         let (controller, guard) = (child.controller(), child.guard_pid());
         let (retired, probing) = (false, false);
-        let member = Member { controller, guard, upstream, address, retired, probing };
+        let service = Arc::clone(&order.service);
+        self.ledger.open(&service, order.slot, Arc::clone(&upstream));
+        let member = Member { controller, guard, service, upstream, address, retired, probing };
         self.members.insert(id, member);
         spawn_local(report(child, id, self.events.clone()));
         Ok(())

@@ -8,7 +8,9 @@ mod acting;
 mod descriptors;
 mod fleet;
 mod fronts;
+mod ledger;
 mod limits;
+mod metrics;
 mod notes;
 mod notify;
 mod passed;
@@ -302,7 +304,7 @@ impl<'a> Daemon<'a> {
                 self.departed(id);
                 self.fleet.forget(id);
             }
-            Event::Probed { id, .. } => self.fleet.probed(id),
+            Event::Probed { id, ref outcome } => self.fleet.probed(id, outcome),
             _ => {}
         }
         let actions = self.supervisor.handle(event, Instant::now());

@@ -115,6 +115,7 @@ impl Daemon<'_> {
         self.fronts.tell_unused(&self.config.services);
         let services = self.config.services.clone();
         self.handle(Event::Apply { services, ticket });
+        self.forget_slots();
     }
 }
 

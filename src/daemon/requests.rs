@@ -4,7 +4,7 @@ use std::{collections::HashMap, mem, sync::Arc, time::SystemTime};
 
 use super::{Daemon, Stage};
 use crate::{
-    admin::{Answer, Failure, Placed, Reloaded, Request, Restarted, status},
+    admin::{Answer, Failure, Placed, Reloaded, Request, Restarted, metrics, status},
     control::{Coming, Event, Service, Ticket},
 };
 
@@ -32,6 +32,11 @@ pub(super) struct Loads {
     pub(super) last: status::Reload,
     /// Of the last reload that was accepted, until another is tried.
     ticket: Option<Ticket>,
+    ok: u64,
+    refused: u64,
+    failed: u64,
+    /// When the last one that went well was read.
+    succeeded_at: SystemTime,
 }
 
 impl Requests {
@@ -57,12 +62,13 @@ impl Loads {
     pub(super) fn new() -> Self {
         let now = SystemTime::now();
         let last = status::Reload { ok: true, at: rfc3339(now), error: None };
-        Self { loaded_at: now, last, ticket: None }
+        Self { loaded_at: now, last, ticket: None, ok: 0, refused: 0, failed: 0, succeeded_at: now }
     }
 
     pub(super) fn refused(&mut self, error: String) {
         self.record(SystemTime::now(), Some(error));
         self.ticket = None;
+        self.refused += 1;
     }
 
     /// Its rollouts may still fail: they answer to `ticket`.
@@ -72,10 +78,32 @@ impl Loads {
         self.ticket = Some(ticket);
     }
 
-    /// Of several reloads only the last one counts.
+    /// Of several reloads only the last one says how it is.
     fn rolled_out(&mut self, ticket: Ticket, result: &Result<(), String>) {
-        if let (true, Err(error)) = (self.ticket == Some(ticket), result) {
-            self.record(self.loaded_at, Some(error.clone()));
+        let is_last = self.ticket == Some(ticket);
+        match result {
+            Ok(()) => {
+                self.ok += 1;
+                if is_last {
+                    self.succeeded_at = self.loaded_at;
+                }
+            }
+            Err(error) => {
+                self.failed += 1;
+                if is_last {
+                    self.record(self.loaded_at, Some(error.clone()));
+                }
+            }
+        }
+    }
+
+    pub(super) fn counts(&self) -> metrics::Reloads {
+        metrics::Reloads {
+            ok: self.ok,
+            refused: self.refused,
+            failed: self.failed,
+            last_ok: self.last.ok,
+            succeeded_at: self.succeeded_at,
         }
     }
 
@@ -90,6 +118,9 @@ impl Daemon<'_> {
         match request {
             Request::Status(asker) => {
                 let _ = asker.send(self.status());
+            }
+            Request::Metrics(asker) => {
+                let _ = asker.send(self.metrics());
             }
             Request::Reload(asker) => self.reload(vec![asker]),
             Request::Restart { service, slot, answer } => self.restart(&service, slot, answer),

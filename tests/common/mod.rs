@@ -6,8 +6,10 @@ pub(crate) mod client;
 pub(crate) mod frozen;
 pub(crate) mod log;
 pub(crate) mod manager;
+pub(crate) mod metrics;
 pub(crate) mod ports;
 pub(crate) mod proc;
+pub(crate) mod promtool;
 
 use std::{
     collections::BTreeSet,

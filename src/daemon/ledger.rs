@@ -1,0 +1,146 @@
+//! What each slot has done so far, whoever filled it.
+//!
+//! A worker's counters begin at nothing with each generation, and end with the last connection that
+//! it had, which may be later than its process. So what is counted of a slot is a sum over its
+//! generations: those that may still count one by one, and those that can't in one number.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
+
+use crate::{
+    control::ProbeOutcome,
+    histogram::Durations,
+    route::{Upstream, WorkerTally},
+};
+
+/// The accounts of all slots, by service and number.
+#[derive(Debug, Default)]
+pub(super) struct Ledger(HashMap<Arc<str>, BTreeMap<u32, Account>>);
+
+/// One slot's.
+#[derive(Debug, Default)]
+struct Account {
+    /// The generations that may still count.
+    open: Vec<Arc<Upstream>>,
+    /// The sum of the others.
+    closed: WorkerTally,
+    probes: Probes,
+}
+
+/// What probes showed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Probes {
+    pub(super) passed: u64,
+    pub(super) failed: u64,
+    pub(super) took: Durations,
+}
+
+/// What a slot has done so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Entry {
+    /// Connections on its workers now, the ones being made included.
+    pub(super) active: usize,
+    pub(super) tally: WorkerTally,
+    pub(super) probes: Probes,
+}
+
+impl Ledger {
+    /// A new generation of the slot.
+    pub(super) fn open(&mut self, service: &Arc<str>, slot: u32, upstream: Arc<Upstream>) {
+        let slots = self.0.entry(Arc::clone(service)).or_default();
+        let account = slots.entry(slot).or_default();
+        // Here and not only when somebody looks, so that a crash loop which nobody looks at does not
+        // grow.
+        account.close();
+        account.open.push(upstream);
+    }
+
+    pub(super) fn probed(&mut self, service: &str, slot: u32, outcome: &ProbeOutcome) {
+        let account = self.0.get_mut(service).and_then(|slots| slots.get_mut(&slot));
+        if let Some(Account { probes, .. }) = account {
+            let passed = outcome.error.is_none();
+            probes.passed += u64::from(passed);
+            probes.failed += u64::from(!passed);
+            probes.took.count(outcome.took);
+        }
+    }
+
+    /// Nothing, of a slot that nobody was ever in.
+    pub(super) fn read(&mut self, service: &str, slot: u32) -> Entry {
+        let account = self.0.get_mut(service).and_then(|slots| slots.get_mut(&slot));
+        let Some(account) = account else { return Entry::default() };
+        account.close();
+        let mut entry = Entry { tally: account.closed, probes: account.probes, active: 0 };
+        for upstream in &account.open {
+            entry.tally += upstream.tally();
+            entry.active += upstream.active();
+        }
+        entry
+    }
+
+    /// Forgets the slots that are not wanted any more.
+    pub(super) fn retain(&mut self, wanted: impl Fn(&str, u32) -> bool) {
+        self.0.retain(|service, slots| {
+            slots.retain(|slot, _| wanted(service, *slot));
+            !slots.is_empty()
+        });
+    }
+}
+
+impl Account {
+    /// Adds up the generations that nobody else knows any more: no pool, and no connection.
+    fn close(&mut self) {
+        let closed = &mut self.closed;
+        self.open.retain_mut(|upstream| {
+            let last = Arc::get_mut(upstream);
+            if let Some(upstream) = &last {
+                *closed += upstream.tally();
+            }
+            last.is_none()
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{net::SocketAddr, time::Duration};
+
+    use super::*;
+
+    fn upstream(id: u64) -> Arc<Upstream> {
+        let address = SocketAddr::from(([127, 0, 0, 1], 9002));
+        Upstream::new(id, 0, "web/9002".into(), address, Arc::default())
+    }
+
+    #[test]
+    fn generations_that_nobody_holds_are_closed() {
+        let (mut ledger, web) = (Ledger::default(), Arc::from("web"));
+        let held = upstream(0);
+        ledger.open(&web, 0, Arc::clone(&held));
+        for id in 1..100 {
+            ledger.open(&web, 0, upstream(id));
+        }
+        assert_eq!(ledger.0[&web][&0].open.len(), 2, "the held one, and the last");
+        drop(held);
+        ledger.read("web", 0);
+        assert!(ledger.0[&web][&0].open.is_empty());
+    }
+
+    #[test]
+    fn slots_that_are_gone_are_forgotten() {
+        let (mut ledger, web) = (Ledger::default(), Arc::from("web"));
+        let passed = ProbeOutcome { took: Duration::from_millis(1), error: None };
+        for slot in 0..3 {
+            ledger.open(&web, slot, upstream(slot.into()));
+            ledger.probed("web", slot, &passed);
+        }
+        ledger.probed("api", 0, &passed);
+        ledger.retain(|_, slot| slot == 1);
+        let passed = |ledger: &mut Ledger, slot| ledger.read("web", slot).probes.passed;
+        assert_eq!([0, 1, 2].map(|slot| passed(&mut ledger, slot)), [0, 1, 0]);
+        ledger.retain(|_, _| false);
+        assert!(ledger.0.is_empty());
+    }
+}

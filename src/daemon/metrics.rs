@@ -1,0 +1,111 @@
+//! Everything that the metrics tell, but for what only `/proc` knows.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use super::Daemon;
+use crate::{
+    admin::{metrics, status},
+    control::{self, Cause},
+    route::ServiceTally,
+};
+
+impl Daemon<'_> {
+    /// What `/metrics` tells. State, pid and restarts are what `/status` tells of them.
+    pub(super) fn metrics(&mut self) -> metrics::Snapshot {
+        self.forget_slots();
+        let status = self.status();
+        let now = Instant::now();
+        let services = self.supervisor.services().iter().zip(&status.services);
+        let services: Vec<_> = services
+            .map(|(service, shown)| {
+                let route = self.fronts.route(&service.config.name);
+                let counted = route.map(|route| route.tally()).unwrap_or_default();
+                let waiting = route.map_or(0, |route| route.held());
+                let mut slots = BTreeMap::new();
+                // A slot that a reload took away is there for as long as its worker.
+                for worker in shown.retiring.iter().chain(&shown.workers) {
+                    slots.insert(worker.slot, slot(service, worker, now));
+                }
+                self::service(shown.name.clone(), waiting, &counted, slots)
+            })
+            .collect();
+        let mut snapshot = metrics::Snapshot {
+            reloads: self.loads.counts(),
+            dropped_log_lines: self.logging.dropped_lines() as u64,
+            services,
+        };
+        for service in &mut snapshot.services {
+            for slot in &mut service.slots {
+                let entry = self.fleet.ledger.read(&service.name, slot.number);
+                slot.active = entry.active as u64;
+                slot.total = entry.tally.total;
+                slot.sent = entry.tally.sent;
+                slot.received = entry.tally.received;
+                slot.connect = entry.tally.connect;
+                slot.duration = entry.tally.duration;
+                slot.connect_failures = entry.tally.refusals().to_vec();
+                slot.failures = entry.tally.failures().to_vec();
+                slot.probes_passed = entry.probes.passed;
+                slot.probes_failed = entry.probes.failed;
+                slot.probe = entry.probes.took;
+            }
+        }
+        snapshot
+    }
+
+    /// Forgets what was counted of slots that are gone, so that the memory for it is bounded by the
+    /// configuration, also where nobody ever looks.
+    pub(super) fn forget_slots(&mut self) {
+        let services = self.supervisor.services();
+        self.fleet.ledger.retain(|name, number| {
+            let service = services.iter().find(|service| &*service.config.name == name);
+            service.is_some_and(|service| {
+                service.slots.iter().any(|slot| slot.number == number)
+                    || service.retiring.iter().any(|worker| worker.slot == number)
+            })
+        });
+    }
+}
+
+fn service(
+    name: String,
+    waiting: usize,
+    counted: &ServiceTally,
+    slots: BTreeMap<u32, metrics::Slot>,
+) -> metrics::Service {
+    metrics::Service {
+        name,
+        waiting: waiting as u64,
+        held: counted.held,
+        hold: counted.hold,
+        retried: counted.retried,
+        rescued: counted.rescued,
+        failures: counted.failures().to_vec(),
+        slots: slots.into_values().collect(),
+    }
+}
+
+/// The slot that `shown` fills, or has left last; without what its connections and probes were.
+fn slot(service: &control::Service, shown: &status::Worker, now: Instant) -> metrics::Slot {
+    let slot = service.slots.iter().find(|slot| slot.number == shown.slot);
+    let backoff = slot.filter(|slot| slot.is_vacant()).map(|slot| slot.start_at - now);
+    let exits = slot.map(|slot| slot.exits).unwrap_or_default();
+    metrics::Slot {
+        number: shown.slot,
+        state: Some(shown.state),
+        pid: shown.pid,
+        pids: service
+            .workers()
+            .filter(|worker| worker.slot == shown.slot)
+            .filter_map(|worker| worker.pid)
+            .collect(),
+        restarts: shown.restarts,
+        failures_in_a_row: slot.map_or(0, |slot| slot.backoff.failures()),
+        backoff: backoff.unwrap_or(Duration::ZERO),
+        exits: Cause::ALL.iter().map(|cause| (cause.name(), exits[*cause as usize])).collect(),
+        ..metrics::Slot::default()
+    }
+}
