@@ -14,7 +14,7 @@ use std::{
 
 use common::{
     Daemon, Mark, Ports,
-    client::{KeepAlive, Load, connect, get, turns},
+    client::{KeepAlive, Load, connect, get, is_turned_away, turns},
     command, eventually, fixture, freeze, kill_hard,
     metrics::{Metrics, SOCKET, ask, with_admin},
     named,
@@ -264,9 +264,9 @@ fn who_gets_no_worker_is_counted_by_the_reason() {
     let daemon = Daemon::start(&with_admin(&services));
     daemon.wait(Mark::START, "worker started", &[("service", "web")]);
     daemon.wait(Mark::START, "worker exited", &[("service", "dead")]);
-    // So soon that connect may see it.
-    let ask = |address| TcpStream::connect(address).and_then(|mut client| client.read(&mut [0]));
-    let _ = (ask(silent.address()), ask(dead.address()), ask(dead.address()));
+    for address in [silent.address(), dead.address(), dead.address()] {
+        assert!(is_turned_away(address));
+    }
     daemon.wait(Mark::START, "connection", &[("service", "web"), ("end", "hold-timeout")]);
     daemon.wait_many(Mark::START, "connection", &[("end", "no-worker")], 2);
     let metrics = Metrics::of(&daemon);

@@ -67,6 +67,14 @@ impl Rig {
         client
     }
 
+    /// What a client that says nothing reads first. Whoever is turned away at once may hear of it by
+    /// connect.
+    fn first_read(&self) -> io::Result<usize> {
+        let mut client = TcpStream::connect(self.address)?;
+        client.set_read_timeout(Some(DEADLINE))?;
+        client.read(&mut [0])
+    }
+
     fn publish(&self, routing: Routing, upstreams: &[Arc<Upstream>], coming: Option<Instant>) {
         self.route.publish(Pool::new(upstreams.to_vec(), coming, Arc::new(routing)));
     }
@@ -222,7 +230,7 @@ fn a_connection_is_held_no_longer_than_the_hold_timeout() {
     let routing = Routing { hold_timeout: Duration::from_millis(200), ..Routing::default() };
     let rig = Rig::with(routing, &[], Some(Instant::now()));
     let begun = Instant::now();
-    assert!(is_reset(rig.connect().read(&mut [0])));
+    assert!(is_reset(rig.first_read()));
     assert!((200..900).contains(&begun.elapsed().as_millis()), "{:?}", begun.elapsed());
 }
 
@@ -232,7 +240,7 @@ fn with_no_worker_to_come_a_connection_is_reset_at_once() {
     for coming in [None, Some(late)] {
         let rig = Rig::with(Routing::default(), &[], coming);
         let begun = Instant::now();
-        assert!(is_reset(rig.connect().read(&mut [0])));
+        assert!(is_reset(rig.first_read()));
         assert!(begun.elapsed() < Duration::from_secs(1));
     }
 }
@@ -584,7 +592,7 @@ fn where_all_are_full_a_connection_waits_no_longer_than_the_hold_timeout() {
     let _first = rig.connect();
     until("full", || rig.route.active() == 1);
     let begun = Instant::now();
-    assert!(is_reset(rig.connect().read(&mut [0])));
+    assert!(is_reset(rig.first_read()));
     assert!((200..900).contains(&begun.elapsed().as_millis()), "{:?}", begun.elapsed());
 }
 

@@ -21,6 +21,22 @@ pub(crate) fn connect(address: SocketAddr) -> TcpStream {
     stream
 }
 
+/// What a client that says nothing reads first: how many bytes, the end, or an error. One that is
+/// turned away at once may be so before it knows that it was taken: then connect reports the reset.
+pub(crate) fn first_read(address: SocketAddr) -> io::Result<usize> {
+    let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.read(&mut [0; 1])
+}
+
+/// Whether a client that says nothing is sent away without a byte, by a clean end or a reset.
+pub(crate) fn is_turned_away(address: SocketAddr) -> bool {
+    match first_read(address) {
+        Ok(read) => read == 0,
+        Err(error) => error.kind() == ErrorKind::ConnectionReset,
+    }
+}
+
 /// A connection over which one request is made after the other.
 #[derive(Debug)]
 pub(crate) struct KeepAlive(BufReader<TcpStream>);

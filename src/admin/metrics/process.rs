@@ -65,12 +65,15 @@ impl CpuTimes {
     ) -> Vec<(Labels, f64)> {
         let mut before = std::mem::take(&mut self.0);
         for (labels, pids) in slots {
-            let mut time = before.remove(&labels).unwrap_or_default();
+            let known = before.remove(&labels);
+            let was_seen = known.is_some();
+            let mut time = known.unwrap_or_default();
             let processes = pids.iter().filter_map(|&pid| Some((pid, Process::look(pid)?)));
             time.update(
                 processes.map(|(pid, process)| ((pid, process.began), process.cpu_seconds)),
             );
-            if time.gone > 0.0 || !time.there.is_empty() {
+            // Also where it has used less than the kernel counts in: a series that is there stays.
+            if was_seen || !time.there.is_empty() {
                 self.0.insert(labels, time);
             }
         }
@@ -128,6 +131,8 @@ mod tests {
         assert!(
             matches!(&times.look(slots.into_iter())[..], [(slot, 0.0..)] if *slot == labels("0"))
         );
+        // Between two processes it is still told.
+        assert_eq!(times.look([(labels("0"), &[][..])].into_iter()).len(), 1);
         assert!(times.look([].into_iter()).is_empty());
         assert!(times.0.is_empty());
     }
