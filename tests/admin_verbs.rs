@@ -246,6 +246,7 @@ fn one_worker_is_restarted_and_nobody_notices() {
             done(&daemon, &["restart", "web", slot]),
             format!("web/{slot}: worker replaced\n")
         );
+        daemon.wait(since, "worker exited", &[("slot", slot)]);
         assert_eq!(daemon.said(since, "worker started").len(), 1);
         load.more(20);
     }

@@ -454,7 +454,8 @@ fn no_counter_ever_falls() {
     look();
     // Each connection that was logged was counted, in whatever generation.
     let metrics = Metrics::of(&daemon);
-    let logged = daemon.said(Mark::START, "connection");
+    let count = metrics.sum("lbd_connections_total") as usize;
+    let logged = daemon.wait_many(Mark::START, "connection", &[], count);
     for (slot, restarts) in [("0", 3.0), ("1", 2.0)] {
         let of = |name: &str| metrics.value(&format!("{name}{{slot=\"{slot}\"}}"));
         let of_slot = || logged.iter().filter(|line| line.get("slot") == Some(slot));
