@@ -1,4 +1,4 @@
-//! Tells the binary which commit it was built from, where that can be known.
+//! Tells the binary which commit it was built from and of when that is, where they can be known.
 
 use std::process::Command;
 
@@ -18,4 +18,6 @@ fn main() {
         git(&["rev-parse", "--short=12", "HEAD"])
     });
     println!("cargo:rustc-env=LBD_COMMIT={}", commit.as_deref().unwrap_or("unknown"));
+    let date = git(&["log", "-1", "--format=%cs"]);
+    println!("cargo:rustc-env=LBD_DATE={}", date.as_deref().unwrap_or("\"\""));
 }

@@ -1,6 +1,7 @@
 //! The command line: argv becomes one command, and its end an exit status.
 
 mod bench;
+mod manual;
 mod operate;
 mod overview;
 mod progress;
@@ -14,7 +15,8 @@ use std::{
     process::ExitCode,
 };
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueHint};
+use clap_complete::Shell;
 
 use crate::{admin, bench::BenchError, config, daemon, logging::Logging, process, worker};
 use operate::Target;
@@ -153,7 +155,7 @@ enum Command {
     #[command(after_help = "Example: lbd worker --root www --listen 127.0.0.1:8080")]
     Worker {
         /// The folder that is served
-        #[arg(long, value_name = "FOLDER")]
+        #[arg(long, value_name = "FOLDER", value_hint = ValueHint::DirPath)]
         root: PathBuf,
         /// Where to listen
         #[arg(long, value_name = "ADDRESS")]
@@ -170,6 +172,26 @@ enum Command {
         Times are from connecting to the last byte; KB are of 1024 bytes; ratios are the balancer's \
         value through the threaded server's.")]
     Bench(Box<bench::Bench>),
+    /// Print the completions of a shell
+    #[command(after_help = "Example: lbd completions bash \
+        >~/.local/share/bash-completion/completions/lbd\n\n\
+        zsh looks for _lbd in the folders of $fpath, fish for lbd.fish in \
+        ~/.config/fish/completions.")]
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// Print the manual page, or write all of them to a folder
+    #[command(
+        after_help = "Examples: lbd man | man -l -\n          lbd man ~/.local/share/man\n\n\
+        The pages go where man looks for them in such a folder: man1/lbd.1, man5/lb.toml.5 and \
+        those of the commands."
+    )]
+    Man {
+        /// The folder, made where it is missing
+        #[arg(value_hint = ValueHint::DirPath)]
+        folder: Option<PathBuf>,
+    },
 }
 
 /// Parses the arguments of this process, runs the command to its end, and gives its exit status:
@@ -221,6 +243,8 @@ pub fn main() -> ExitCode {
             serve(&worker::Options { root, threaded, listen })
         }
         Some(Command::Bench(options)) => bench::run(*options),
+        Some(Command::Completions { shell }) => completions(shell),
+        Some(Command::Man { folder }) => man(folder.as_deref()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -302,6 +326,19 @@ fn run_command(
 fn serve(options: &worker::Options) -> Result<(), Error> {
     let _logging = Logging::start(&config::Log::default()).map_err(daemon::DaemonError::from)?;
     Ok(worker::run(options)?)
+}
+
+fn completions(shell: Shell) -> Result<(), Error> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "lbd", &mut script);
+    operate::print(&String::from_utf8_lossy(&script))
+}
+
+fn man(folder: Option<&std::path::Path>) -> Result<(), Error> {
+    match folder {
+        Some(folder) => Ok(manual::write(Cli::command(), folder)?),
+        None => operate::print(&manual::main_page(Cli::command())?),
+    }
 }
 
 fn check(file: &std::path::Path) -> Result<(), Error> {

@@ -10,6 +10,7 @@ pub(crate) mod metrics;
 pub(crate) mod ports;
 pub(crate) mod proc;
 pub(crate) mod promtool;
+pub(crate) mod tool;
 
 use std::{
     collections::BTreeSet,
