@@ -1,0 +1,274 @@
+"""Who is measured: each starts workers, and what stands in front of them, on free ports.
+
+A further one is a class with `launch` and a line in `known()`; see README.md.
+"""
+
+import os
+import random
+import shutil
+import signal
+import socket
+import string
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+
+
+class Failed(Exception):
+    """What could not be measured, in one sentence."""
+
+
+class Contender:
+    """One way to get a connection from a client to one of several workers.
+
+    Used as `with contender.run(workers) as run:`, where `run.address` is what clients connect to.
+    """
+
+    name = ""
+    # Those that lbd is measured against.
+    is_peer = False
+    # The signal that ends it at once, whatever it holds.
+    stop = signal.SIGTERM
+
+    def version(self):
+        """What it calls itself, or None where it is not installed."""
+        raise NotImplementedError
+
+    def launch(self, run):
+        """Starts everything, by `run.start`; clients will connect to `run.listen`."""
+        raise NotImplementedError
+
+    def run(self, worker, workers):
+        return Run(self, worker, workers)
+
+
+class Peer(Contender):
+    """One that takes workers as they are: they are started beside it."""
+
+    is_peer = True
+    program = ""
+
+    def version(self):
+        path = find(self.program)
+        if not path:
+            return None
+        shown = subprocess.run([path, "-v"], capture_output=True, text=True)
+        return (shown.stdout + shown.stderr).splitlines()[0]
+
+    def start_workers(self, run):
+        for port in run.ports:
+            run.start([run.worker, str(port)])
+
+
+class Haproxy(Peer):
+    name = program = "haproxy"
+
+    def launch(self, run):
+        self.start_workers(run)
+        lines = [f"    server w{port} 127.0.0.1:{port}" for port in run.ports]
+        config = run.fill("haproxy.cfg", servers="\n".join(lines))
+        run.start([find("haproxy"), "-db", "-f", config], stop=self.stop)
+
+
+class Nginx(Peer):
+    name = program = "nginx"
+
+    def version(self):
+        module = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
+        return super().version() if module.exists() else None
+
+    def launch(self, run):
+        self.start_workers(run)
+        lines = [f"        server 127.0.0.1:{port};" for port in run.ports]
+        config = run.fill("nginx.conf", servers="\n".join(lines))
+        run.start([find("nginx"), "-e", run.folder / "nginx.log", "-c", config], stop=self.stop)
+
+
+class Lbd(Contender):
+    """lbd starts its workers itself."""
+
+    stop = signal.SIGQUIT
+
+    def __init__(self, name, program, config="lbd.toml", log=False):
+        self.name, self.program, self.config, self.log = name, program, config, log
+
+    def version(self):
+        if not os.access(self.program, os.X_OK):
+            return None
+        shown = subprocess.run([self.program, "--version"], capture_output=True, text=True)
+        return shown.stdout.strip()
+
+    def launch(self, run):
+        config = run.fill(self.config, access=str(self.log).lower())
+        run.start([self.program, "--config", config], stop=self.stop)
+
+
+def known(program):
+    """All contenders, in the order of the tables. The first is what the others are compared with."""
+    return [Lbd("lbd", program), Haproxy(), Nginx()]
+
+
+class Run:
+    """One contender at work: its processes, its ports and its temporary folder."""
+
+    def __init__(self, contender, worker, workers):
+        self.contender, self.worker = contender, str(worker)
+        port, *self.ports = free_ports(workers + 1)
+        self.address = ("127.0.0.1", port)
+        self.listen = f"127.0.0.1:{port}"
+        self.url = f"http://{self.listen}/"
+        self.started = []
+        self.folder = None
+
+    def __enter__(self):
+        self.folder = Path(tempfile.mkdtemp(prefix="lbd-bench-"))
+        try:
+            self.contender.launch(self)
+            self.wait()
+        except BaseException:
+            self.end()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self.end()
+
+    def fill(self, template, **values):
+        """Writes a configuration file from the one of this folder, and returns its path."""
+        text = string.Template((FOLDER / template).read_text()).substitute(
+            folder=self.folder,
+            listen=self.listen,
+            ports=", ".join(map(str, self.ports)),
+            worker=self.worker,
+            # For the balancer's own connections; the workers have those of their processes.
+            descriptors=20000,
+            **values,
+        )
+        path = self.folder / template
+        path.write_text(text)
+        return path
+
+    def start(self, command, stop=signal.SIGKILL):
+        """Starts a process, which `stop` will end."""
+        output = open(self.folder / "output", "ab")
+        process = subprocess.Popen(
+            list(map(str, command)),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            # As a service manager would. The kernel shares the cores between sessions (sched(7),
+            # autogroup), and lbd's workers have their own.
+            start_new_session=True,
+        )
+        output.close()
+        self.started.append((process, stop))
+
+    def wait(self):
+        """Returns once every worker has answered through the address that clients connect to."""
+        deadline = time.monotonic() + 20
+        answers = 0
+        while answers < 2 * len(self.ports):
+            if any(process.poll() is not None for process, _ in self.started):
+                said = (self.folder / "output").read_text(errors="replace").strip()
+                raise Failed(f"{self.contender.name} ended at once: {said}")
+            if time.monotonic() > deadline:
+                raise Failed(f"{self.contender.name} does not answer")
+            try:
+                with socket.create_connection(self.address, 5) as client:
+                    ask(client)
+                answers += 1
+            except OSError:
+                answers = 0
+                time.sleep(0.01)
+
+    def end(self):
+        """Ends what was started, the last first, each by its pid."""
+        for process, stop in reversed(self.started):
+            if process.poll() is None:
+                process.send_signal(stop)
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self.started = []
+        if self.folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def balancer(self):
+        """The pids of all that is neither a worker nor this program."""
+        parents = {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    # Behind the name, which is in parentheses and may have any byte in it.
+                    after = (entry / "stat").read_text(errors="replace").rpartition(")")[2]
+                    parents[int(entry.name)] = int(after.split()[1])
+                except OSError:
+                    pass  # It has ended meanwhile.
+        pids = {process.pid for process, _ in self.started}
+        while more := {pid for pid, parent in parents.items() if parent in pids} - pids:
+            pids |= more
+        return [pid for pid in pids if not is_running(pid, self.worker)]
+
+    def cpu_seconds(self):
+        """The time that the balancer's processes have had so far, in user and in kernel mode."""
+        ticks = 0
+        for pid in self.balancer():
+            fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2]
+            ticks += sum(map(int, fields.split()[11:13]))
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    def private_bytes(self):
+        """The memory that only the balancer's processes have, as far as it is in RAM."""
+        kilobytes = 0
+        for pid in self.balancer():
+            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                if line.startswith(("Private_Clean:", "Private_Dirty:")):
+                    kilobytes += int(line.split()[1])
+        return kilobytes * 1024
+
+
+def ask(client):
+    """One request, whose answer is of 200 and whole; an OSError otherwise."""
+    client.sendall(b"GET / HTTP/1.1\r\nHost: bench\r\n\r\n")
+    answer = b""
+    while not answer.endswith(b"\r\n\r\nHello, world\n"):
+        more = client.recv(4096)
+        if not more:
+            raise ConnectionResetError("the connection ended before its answer")
+        answer += more
+    if not answer.startswith(b"HTTP/1.1 200 "):
+        raise ConnectionError(f"an answer that begins with {answer[:20]!r}")
+
+
+def is_running(pid, program):
+    try:
+        return os.path.samefile(f"/proc/{pid}/exe", program)
+    except OSError:
+        return False
+
+
+def find(program):
+    """Its path, also where sbin is not searched."""
+    return shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+
+
+def free_ports(count):
+    """Ports that nobody has, below those that outgoing connections get theirs from."""
+    ports = []
+    for port in random.sample(range(10_000, 32_000), 5_000):
+        with socket.socket() as probe:
+            # As the servers do, so that connections that ended just now are not in the way.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise Failed("there are no free ports")
