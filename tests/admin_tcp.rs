@@ -9,12 +9,12 @@ mod http;
 use std::{
     fs,
     io::{Read, Write},
-    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{SocketAddr, TcpListener, TcpStream},
     os::unix::fs::PermissionsExt,
     time::{Duration, Instant},
 };
 
-use common::{Daemon, Mark, Port, Ports, command};
+use common::{Daemon, Mark, Port, Ports, command, other_address};
 use http::{Answer, Client};
 use tempfile::TempDir;
 
@@ -69,14 +69,6 @@ fn ask_plainly(address: SocketAddr, request: &str, headers: &str) -> Answer {
 fn error(answer: &Answer) -> String {
     let body: serde_json::Value = serde_json::from_slice(&answer.body).unwrap();
     body["error"].as_str().unwrap().to_owned()
-}
-
-/// An address of this machine that is not a loopback one.
-fn other_address() -> Option<IpAddr> {
-    let socket = UdpSocket::bind("0.0.0.0:0").ok()?;
-    // Of a datagram socket this sends nothing, it only finds the way (RFC 5737: to nowhere).
-    socket.connect("192.0.2.1:9").ok()?;
-    Some(socket.local_addr().ok()?.ip()).filter(|ip| !ip.is_loopback())
 }
 
 #[test]
@@ -154,11 +146,13 @@ fn no_web_page_gets_anywhere() {
     let posted = format!("Host: {address}\r\nOrigin: http://evil.example\r\n");
     let sandboxed = format!("Host: {address}\r\nOrigin: null\r\n");
     let neighbour = format!("Host: {address}\r\nOrigin: http://127.0.0.1:1\r\n");
-    for headers in [&rebound, &posted, &sandboxed, &neighbour] {
+    let embedded = format!("Host: {address}\r\nSec-Fetch-Site: cross-site\r\n");
+    for headers in [&rebound, &posted, &sandboxed, &neighbour, &embedded] {
         for (request, token) in [("POST /stop", BEARER), ("POST /stop", ""), ("GET /status", "")] {
             let answer = ask(address, request, &format!("{headers}{token}"));
             assert_eq!(answer.status, 403, "{request} {headers}");
-            let expected = "asked on behalf of another host; expected Host: localhost";
+            let expected =
+                "asked on behalf of another host; expected Host: localhost or the address itself";
             assert_eq!(error(&answer), expected);
         }
     }
@@ -188,6 +182,13 @@ fn other_machines_need_the_token_to_look() {
     assert_eq!(ask_plainly(far, "GET /status", "").status, 401);
     assert_eq!(ask_plainly(far, "GET /status", "Authorization: Bearer x\r\n").status, 401);
     assert_eq!(ask_plainly(far, "GET /status", BEARER).status, 200);
+    // A browser can't bring it to begin with: it gets the page, which asks for it and holds nothing.
+    let page = ask_plainly(far, "GET /", "");
+    assert_eq!((page.status, page.header("content-type")), (401, Some("text/html; charset=utf-8")));
+    assert_eq!(page.header("www-authenticate"), Some("Bearer realm=\"lbd\""));
+    assert!(
+        page.header("content-security-policy").is_some() && page.body.starts_with(b"<!doctype")
+    );
     assert_eq!(
         ask_plainly(far, "POST /reload", BEARER).status,
         200,

@@ -6,14 +6,16 @@ mod common;
 use std::{
     fs,
     io::{BufRead, BufReader, Read, Write},
+    net::{SocketAddr, TcpStream},
     os::unix::net::UnixStream,
     path::PathBuf,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
-use common::{Daemon, Mark, PATIENCE, Ports, client, command, kill_hard};
+use common::{Daemon, Mark, PATIENCE, Port, Ports, client, command, kill_hard};
+use lbd::admin::MAX_CONNECTIONS;
 use nix::sys::signal::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// As many as may watch at once.
 const MAX_STREAMS: usize = 8;
@@ -88,8 +90,10 @@ fn who_watches_is_told_what_was_what_happens_and_how_it_is() {
     Watcher::new(socket.clone()).until("status", healthy);
 
     let mut watcher = Watcher::new(socket);
-    let (first, samples) = watcher.next().unwrap();
-    assert_eq!((&*first, &samples["interval_seconds"]), ("samples", &Value::from(1)));
+    let (first, access) = watcher.next().unwrap();
+    assert_eq!((&*first, &access), ("access", &json!({ "changes": "free" })));
+    let (second, samples) = watcher.next().unwrap();
+    assert_eq!((&*second, &samples["interval_seconds"]), ("samples", &json!(1)));
     assert_eq!(samples["services"][0]["workers"].as_array().unwrap().len(), 2);
     let mut told = Vec::new();
     let status = loop {
@@ -141,8 +145,7 @@ fn a_minute_of_rates_adds_up_to_what_there_was() {
         }
     };
     watcher.until("status", seen(20));
-    let (name, samples) = Watcher::new(socket).next().unwrap();
-    assert_eq!(name, "samples");
+    let samples = Watcher::new(socket).until("samples", |_| true);
     for slot in 0..2 {
         let worker = &samples["services"][0]["workers"][slot];
         let rates = worker["per_second"].as_array().unwrap();
@@ -153,9 +156,11 @@ fn a_minute_of_rates_adds_up_to_what_there_was() {
 
 #[test]
 fn however_many_watch_it_can_still_be_operated() {
-    let ports = Ports::take(1);
-    let daemon = start(&ports, "");
-    daemon.wait_healthy(Mark::START, 1);
+    let (ports, port) = (Ports::take(1), Port::take());
+    let address = SocketAddr::from(([127, 0, 0, 1], port.number));
+    let service = ports.service(&command(&["http"]));
+    let admin = format!("[admin]\nsocket = \"admin.sock\"\nlisten = \"{address}\"");
+    let daemon = Daemon::healthy(&format!("{admin}\n{service}"), 1);
     let socket = daemon.path("admin.sock");
     let watch = || {
         let mut watcher = Watcher::new(socket.clone());
@@ -168,6 +173,27 @@ fn however_many_watch_it_can_still_be_operated() {
     one_more.0.read_line(&mut refused).unwrap();
     assert!(refused.starts_with("HTTP/1.1 503 "), "{refused}");
     assert!(daemon.lbd(&["status", "--json"]).status.success());
+    // Nor do those that are turned away keep a connection.
+    let turned_away: Vec<_> = (0..MAX_CONNECTIONS)
+        .map(|_| {
+            let mut watcher = Watcher::ask(socket.clone());
+            let mut answer = String::new();
+            watcher.0.read_to_string(&mut answer).unwrap();
+            assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
+            watcher
+        })
+        .collect();
+    let began = Instant::now();
+    assert!(daemon.lbd(&["status"]).status.success());
+    assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+    drop(turned_away);
+    // Those who watch over TCP have places of their own.
+    let mut over_tcp = TcpStream::connect(address).unwrap();
+    over_tcp.set_read_timeout(Some(PATIENCE)).unwrap();
+    write!(over_tcp, "GET /events HTTP/1.1\r\nHost: {address}\r\n\r\n").unwrap();
+    let mut head = [0; 12];
+    over_tcp.read_exact(&mut head).unwrap();
+    assert_eq!(&head, b"HTTP/1.1 200");
     drop(watchers.pop());
     common::eventually("there is room again", || {
         let mut answer = String::new();

@@ -7,23 +7,28 @@
 //!
 //! A page that a browser shows must not operate a daemon that the browser's user can reach: not by
 //! posting a form here (CSRF; the `Origin` gives it away), nor under a name of its own that leads
-//! here (DNS rebinding; the `Host` does).
+//! here (DNS rebinding; the `Host` does). Nor may it hold what there is for those who watch, by
+//! fetching what it can't read (`Sec-Fetch-Site` tells).
+//!
+//! The dashboard itself holds nothing of the daemon. So whoever could look with the token gets it,
+//! with status 401, to be asked for it.
 
 use std::{net::SocketAddr, time::Duration};
 
 use axum::{
     body::{Body, to_bytes},
     extract::{Request, State},
-    http::{HeaderMap, HeaderValue, StatusCode, header, uri::Authority},
+    http::{HeaderMap, HeaderValue, Method, StatusCode, header, uri::Authority},
     middleware::Next,
     response::{IntoResponse, Response},
 };
+use serde::Serialize;
 use tokio::{
     sync::watch,
     time::{sleep, timeout},
 };
 
-use super::api::Error;
+use super::{api::Error, dashboard};
 use crate::config::Token;
 
 /// The largest request body, in bytes. No request needs one.
@@ -50,6 +55,28 @@ pub(super) enum Via {
     },
 }
 
+/// What whoever asks may change: an extension of each request that is let in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Changes {
+    /// All.
+    Free,
+    /// All, with the token.
+    Token,
+    /// Nothing, since there is no token.
+    Never,
+}
+
+impl Changes {
+    fn of(via: Via, token: Option<&Token>) -> Self {
+        match (via, token) {
+            (Via::Unix, _) => Self::Free,
+            (Via::Tcp { .. }, Some(_)) => Self::Token,
+            (Via::Tcp { .. }, None) => Self::Never,
+        }
+    }
+}
+
 /// Lets nobody do what is not theirs to do, and takes no more of a body than there can be.
 pub(super) async fn admit(
     State(token): State<CurrentToken>,
@@ -61,14 +88,23 @@ pub(super) async fn admit(
         return Error::new(StatusCode::FORBIDDEN, "nobody knows who asks").into_response();
     };
     let changes = !request.method().is_safe();
-    let verdict = judge(via, changes, request.headers(), token.borrow().as_ref());
+    let (verdict, may) = {
+        let token = token.borrow();
+        let verdict = judge(via, changes, request.headers(), token.as_ref());
+        (verdict, Changes::of(via, token.as_ref()))
+    };
     if let Err(denied) = verdict {
         if denied == Denied::WrongToken {
             sleep(WRONG_TOKEN_DELAY).await;
         }
+        let is_page = request.method() == Method::GET && request.uri().path() == dashboard::PATH;
+        if denied == Denied::MissingToken && is_page {
+            return denied.with_body(dashboard::page().await);
+        }
         return denied.into_response();
     }
-    let (head, body) = request.into_parts();
+    let (mut head, body) = request.into_parts();
+    head.extensions.insert(may);
     match timeout(BODY_TIMEOUT, to_bytes(body, MAX_BODY)).await {
         Ok(Ok(bytes)) => next.run(Request::from_parts(head, Body::from(bytes))).await,
         Ok(Err(_)) => {
@@ -79,6 +115,14 @@ pub(super) async fn admit(
             Error::new(StatusCode::REQUEST_TIMEOUT, "the body takes too long").into_response()
         }
     }
+}
+
+/// Has browsers take an answer for what it says it is, and give it to no page but lbd's own.
+pub(super) async fn seal(mut response: Response) -> Response {
+    let headers = response.headers_mut();
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.insert("cross-origin-resource-policy", HeaderValue::from_static("same-origin"));
+    response
 }
 
 /// Why somebody is not answered.
@@ -105,21 +149,26 @@ fn judge(
     headers: &HeaderMap,
     token: Option<&Token>,
 ) -> Result<(), Denied> {
-    if changes && !is_local(headers, via) {
+    if changes && !is_local(headers, via) || is_another_pages(headers, changes) {
         return Err(Denied::Foreign);
     }
-    let Via::Tcp { peer, .. } = via else { return Ok(()) };
+    // Nobody is made to send a Host; whoever is shown pages does.
+    let misled = |named: bool| match named && !is_local(headers, via) {
+        true => Err(Denied::Foreign),
+        false => Ok(()),
+    };
+    let Via::Tcp { peer, .. } = via else {
+        // There are no ports here: one is named by a browser that comes over a forwarded one.
+        let host = text(headers, "host").and_then(|host| host.parse::<Authority>().ok());
+        return misled(host.is_some_and(|host| host.port().is_some()));
+    };
     match (bearer(headers), token) {
         (Some(given), Some(token)) if token.is(given) => Ok(()),
         (Some(_), Some(_)) => Err(Denied::WrongToken),
         (None, Some(_)) if changes => Err(Denied::MissingToken),
         (_, None) if changes => Err(Denied::NoToken { change: true }),
-        _ if peer.ip().to_canonical().is_loopback() => {
-            // A browser on this machine may show a page of anybody's; those that send no Host are
-            // no browsers.
-            let named = headers.contains_key(header::HOST);
-            if !named || is_local(headers, via) { Ok(()) } else { Err(Denied::Foreign) }
-        }
+        // A browser on this machine may show a page of anybody's.
+        _ if peer.ip().to_canonical().is_loopback() => misled(headers.contains_key(header::HOST)),
         (_, Some(_)) => Err(Denied::MissingToken),
         (_, None) => Err(Denied::NoToken { change: false }),
     }
@@ -128,8 +177,7 @@ fn judge(
 /// Whether a request was made to this machine, and not by a page of another host: one whose name
 /// leads here, or one that lets its visitors post.
 fn is_local(headers: &HeaderMap, via: Via) -> bool {
-    let text = |name| headers.get(name).map(|value| value.to_str().unwrap_or_default());
-    let Some(host) = text(header::HOST) else { return false };
+    let Some(host) = text(headers, "host") else { return false };
     let by_name = || {
         host.parse::<Authority>()
             .is_ok_and(|host| ["localhost", "lbd", "127.0.0.1", "[::1]"].contains(&host.host()))
@@ -142,9 +190,22 @@ fn is_local(headers: &HeaderMap, via: Via) -> bool {
             host.is_ok_and(|host: SocketAddr| host == local)
         }
     };
-    let same = text(header::ORIGIN)
+    let same = text(headers, "origin")
         .is_none_or(|origin| origin.split_once("://").is_some_and(|(_, origin)| origin == host));
     same && (by_name() || by_address())
+}
+
+/// Whether a browser says that a page from elsewhere makes it ask (W3C, Fetch Metadata), and not its
+/// user who follows a link.
+fn is_another_pages(headers: &HeaderMap, changes: bool) -> bool {
+    let site = text(headers, "sec-fetch-site");
+    let follows = !changes && text(headers, "sec-fetch-dest") == Some("document");
+    site.is_some_and(|site| !["same-origin", "none"].contains(&site)) && !follows
+}
+
+/// A header's value; empty where it is no text.
+fn text<'h>(headers: &'h HeaderMap, name: &str) -> Option<&'h str> {
+    headers.get(name).map(|value| value.to_str().unwrap_or_default())
 }
 
 /// The token that a request brings (RFC 6750, 2.1).
@@ -156,12 +217,24 @@ fn bearer(headers: &HeaderMap) -> Option<&str> {
     scheme.eq_ignore_ascii_case("bearer").then(|| token.trim_ascii())
 }
 
+impl Denied {
+    /// The answer, with another `body` than the reason in JSON.
+    fn with_body(self, body: Response) -> Response {
+        let mut response = self.into_response();
+        let (head, body) = body.into_parts();
+        response.headers_mut().remove(header::CONTENT_LENGTH);
+        response.headers_mut().extend(head.headers);
+        *response.body_mut() = body;
+        response
+    }
+}
+
 impl IntoResponse for Denied {
     fn into_response(self) -> Response {
         let (status, message, challenge) = match self {
             Self::Foreign => (
                 StatusCode::FORBIDDEN,
-                "asked on behalf of another host; expected Host: localhost",
+                "asked on behalf of another host; expected Host: localhost or the address itself",
                 None,
             ),
             Self::NoToken { change: true } => (
@@ -242,6 +315,41 @@ mod tests {
         assert!(!local(Some("localhost:80"), Some("http://localhost:81")), "another port");
         assert!(!local(None, None));
         assert_eq!(judge(UNIX, false, &HeaderMap::new(), None), Ok(()), "to look is no change");
+    }
+
+    #[test]
+    fn over_a_forwarded_port_no_other_name_leads_to_the_socket() {
+        let look = |host: &str| judge(UNIX, false, &headers(&[(header::HOST, host)]), None);
+        for host in ["localhost:9000", "127.0.0.1:9000", "[::1]:9000", "localhost", "anything"] {
+            assert_eq!(look(host), Ok(()), "{host}");
+        }
+        assert_eq!(look("example.org:9000"), Err(Denied::Foreign));
+    }
+
+    #[test]
+    fn what_another_page_embeds_is_not_answered() {
+        let near = tcp("127.0.0.1:9000", "127.0.0.1:5");
+        let fetched = |via, changes, site: &str, dest: &str| {
+            let pairs = [
+                (header::HOST, "127.0.0.1:9000"),
+                (HeaderName::from_static("sec-fetch-site"), site),
+                (HeaderName::from_static("sec-fetch-dest"), dest),
+            ];
+            judge(via, changes, &headers(&pairs), None)
+        };
+        for via in [UNIX, near] {
+            for site in ["cross-site", "same-site"] {
+                for dest in ["empty", "image", "iframe"] {
+                    assert_eq!(fetched(via, false, site, dest), Err(Denied::Foreign), "{dest}");
+                }
+                assert_eq!(fetched(via, false, site, "document"), Ok(()), "a link to it");
+                assert_eq!(fetched(via, true, site, "document"), Err(Denied::Foreign), "a form");
+            }
+            for site in ["same-origin", "none"] {
+                assert_eq!(fetched(via, false, site, "empty"), Ok(()));
+            }
+        }
+        assert_eq!(fetched(UNIX, true, "same-origin", "empty"), Ok(()));
     }
 
     #[test]

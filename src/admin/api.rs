@@ -19,7 +19,7 @@ use tokio::{
 };
 
 use super::{
-    Failure, Placed, Process, Reloaded, Request, Restarted, Status,
+    Failure, Placed, Process, Reloaded, Request, Restarted, Status, dashboard,
     events::{Watched, events},
     metrics,
 };
@@ -30,6 +30,7 @@ const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
 /// Every path there is.
 pub(super) fn router(context: Context) -> Router {
     Router::new()
+        .route(dashboard::PATH, get(dashboard::page))
         .route("/healthz", get(healthz))
         .route("/status", get(status))
         .route("/metrics", get(metrics))

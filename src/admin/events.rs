@@ -2,7 +2,8 @@
 //!
 //! | event | data | when |
 //! | --- | --- | --- |
-//! | `samples` | the last minute of each slot: connections a second and held | once, first |
+//! | `access` | what whoever watches may change: `free`, with the `token`, or `never` | once, first |
+//! | `samples` | the last minute of each slot: connections a second and held | once, then |
 //! | `note` | a line of lbd's log, but of traffic | the last 100, then each |
 //! | `status` | the same as `/status` | once a second, and soon after each note |
 //!
@@ -11,6 +12,7 @@
 use std::{collections::VecDeque, convert::Infallible, sync::Arc};
 
 use axum::{
+    Extension,
     extract::State,
     http::{StatusCode, header},
     response::{
@@ -23,13 +25,14 @@ use serde::Serialize;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::{
+    access::{Changes, Via},
     api::{Context, Error},
     sampler::Latest,
 };
 use crate::logging::{Reader, Recent};
 
-/// How many may watch at once: of the connections of a listener some are left for commands, however
-/// many dashboards are open.
+/// How many may watch at once, over the unix socket and over TCP: of the connections of a listener
+/// some are left for commands, however many dashboards are open.
 const MAX_STREAMS: usize = 8;
 
 /// What is watched.
@@ -37,12 +40,15 @@ const MAX_STREAMS: usize = 8;
 pub(super) struct Watched {
     recent: Recent,
     latest: Latest,
-    free: Arc<Semaphore>,
+    /// Whoever comes over TCP, which is anybody, takes no place from those who may use the socket.
+    over_unix: Arc<Semaphore>,
+    over_tcp: Arc<Semaphore>,
 }
 
 impl Watched {
     pub(super) fn new(recent: Recent, latest: Latest) -> Self {
-        Self { recent, latest, free: Arc::new(Semaphore::new(MAX_STREAMS)) }
+        let places = || Arc::new(Semaphore::new(MAX_STREAMS));
+        Self { recent, latest, over_unix: places(), over_tcp: places() }
     }
 
     /// How it was at the last look.
@@ -50,26 +56,43 @@ impl Watched {
         &self.latest
     }
 
-    fn watch(&self) -> Option<Watcher> {
-        let permit = Arc::clone(&self.free).try_acquire_owned().ok()?;
+    fn watch(&self, via: Via, changes: Changes) -> Option<Watcher> {
+        let places = match via {
+            Via::Unix => &self.over_unix,
+            Via::Tcp { .. } => &self.over_tcp,
+        };
+        let permit = Arc::clone(places).try_acquire_owned().ok()?;
         let mut latest = self.latest.clone();
         // Also the look that there was before.
         latest.mark_changed();
         let notes = self.recent.read();
-        Some(Watcher { latest, notes, pending: VecDeque::new(), begun: false, _permit: permit })
+        let pending = event("access", &Access { changes }).into_iter().collect();
+        Some(Watcher { latest, notes, pending, begun: false, _permit: permit })
     }
 }
 
-pub(super) async fn events(State(context): State<Context>) -> Result<Response, Error> {
-    let watcher = context.watched.watch().ok_or_else(|| {
+/// The first thing that whoever watches is told.
+#[derive(Debug, Serialize)]
+struct Access {
+    changes: Changes,
+}
+
+pub(super) async fn events(
+    State(context): State<Context>,
+    Extension(via): Extension<Via>,
+    Extension(changes): Extension<Changes>,
+) -> Response {
+    let Some(watcher) = context.watched.watch(via, changes) else {
         let message = format!("{MAX_STREAMS} watch already, which is as many as can");
-        Error::new(StatusCode::SERVICE_UNAVAILABLE, message)
-    })?;
+        let refusal = Error::new(StatusCode::SERVICE_UNAVAILABLE, message);
+        // Nor shall it keep one of the connections that are left.
+        return ([(header::CONNECTION, "close")], refusal).into_response();
+    };
     let events = stream::unfold(watcher, async |mut watcher| {
         let event = watcher.next().await?;
         Some((Ok::<_, Infallible>(event), watcher))
     });
-    Ok(([(header::CACHE_CONTROL, "no-store")], Sse::new(events)).into_response())
+    ([(header::CACHE_CONTROL, "no-store")], Sse::new(events)).into_response()
 }
 
 /// One client, and what it is about to be told.
@@ -77,7 +100,7 @@ pub(super) async fn events(State(context): State<Context>) -> Result<Response, E
 struct Watcher {
     latest: Latest,
     notes: Reader,
-    /// Bounded by the notes that are kept, and two more.
+    /// Bounded by the notes that are kept, and three more.
     pending: VecDeque<Event>,
     begun: bool,
     _permit: OwnedSemaphorePermit,

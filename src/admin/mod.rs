@@ -14,6 +14,7 @@
 mod access;
 mod api;
 mod client;
+mod dashboard;
 mod events;
 pub mod metrics;
 mod place;

@@ -6,7 +6,7 @@
 
 use std::{io, net::SocketAddr, sync::Arc, thread, time::Duration};
 
-use axum::Router;
+use axum::{Router, middleware};
 use futures_util::future::{self, FutureExt, Shared};
 use hyper::{body::Incoming, server::conn::http1};
 use hyper_util::{
@@ -25,7 +25,7 @@ use tower::ServiceExt;
 
 use super::{
     Request, Socket,
-    access::{CurrentToken, Via, admit},
+    access::{CurrentToken, Via, admit, seal},
     api::{Context, Daemon, router},
     events::Watched,
     sampler,
@@ -143,7 +143,8 @@ impl Server {
         let daemon = Daemon::new(daemon);
         let sampler = sampler::run(daemon.clone(), recent.clone(), latest);
         let router = router(Context::new(daemon, Watched::new(recent, look)))
-            .layer(axum::middleware::from_fn_with_state(token, admit));
+            .layer(middleware::from_fn_with_state(token, admit))
+            .layer(middleware::map_response(seal));
         let (stop, stopped) = oneshot::channel();
         let thread = thread::Builder::new()
             .name("admin".to_owned())

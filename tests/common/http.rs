@@ -78,8 +78,8 @@ impl Client {
             if line.is_empty() {
                 return answer;
             }
-            let (name, value) = line.split_once(": ").unwrap();
-            answer.headers.push((name.to_owned(), value.to_owned()));
+            let (name, value) = line.split_once(':').unwrap();
+            answer.headers.push((name.to_owned(), value.trim_ascii().to_owned()));
         }
     }
 

@@ -16,6 +16,7 @@ use std::{
     collections::BTreeSet,
     fs,
     io::Read,
+    net::{IpAddr, UdpSocket},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Output, Stdio},
     sync::atomic::{AtomicU32, Ordering},
@@ -86,6 +87,14 @@ pub(crate) fn eventually(what: &str, mut done: impl FnMut() -> bool) {
         assert!(Instant::now() < until, "not in time: {what}");
         thread::sleep(Duration::from_millis(2));
     }
+}
+
+/// An address of this machine that is not a loopback one.
+pub(crate) fn other_address() -> Option<IpAddr> {
+    let socket = UdpSocket::bind("0.0.0.0:0").ok()?;
+    // Of a datagram socket this sends nothing, it only finds the way (RFC 5737: to nowhere).
+    socket.connect("192.0.2.1:9").ok()?;
+    Some(socket.local_addr().ok()?.ip()).filter(|ip| !ip.is_loopback())
 }
 
 /// A port for a service and some for its workers.
