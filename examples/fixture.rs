@@ -6,6 +6,7 @@
 //! | --- | --- |
 //! | `http` | answers GET, keeps connections alive; see [`page`] for what the paths do |
 //! | `echo` | sends back what comes, and ends its side when the client ends its own |
+//! | `tell VERSION` | says the PROXY header (see `--proxy`) in a line of its own, then is `echo` |
 //! | `reset` | resets each connection after the first bytes |
 //! | `pour BYTES` | after the first bytes, sends so many and resets the connection |
 //! | `once` | answers the first connection, then listens no more and lives on |
@@ -21,6 +22,8 @@
 //! | `--gate FILE` | listens only once FILE exists |
 //! | `--status FILE` | the answer to `/health` is the status in FILE; 200 while there is none |
 //! | `--heads FILE` | appends the head of each request to FILE |
+//! | `--proxy VERSION` | `http` wants each connection to begin with a PROXY header, `v1` or `v2`, and resets others; `/proxy` is answered with it |
+//! | `--headers FILE` | appends each PROXY header to FILE |
 //! | `--ignore-term` | SIGTERM does nothing |
 //! | `--fork` | has a child in a session of its own, which outlives it |
 //! | `--daemonize` | has a grandchild that has left it in every way, and ignores SIGTERM |
@@ -31,7 +34,7 @@ use std::{
     env,
     fs::{self, OpenOptions},
     io::{self, BufRead, BufReader, Read, Write},
-    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
     os::fd::{FromRawFd, OwnedFd},
     path::Path,
     process::{self, Command},
@@ -83,8 +86,22 @@ fn main() {
     }
     let argument = words.get(1).map_or("", String::as_str);
     match words[0].as_str() {
-        "http" => http(option("--status").unwrap_or_default(), option("--heads")),
+        "http" => http(Http {
+            status: option("--status").unwrap_or_default(),
+            heads: option("--heads"),
+            proxy: option("--proxy"),
+            headers: option("--headers"),
+        }),
         "echo" => serve(|stream| echo(&stream)),
+        "tell" => {
+            let (version, headers) = (argument.to_owned(), option("--headers"));
+            serve(move |stream| {
+                if let Some(header) = proxied(&stream, &version, headers.as_deref()) {
+                    (&stream).write_all(format!("{header}\n").as_bytes()).unwrap();
+                    echo(&stream);
+                }
+            });
+        }
         "reset" => serve(|stream| reset(&stream)),
         "pour" => {
             let bytes = argument.parse().unwrap();
@@ -112,7 +129,7 @@ fn main() {
                 println!("line {number}");
                 eprintln!("line {number}");
             }
-            http(String::new(), None);
+            http(Http::default());
         }
         "daemonized" => {
             setsid().unwrap();
@@ -147,14 +164,87 @@ fn serve(handle: impl Fn(TcpStream) + Clone + Send + 'static) {
     }
 }
 
-fn http(status: String, heads: Option<String>) {
+/// What `http` does besides.
+#[derive(Debug, Clone, Default)]
+struct Http {
+    status: String,
+    heads: Option<String>,
+    proxy: Option<String>,
+    headers: Option<String>,
+}
+
+fn http(options: Http) {
     serve(move |stream| {
+        let header = match &options.proxy {
+            Some(version) => match proxied(&stream, version, options.headers.as_deref()) {
+                Some(header) => header,
+                None => return,
+            },
+            None => String::new(),
+        };
         // A client that leaves in the middle is none of its business.
-        let _ = requests(&stream, &status, heads.as_deref());
+        let _ = requests(&stream, &header, &options);
     });
 }
 
-fn requests(stream: &TcpStream, status: &str, heads: Option<&str>) -> io::Result<()> {
+/// The PROXY header in front of everything, in words; without one, the connection is reset.
+fn proxied(stream: &TcpStream, version: &str, file: Option<&str>) -> Option<String> {
+    let header = match version {
+        "v1" => line(stream),
+        "v2" => binary(stream),
+        version => panic!("no version {version}"),
+    };
+    let Ok(header) = header else {
+        reset_now(stream);
+        return None;
+    };
+    if let Some(file) = file {
+        let mut file = OpenOptions::new().append(true).create(true).open(file).unwrap();
+        writeln!(file, "{header}").unwrap();
+    }
+    Some(header)
+}
+
+/// Not a byte more than the line.
+fn line(mut stream: &TcpStream) -> io::Result<String> {
+    let mut line = Vec::new();
+    while !line.ends_with(b"\r\n") {
+        let mut byte = [0];
+        stream.read_exact(&mut byte)?;
+        line.extend(byte);
+        if line.len() > 107 || !b"PROXY ".starts_with(&line[..line.len().min(6)]) {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+    }
+    Ok(String::from_utf8_lossy(&line).trim_end().to_owned())
+}
+
+/// Put into the words of a line, but for `LOCAL`.
+fn binary(mut stream: &TcpStream) -> io::Result<String> {
+    let mut head = [0; 16];
+    stream.read_exact(&mut head)?;
+    let (signature, rest) = head.split_at(12);
+    if signature != b"\r\n\r\n\0\r\nQUIT\n" {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    let mut ends = vec![0; u16::from_be_bytes([rest[2], rest[3]]).into()];
+    stream.read_exact(&mut ends)?;
+    let port = |at: usize| u16::from_be_bytes([ends[at], ends[at + 1]]);
+    Ok(match (rest[0], rest[1], ends.len()) {
+        (0x20, 0x00, 0) => "LOCAL".to_owned(),
+        (0x21, 0x11, 12) => {
+            let ip = |at: usize| Ipv4Addr::from(<[u8; 4]>::try_from(&ends[at..at + 4]).unwrap());
+            format!("PROXY TCP4 {} {} {} {}", ip(0), ip(4), port(8), port(10))
+        }
+        (0x21, 0x21, 36) => {
+            let ip = |at: usize| Ipv6Addr::from(<[u8; 16]>::try_from(&ends[at..at + 16]).unwrap());
+            format!("PROXY TCP6 {} {} {} {}", ip(0), ip(16), port(32), port(34))
+        }
+        _ => return Err(io::ErrorKind::InvalidData.into()),
+    })
+}
+
+fn requests(stream: &TcpStream, header: &str, options: &Http) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let mut reader = BufReader::new(stream);
     loop {
@@ -166,12 +256,15 @@ fn requests(stream: &TcpStream, status: &str, heads: Option<&str>) -> io::Result
             }
             head.push_str(&line);
         }
-        if let Some(file) = heads {
+        if let Some(file) = &options.heads {
             let mut file = OpenOptions::new().append(true).create(true).open(file)?;
             file.write_all(head.as_bytes())?;
         }
         let path = head.split(' ').nth(1).unwrap_or("/");
-        let (code, body) = page(path, &head, status);
+        let (code, body) = match path {
+            "/proxy" => (200, header.as_bytes().to_vec()),
+            path => page(path, &head, &options.status),
+        };
         let keep = !head.to_ascii_lowercase().contains("connection: close");
         let connection = if keep { "keep-alive" } else { "close" };
         let length = body.len();

@@ -14,7 +14,8 @@
 //!      └─ worker                           the built-in HTTP worker, a program of its own
 //! ```
 //!
-//! `sockets` and `histogram` are below all of them, and know nothing of lbd.
+//! `sockets`, `proxy_protocol` and `histogram` are below all of them, and know nothing of lbd but
+//! what `config` calls things.
 //!
 //! Three journeys, each a straight line:
 //!
@@ -33,6 +34,7 @@ pub mod histogram;
 pub mod logging;
 pub mod probe;
 pub mod process;
+pub mod proxy_protocol;
 pub mod route;
 pub mod sockets;
 pub mod worker;

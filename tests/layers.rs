@@ -8,7 +8,7 @@ use std::{
 };
 
 /// What each module may import. A module may not be missing here.
-const ALLOWED: [(&str, &[&str]); 13] = [
+const ALLOWED: [(&str, &[&str]); 14] = [
     ("cli", &["admin", "bench", "config", "daemon", "logging", "process", "worker"]),
     ("bench", &["admin", "config"]),
     (
@@ -21,18 +21,20 @@ const ALLOWED: [(&str, &[&str]); 13] = [
             "logging",
             "probe",
             "process",
+            "proxy_protocol",
             "route",
             "sockets",
         ],
     ),
     ("admin", &["config", "histogram", "logging"]),
-    ("probe", &["config", "control", "sockets"]),
+    ("probe", &["config", "control", "proxy_protocol", "sockets"]),
     ("process", &["config"]),
-    ("route", &["config", "histogram"]),
+    ("route", &["config", "histogram", "proxy_protocol"]),
     ("control", &["config"]),
     ("logging", &["config"]),
     ("worker", &["sockets"]),
-    ("sockets", &[]),
+    ("sockets", &["config"]),
+    ("proxy_protocol", &["config"]),
     ("histogram", &[]),
     ("config", &[]),
 ];

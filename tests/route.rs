@@ -91,7 +91,7 @@ fn runtime() -> tokio::runtime::Runtime {
 fn upstreams(workers: &[SocketAddr]) -> Vec<Arc<Upstream>> {
     let upstream = |(slot, &address): (usize, &SocketAddr)| {
         let label = format!("web/{}", address.port()).into();
-        Upstream::new(slot as u64, slot as u32, label, address, Arc::default())
+        Upstream::new(slot as u64, slot as u32, label, address, None, Arc::default())
     };
     workers.iter().enumerate().map(upstream).collect()
 }
@@ -723,7 +723,7 @@ fn every_thread_makes_progress_when_asked() {
 #[test]
 fn a_retired_upstream_tells_when_its_last_connection_ends() {
     let drained = Arc::new(tokio::sync::Notify::new());
-    let upstream = Upstream::new(1, 0, "web/1".into(), worker(echo), Arc::clone(&drained));
+    let upstream = Upstream::new(1, 0, "web/1".into(), worker(echo), None, Arc::clone(&drained));
     let rig = Rig::with(Routing::default(), &[Arc::clone(&upstream)], None);
     let client = rig.connect();
     until("taken", || upstream.traffic().total == 1);

@@ -32,10 +32,12 @@ pub fn describe(service: &Service) -> String {
         Probe::Tcp => "tcp".to_owned(),
         Probe::Http { path, expect, .. } => format!("http {path} expecting {}", statuses(expect)),
     };
+    let proxy_protocol = worker.proxy_protocol.map(|version| format!("; proxy-protocol {version}"));
+    let proxy_protocol = proxy_protocol.unwrap_or_default();
     let interval = humantime::format_duration(health.interval);
     let limits = limits(service);
     format!(
-        "{name}: listen {listen}; {count} {plural} {workers}; {program}; route proxy; balance {}; probe {probe} every {interval}{limits}",
+        "{name}: listen {listen}; {count} {plural} {workers}; {program}; route proxy{proxy_protocol}; balance {}; probe {probe} every {interval}{limits}",
         routing.balance
     )
 }

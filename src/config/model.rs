@@ -184,6 +184,9 @@ pub struct WorkerSpec {
     pub host: IpAddr,
     /// Who binds the port.
     pub socket: SocketMode,
+    /// Whether, and how, it is told who its client is. Here and not in [`Routing`], as a worker
+    /// understands the one or the other: each is spoken to as it was started for.
+    pub proxy_protocol: Option<ProxyProtocol>,
     /// Variables added to lbd's own environment.
     pub env: BTreeMap<String, String>,
     /// The user to run as: a name or a number, resolved when the worker is started.
@@ -228,6 +231,24 @@ pub enum SocketMode {
     Bind,
     /// lbd binds the port and passes the listening socket as descriptor 3.
     Inherit,
+}
+
+/// `proxy-protocol`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProxyProtocol {
+    /// A line of text.
+    V1,
+    /// Binary.
+    V2,
+}
+
+impl fmt::Display for ProxyProtocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::V1 => "v1",
+            Self::V2 => "v2",
+        })
+    }
 }
 
 /// `output`.

@@ -10,8 +10,8 @@ use std::{
 };
 
 use super::{
-    Balance, DEFAULT_HOST, Drain, Health, Limits, Listen, Output, Probe, Program, Restart, Routing,
-    Service, Slots, SocketMode, StatusSet, Stop, WorkerSpec,
+    Balance, DEFAULT_HOST, Drain, Health, Limits, Listen, Output, Probe, Program, ProxyProtocol,
+    Restart, Routing, Service, Slots, SocketMode, StatusSet, Stop, WorkerSpec,
     addresses::{Claim, Claimant, Claims},
     limits,
     reader::{Table, Value},
@@ -27,7 +27,6 @@ pub(super) fn read(
     base: &Path,
     claims: &mut Claims,
 ) -> Option<Service> {
-    unsupported::refuse(&mut table, unsupported::SERVICE);
     unsupported::refuse_route(&mut table);
 
     let listen = listen(&mut table, base, claims);
@@ -42,6 +41,16 @@ pub(super) fn read(
         (SocketMode::Bind, Drain::Wait)
     };
     let socket = table.read("socket", |v| v.word(&SOCKETS)).unwrap_or(socket);
+    let proxy_protocol = table.read("proxy-protocol", |value| {
+        let version = value.word(&PROXY_PROTOCOLS)?;
+        if built_in {
+            return value.refuse(
+                "the built-in worker does nothing with a client's address and expects no header; \
+                 remove it",
+            );
+        }
+        Some(version)
+    });
     let env = env(table.table("env"));
     let user = table.read("user", account);
     let group = table.read("group", account);
@@ -60,6 +69,7 @@ pub(super) fn read(
         program: program?,
         host,
         socket,
+        proxy_protocol,
         env,
         user,
         group,
@@ -98,6 +108,7 @@ pub(super) fn of_command(
             program: Program::Command(argv),
             host: DEFAULT_HOST,
             socket: SocketMode::Bind,
+            proxy_protocol: None,
             env: BTreeMap::new(),
             user: None,
             group: None,
@@ -315,6 +326,9 @@ fn stop(mut table: Table<'_>, drain: Drain) -> Stop {
 
 const SOCKETS: [(&str, SocketMode); 2] =
     [("bind", SocketMode::Bind), ("inherit", SocketMode::Inherit)];
+
+const PROXY_PROTOCOLS: [(&str, ProxyProtocol); 2] =
+    [("v1", ProxyProtocol::V1), ("v2", ProxyProtocol::V2)];
 
 const BALANCES: [(&str, Balance); 3] = [
     ("round-robin", Balance::RoundRobin),

@@ -3,18 +3,8 @@
 
 use super::reader::Table;
 
-/// Keys of a service.
-pub(super) const SERVICE: &[&str] = &["proxy-protocol"];
-
 /// Values of `route`.
 const ROUTES: &[&str] = &["direct", "http"];
-
-/// Refuses `keys`, whatever their value.
-pub(super) fn refuse(table: &mut Table<'_>, keys: &'static [&'static str]) {
-    for key in keys {
-        table.read(key, |value| value.refuse::<()>("not supported yet; remove it"));
-    }
-}
 
 /// Reads `route`, of which there is nothing to keep while there is one way only.
 pub(super) fn refuse_route(table: &mut Table<'_>) {

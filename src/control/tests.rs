@@ -32,6 +32,7 @@ pub(super) fn spec(command: &str) -> Arc<WorkerSpec> {
         program: Program::Command(vec![command.to_owned()]),
         host: DEFAULT_HOST,
         socket: SocketMode::Bind,
+        proxy_protocol: None,
         env: BTreeMap::new(),
         user: None,
         group: None,

@@ -3,15 +3,23 @@
 use std::{
     collections::{HashSet, VecDeque},
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
+
+use tracing::debug;
 
 use super::{Daemon, Stage};
 use crate::{
     config::SocketMode,
     control::{Action, Coming, Event, Phase, Worker, WorkerId},
+    proxy_protocol,
     route::Pool,
+    sockets::Rescued,
 };
+
+/// How long the headers of rescued connections may take, all together: the thread that made such a
+/// connection sends its header with the next system call.
+const HEADER: Duration = Duration::from_millis(100);
 
 impl Daemon<'_> {
     /// Does what control asks for, and tells it what comes of that at once.
@@ -127,9 +135,20 @@ impl Daemon<'_> {
         let can_serve = |service: &str| {
             supervisor.rotation(service).is_some_and(|rotation| !rotation.workers.is_empty())
         };
-        for (service, connection) in self.fleet.rescue(&needed, &ejected, can_serve) {
-            if let Some(route) = self.fronts.route(&service) {
-                self.plane.adopt(route, connection);
+        let rescued = self.fleet.rescue(&needed, &ejected, can_serve);
+        let deadline = Instant::now() + HEADER;
+        for (service, Rescued { socket, proxy_protocol }) in rescued {
+            let taken_off = proxy_protocol
+                .map(|version| proxy_protocol::take_off(&socket, version, deadline))
+                .transpose();
+            match (taken_off, self.fronts.route(&service)) {
+                (Ok(client), Some(route)) => self.plane.adopt(route, socket, client.flatten()),
+                (Ok(_), None) => {}
+                (Err(error), _) => {
+                    // Nobody takes the end of it for the end of an answer.
+                    _ = socket.set_linger(Some(Duration::ZERO));
+                    debug!(service = &*service, %error, "a rescued connection had no header");
+                }
             }
         }
     }

@@ -13,7 +13,6 @@ use std::{
 };
 
 use nix::sys::signal::Signal;
-use socket2::Socket;
 use tokio::{
     sync::{Notify, mpsc},
     task::spawn_local,
@@ -29,7 +28,7 @@ use crate::{
         Outputs, Spawner, Watched,
     },
     route::Upstream,
-    sockets::{self, Acceptor, Port},
+    sockets::{self, Acceptor, Port, Rescued},
 };
 
 const _: () = assert!(WORKERS_ON_A_PORT == sockets::SHARERS);
@@ -145,8 +144,9 @@ impl Fleet {
             Some(inherited) => inherited.port.way_to(id),
             None => sockets::unconnected(address),
         };
+        let proxy_protocol = member.upstream.proxy_protocol();
         spawn_local(async move {
-            let outcome = probe::run(&probe, address, socket, limit).await;
+            let outcome = probe::run(&probe, address, socket, proxy_protocol, limit).await;
             // Fails only where the daemon has ended.
             let _ = events.send(Event::Probed { id, outcome }).await;
         });
@@ -189,12 +189,20 @@ impl Fleet {
     /// theirs.
     pub(super) fn select(&mut self, workers: &[WorkerId]) {
         for &id in workers {
-            let Some(address) = self.members.get(&id).map(|member| member.address) else {
-                continue;
-            };
-            let Some(inherited) = self.ports.get_mut(&address) else { continue };
-            if let Err(error) = inherited.port.select(id) {
-                tracing::error!(%address, %error, "cannot steer connections to the new worker");
+            let Some(Member { address, upstream, .. }) = self.members.get(&id) else { continue };
+            let Some(InheritedPort { port, .. }) = self.ports.get_mut(address) else { continue };
+            let before = port.selected().filter(|before| *before != id);
+            // Who is on the way to it by the pool before reaches the new one, with its header.
+            let displaced = before
+                .and_then(|before| Some(&self.members.get(&before)?.upstream))
+                .filter(|before| before.proxy_protocol() != upstream.proxy_protocol());
+            displaced.inspect(|before| before.displace(true));
+            match port.select(id) {
+                Ok(()) => upstream.displace(false),
+                Err(error) => {
+                    displaced.inspect(|before| before.displace(false));
+                    tracing::error!(%address, %error, "cannot steer connections to the new worker");
+                }
             }
         }
     }
@@ -206,6 +214,7 @@ impl Fleet {
             && let Some(inherited) = self.ports.get_mut(&member.address)
         {
             inherited.port.abandon(id);
+            member.upstream.displace(true);
         }
     }
 
@@ -217,7 +226,7 @@ impl Fleet {
         needed: &HashSet<SocketAddr>,
         ejected: &[WorkerId],
         can_serve: impl Fn(&str) -> bool,
-    ) -> Vec<(Arc<str>, Socket)> {
+    ) -> Vec<(Arc<str>, Rescued)> {
         let Self { members, acceptor, .. } = self;
         let mut rescued = Vec::new();
         self.ports.retain(|address, InheritedPort { port, service }| {
@@ -293,13 +302,15 @@ impl Fleet {
 
     /// A listening socket for the worker, on a port that is bound now if it is not yet.
     fn inherit(&mut self, wanted: SocketAddr, order: &Spawn) -> Result<SocketAddr, StartError> {
-        let service = Arc::clone(&order.service);
+        let (service, proxy_protocol) = (Arc::clone(&order.service), order.spec.proxy_protocol);
         if let Some(inherited) = self.ports.get_mut(&wanted) {
-            inherited.port.join(order.id).map_err(|error| port_error(wanted, error))?;
+            let joined = inherited.port.join(order.id, proxy_protocol);
+            joined.map_err(|error| port_error(wanted, error))?;
             inherited.service = service;
             return Ok(wanted);
         }
-        let port = Port::open(wanted, order.id).map_err(|error| port_error(wanted, error))?;
+        let port = Port::open(wanted, order.id, proxy_protocol);
+        let port = port.map_err(|error| port_error(wanted, error))?;
         let address = port.address();
         self.ports.insert(address, InheritedPort { port, service });
         Ok(address)
@@ -341,7 +352,7 @@ impl Fleet {
         };
         let child = self.spawner.spawn(launch).map_err(StartError::Spawn)?;
         let (id, idle) = (order.id, Arc::clone(&self.idle));
-        let upstream = Upstream::new(id.0, order.slot, label, address, idle);
+        let upstream = Upstream::new(id.0, order.slot, label, address, spec.proxy_protocol, idle);
         let (controller, guard) = (child.controller(), child.guard_pid());
         let (retired, probing) = (false, false);
         let service = Arc::clone(&order.service);

@@ -13,22 +13,28 @@ use std::{
 
 use socket2::Socket;
 use tokio::{
+    io::AsyncWriteExt,
     net::{TcpSocket, TcpStream},
     time::timeout,
 };
 
-use crate::{config::Probe, control::ProbeOutcome};
+use crate::{
+    config::{Probe, ProxyProtocol},
+    control::ProbeOutcome,
+    proxy_protocol::{Ends, Header},
+};
 
-/// Probes the worker at `address` once, over this socket, which is not connected yet. Takes at most
-/// `limit`; dropping the future gives up.
+/// Probes the worker at `address` once, over this socket, which is not connected yet, and with the
+/// header that it expects on every connection. Takes at most `limit`; dropping the future gives up.
 pub async fn run(
     probe: &Probe,
     address: SocketAddr,
     socket: io::Result<Socket>,
+    proxy_protocol: Option<ProxyProtocol>,
     limit: Duration,
 ) -> ProbeOutcome {
     let began = Instant::now();
-    let result = match timeout(limit, attempt(probe, address, socket)).await {
+    let result = match timeout(limit, attempt(probe, address, socket, proxy_protocol)).await {
         Ok(result) => result,
         Err(_) => Err(ProbeError::Timeout(limit)),
     };
@@ -44,6 +50,8 @@ enum ProbeError {
     /// source; TCP's simultaneous open (RFC 9293, 3.5) then connects the socket to itself.
     #[error("nobody listens on {0}: the connection was one to itself")]
     SelfConnect(SocketAddr),
+    #[error("cannot send the PROXY header: {0}")]
+    Header(io::Error),
     #[error("no answer within {}", humantime::format_duration(*.0))]
     Timeout(Duration),
     #[error("GET {path}: {source}")]
@@ -58,8 +66,12 @@ async fn attempt(
     probe: &Probe,
     address: SocketAddr,
     socket: io::Result<Socket>,
+    proxy_protocol: Option<ProxyProtocol>,
 ) -> Result<(), ProbeError> {
-    let stream = connect(address, socket).await?;
+    let mut stream = connect(address, socket).await?;
+    if let Some(version) = proxy_protocol {
+        introduce(&mut stream, version).await.map_err(ProbeError::Header)?;
+    }
     match probe {
         Probe::Tcp => Ok(()),
         Probe::Http { path, host, expect } => {
@@ -78,6 +90,13 @@ async fn connect(address: SocketAddr, socket: io::Result<Socket>) -> Result<TcpS
     let socket = TcpSocket::from_std_stream(socket.map_err(failed)?.into());
     let stream = socket.connect(address).await.map_err(failed)?;
     not_to_itself(stream, address)
+}
+
+async fn introduce(stream: &mut TcpStream, version: ProxyProtocol) -> io::Result<()> {
+    // What follows must not wait until the worker's kernel has acknowledged the header.
+    stream.set_nodelay(true)?;
+    let ends = Ends { client: stream.local_addr()?, server: stream.peer_addr()? };
+    stream.write_all(Header::of_probe(version, ends).as_bytes()).await
 }
 
 fn not_to_itself(stream: TcpStream, address: SocketAddr) -> Result<TcpStream, ProbeError> {
@@ -104,7 +123,7 @@ mod tests {
     fn probe(probe: &Probe, address: SocketAddr, limit: Duration) -> Option<String> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let socket = crate::sockets::unconnected(address);
-        runtime.block_on(run(probe, address, socket, limit)).error
+        runtime.block_on(run(probe, address, socket, None, limit)).error
     }
 
     fn http(path: &str) -> Probe {

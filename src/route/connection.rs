@@ -11,6 +11,10 @@ use super::{
     service::{Place, ServiceRoute},
     upstream::Lease,
 };
+use crate::{
+    config::ProxyProtocol,
+    proxy_protocol::{Ends, Header},
+};
 
 /// What a connection waits for. Each has its own deadline, and so its own queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -87,6 +91,11 @@ impl fmt::Display for End {
     }
 }
 
+/// A connection waited for a worker that didn't take it, so that its client is lbd itself, which has
+/// told so much of its own client: these ends, or nothing.
+#[derive(Debug)]
+pub(super) struct Adopted(pub(super) Option<Ends>);
+
 /// Dropped, it is logged, and both sockets are closed: by a reset, unless it ended well. So nobody
 /// ever takes what was cut off for what was complete.
 #[derive(Debug)]
@@ -100,6 +109,7 @@ pub(super) struct Connection {
     sent: u64,
     received: u64,
     peer: Peer,
+    pub(super) adopted: Option<Box<Adopted>>,
     begun: Instant,
     pub(super) end: End,
     /// The ids of the upstreams that did not take it.
@@ -136,6 +146,7 @@ impl Connection {
             sent: 0,
             received: 0,
             peer,
+            adopted: None,
             begun: now,
             end: End::Stopped,
             tried: Vec::new(),
@@ -166,6 +177,39 @@ impl Connection {
         self.sent + self.received
     }
 
+    /// Tells the worker whose connection it is, before anything else.
+    pub(super) fn introduce(
+        &mut self,
+        version: ProxyProtocol,
+        buffer: &mut [u8],
+    ) -> Result<(), End> {
+        let header = Header::new(version, self.ends());
+        let Some((worker, lease)) = &mut self.worker else { return Ok(()) };
+        let before = (self.sent, self.received);
+        let (client, received) = (&mut self.client, &mut self.received);
+        let led = self.up.lead(header.as_bytes(), client, worker, buffer, received);
+        if led == Err(Fault::Writing) {
+            self.down.pump_last_words(worker, client, buffer, &mut self.sent);
+        }
+        lease.count_bytes(self.sent - before.0, self.received - before.1);
+        led.map_err(|fault| match fault {
+            Fault::Reading => End::ClientReset,
+            Fault::Writing => End::WorkerReset,
+        })
+    }
+
+    /// The ends of the client's own connection, where it has addresses and they are known.
+    fn ends(&self) -> Option<Ends> {
+        match (&self.adopted, self.peer) {
+            (Some(adopted), _) => adopted.0,
+            (None, Peer::Unix) => None,
+            (None, Peer::Inet(client)) => {
+                let server = self.client.socket.local_addr().ok()?.as_socket()?;
+                Some(Ends { client, server })
+            }
+        }
+    }
+
     /// Moves bytes both ways. `Pumped::Done` when both directions have ended.
     pub(super) fn relay(&mut self, buffer: &mut [u8]) -> Result<Pumped, End> {
         let Some((worker, lease)) = &mut self.worker else { return Ok(Pumped::Waits) };
@@ -174,9 +218,7 @@ impl Connection {
         let down = self.down.pump(worker, client, self.up.is_done(), buffer, sent);
         let up = self.up.pump(client, worker, self.down.is_done(), buffer, received);
         if up == Err(Fault::Writing) {
-            // What the worker said before it stopped listening is still to be read.
-            worker.note(Side::BROKEN);
-            while let Ok(Pumped::Yields) = self.down.pump(worker, client, true, buffer, sent) {}
+            self.down.pump_last_words(worker, client, buffer, sent);
         }
         lease.count_bytes(self.sent - before.0, self.received - before.1);
         match (down, up) {

@@ -16,6 +16,7 @@ use socket2::Socket;
 use tokio::sync::mpsc;
 
 use super::{gate::Gate, listener::Listener, service::ServiceRoute};
+use crate::proxy_protocol::Ends;
 
 /// Names a listener for the life of a [`DataPlane`](super::DataPlane).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -43,6 +44,7 @@ pub(super) enum Command {
     /// Take over a connection that was accepted elsewhere.
     Adopt {
         connection: Socket,
+        client: Option<Ends>,
         service: Arc<ServiceRoute>,
     },
     /// Reset every connection and end.

@@ -144,7 +144,7 @@ impl Reactor {
                     if listener.recovers() {
                         info!(listen = %listener.listen(), "accepting again");
                     }
-                    self.admit(service, place, socket, peer);
+                    self.admit(service, place, socket, peer, None);
                 }
                 Err(error) => match classify(&error) {
                     Accept::Empty => {

@@ -21,7 +21,7 @@ use super::{
     service::ServiceRoute,
     upstream::Upstream,
 };
-use crate::config::Listen;
+use crate::{config::Listen, proxy_protocol::Ends};
 
 /// How the data plane is run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,11 +112,12 @@ impl DataPlane {
         self.crew.departed();
     }
 
-    /// Takes over a connection that was accepted elsewhere, and places it as if a client had just
-    /// made it. It counts towards the limits, but is not turned away by them.
-    pub fn adopt(&self, service: &Arc<ServiceRoute>, connection: Socket) {
+    /// Takes over a connection that was accepted in a worker's stead, and places it as if a client
+    /// had just made it: the one with these ends, or one unknown. It counts towards the limits, but
+    /// is not turned away by them.
+    pub fn adopt(&self, service: &Arc<ServiceRoute>, connection: Socket, client: Option<Ends>) {
         service.counters().count_rescued();
-        self.crew.tell_one(Command::Adopt { connection, service: Arc::clone(service) });
+        self.crew.tell_one(Command::Adopt { connection, client, service: Arc::clone(service) });
     }
 
     /// Closes a listener without losing anybody: no new client gets in, those that wait are

@@ -158,7 +158,14 @@ mod tests {
 
     fn upstream(slot: u32) -> Arc<Upstream> {
         let address = SocketAddr::from(([127, 0, 0, 1], 9002));
-        Upstream::new(slot.into(), slot, format!("web/{slot}").into(), address, Arc::default())
+        Upstream::new(
+            slot.into(),
+            slot,
+            format!("web/{slot}").into(),
+            address,
+            None,
+            Arc::default(),
+        )
     }
 
     fn pool(balance: Balance, upstreams: &[Arc<Upstream>]) -> Pool {

@@ -12,7 +12,7 @@ use slab::Slab;
 use socket2::{Domain, Socket};
 
 use super::{
-    connection::{Connection, End, Stage},
+    connection::{Adopted, Connection, End, Stage},
     crew::{Command, Crew},
     doors::Doors,
     listener::Peer,
@@ -22,6 +22,7 @@ use super::{
     service::{Place, ServiceRoute},
     tally::Refusal,
 };
+use crate::proxy_protocol::Ends;
 
 /// Edges taken from the kernel at once.
 const EDGES: usize = 256;
@@ -148,7 +149,9 @@ impl Reactor {
                     self.reassign_door(id.0, service);
                 }
                 Command::Close { id, done } => self.close_door(id.0, done),
-                Command::Adopt { connection, service } => self.adopt(connection, service),
+                Command::Adopt { connection, client, service } => {
+                    self.adopt(connection, client, service);
+                }
                 Command::Stop => return true,
             }
         }
@@ -209,24 +212,35 @@ impl Reactor {
     }
 
     /// Starts a connection that waited for a worker, and was accepted in its stead.
-    fn adopt(&mut self, connection: Socket, route: Arc<ServiceRoute>) {
+    fn adopt(&mut self, connection: Socket, client: Option<Ends>, route: Arc<ServiceRoute>) {
         let place = Place::force(&route);
         let service = self.use_service(route);
-        let peer = connection.peer_addr().ok().and_then(|peer| peer.as_socket());
+        let lbd = || connection.peer_addr().ok()?.as_socket();
+        let peer = client.map(|ends| ends.client).or_else(lbd).map_or(Peer::Unix, Peer::Inet);
         if connection.set_nonblocking(true).is_ok() {
-            self.admit(service, place, connection, peer.map_or(Peer::Unix, Peer::Inet));
+            let adopted = Some(Box::new(Adopted(client)));
+            self.admit(service, place, connection, peer, adopted);
         }
         self.leave_service(service);
     }
 
-    /// Starts a connection that has just been accepted.
-    pub(super) fn admit(&mut self, service: usize, place: Place, socket: Socket, peer: Peer) {
+    /// Starts a connection that has just been accepted, or adopted.
+    pub(super) fn admit(
+        &mut self,
+        service: usize,
+        place: Place,
+        socket: Socket,
+        peer: Peer,
+        adopted: Option<Box<Adopted>>,
+    ) {
         self.generation = self.generation.wrapping_add(1);
         let domain = if peer == Peer::Unix { Domain::UNIX } else { Domain::IPV4 };
         let client = Side::new(socket, domain);
         self.services[service].uses += 1;
         let generation = self.generation;
-        let connection = Connection::new(client, peer, service as u32, generation, place, self.now);
+        let mut connection =
+            Connection::new(client, peer, service as u32, generation, place, self.now);
+        connection.adopted = adopted;
         let key = self.connections.insert(connection);
         let token = self.token(key, Subject::Client);
         let event = EpollEvent::new(Side::INTEREST, token);

@@ -46,7 +46,7 @@ impl Side {
         .union(EpollFlags::EPOLLET);
 
     /// The edge of a socket that an error has closed.
-    pub(super) const BROKEN: EpollFlags = EpollFlags::EPOLLERR;
+    const BROKEN: EpollFlags = EpollFlags::EPOLLERR;
 
     pub(super) fn new(socket: Socket, domain: Domain) -> Self {
         let uneven = domain == Domain::UNIX;
@@ -153,6 +153,31 @@ impl Flow {
         self.passed
     }
 
+    /// Sends `header` in front of everything else, at once, and with it what `from` has said
+    /// already: neither waits for the other, and both are one segment where both are there. Adds to
+    /// `moved` what `to` took of `from`.
+    ///
+    /// To be called once, before the first [`Self::pump`].
+    pub(super) fn lead(
+        &mut self,
+        header: &[u8],
+        from: &mut Side,
+        to: &mut Side,
+        buffer: &mut [u8],
+        moved: &mut u64,
+    ) -> Result<(), Fault> {
+        let (front, behind) = buffer.split_at_mut(header.len());
+        front.copy_from_slice(header);
+        let whole = header.len() + self.read(from, behind)?.unwrap_or(0);
+        let taken = to.write(&buffer[..whole], self.ended)?;
+        // No socket is so full from the start that it takes less than the header.
+        *moved += taken.saturating_sub(header.len()) as u64;
+        if taken < whole {
+            self.rest = Some(Rest { bytes: buffer[taken..whole].into(), written: 0 });
+        }
+        Ok(())
+    }
+
     /// Moves what can be moved without blocking, and adds to `moved` the bytes that `to` took. The
     /// end is passed on as a shutdown of `to`, unless `last` says that `to` will be closed anyway.
     pub(super) fn pump(
@@ -186,15 +211,8 @@ impl Flow {
             if !from.readable {
                 return Ok(Pumped::Waits);
             }
-            let Some(count) = from.read(buffer)? else { return Ok(Pumped::Waits) };
-            if count < buffer.len() && !from.uneven {
-                // The socket is empty now, and the next byte makes a new edge (epoll(7), question
-                // 9): the read that would only say so is saved, and so is the one for the end.
-                from.readable = false;
-                self.ended = from.closed;
-            }
+            let Some(count) = self.read(from, buffer)? else { return Ok(Pumped::Waits) };
             if count == 0 {
-                self.ended = true;
                 continue;
             }
             let taken = to.write(&buffer[..count], self.ended)?;
@@ -204,5 +222,30 @@ impl Flow {
             }
         }
         Ok(Pumped::Yields)
+    }
+
+    /// Moves what `from`, which does not listen any more, said before: it is still to be read.
+    pub(super) fn pump_last_words(
+        &mut self,
+        from: &mut Side,
+        to: &mut Side,
+        buffer: &mut [u8],
+        moved: &mut u64,
+    ) {
+        from.note(Side::BROKEN);
+        while let Ok(Pumped::Yields) = self.pump(from, to, true, buffer, moved) {}
+    }
+
+    /// `None` where it would block. Notes the end.
+    fn read(&mut self, from: &mut Side, buffer: &mut [u8]) -> Result<Option<usize>, Fault> {
+        let Some(count) = from.read(buffer)? else { return Ok(None) };
+        if count < buffer.len() && !from.uneven {
+            // The socket is empty now, and the next byte makes a new edge (epoll(7), question 9):
+            // the read that would only say so is saved, and so is the one for the end.
+            from.readable = false;
+            self.ended = from.closed;
+        }
+        self.ended |= count == 0;
+        Ok(Some(count))
     }
 }

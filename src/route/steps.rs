@@ -148,6 +148,10 @@ impl Reactor {
         if is_self_connected(&worker.socket, lease) {
             return self.skip(key, Refusal::Refused);
         }
+        if lease.is_displaced() {
+            self.leave_worker(key);
+            return self.place(key);
+        }
         lease.count_taken(self.thread, took);
         let counters = connection.service().counters();
         if connection.is_retried {
@@ -159,22 +163,35 @@ impl Reactor {
         }
         connection.tried = Vec::new();
         connection.client.expect();
+        let proxy_protocol = lease.proxy_protocol();
         self.enter(key, Stage::Relaying, self.now);
+        if let Some(version) = proxy_protocol
+            && let Err(end) = self.connections[key].introduce(version, &mut self.buffer)
+        {
+            return self.finish(key, end);
+        }
         self.relay(key);
     }
 
     /// Leaves the worker that didn't take the connection, and tries the next.
     pub(super) fn skip(&mut self, key: usize, refusal: Refusal) {
         let connection = &mut self.connections[key];
-        if let Some((worker, lease)) = connection.worker.take() {
+        if let Some((_, lease)) = &connection.worker {
             connection.is_retried = true;
             lease.count_refusal(refusal);
+        }
+        self.leave_worker(key);
+        self.place(key);
+    }
+
+    fn leave_worker(&mut self, key: usize) {
+        let connection = &mut self.connections[key];
+        if let Some((worker, lease)) = connection.worker.take() {
             // The close does it as well, but not while a fork in progress shares the socket.
             _ = self.epoll.delete(&worker.socket);
             drop((worker, lease));
             self.services[connection.service as usize].route.has_room();
         }
-        self.place(key);
     }
 
     pub(super) fn relay(&mut self, key: usize) {

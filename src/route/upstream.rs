@@ -22,6 +22,7 @@ use super::{
     listener::is_ephemeral,
     tally::{Refusal, WorkerCounters, WorkerTally},
 };
+use crate::config::ProxyProtocol;
 
 /// One incarnation of a worker: where it listens, and what passed through it.
 ///
@@ -30,12 +31,14 @@ pub struct Upstream {
     id: u64,
     slot: u32,
     port: u16,
+    proxy_protocol: Option<ProxyProtocol>,
     label: Arc<str>,
     endpoint: SockAddr,
     is_ephemeral: bool,
     is_local: bool,
     retired: AtomicBool,
     departed: AtomicBool,
+    displaced: AtomicBool,
     drained: Arc<Notify>,
     active: AtomicUsize,
     total: AtomicU64,
@@ -60,27 +63,31 @@ pub struct Traffic {
 }
 
 impl Upstream {
-    /// A worker that listens on `address`. `id` is its incarnation, unique for the life of the
-    /// daemon; `label` names it in the access log (`web/9002`). `drained` is notified whenever the
-    /// last connection of a *retired* upstream ends; one `Notify` may serve them all.
+    /// A worker that listens on `address`, and is told who its client is where it is to be. `id` is
+    /// its incarnation, unique for the life of the daemon; `label` names it in the access log
+    /// (`web/9002`). `drained` is notified whenever the last connection of a *retired* upstream
+    /// ends; one `Notify` may serve them all.
     #[must_use]
     pub fn new(
         id: u64,
         slot: u32,
         label: Arc<str>,
         address: SocketAddr,
+        proxy_protocol: Option<ProxyProtocol>,
         drained: Arc<Notify>,
     ) -> Arc<Self> {
         Arc::new(Self {
             id,
             slot,
             port: address.port(),
+            proxy_protocol,
             label,
             endpoint: address.into(),
             is_ephemeral: is_ephemeral(address.port()),
             is_local: address.ip().to_canonical().is_loopback(),
             retired: AtomicBool::new(false),
             departed: AtomicBool::new(false),
+            displaced: AtomicBool::new(false),
             drained,
             active: AtomicUsize::new(0),
             total: AtomicU64::new(0),
@@ -106,6 +113,12 @@ impl Upstream {
     #[must_use]
     pub fn port(&self) -> u16 {
         self.port
+    }
+
+    /// How it is told who its client is.
+    #[must_use]
+    pub fn proxy_protocol(&self) -> Option<ProxyProtocol> {
+        self.proxy_protocol
     }
 
     /// What the access log calls it.
@@ -152,6 +165,18 @@ impl Upstream {
     /// Undoes [`retire`](Self::retire).
     pub fn reinstate(&self) {
         self.retired.store(false, SeqCst);
+    }
+
+    /// Says whether connections to its port reach another worker, which expects another header.
+    ///
+    /// To be said before they do: whoever has connected looks before it sends anything, and places
+    /// its client anew.
+    pub fn displace(&self, displaced: bool) {
+        self.displaced.store(displaced, SeqCst);
+    }
+
+    pub(super) fn is_displaced(&self) -> bool {
+        self.displaced.load(SeqCst)
     }
 
     /// Whether its process is gone, so that nobody reads any more what clients send to it.
@@ -261,7 +286,7 @@ mod tests {
 
     fn upstream(drained: &Arc<Notify>) -> Arc<Upstream> {
         let address = SocketAddr::from(([127, 0, 0, 1], 9002));
-        Upstream::new(7, 0, "web/9002".into(), address, Arc::clone(drained))
+        Upstream::new(7, 0, "web/9002".into(), address, None, Arc::clone(drained))
     }
 
     #[test]

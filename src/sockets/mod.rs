@@ -9,6 +9,9 @@
 //! outlives the worker: a successor takes it over with the socket, or lbd accepts it and hands it to
 //! another worker.
 //!
+//! What queues in a socket begins with the header that its worker expects
+//! ([`ProxyProtocol`]), so that only a worker that expects the same one takes it over.
+//!
 //! O_NONBLOCK belongs to the open file description, which worker and lbd share: the sockets are made
 //! blocking, as systemd passes them, and stay so.
 
@@ -27,6 +30,8 @@ use nix::libc;
 use socket2::{Domain, Socket, Type};
 
 use steer::Steering;
+
+use crate::config::ProxyProtocol;
 
 /// Asked for; the kernel caps it to `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
@@ -53,21 +58,36 @@ pub struct Port<Owner> {
 struct Member<Owner> {
     /// `None` where no process has the socket but lbd.
     owner: Option<Owner>,
+    proxy_protocol: Option<ProxyProtocol>,
     socket: Socket,
 }
 
+/// A connection that was taken out of a queue.
+#[derive(Debug)]
+pub struct Rescued {
+    /// The connection.
+    pub socket: Socket,
+    /// The header that is the first in it, or will be in a moment.
+    pub proxy_protocol: Option<ProxyProtocol>,
+}
+
 impl<Owner: Copy + PartialEq> Port<Owner> {
-    /// Binds `wanted` (with port 0, a free port) and listens, for `owner`, which is selected.
+    /// Binds `wanted` (with port 0, a free port) and listens, for `owner`, which is selected and
+    /// expects such a header.
     ///
     /// # Errors
     /// `AddrInUse` where anybody is on that port already, whoever it is.
-    pub fn open(wanted: SocketAddr, owner: Owner) -> io::Result<Self> {
+    pub fn open(
+        wanted: SocketAddr,
+        owner: Owner,
+        proxy_protocol: Option<ProxyProtocol>,
+    ) -> io::Result<Self> {
         let socket = bound(wanted, Sharing::NotYet)?;
         // Only from here on: a bind with it would share the port with any program of the same user.
         socket.set_reuse_port(true)?;
         socket.listen(BACKLOG)?;
         let address = socket.local_addr()?.as_socket().unwrap_or(wanted);
-        let members = vec![Member { owner: Some(owner), socket }];
+        let members = vec![Member { owner: Some(owner), proxy_protocol, socket }];
         let port = Self { address, members, selected: 0, probes: VecDeque::new() };
         port.steer(None)?;
         Ok(port)
@@ -85,13 +105,16 @@ impl<Owner: Copy + PartialEq> Port<Owner> {
         self.position(owner).map(|index| &self.members[index].socket)
     }
 
-    /// Gives `owner` a socket: the one that nobody has, with all that is queued in it, or else a
-    /// new one beside that of the worker it is to replace.
+    /// Gives `owner` a socket: the one that nobody has, with all that is queued in it for such a
+    /// worker, or else a new one beside that of the worker it is to replace.
     ///
     /// # Errors
     /// Where the system refuses it, or two workers are on the port already.
-    pub fn join(&mut self, owner: Owner) -> io::Result<()> {
-        if let Some(orphan) = self.members.iter_mut().find(|member| member.owner.is_none()) {
+    pub fn join(&mut self, owner: Owner, proxy_protocol: Option<ProxyProtocol>) -> io::Result<()> {
+        let fits = |member: &&mut Member<Owner>| {
+            member.owner.is_none() && member.proxy_protocol == proxy_protocol
+        };
+        if let Some(orphan) = self.members.iter_mut().find(fits) {
             orphan.owner = Some(owner);
             return Ok(());
         }
@@ -100,8 +123,14 @@ impl<Owner: Copy + PartialEq> Port<Owner> {
         }
         let socket = bound(self.address, Sharing::Now)?;
         socket.listen(BACKLOG)?;
-        self.members.push(Member { owner: Some(owner), socket });
+        self.members.push(Member { owner: Some(owner), proxy_protocol, socket });
         Ok(())
+    }
+
+    /// Whom new connections go to; `None` where no process has the socket they queue in.
+    #[must_use]
+    pub fn selected(&self) -> Option<Owner> {
+        self.members[self.selected].owner
     }
 
     /// New connections go to `owner` from now on.
@@ -148,26 +177,27 @@ impl<Owner: Copy + PartialEq> Port<Owner> {
 
     /// Accepts every connection that waits for `owner`, which may go on to accept too, or, with
     /// `None`, in a socket that nobody has.
-    pub fn rescue(&self, owner: Option<Owner>, acceptor: &mut Acceptor) -> Vec<Socket> {
+    pub fn rescue(&self, owner: Option<Owner>, acceptor: &mut Acceptor) -> Vec<Rescued> {
         let chosen = self.members.iter().filter(|member| member.owner == owner);
-        chosen.flat_map(|member| self.clients(&member.socket, acceptor)).collect()
+        chosen.flat_map(|member| self.clients(member, acceptor)).collect()
     }
 
-    /// Closes the sockets that nobody has, if somebody is on the port; gives back what still waited
-    /// in them.
-    pub fn tidy(&mut self, acceptor: &mut Acceptor) -> Vec<Socket> {
-        if !self.is_owned() {
-            return Vec::new();
-        }
+    /// Closes the sockets that nobody has, if somebody is on the port, or no worker could have both
+    /// of them; gives back what still waited in them.
+    pub fn tidy(&mut self, acceptor: &mut Acceptor) -> Vec<Rescued> {
+        let first = self.members[0].proxy_protocol;
+        let is_mixed = self.members.iter().any(|member| member.proxy_protocol != first);
         let mut rescued = Vec::new();
-        while let Some(index) = self.members.iter().position(|member| member.owner.is_none()) {
+        while (self.is_owned() || is_mixed && self.members.len() > 1)
+            && let Some(index) = self.members.iter().position(|member| member.owner.is_none())
+        {
             if self.selected == index {
                 self.selected = usize::from(index == 0);
                 if self.steer(None).is_err() {
                     break; // nothing is lost: it is tried again with the next change
                 }
             }
-            rescued.extend(self.clients(&self.members[index].socket, acceptor));
+            rescued.extend(self.clients(&self.members[index], acceptor));
             // As the kernel does it. The answer stays right meanwhile: it is 0, or out of range, and
             // then the only one left is chosen.
             let left = self.members.swap_remove(index);
@@ -182,13 +212,14 @@ impl<Owner: Copy + PartialEq> Port<Owner> {
 
     /// What waits, without lbd's own probes: another worker's answer would pass for the one's that
     /// was meant.
-    fn clients(&self, socket: &Socket, acceptor: &mut Acceptor) -> Vec<Socket> {
-        let mut waiting = accept_all(socket, acceptor);
+    fn clients(&self, member: &Member<Owner>, acceptor: &mut Acceptor) -> Vec<Rescued> {
+        let mut waiting = accept_all(&member.socket, acceptor);
         waiting.retain(|connection| {
             let peer = connection.peer_addr().ok().and_then(|peer| peer.as_socket());
             peer.is_none_or(|peer| !self.probes.contains(&peer.port()))
         });
-        waiting
+        let proxy_protocol = member.proxy_protocol;
+        waiting.into_iter().map(|socket| Rescued { socket, proxy_protocol }).collect()
     }
 
     fn position(&self, owner: Owner) -> Option<usize> {
@@ -276,8 +307,8 @@ mod tests {
     #[test]
     fn only_the_selected_one_is_reached_but_by_a_probe_meant_for_another() {
         for address in [V4, V6] {
-            let mut port = Port::open(address, 1).unwrap();
-            port.join(2).unwrap();
+            let mut port = Port::open(address, 1, None).unwrap();
+            port.join(2, None).unwrap();
             let _clients = connect(&port, 50);
             assert_eq!(waiting(&port, [1, 2]), [50, 0], "{address}");
             for _ in 0..20 {
@@ -297,14 +328,14 @@ mod tests {
     fn whichever_of_two_leaves_the_other_gets_everything() {
         for (leaver, stayer) in [(1, 2), (2, 1)] {
             for selected in [1, 2] {
-                let mut port = Port::open(V4, 1).unwrap();
-                port.join(2).unwrap();
+                let mut port = Port::open(V4, 1, None).unwrap();
+                port.join(2, None).unwrap();
                 port.select(selected).unwrap();
                 port.abandon(leaver);
                 assert_eq!(port.tidy(&mut Acceptor::new().unwrap()).len(), 0);
                 let _clients = connect(&port, 50);
                 assert_eq!(waiting(&port, [stayer]), [50], "{leaver} left, {selected} selected");
-                port.join(3).unwrap();
+                port.join(3, None).unwrap();
                 let _clients = connect(&port, 50);
                 assert_eq!(waiting(&port, [stayer, 3]), [50, 0], "and a third joined");
                 port.select(3).unwrap();
@@ -317,8 +348,8 @@ mod tests {
     #[test]
     fn one_that_leaves_gets_nothing_even_if_a_child_has_a_copy_still() {
         for (leaver, stayer) in [(1, 2), (2, 1)] {
-            let mut port = Port::open(V4, 1).unwrap();
-            port.join(2).unwrap();
+            let mut port = Port::open(V4, 1, None).unwrap();
+            port.join(2, None).unwrap();
             port.select(stayer).unwrap();
             let _copy = port.socket(leaver).unwrap().try_clone().unwrap();
             port.abandon(leaver);
@@ -330,18 +361,18 @@ mod tests {
 
     #[test]
     fn what_waits_is_rescued_with_every_byte() {
-        let mut port = Port::open(V4, 1).unwrap();
+        let mut port = Port::open(V4, 1, None).unwrap();
         let mut clients = connect(&port, 3);
         for client in &mut clients {
             client.write_all(b"hello").unwrap();
         }
         assert_eq!(port.rescue(None, &mut Acceptor::new().unwrap()).len(), 0);
-        port.join(2).unwrap();
+        port.join(2, None).unwrap();
         port.select(2).unwrap();
         port.abandon(1);
         let rescued = port.tidy(&mut Acceptor::new().unwrap());
         assert_eq!(rescued.len(), 3);
-        for (mut rescued, client) in rescued.into_iter().zip(&mut clients) {
+        for (Rescued { socket: mut rescued, .. }, client) in rescued.into_iter().zip(&mut clients) {
             let mut hello = [0; 5];
             rescued.read_exact(&mut hello).unwrap();
             assert_eq!(&hello, b"hello");
@@ -353,7 +384,7 @@ mod tests {
 
     #[test]
     fn a_probe_that_waits_is_not_rescued() {
-        let mut port = Port::open(V4, 1).unwrap();
+        let mut port = Port::open(V4, 1, None).unwrap();
         let probes = [(); 3].map(|()| {
             let probe = port.way_to(1).unwrap();
             probe.set_nonblocking(false).unwrap();
@@ -370,29 +401,56 @@ mod tests {
 
     #[test]
     fn a_successor_takes_the_socket_over_with_what_waits_in_it() {
-        let mut port = Port::open(V4, 1).unwrap();
+        let mut port = Port::open(V4, 1, None).unwrap();
         let _clients = connect(&port, 3);
         port.abandon(1);
         assert!(!port.is_owned());
         assert_eq!(port.tidy(&mut Acceptor::new().unwrap()).len(), 0, "the last socket stays");
-        port.join(2).unwrap();
+        port.join(2, None).unwrap();
         assert_eq!(waiting(&port, [2]), [3]);
     }
 
     #[test]
+    fn what_waits_is_not_for_a_successor_that_expects_another_header() {
+        let (v1, v2) = (Some(ProxyProtocol::V1), Some(ProxyProtocol::V2));
+        let acceptor = &mut Acceptor::new().unwrap();
+        let mut port = Port::open(V4, 1, v1).unwrap();
+        let _clients = connect(&port, 3);
+        port.abandon(1);
+        assert_eq!(port.selected(), None);
+        port.join(2, v2).unwrap();
+        let rescued = port.tidy(acceptor);
+        assert_eq!(rescued.len(), 3);
+        assert!(rescued.iter().all(|rescued| rescued.proxy_protocol == v1));
+        assert_eq!(waiting(&port, [2]), [0]);
+        assert_eq!(port.selected(), Some(2));
+
+        // Both of two die, and neither's socket is for the one that comes.
+        port.join(3, v1).unwrap();
+        port.abandon(2);
+        port.abandon(3);
+        let _clients = connect(&port, 3);
+        let rescued = port.tidy(acceptor).len();
+        port.join(4, None).unwrap();
+        assert_eq!(rescued + port.tidy(acceptor).len(), 3);
+        let _clients = connect(&port, 3);
+        assert_eq!(waiting(&port, [4]), [3]);
+    }
+
+    #[test]
     fn a_taken_port_is_refused_whoever_has_it() {
-        let port = Port::open(V4, 1).unwrap();
+        let port = Port::open(V4, 1, None).unwrap();
         let taken = |result: io::Result<_>| result.unwrap_err().kind() == io::ErrorKind::AddrInUse;
-        assert!(taken(Port::open(port.address(), 2).map(drop)));
+        assert!(taken(Port::open(port.address(), 2, None).map(drop)));
         assert!(taken(free(port.address()).map(drop)));
-        let third = Port::open(V4, 1).unwrap();
+        let third = Port::open(V4, 1, None).unwrap();
         assert_ne!(third.address(), port.address());
     }
 
     #[test]
     fn the_sockets_stay_blocking() {
-        let mut port = Port::open(V4, 1).unwrap();
-        port.join(2).unwrap();
+        let mut port = Port::open(V4, 1, None).unwrap();
+        port.join(2, None).unwrap();
         port.rescue(Some(1), &mut Acceptor::new().unwrap());
         assert!(!port.socket(1).unwrap().nonblocking().unwrap());
         assert!(!port.socket(2).unwrap().nonblocking().unwrap());
@@ -400,8 +458,8 @@ mod tests {
 
     #[test]
     fn two_are_the_most() {
-        let mut port = Port::open(V4, 1).unwrap();
-        port.join(2).unwrap();
-        assert!(port.join(3).is_err());
+        let mut port = Port::open(V4, 1, None).unwrap();
+        port.join(2, None).unwrap();
+        assert!(port.join(3, None).is_err());
     }
 }

@@ -39,6 +39,7 @@ ports   = [9002, 9003, 9004, 9005]
                 program: Program::Command(vec!["node".to_owned(), "server.js".to_owned()]),
                 host: [127, 0, 0, 1].into(),
                 socket: SocketMode::Bind,
+                proxy_protocol: None,
                 env: BTreeMap::new(),
                 user: None,
                 group: None,
@@ -110,6 +111,7 @@ workers = 3
 host = "::1"
 socket = "inherit"
 route = "proxy"
+proxy-protocol = "v2"
 balance = "source-hash"
 user = 33
 group = "www-data"
@@ -184,6 +186,7 @@ max-connections = 30
             program: Program::Command(words.map(str::to_owned).to_vec()),
             host: "::1".parse().unwrap(),
             socket: SocketMode::Inherit,
+            proxy_protocol: Some(ProxyProtocol::V2),
             env: env.map(|(name, value)| (name.to_owned(), value.to_owned())).into(),
             user: Some("33".to_owned()),
             group: Some("www-data".to_owned()),
@@ -233,14 +236,15 @@ max-connections = 30
     assert_eq!(
         describe(&expected),
         "a.b_c-1: listen [::]:80, 0.0.0.0:80, unix:/srv/run/x.sock; 3 workers on free ports of \
-         ::1; command ./server --port={port} {anything}; route proxy; balance source-hash; \
+         ::1; command ./server --port={port} {anything}; route proxy; proxy-protocol v2; \
+         balance source-hash; \
          probe http /healthz?deep=1 expecting 204, 200-299, 304 every 2s; \
          limits memory 1.5 GiB, open-files 1000, processes 20, max-age 1day, max-connections 30"
     );
     assert_eq!(config.services, [expected]);
     assert_eq!(
         config.refuse_process_limits("there is no cgroup").unwrap_err().to_string(),
-        "/srv/lb.toml:59: service.\"a.b_c-1\".limits.processes: there is no cgroup; remove it, or \
+        "/srv/lb.toml:60: service.\"a.b_c-1\".limits.processes: there is no cgroup; remove it, or \
          run lbd where it has a cgroup with the pids controller, such as systemd's Delegate=yes \
          gives it"
     );

@@ -1,0 +1,251 @@
+//! The header by which a proxy tells a server whose connection it is: the PROXY protocol, versions 1
+//! and 2, as HAProxy's `doc/proxy-protocol.txt` specifies it ("the specification" below).
+//!
+//! It is what a worker reads first on each connection. Where the client has no IP address (it came
+//! over a unix socket), or lbd does not know it, the header says that: `UNKNOWN` in version 1,
+//! `LOCAL` in version 2, which every receiver has to accept.
+
+use std::{
+    io::{self, ErrorKind, Read},
+    net::SocketAddr,
+    os::fd::{AsFd, AsRawFd},
+    time::Instant,
+};
+
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{MsgFlags, recv},
+};
+use proxy_header::{ParseConfig, ProxiedAddress, ProxyHeader};
+use socket2::Socket;
+
+use crate::config::ProxyProtocol;
+
+/// The longest header there is, in bytes (the specification, section 2.1).
+pub const LONGEST: usize = 107;
+
+/// The two ends of a client's connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ends {
+    /// Where the client is.
+    pub client: SocketAddr,
+    /// Where it has connected to.
+    pub server: SocketAddr,
+}
+
+/// A header, ready to be sent.
+#[derive(Debug, Clone, Copy)]
+pub struct Header {
+    bytes: [u8; LONGEST],
+    length: usize,
+}
+
+impl Header {
+    /// The header for a client whose ends are these, or unknown.
+    ///
+    /// An IPv4 client is one on whatever socket it came: `::ffff:192.0.2.1` is told as `192.0.2.1`.
+    #[must_use]
+    pub fn new(version: ProxyProtocol, ends: Option<Ends>) -> Self {
+        let canonical = |end: SocketAddr| SocketAddr::new(end.ip().to_canonical(), end.port());
+        let known = ends
+            .map(|ends| (canonical(ends.client), canonical(ends.server)))
+            // Those of one socket are never of two families.
+            .filter(|(client, server)| client.is_ipv4() == server.is_ipv4())
+            .map(|(client, server)| ProxiedAddress::stream(client, server));
+        let header = known.map_or_else(ProxyHeader::with_local, ProxyHeader::with_address);
+        let mut bytes = [0; LONGEST];
+        let length = match version {
+            ProxyProtocol::V1 => header.encode_to_slice_v1(&mut bytes),
+            ProxyProtocol::V2 => header.encode_to_slice_v2(&mut bytes),
+        };
+        // It fails only where the buffer is too short, the families differ, or there is a TLV.
+        Self { bytes, length: length.unwrap_or(0) }
+    }
+
+    /// The header of a connection that lbd makes for itself, over a socket with these ends.
+    ///
+    /// Version 2 has a command for that. In version 1 the ends are the connection's own: servers
+    /// are known to refuse `UNKNOWN`, so that the specification advises against it for health checks.
+    #[must_use]
+    pub fn of_probe(version: ProxyProtocol, ends: Ends) -> Self {
+        let ends = match version {
+            ProxyProtocol::V1 => Some(ends),
+            ProxyProtocol::V2 => None,
+        };
+        Self::new(version, ends)
+    }
+
+    /// What is to be sent, before anything else and in one piece.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.bytes[..self.length]
+    }
+}
+
+/// Takes the header off a connection to a worker, which some thread of lbd has made or is about to
+/// complete; gives back what it said of the client. What is behind it stays to be read.
+///
+/// Waits for it until `deadline` at most. What comes is whole: it was sent in one piece.
+///
+/// # Errors
+/// `TimedOut` where nothing came, `InvalidData` where what comes is not such a header, and what the
+/// system says where the connection is broken.
+pub fn take_off(
+    socket: &Socket,
+    version: ProxyProtocol,
+    deadline: Instant,
+) -> io::Result<Option<Ends>> {
+    wait_readable(socket, deadline)?;
+    let mut begin = [0; LONGEST];
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    let count = recv(socket.as_raw_fd(), &mut begin, flags)?;
+    let config = ParseConfig {
+        allow_v1: version == ProxyProtocol::V1,
+        allow_v2: version == ProxyProtocol::V2,
+        include_tlvs: false,
+    };
+    let parsed = ProxyHeader::parse(&begin[..count], config);
+    let (header, length) = parsed.map_err(|_| ErrorKind::InvalidData)?;
+    let ends = header
+        .proxied_address()
+        .map(|proxied| Ends { client: proxied.source, server: proxied.destination });
+    let mut socket = socket;
+    socket.read_exact(&mut [0; LONGEST][..length])?;
+    Ok(ends)
+}
+
+fn wait_readable(socket: &Socket, deadline: Instant) -> io::Result<()> {
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)) {
+            Ok(0) => return Err(ErrorKind::TimedOut.into()),
+            Ok(_) => return Ok(()),
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::Write,
+        net::{TcpListener, TcpStream},
+        os::fd::OwnedFd,
+        thread,
+        time::Duration,
+    };
+
+    use super::*;
+    use crate::config::ProxyProtocol::{V1, V2};
+
+    fn ends(client: &str, server: &str) -> Ends {
+        Ends { client: client.parse().unwrap(), server: server.parse().unwrap() }
+    }
+
+    fn header(version: ProxyProtocol, client: &str, server: &str) -> Vec<u8> {
+        Header::new(version, Some(ends(client, server))).as_bytes().to_vec()
+    }
+
+    #[test]
+    fn a_line_as_the_specification_has_it() {
+        assert_eq!(
+            header(V1, "192.168.0.1:56324", "192.168.0.11:443"),
+            b"PROXY TCP4 192.168.0.1 192.168.0.11 56324 443\r\n"
+        );
+        assert_eq!(
+            header(V1, "[2001:db8::1]:56324", "[::1]:443"),
+            b"PROXY TCP6 2001:db8::1 ::1 56324 443\r\n"
+        );
+        let longest = "[1111:2222:3333:4444:5555:6666:7777:8888]:65535";
+        assert_eq!(header(V1, longest, longest).len(), 104);
+        assert_eq!(Header::new(V1, None).as_bytes(), b"PROXY UNKNOWN\r\n");
+    }
+
+    #[test]
+    fn a_binary_header_as_the_specification_has_it() {
+        const SIGNATURE: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
+        assert_eq!(
+            header(V2, "192.168.0.1:56324", "192.168.0.11:443"),
+            [SIGNATURE, b"\x21\x11\0\x0c\xc0\xa8\0\x01\xc0\xa8\0\x0b\xdc\x04\x01\xbb"].concat()
+        );
+        let v6 = header(V2, "[2001:db8::1]:56324", "[::1]:443");
+        assert_eq!(v6[..20], [SIGNATURE, b"\x21\x21\0\x24\x20\x01\x0d\xb8"].concat());
+        assert_eq!(v6.len(), 52);
+        assert_eq!(Header::new(V2, None).as_bytes(), [SIGNATURE, b"\x20\0\0\0"].concat());
+    }
+
+    #[test]
+    fn a_mapped_address_is_an_ipv4_one() {
+        for version in [V1, V2] {
+            assert_eq!(
+                header(version, "[::ffff:192.0.2.1]:1", "[::ffff:192.0.2.2]:2"),
+                header(version, "192.0.2.1:1", "192.0.2.2:2")
+            );
+            // Two families can't be told, and are not made up.
+            assert_eq!(
+                header(version, "[::ffff:192.0.2.1]:1", "[2001:db8::1]:2"),
+                Header::new(version, None).as_bytes()
+            );
+        }
+    }
+
+    #[test]
+    fn a_probe_is_nobodys_or_where_that_is_refused_its_own() {
+        let own = ends("127.0.0.1:40000", "127.0.0.1:9002");
+        assert_eq!(Header::of_probe(V2, own).as_bytes(), Header::new(V2, None).as_bytes());
+        assert_eq!(Header::of_probe(V1, own).as_bytes(), Header::new(V1, Some(own)).as_bytes());
+    }
+
+    fn pair() -> (TcpStream, Socket) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let sender = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (sender, Socket::from(OwnedFd::from(listener.accept().unwrap().0)))
+    }
+
+    #[test]
+    fn what_is_taken_off_is_what_was_sent_and_no_byte_more() {
+        for (version, said) in [
+            (V1, Some(ends("192.0.2.1:1", "192.0.2.2:2"))),
+            (V2, Some(ends("[2001:db8::1]:1", "[2001:db8::2]:65535"))),
+            (V1, None),
+            (V2, None),
+        ] {
+            let (mut sender, mut socket) = pair();
+            // It need not be there yet.
+            let sending = thread::spawn(move || {
+                let header = Header::new(version, said);
+                sender.write_all(&[header.as_bytes(), b"hello"].concat()).unwrap();
+            });
+            let deadline = Instant::now() + Duration::from_secs(10);
+            assert_eq!(take_off(&socket, version, deadline).unwrap(), said);
+            sending.join().unwrap();
+            let mut rest = String::new();
+            socket.read_to_string(&mut rest).unwrap();
+            assert_eq!(rest, "hello");
+        }
+    }
+
+    #[test]
+    fn what_is_no_header_of_this_version_is_an_error() {
+        let take = |version, bytes: &[u8]| {
+            let (mut sender, socket) = pair();
+            sender.write_all(bytes).unwrap();
+            take_off(&socket, version, Instant::now() + Duration::from_millis(50))
+                .unwrap_err()
+                .kind()
+        };
+        assert_eq!(take(V1, Header::new(V2, None).as_bytes()), ErrorKind::InvalidData);
+        assert_eq!(take(V2, Header::new(V1, None).as_bytes()), ErrorKind::InvalidData);
+        assert_eq!(take(V1, b"GET / HTTP/1.1\r\n\r\n"), ErrorKind::InvalidData);
+        assert_eq!(take(V1, b"PROXY TCP4 192.0.2.1"), ErrorKind::InvalidData);
+        assert_eq!(take(V2, &[b'\r'; 16]), ErrorKind::InvalidData);
+        assert_eq!(take(V2, b""), ErrorKind::TimedOut);
+        let (sender, socket) = pair();
+        drop(sender);
+        let deadline = Instant::now() + Duration::from_secs(10);
+        assert_eq!(take_off(&socket, V1, deadline).unwrap_err().kind(), ErrorKind::InvalidData);
+    }
+}
