@@ -26,7 +26,7 @@ struct Machine {
     /// The pid of its init, here.
     init: i32,
     /// What ran when it was up.
-    before: String,
+    before: Vec<String>,
 }
 
 impl Machine {
@@ -52,7 +52,7 @@ impl Machine {
             let line = line.unwrap();
             if let Some(pid) = line.strip_prefix("machine: up, pid=") {
                 let init = pid.parse().unwrap();
-                let mut machine = Self { script, init, before: String::new() };
+                let mut machine = Self { script, init, before: Vec::new() };
                 machine.install(source, binary);
                 machine.before = machine.processes();
                 return Some(machine);
@@ -165,9 +165,12 @@ impl Machine {
         setns(network, CloneFlags::CLONE_NEWNET).unwrap();
     }
 
-    /// The names of all that runs.
-    fn processes(&self) -> String {
-        self.run("ps --no-headers -e -o comm | sort")
+    /// The names of all that runs, that which looks for them included.
+    fn processes(&self) -> Vec<String> {
+        let all = self.run("exec ps --no-headers -e -o comm");
+        let mut names: Vec<_> = all.lines().map(str::to_owned).collect();
+        names.sort_unstable();
+        names
     }
 
     /// Stops all, and looks for what is left.

@@ -237,9 +237,11 @@ impl Daemon {
     /// The pid of the worker that was started last on this port.
     pub(crate) fn worker_pid(&self, port: u16) -> i32 {
         let port = port.to_string();
+        let fields = [("port", &*port)];
+        // Whoever knows it from elsewhere may be here before the line.
+        self.wait(Mark::START, "worker started", &fields);
         let lines = self.log.lines(Mark::START);
-        let started = lines.iter().rev().find(|l| l.is("worker started", &[("port", &port)]));
-        started.expect("no worker was started there").pid()
+        lines.iter().rfind(|line| line.is("worker started", &fields)).unwrap().pid()
     }
 
     /// The same for all of `ports`, in order.
