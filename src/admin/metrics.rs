@@ -250,13 +250,13 @@ fn processes(page: &mut Page, slots: &Slots<'_>, booted: Option<f64>, cpu: &mut 
     );
     page.gauge(
         "lbd_worker_resident_memory_bytes",
-        "Memory that the worker has in RAM.",
+        "Memory that the worker's program has in RAM, without what it has started.",
         processes.iter().map(|(labels, process)| (labels.clone(), process.resident_bytes as f64)),
     );
     let pids = slots.0.iter().map(|(labels, slot)| (labels.clone(), &slot.pids[..]));
     page.counter(
         "lbd_worker_cpu_seconds_total",
-        "CPU time, user and system, that workers of the slot used.",
+        "CPU time, user and system, that the programs of the slot's workers used.",
         cpu.look(pids),
     );
 }

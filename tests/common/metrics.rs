@@ -118,6 +118,19 @@ impl Metrics {
         self.series.iter().filter(move |(s, _)| grows(s)).map(|(s, value)| (s.as_str(), *value))
     }
 
+    /// How many series there are like that, by `name{labels}`.
+    pub(crate) fn count(&self, wanted: impl Fn(&str) -> bool) -> usize {
+        self.series.keys().filter(|series| wanted(series)).count()
+    }
+
+    /// The values that this label has in the series of this name.
+    pub(crate) fn label_values(&self, name: &str, label: &str) -> BTreeSet<String> {
+        let of_name = self.series.keys().map(|series| parts(series)).filter(|(n, _)| *n == name);
+        let labels = of_name.flat_map(|(_, labels)| labels);
+        let values = labels.filter_map(|one| one.strip_prefix(label)?.strip_prefix('='));
+        values.map(|value| value.trim_matches('"').to_owned()).collect()
+    }
+
     /// Whether any series has this in its labels.
     pub(crate) fn mentions(&self, label: &str) -> bool {
         self.series.keys().any(|series| parts(series).1.contains(label))
