@@ -2,6 +2,10 @@
 
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test")]
 
+#[path = "common/needs.rs"]
+#[allow(dead_code, reason = "it does not need all of it")]
+mod needs;
+
 use std::{
     fs,
     io::{BufRead, BufReader, Read, Write},
@@ -327,7 +331,8 @@ impl Drop for Delegated {
 fn a_tree_that_forks_without_end_is_killed_as_a_whole() {
     let name = format!("lbd-test-{}", std::process::id());
     let Some(delegated) = Delegated::make(&name) else {
-        eprintln!("not shown: this needs root and a cgroup of version 2 to write to");
+        let why = "only root can show it, with cgroups of version 2 that can be written to";
+        needs::missing(needs::SYSTEMD, why);
         return;
     };
     // Six chains of processes, each in a session of its own, that start the next one and end, as fast

@@ -1,8 +1,8 @@
 //! The units under a real systemd, booted in namespaces of its own by `tests/systemd/machine`: what an
 //! operator does all day, and what must never happen to clients meanwhile.
 //!
-//! Needs root and Debian's packages systemd and util-linux. Where a machine can't be booted, the tests
-//! say so and do nothing else.
+//! Needs root and Debian's packages systemd, util-linux, procps and iproute2. Where a machine can't be
+//! booted, the tests say so and do nothing else.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "these are tests")]
 
 mod common;
@@ -17,7 +17,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{PATIENCE, client::KeepAlive, client::Load, frozen::Frozen, proc, www};
+use common::{
+    PATIENCE,
+    client::{KeepAlive, Load},
+    frozen::Frozen,
+    needs::{SYSTEMD, missing},
+    proc, www,
+};
 use nix::sched::{CloneFlags, setns};
 
 /// A booted machine. Dropped, it is gone, with everything in it.
@@ -61,7 +67,7 @@ impl Machine {
         }
         let status = script.wait().unwrap();
         assert_eq!(status.code(), Some(77), "{said}");
-        eprintln!("nothing is tested: {said}");
+        missing(SYSTEMD, said.trim_end());
         None
     }
 

@@ -21,7 +21,7 @@ use common::{
     client::{KeepAlive, Load, connect, get},
     command, eventually,
     manager::{folder_with, pass},
-    named,
+    named, needs,
 };
 use nix::sys::signal::Signal::{SIGHUP, SIGKILL, SIGTERM};
 use socket2::{Domain, SockRef, Socket, Type};
@@ -313,7 +313,7 @@ fn a_wrong_number_of_sockets_is_told_and_the_addresses_are_bound() {
 fn systemd_socket_activate_starts_it_with_the_first_client() {
     let found = Command::new("systemd-socket-activate").arg("--version").output();
     if !found.is_ok_and(|output| output.status.success()) {
-        eprintln!("systemd-socket-activate is not here (Debian: systemd): nothing to do");
+        needs::missing(needs::SYSTEMD, "systemd-socket-activate (Debian: systemd) does not run");
         return;
     }
     let ports = Ports::take(2);

@@ -1,12 +1,15 @@
 //! What systemd makes of the units in `systemd/`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "these are tests")]
 
+mod common;
+
 use std::{
     fs,
     path::{Path, PathBuf},
     process::{Command, Output},
 };
 
+use common::needs::{SYSTEMD, missing};
 use tempfile::TempDir;
 
 /// The units, in a folder of their own, with the binary under test for `lbd`.
@@ -37,8 +40,11 @@ fn analyze(folder: &Path, arguments: &[&str]) -> Option<Output> {
     let output = Command::new("systemd-analyze").args(arguments).current_dir(folder).output();
     match output {
         Ok(output) => Some(output),
-        Err(_) => {
-            eprintln!("systemd-analyze is not here (Debian: systemd): nothing to do");
+        Err(error) => {
+            missing(
+                SYSTEMD,
+                format_args!("systemd-analyze (Debian: systemd) does not run: {error}"),
+            );
             None
         }
     }

@@ -7,6 +7,7 @@ pub(crate) mod frozen;
 pub(crate) mod log;
 pub(crate) mod manager;
 pub(crate) mod metrics;
+pub(crate) mod needs;
 pub(crate) mod ports;
 pub(crate) mod proc;
 pub(crate) mod promtool;

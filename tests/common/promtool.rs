@@ -6,8 +6,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-/// Set where `promtool` has to be there, as in `.ci/run`.
-const REQUIRED: &str = "LBD_REQUIRE_PROMTOOL";
+use super::needs::{PROMTOOL, missing};
 
 /// What `promtool` says with these arguments, in `folder`, to `input`; it must be content. `None`
 /// where there is no `promtool`, which is then said.
@@ -22,9 +21,7 @@ pub(crate) fn promtool(folder: &Path, arguments: &[&str], input: &str) -> Option
     let mut promtool = match promtool {
         Ok(promtool) => promtool,
         Err(error) => {
-            let required = std::env::var_os(REQUIRED).is_some();
-            assert!(!required, "promtool (Debian: prometheus) does not run: {error}");
-            eprintln!("NOT TESTED: no promtool (Debian: prometheus): {error}");
+            missing(PROMTOOL, format_args!("promtool (Debian: prometheus) does not run: {error}"));
             return None;
         }
     };
