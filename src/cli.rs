@@ -18,7 +18,13 @@ use std::{
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueHint};
 use clap_complete::Shell;
 
-use crate::{admin, bench::BenchError, config, daemon, logging::Logging, process, worker};
+use crate::{
+    admin,
+    bench::BenchError,
+    config, daemon,
+    logging::{self, Logging},
+    process, worker,
+};
 use operate::Target;
 
 /// The configuration is wrong: `EX_CONFIG` of sysexits.h(3head).
@@ -218,7 +224,7 @@ pub fn main() -> ExitCode {
             Ok(None) => {}
             Ok(Some(status)) => return status,
             Err(error) => {
-                let _ = writeln!(io::stderr(), "lbd: cannot be init of its container: {error}");
+                logging::complain(&format_args!("lbd: cannot be init of its container: {error}"));
                 return ExitCode::from(EXIT_FAILURE);
             }
         }
@@ -249,7 +255,7 @@ pub fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let _ = writeln!(io::stderr(), "{error}");
+            logging::complain(&error);
             ExitCode::from(error.status())
         }
     }

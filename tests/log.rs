@@ -5,7 +5,9 @@ mod common;
 
 use std::{
     fs::{self, File},
+    io::{BufRead, BufReader},
     net::TcpStream,
+    os::unix::fs::MetadataExt,
     process::Command,
 };
 
@@ -230,6 +232,129 @@ fn a_log_file_is_opened_anew_on_sigusr1() {
     assert_eq!((count(&old, "stopped"), count(&path, "stopped")), (0, 1));
     assert_eq!(count(&path, "worker exited"), 1);
     assert_eq!(daemon.log.text(), "", "nothing on standard error");
+}
+
+#[test]
+fn a_log_file_that_cannot_be_opened_anew_is_kept_and_that_is_said() {
+    let ports = Ports::take(1);
+    let service = ports.service(&command(&["http"]));
+    let folder = tempfile::tempdir().unwrap();
+    fs::create_dir(folder.path().join("logs")).unwrap();
+    let config = format!("[log]\nfile = \"logs/lbd.log\"\n{service}");
+    let daemon = Daemon::start_in(folder, &config);
+    let says = |path: &std::path::Path, message: &str| {
+        lines(path).iter().any(|line| line.message == message)
+    };
+    eventually("healthy", || says(&daemon.path("logs/lbd.log"), "worker healthy"));
+    fs::rename(daemon.path("logs"), daemon.path("old")).unwrap();
+    daemon.signal(SIGUSR1);
+    let message = "the log file can't be opened anew";
+    eventually("it is said", || {
+        turns(ports.address(), 1);
+        says(&daemon.path("old/lbd.log"), message)
+    });
+    // The next time it can be.
+    fs::create_dir(daemon.path("logs")).unwrap();
+    daemon.signal(SIGUSR1);
+    eventually("a new file", || {
+        turns(ports.address(), 1);
+        says(&daemon.path("logs/lbd.log"), "connection")
+    });
+}
+
+/// Runs lbd with standard error at `path`, which systemd would have named as the journal.
+fn journaled(config: &str, path: &str) -> Daemon {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("lb.toml"), config).unwrap();
+    let file = File::create(folder.path().join("journal")).unwrap().metadata().unwrap();
+    let mut command = Command::new("sh");
+    let script = format!("exec \"$0\" --config lb.toml 2>>{path}");
+    command.args(["-c", &script, env!("CARGO_BIN_EXE_lbd")]);
+    command.env("JOURNAL_STREAM", format!("{}:{}", file.dev(), file.ino()));
+    Daemon::run(folder, command)
+}
+
+#[test]
+fn in_the_journal_each_line_begins_with_its_level() {
+    for format in ["text", "json"] {
+        let ports = Ports::take(1);
+        let keys = "command = [\"sh\", \"-c\", \"echo hello; exec no-such-program\"]";
+        let config = format!("[log]\nformat = \"{format}\"\n{}", ports.service(keys));
+        let mut daemon = journaled(&config, "journal");
+        let text = || fs::read_to_string(daemon.path("journal")).unwrap();
+        eventually("it has failed", || text().contains("worker exited"));
+        daemon.signal(SIGTERM);
+        assert_eq!(daemon.wait_exit().code(), Some(0));
+        let text = fs::read_to_string(daemon.path("journal")).unwrap();
+        let begin = |level: &str, message: &str| match format {
+            // journald has the time.
+            "text" => format!("{level} {message}"),
+            _ => level[..3].to_owned() + "{\"timestamp\":\"",
+        };
+        for (message, level) in [
+            ("starting", "<6> INFO"),
+            ("worker started", "<6> INFO"),
+            ("output", "<6> INFO"),
+            ("worker exited", "<4> WARN"),
+        ] {
+            let line = text.lines().find(|line| line.contains(message)).unwrap();
+            assert!(line.starts_with(&begin(level, message)), "{line}");
+        }
+        for line in text.lines() {
+            assert!(["<3>", "<4>", "<6>"].iter().any(|level| line.starts_with(level)), "{line}");
+        }
+    }
+}
+
+#[test]
+fn what_ends_lbd_is_an_error_in_the_journal() {
+    let config = "[service.web]\nlisten = 1\nworkers = 0\n";
+    let mut daemon = journaled(config, "journal");
+    assert_eq!(daemon.wait_exit().code(), Some(78));
+    let text = fs::read_to_string(daemon.path("journal")).unwrap();
+    assert!(text.lines().count() > 2, "{text}");
+    assert!(text.lines().all(|line| line.starts_with("<3>lb.toml:")), "{text}");
+}
+
+#[test]
+fn what_is_not_the_journal_gets_no_levels() {
+    let ports = Ports::take(1);
+    let mut daemon = journaled(&ports.service(&command(&["http"])), "other");
+    let text = |daemon: &Daemon| fs::read_to_string(daemon.path("other")).unwrap_or_default();
+    eventually("healthy", || text(&daemon).contains("worker healthy"));
+    daemon.signal(SIGTERM);
+    assert_eq!(daemon.wait_exit().code(), Some(0));
+    assert!(text(&daemon).lines().all(|line| !line.contains('<')), "{}", text(&daemon));
+    assert_eq!(lines(&daemon.path("other")).last().unwrap().message, "stopped");
+}
+
+/// What lbd writes to a terminal until its worker is healthy.
+fn on_a_terminal(no_color: Option<&str>) -> String {
+    let ports = Ports::take(1);
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("lb.toml"), ports.service(&command(&["http"]))).unwrap();
+    let pty = nix::pty::openpty(None, None).unwrap();
+    let terminal = nix::unistd::ttyname(&pty.slave).unwrap();
+    let mut command = Command::new("sh");
+    let script = format!("exec \"$0\" --config lb.toml 2>{}", terminal.display());
+    command.args(["-c", &script, env!("CARGO_BIN_EXE_lbd")]).env_remove("NO_COLOR");
+    command.envs(no_color.map(|value| ("NO_COLOR", value)));
+    let _daemon = Daemon::run(folder, command);
+    let mut text = String::new();
+    let mut screen = BufReader::new(File::from(pty.master));
+    while !text.contains("worker healthy") {
+        assert_ne!(screen.read_line(&mut text).unwrap(), 0, "{text}");
+    }
+    text
+}
+
+#[test]
+fn a_terminal_gets_colours_unless_no_color_is_set() {
+    assert!(on_a_terminal(None).contains("\u{1b}["));
+    // Where it is empty, it is as good as not there (no-color.org).
+    assert!(on_a_terminal(Some("")).contains("\u{1b}["));
+    let plain = on_a_terminal(Some("1"));
+    assert!(!plain.contains('\u{1b}'), "{plain}");
 }
 
 #[test]

@@ -1,8 +1,10 @@
 //! lbd's own log: one line a fact, as `key=value` text or as JSON, to standard error or a file.
+//! `docs/log.md` has all messages and their fields.
 //!
 //! Lines go through a bounded queue to a thread of their own, so that a full disk or a stuck pipe
 //! never holds up traffic or supervision: what does not fit is dropped and counted.
 
+mod journal;
 mod queue;
 mod recent;
 mod sink;
@@ -28,6 +30,8 @@ use tracing_subscriber::{
 };
 
 use crate::config::{Level, Log, LogFormat};
+use journal::Prefixed;
+pub use journal::complain;
 use queue::{Entrance, Held, Way};
 pub use recent::{KEPT, Note, Reader, Recent};
 use sink::Sink;
@@ -80,32 +84,10 @@ impl Logging {
             .finish(Way { out: sink, held: Arc::clone(&held) });
         let writer = Entrance { queue, held, lost: Arc::clone(&lost) };
         let (filter, level) = reload::Layer::new(filter_of(settings.level));
-        let colours = settings.file.is_none()
-            && io::stderr().is_terminal()
-            && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
-        let lines = fmt::layer().with_target(false).with_writer(writer);
+        let lines = layer(settings, writer).with_filter(filter);
         let recent = Recent::default();
-        let registry = Registry::default();
-        let result = match settings.format {
-            LogFormat::Text => {
-                let lines = lines
-                    .with_timer(SystemTime)
-                    .with_ansi(colours)
-                    .fmt_fields(key_value_fields())
-                    .with_filter(filter);
-                tracing::subscriber::set_global_default(registry.with(lines).with(recent.layer()))
-            }
-            LogFormat::Json => {
-                let lines = lines
-                    .json()
-                    .flatten_event(true)
-                    .with_current_span(false)
-                    .with_span_list(false)
-                    .with_filter(filter);
-                tracing::subscriber::set_global_default(registry.with(lines).with(recent.layer()))
-            }
-        };
-        result.map_err(|_| LogError::Twice)?;
+        let registry = Registry::default().with(lines).with(recent.layer());
+        tracing::subscriber::set_global_default(registry).map_err(|_| LogError::Twice)?;
         Ok(Self { level, reopen, lost, recent, _writer: guard })
     }
 
@@ -130,6 +112,32 @@ impl Logging {
     #[must_use]
     pub fn dropped_lines(&self) -> usize {
         self.lost.load(Ordering::Relaxed)
+    }
+}
+
+/// What makes lines of events, as `settings` and the place that they go to want them.
+fn layer(settings: &Log, writer: Entrance) -> Box<dyn Layer<Registry> + Send + Sync> {
+    let on_stderr = settings.file.is_none();
+    let in_journal = on_stderr && journal::is_there();
+    let lines = fmt::layer().with_target(false).with_writer(writer);
+    match settings.format {
+        LogFormat::Text => {
+            let colours = on_stderr
+                && io::stderr().is_terminal()
+                && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+            let lines = lines.with_ansi(colours).fmt_fields(key_value_fields());
+            // The journal has the time of each line.
+            if in_journal {
+                lines.without_time().map_event_format(Prefixed).boxed()
+            } else {
+                lines.with_timer(SystemTime).boxed()
+            }
+        }
+        LogFormat::Json => {
+            let lines =
+                lines.json().flatten_event(true).with_current_span(false).with_span_list(false);
+            if in_journal { lines.map_event_format(Prefixed).boxed() } else { lines.boxed() }
+        }
     }
 }
 

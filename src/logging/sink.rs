@@ -11,6 +11,7 @@ use std::{
     },
 };
 
+use tracing::warn;
 use tracing_appender::rolling::{RollingFileAppender, Rotation};
 
 use crate::config::{Log, Rotate};
@@ -64,12 +65,16 @@ impl Sink {
         if self.batch.is_empty() {
             return;
         }
-        if let Some(open) = self.open.as_ref().filter(|_| self.reopen.swap(false, Relaxed))
-            // Where it can't be opened anew, the old one is better than none.
-            && let Ok(new) = open()
-        {
-            self.target = new;
-            self.torn = false;
+        if let Some(open) = self.open.as_ref().filter(|_| self.reopen.swap(false, Relaxed)) {
+            match open() {
+                Ok(new) => {
+                    self.target = new;
+                    self.torn = false;
+                }
+                // The old one is better than none. This line waits in the queue behind those that
+                // are being written.
+                Err(error) => warn!(%error, "the log file can't be opened anew"),
+            }
         }
         if self.torn {
             self.batch.insert(0, b'\n');

@@ -1,0 +1,88 @@
+//! Lines for systemd's journal: each begins with its level (sd-daemon(3)), which journald takes off.
+
+use std::{
+    env,
+    fmt::{self, Display},
+    io::{self, Write as _},
+    os::fd::AsFd,
+};
+
+use nix::sys::stat::fstat;
+use tracing::{Event, Level, Subscriber};
+use tracing_subscriber::{
+    fmt::{FmtContext, FormatEvent, FormatFields, format::Writer},
+    registry::LookupSpan,
+};
+
+/// Whether standard error leads to the journal: systemd says which file that would be
+/// (systemd.exec(5), `$JOURNAL_STREAM`), and the descriptor may have been given another since.
+pub(super) fn is_there() -> bool {
+    let Ok(stream) = env::var("JOURNAL_STREAM") else { return false };
+    fstat(io::stderr().as_fd()).is_ok_and(|file| names(&stream, file.st_dev, file.st_ino))
+}
+
+/// Whether `stream` is `DEVICE:INODE` of this file.
+fn names(stream: &str, device: u64, inode: u64) -> bool {
+    let parts = stream.split_once(':');
+    parts.is_some_and(|(d, i)| d.parse() == Ok(device) && i.parse() == Ok(inode))
+}
+
+/// Writes why lbd can't run to standard error, and in the journal as an error. What can't be written
+/// is lost.
+pub fn complain(why: &impl Display) {
+    let mut text = why.to_string();
+    if is_there() {
+        let prefix = Prefix(Level::ERROR);
+        text = text.lines().map(|line| format!("{prefix}{line}\n")).collect();
+    } else {
+        text.push('\n');
+    }
+    let _ = io::stderr().write_all(text.as_bytes());
+}
+
+/// A syslog level in angle brackets.
+struct Prefix(Level);
+
+impl Display for Prefix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.0 {
+            Level::ERROR => "<3>",
+            Level::WARN => "<4>",
+            Level::INFO => "<6>",
+            _ => "<7>",
+        })
+    }
+}
+
+/// Lines as `F` writes them, each after the prefix of its level.
+pub(super) struct Prefixed<F>(pub(super) F);
+
+impl<S, N, F> FormatEvent<S, N> for Prefixed<F>
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+    F: FormatEvent<S, N>,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        write!(writer, "{}", Prefix(*event.metadata().level()))?;
+        self.0.format_event(context, writer, event)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_is_known_by_its_device_and_inode() {
+        assert!(names("8:12345", 8, 12345));
+        for other in ["8:1234", "9:12345", "8", "", ":", "8:", "8:12345:1", "12345:8", "x:y"] {
+            assert!(!names(other, 8, 12345), "{other}");
+        }
+    }
+}
