@@ -178,7 +178,7 @@ fn the_drain_timeout_ends_what_does_not_end() {
     let mut client = connect(ports.address());
     daemon.signal(SIGTERM);
     let line = daemon.wait(Mark::START, "draining", &[]);
-    assert_eq!(line.get("up_to"), Some("300ms"));
+    assert_eq!(line.get("up_to"), Some("0.3"));
     daemon.wait_stopped();
     assert!(!matches!(client.read(&mut [0]), Err(error) if error.kind() == ErrorKind::WouldBlock));
 }

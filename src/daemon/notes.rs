@@ -9,7 +9,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytesize::ByteSize;
 use tracing::{error, info, warn};
 
 use crate::control::{Fact, Failure, Note, Why, Worn};
@@ -97,8 +96,7 @@ impl Notes {
             }
             Fact::Resumed => info!(service, slot, port, pid, "worker resumed"),
             Fact::Killed { why } => warn!(service, slot, port, pid, why, "worker killed"),
-            Fact::Recycling { worn: Worn::Memory { bytes, limit } } => {
-                let (memory, limit) = (ByteSize(*bytes).to_string(), ByteSize(*limit).to_string());
+            Fact::Recycling { worn: Worn::Memory { bytes: memory, limit } } => {
                 info!(service, slot, port, pid, why = "memory", memory, limit, "recycling");
             }
             Fact::Recycling { worn: Worn::Age { age, limit } } => {

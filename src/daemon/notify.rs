@@ -17,6 +17,8 @@ use std::{
 use sd_notify::NotifyState;
 use tracing::{debug, warn};
 
+use super::notes::seconds;
+
 /// The sentence is sent no sooner after the one before. And so soon it is tried again to say what
 /// the manager had no room for.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -183,7 +185,7 @@ impl Watchdog {
         let hang = self.turns.iter().zip(&turns).any(|(before, after)| before == after);
         self.turns = turns;
         if hang && !self.hangs {
-            let every = humantime::format_duration(self.every).to_string();
+            let every = seconds(self.every);
             warn!(every, "a data thread makes no progress, the watchdog is not fed");
         }
         self.hangs = hang;

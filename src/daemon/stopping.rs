@@ -13,7 +13,7 @@ use signal_hook_tokio::Signals;
 use tokio::{sync::mpsc, time::sleep_until};
 use tracing::{info, warn};
 
-use super::{ABORT_PATIENCE, Daemon, SLACK, Stage};
+use super::{ABORT_PATIENCE, Daemon, SLACK, Stage, notes};
 use crate::{admin, config::Stop, control::Event, route::ListenerId};
 
 impl Daemon<'_> {
@@ -73,7 +73,7 @@ impl Daemon<'_> {
         let held = self.fronts.route(service).map_or(0, |route| route.active());
         let stop = self.supervisor.service(service).map(|service| &service.config.stop);
         if let (1.., Some(stop)) = (held, stop) {
-            let up_to = humantime::format_duration(stop.drain_timeout).to_string();
+            let up_to = notes::seconds(stop.drain_timeout);
             let hint = "a second SIGTERM or Ctrl-C stops at once";
             info!(service = &**service, connections = held, up_to, hint, "draining");
         }
