@@ -143,6 +143,15 @@ impl Column {
     }
 }
 
+/// How wide a line of [`lines`] is on a terminal, which obeys its style and does not show it.
+pub(super) fn styled_width(line: &str) -> usize {
+    let shown = line.split('\x1b').enumerate().map(|(index, part)| match index {
+        0 => part.width(),
+        _ => part.split_once('m').map_or(0, |(_, text)| text.width()),
+    });
+    shown.sum()
+}
+
 /// `text`, or as much of its beginning as fits, with an ellipsis.
 pub(super) fn cut(text: &str, width: usize) -> String {
     if text.width() <= width {
@@ -236,5 +245,6 @@ mod tests {
             plain.trim_end().to_owned()
         };
         assert_eq!(styled.iter().map(strip).collect::<Vec<_>>(), lines(&columns, Some(32), false));
+        assert!(styled.iter().all(|line| styled_width(line) == 32), "{styled:?}");
     }
 }

@@ -2,6 +2,7 @@
 //! goes away is waited for.
 
 use std::{
+    borrow::Cow,
     env,
     io::{self, IsTerminal, Write},
     time::{Duration, Instant},
@@ -17,7 +18,7 @@ use super::{
     Error,
     operate::{Target, print},
     overview::{View, render, span},
-    table::cut,
+    table::{cut, styled_width},
 };
 use crate::admin::Status;
 
@@ -198,7 +199,6 @@ impl Screen {
         write("\x1b[?7h\x1b[?25h\x1b[?1049l")
     }
 
-    /// Written over what is there, and then what is left of that erased (ECMA-48): nothing flickers.
     fn draw(&self, seen: &Seen) -> io::Result<()> {
         let (width, height) = size().unwrap_or((80, 24));
         let mut text = String::new();
@@ -214,14 +214,28 @@ impl Screen {
             view.colour = false;
         }
         text += &seen.shown(view);
-        let mut lines: Vec<_> = text.lines().map(ToOwned::to_owned).collect();
-        if lines.len() > height {
-            let more = lines.len() - height.saturating_sub(1);
-            lines.truncate(height.saturating_sub(1));
-            lines.push(cut(&format!("… and {more} more lines"), width));
-        }
-        write(&format!("\x1b[H{}\x1b[K\x1b[J", lines.join("\x1b[K\r\n")))
+        write(&frame(&text, width, height))
     }
+}
+
+/// What shows `text` on a screen of this size, whatever is on it (ECMA-48). Each line is written over
+/// what is there, and then what is left of that erased: nothing flickers.
+fn frame(text: &str, width: usize, height: usize) -> String {
+    let mut lines: Vec<_> = text.lines().map(Cow::Borrowed).collect();
+    if lines.len() > height {
+        let more = lines.len() - height.saturating_sub(1);
+        lines.truncate(height.saturating_sub(1));
+        lines.push(cut(&format!("… and {more} more lines"), width).into());
+    }
+    let mut frame = "\x1b[H".to_owned();
+    for (row, line) in lines.iter().enumerate() {
+        frame += if row > 0 { "\r\n" } else { "" };
+        frame += line;
+        // After the last column the cursor is still on it: erasing from there on would take it away.
+        frame += if styled_width(line) < width { "\x1b[K" } else { "" };
+    }
+    frame += if lines.len() < height { "\r\n\x1b[J" } else { "" };
+    frame
 }
 
 impl Drop for Screen {
@@ -234,4 +248,19 @@ fn write(text: &str) -> io::Result<()> {
     let mut out = io::stdout().lock();
     out.write_all(text.as_bytes())?;
     out.flush()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_that_fills_the_screen_is_left_whole() {
+        let text = "\x1b[31mabcd\x1b[0m\nab\n";
+        let top = "\x1b[H\x1b[31mabcd\x1b[0m";
+        assert_eq!(frame(text, 4, 3), format!("{top}\r\nab\x1b[K\r\n\x1b[J"));
+        assert_eq!(frame(text, 4, 2), format!("{top}\r\nab\x1b[K"), "nothing is below");
+        assert_eq!(frame(text, 20, 1), "\x1b[H… and 2 more lines\x1b[K");
+        assert_eq!(frame("é日", 3, 1), "\x1b[Hé日");
+    }
 }
