@@ -296,6 +296,18 @@ fn what_cannot_be_done_is_said() {
 }
 
 #[test]
+fn what_a_replaced_worker_still_holds_is_told() {
+    let ports = Ports::take(1);
+    let daemon = start(&ports, "socket = \"inherit\"");
+    let mut held = KeepAlive::new(ports.address());
+    held.get("/").unwrap();
+    let since = daemon.now();
+    assert!(daemon.lbd(&["restart", "web"]).status.success());
+    // Its successor, in the same slot, holds none.
+    daemon.wait(since, "draining", &[("why", "replaced"), ("connections", "1")]);
+}
+
+#[test]
 fn while_workers_are_replaced_no_other_replacement_begins() {
     let ports = Ports::take(1);
     let daemon = start(&ports, "");

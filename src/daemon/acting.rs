@@ -11,7 +11,7 @@ use tracing::debug;
 use super::{Daemon, Stage};
 use crate::{
     config::SocketMode,
-    control::{Action, Coming, Event, Phase, Worker, WorkerId},
+    control::{Action, Coming, Event, NoteWorker, Phase, Worker, WorkerId},
     proxy_protocol,
     route::Pool,
     sockets::Rescued,
@@ -62,8 +62,7 @@ impl Daemon<'_> {
                 }
             }
             Action::Note(note) => {
-                let held =
-                    note.worker.and_then(|worker| self.connections(&note.service, worker.slot));
+                let held = note.worker.and_then(|worker| self.connections(&note.service, worker));
                 self.notes.write(&note, held, Instant::now());
             }
             Action::Finished => {
@@ -110,9 +109,11 @@ impl Daemon<'_> {
         }
     }
 
-    fn connections(&self, service: &str, slot: u32) -> Option<usize> {
+    fn connections(&self, service: &str, noted: NoteWorker) -> Option<usize> {
         let service = self.supervisor.service(service)?;
-        let worker = service.workers().find(|worker| worker.slot == slot)?;
+        // Its successor has the same slot.
+        let is_noted = |worker: &&Worker| (worker.slot, worker.pid) == (noted.slot, noted.pid);
+        let worker = service.workers().find(is_noted)?;
         Some(self.fleet.upstream(worker.id)?.active())
     }
 
