@@ -9,10 +9,10 @@ mod common;
 mod http;
 
 use std::{
-    fs,
-    net::SocketAddr,
-    os::unix::fs::PermissionsExt,
-    path::Path,
+    fs, io,
+    net::{Shutdown, SocketAddr, TcpListener},
+    os::unix::{fs::PermissionsExt, net::UnixStream},
+    path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
 };
@@ -291,6 +291,45 @@ fn from_another_machine_it_wants_the_token_first() {
     browser.click("#forget");
     browser.click("#reload");
     assert_eq!(browser.run("return document.querySelector('#ask-token').hidden"), false);
+}
+
+/// What `ssh -L PORT:SOCKET` does: whoever connects is connected to the unix socket.
+fn forward(socket: PathBuf) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    // Until the test ends.
+    thread::spawn(move || {
+        for client in listener.incoming() {
+            let (mut client, mut daemon) = (client.unwrap(), UnixStream::connect(&socket).unwrap());
+            let (mut from, mut to) = (client.try_clone().unwrap(), daemon.try_clone().unwrap());
+            thread::spawn(move || {
+                let _ = io::copy(&mut from, &mut to);
+                let _ = to.shutdown(Shutdown::Write);
+            });
+            thread::spawn(move || {
+                let _ = io::copy(&mut daemon, &mut client);
+                let _ = client.shutdown(Shutdown::Both);
+            });
+        }
+    });
+    address
+}
+
+#[test]
+fn through_a_forwarded_port_to_the_socket_no_token_is_needed() {
+    let Some(browser) = Browser::start() else { return };
+    let ports = Ports::take(4);
+    let admin = "[admin]\nsocket = \"a.sock\"\n";
+    let daemon = Daemon::healthy(&format!("{admin}{}", ports.service(&command(&["http"]))), 4);
+    let address = forward(daemon.path("a.sock"));
+    browser.open(&format!("http://localhost:{}/", address.port()));
+    browser.until(ALL_HEALTHY);
+    browser.click(&button(2, "place"));
+    assert_eq!(browser.run("return document.querySelector('#ask-token').hidden"), true);
+    confirm(&browser);
+    browser.until(&format!("{}.dataset.state === 'draining'", card(2)));
+    assert!(!takers(&ports).contains(&ports.worker(2)));
+    assert_eq!(browser.console(), [""; 0]);
 }
 
 /// Whatever is text has the contrast that WCAG 2 asks for at level AA: what lacks it.
