@@ -10,7 +10,10 @@ use std::{
     process::Command,
 };
 
-use common::{lbd, tool};
+use common::{
+    lbd,
+    needs::{PACKAGING, has},
+};
 use tempfile::TempDir;
 
 /// What a command prints; it has to succeed.
@@ -85,7 +88,7 @@ fn the_main_page_has_what_operators_look_for() {
 #[test]
 fn the_pages_are_without_fault() {
     let (_folder, pages) = pages();
-    if tool::has("mandoc", "mandoc") {
+    if has(PACKAGING, "mandoc", "mandoc") {
         // That of clap_mangen's list of possible values.
         let fine = |line: &str| line.contains("WARNING: skipping paragraph macro: br ");
         let judge = Command::new("mandoc").args(["-Tlint", "-Wwarning"]).args(&pages).output();
@@ -93,7 +96,7 @@ fn the_pages_are_without_fault() {
         let faults: Vec<_> = said.lines().filter(|line| !fine(line)).collect();
         assert!(faults.is_empty(), "{faults:#?}");
     }
-    if tool::has("man", "man-db") {
+    if has(PACKAGING, "man", "man-db") {
         for page in &pages {
             let output = Command::new("man")
                 .args(["--warnings", "--encoding=UTF-8", "--local-file"])
@@ -181,14 +184,14 @@ fn shells_complete_commands_and_options() {
         let offered: BTreeSet<_> = offered.split_whitespace().collect();
         assert_eq!(offered, BTreeSet::from(expected), "{shell}");
     };
-    if tool::has("bash", "bash") {
+    if has(PACKAGING, "bash", "bash") {
         let ask = r#"source "$0"
             words() { COMP_WORDS=("$@") COMP_CWORD=$(($# - 1)) COMPREPLY=()
                 _lbd lbd "${@: -1}" "${@: -2:1}"; echo "${COMPREPLY[@]}"; }
             words lbd st; words lbd status --j"#;
         check("bash", said(Command::new("bash").args(["-c", ask]).arg(script("bash"))));
     }
-    if tool::has("fish", "fish") {
+    if has(PACKAGING, "fish", "fish") {
         let ask = r#"source $argv[1]
             complete --do-complete "lbd st"; complete --do-complete "lbd status --j""#;
         let offered = said(
@@ -206,7 +209,7 @@ fn shells_complete_commands_and_options() {
                 .join(" "),
         );
     }
-    if tool::has("zsh", "zsh") {
+    if has(PACKAGING, "zsh", "zsh") {
         // Without a terminal zsh completes nothing: that it loads is what can be seen.
         fs::copy(script("zsh"), folder.path().join("_lbd")).unwrap();
         let ask = r#"fpath=($0 $fpath); autoload -U compinit; compinit -u -D; print ${_comps[lbd]}

@@ -8,196 +8,35 @@
 mod common;
 
 use std::{
-    fs::{self, File},
-    io::{BufRead, BufReader},
     net::{SocketAddr, TcpListener, TcpStream},
     path::Path,
-    process::{Child, Command, Output, Stdio},
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use common::{
-    PATIENCE,
     client::{KeepAlive, Load},
     frozen::Frozen,
-    needs::{SYSTEMD, missing},
+    machine::Machine,
     proc, www,
 };
-use nix::sched::{CloneFlags, setns};
 
-/// A booted machine. Dropped, it is gone, with everything in it.
-struct Machine {
-    script: Child,
-    /// The pid of its init, here.
-    init: i32,
-    /// What ran when it was up.
-    before: Vec<String>,
-}
-
-impl Machine {
-    /// Boots one with lbd in it, installed as README says, but not started. `None` where none can be
-    /// booted.
-    fn boot() -> Option<Self> {
-        let source = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let binary = Path::new(env!("CARGO_BIN_EXE_lbd"));
-        let mut script = Command::new(source.join("tests/systemd/machine"))
-            .args(["--time", "240", "--share"])
-            .arg(source)
-            .arg("--share")
-            .arg(binary.parent().unwrap())
-            // Ends when this process does, in whatever way.
-            .args(["--", "cat"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut said = String::new();
-        for line in BufReader::new(script.stderr.take().unwrap()).lines() {
-            let line = line.unwrap();
-            if let Some(pid) = line.strip_prefix("machine: up, pid=") {
-                let init = pid.parse().unwrap();
-                let mut machine = Self { script, init, before: Vec::new() };
-                machine.install(source, binary);
-                machine.before = machine.processes();
-                return Some(machine);
-            }
-            said += &(line + "\n");
-        }
-        let status = script.wait().unwrap();
-        assert_eq!(status.code(), Some(77), "{said}");
-        missing(SYSTEMD, said.trim_end());
-        None
-    }
-
-    fn install(&self, source: &Path, binary: &Path) {
-        let (source, binary) = (source.display(), binary.display());
-        self.run(&format!(
-            "install -m 755 /host{binary} /usr/local/bin/lbd
-             install -m 644 /host{source}/systemd/lbd.service /host{source}/systemd/lbd.socket \
-                 /etc/systemd/system/
-             install -d /etc/lbd /srv/www && cp -r /host{}/. /srv/www
-             systemctl daemon-reload",
-            www().display()
-        ));
-    }
-
-    fn enter(&self) -> Command {
-        let mut command = Command::new("nsenter");
-        command
-            .args(["--all", "--target", &self.init.to_string(), "timeout", "60"])
-            .env_clear()
-            .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-            .stdin(Stdio::null());
-        command
-    }
-
-    fn attempt(&self, script: &str) -> Output {
-        self.enter().args(["bash", "-euc", script]).output().unwrap()
-    }
-
-    /// What the commands print; they have to succeed.
-    fn run(&self, script: &str) -> String {
-        let output = self.attempt(script);
-        let said = String::from_utf8_lossy(&output.stdout).trim_end().to_owned();
-        if !output.status.success() {
-            let journal =
-                self.attempt("journalctl --no-pager -n 60; systemctl --no-pager status lbd");
-            let error = String::from_utf8_lossy(&output.stderr);
-            let journal = String::from_utf8_lossy(&journal.stdout);
-            panic!("{script}\n{}: {said}\n{error}\n{journal}", output.status);
-        }
-        said
-    }
-
-    fn write(&self, path: &str, text: &str) {
-        fs::write(format!("/proc/{}/root{path}", self.init), text).unwrap();
-    }
-
-    /// A property of the service.
-    fn show(&self, property: &str) -> String {
-        self.run(&format!("systemctl show --property {property} --value lbd.service"))
-    }
-
-    /// Waits until the property of the service is that, or has it in it.
-    fn wait(&self, property: &str, wanted: &str) -> String {
-        let until = Instant::now() + PATIENCE;
-        loop {
-            let value = self.show(property);
-            if value == wanted || wanted.len() > 8 && value.contains(wanted) {
-                return value;
-            }
-            if Instant::now() > until {
-                self.run(&format!("echo {property}={value:?}, not {wanted:?}; false"));
-            }
-            thread::sleep(Duration::from_millis(20));
-        }
-    }
-
-    /// Of the service: its pid in the machine.
-    fn main_pid(&self) -> i32 {
-        self.show("MainPID").parse().unwrap()
-    }
-
-    /// What the pid in the machine is here (`NSpid` of proc_pid_status(5)).
-    fn outside(&self, pid: i32) -> i32 {
-        let namespace = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
-        let here = namespace(&self.init.to_string()).unwrap();
-        let entries = fs::read_dir("/proc").unwrap();
-        let mut pids = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-        let is_it = |outside: &String| {
-            namespace(outside).as_ref() == Some(&here)
-                && fs::read_to_string(format!("/proc/{outside}/status")).is_ok_and(|status| {
-                    let ids = status.lines().find(|line| line.starts_with("NSpid:"));
-                    ids.unwrap().split_whitespace().last() == Some(&*pid.to_string())
-                })
-        };
-        pids.find(is_it).expect("there is no such process").parse().unwrap()
-    }
-
-    /// The pids of the workers, in the machine, as `lbd status` has them.
-    fn workers(&self) -> Vec<i32> {
-        let status = self.run("lbd status --config /etc/lbd/lb.toml --json");
-        let status: serde_json::Value = serde_json::from_str(&status).unwrap();
-        let services = status["services"].as_array().unwrap().iter();
-        let workers = services.flat_map(|service| service["workers"].as_array().unwrap().clone());
-        workers.map(|worker| i32::try_from(worker["pid"].as_i64().unwrap_or(0)).unwrap()).collect()
-    }
-
-    /// Has this thread, and those that it starts, connect to what is in the machine.
-    fn join_network(&self) {
-        let network = File::open(format!("/proc/{}/ns/net", self.init)).unwrap();
-        setns(network, CloneFlags::CLONE_NEWNET).unwrap();
-    }
-
-    /// The names of all that runs, that which looks for them included.
-    fn processes(&self) -> Vec<String> {
-        let all = self.run("exec ps --no-headers -e -o comm");
-        let mut names: Vec<_> = all.lines().map(str::to_owned).collect();
-        names.sort_unstable();
-        names
-    }
-
-    /// Stops all, and looks for what is left.
-    fn stop_and_look(&self) {
-        self.run("systemctl stop lbd.socket lbd.service");
-        assert_eq!(self.show("ActiveState"), "inactive");
-        assert_eq!(self.show("Result"), "success");
-        let left = self.run(
-            "ls -d /run/lbd /run/private/lbd /sys/fs/cgroup/system.slice/lbd.service 2>/dev/null || true
-             ss --no-header --listening --tcp --processes",
-        );
-        assert_eq!(left, "", "left behind");
-        assert_eq!(self.processes(), self.before, "left running");
-    }
-}
-
-impl Drop for Machine {
-    fn drop(&mut self) {
-        drop(self.script.stdin.take());
-        let _ = self.script.wait();
-    }
+/// A machine with lbd in it, installed as README says, but not started. `None` where none can be
+/// booted.
+fn boot() -> Option<Machine> {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let binary = Path::new(env!("CARGO_BIN_EXE_lbd"));
+    let machine = Machine::boot(&[source, binary.parent().unwrap()])?;
+    let (source, binary) = (source.display(), binary.display());
+    machine.run(&format!(
+        "install -m 755 /host{binary} /usr/local/bin/lbd
+         install -m 644 /host{source}/systemd/lbd.service /host{source}/systemd/lbd.socket \
+             /etc/systemd/system/
+         install -d /etc/lbd /srv/www && cp -r /host{}/. /srv/www
+         systemctl daemon-reload",
+        www().display()
+    ));
+    Some(machine)
 }
 
 const WEB: &str = "[service.web]\nlisten = \"127.0.0.1:44444\"\nroot = \"/srv/www\"\n\
@@ -209,7 +48,7 @@ fn address() -> SocketAddr {
 
 #[test]
 fn a_day_of_operations() {
-    let Some(machine) = Machine::boot() else { return };
+    let Some(machine) = boot() else { return };
     machine.join_network();
     machine.write("/etc/lbd/lb.toml", WEB);
 
@@ -323,7 +162,7 @@ fn a_data_thread_hangs(machine: &Machine) {
 
 #[test]
 fn a_wrong_file_is_not_tried_again_and_what_is_missing_is_said() {
-    let Some(machine) = Machine::boot() else { return };
+    let Some(machine) = boot() else { return };
     machine.write("/etc/lbd/lb.toml", &WEB.replace("ports", "prots"));
     assert!(!machine.attempt("systemctl start lbd.service").status.success());
     assert_eq!(machine.show("ExecMainStatus"), "78");
@@ -346,7 +185,7 @@ fn a_wrong_file_is_not_tried_again_and_what_is_missing_is_said() {
 
 #[test]
 fn workers_in_other_languages_run_as_hardened_and_as_other_users() {
-    let Some(machine) = Machine::boot() else { return };
+    let Some(machine) = boot() else { return };
     machine.join_network();
     let has = |program: &str| machine.attempt(&format!("command -v {program}")).status.success();
     let mut services: Vec<String> = Vec::new();
@@ -418,7 +257,7 @@ fn workers_in_other_languages_run_as_hardened_and_as_other_users() {
 
 #[test]
 fn processes_are_limited_where_the_controller_is_there() {
-    let Some(machine) = Machine::boot() else { return };
+    let Some(machine) = boot() else { return };
     machine.join_network();
     let limited = format!("{WEB}limits.processes = 20\n");
     machine.write("/etc/lbd/lb.toml", &limited);
@@ -440,14 +279,12 @@ fn processes_are_limited_where_the_controller_is_there() {
 
 #[test]
 fn nothing_of_a_machine_is_left_when_its_test_is_killed() {
-    let Some(mut machine) = Machine::boot() else { return };
+    let Some(mut machine) = boot() else { return };
     let cgroups = machine.run("stat -f -c %T /sys/fs/cgroup");
     assert_eq!(cgroups, "cgroup2fs");
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     drop(listener);
     let init = machine.init;
-    // As the kernel does it for whoever is killed.
-    drop(machine.script.stdin.take());
-    machine.script.wait().unwrap();
+    machine.end();
     common::eventually("its init is gone", || !Path::new(&format!("/proc/{init}")).exists());
 }

@@ -5,13 +5,13 @@
 pub(crate) mod client;
 pub(crate) mod frozen;
 pub(crate) mod log;
+pub(crate) mod machine;
 pub(crate) mod manager;
 pub(crate) mod metrics;
 pub(crate) mod needs;
 pub(crate) mod ports;
 pub(crate) mod proc;
 pub(crate) mod promtool;
-pub(crate) mod tool;
 
 use std::{
     collections::BTreeSet,

@@ -3,12 +3,25 @@
 //! Where it is missing, the test says so and does nothing else; but fails where `.ci/run`, which
 //! installs it, has set the variable that is named for it.
 
-use std::{env, fmt::Display};
+use std::{env, fmt::Display, process::Command};
 
 /// `promtool` (Debian: prometheus).
 pub(crate) const PROMTOOL: &str = "LBD_REQUIRE_PROMTOOL";
 /// systemd, and a machine in which root can boot it and has cgroups of version 2.
 pub(crate) const SYSTEMD: &str = "LBD_REQUIRE_SYSTEMD";
+
+/// The Debian package, and the programs that packages are for: man, shells, lintian.
+pub(crate) const PACKAGING: &str = "LBD_REQUIRE_PACKAGING";
+
+/// Whether `program`, of Debian's `package`, is here.
+pub(crate) fn has(variable: &str, program: &str, package: &str) -> bool {
+    let found = Command::new("sh").args(["-c", "command -v \"$0\"", program]).output();
+    let found = found.is_ok_and(|output| output.status.success());
+    if !found {
+        missing(variable, format_args!("there is no {program} (Debian: {package})"));
+    }
+    found
+}
 
 /// Says that a test is not done for the lack of what `variable` stands for.
 pub(crate) fn missing(variable: &str, why: impl Display) {
