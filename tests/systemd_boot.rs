@@ -8,6 +8,7 @@
 mod common;
 
 use std::{
+    fs,
     net::{SocketAddr, TcpListener, TcpStream},
     path::Path,
     thread,
@@ -27,16 +28,37 @@ fn boot() -> Option<Machine> {
     let source = Path::new(env!("CARGO_MANIFEST_DIR"));
     let binary = Path::new(env!("CARGO_BIN_EXE_lbd"));
     let machine = Machine::boot(&[source, binary.parent().unwrap()])?;
-    let (source, binary) = (source.display(), binary.display());
     machine.run(&format!(
-        "install -m 755 /host{binary} /usr/local/bin/lbd
-         install -m 644 /host{source}/systemd/lbd.service /host{source}/systemd/lbd.socket \
-             /etc/systemd/system/
-         install -d /etc/lbd /srv/www && cp -r /host{}/. /srv/www
+        "mkdir -p /srv/lbd/target/release /srv/www && cd /srv/lbd
+         cp -r /host{source}/lb.toml /host{source}/systemd . && cp /host{binary} target/release
+         cp -r /host{www}/. /srv/www
+         {installation}
          systemctl daemon-reload",
-        www().display()
+        source = source.display(),
+        binary = binary.display(),
+        www = www().display(),
+        installation = installation(),
     ));
     Some(machine)
+}
+
+/// The commands of README that install files.
+fn installation() -> String {
+    let readme = Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md");
+    let readme = fs::read_to_string(readme).unwrap();
+    let section = readme.split("\n## As a service\n").nth(1).unwrap();
+    let script = section.split("```sh\n").nth(1).unwrap().split("```").next().unwrap();
+    let lines: Vec<_> = script.lines().filter(|line| line.starts_with("install ")).collect();
+    assert!(lines.len() > 2, "{script}");
+    lines.join("\n")
+}
+
+/// What lbd and systemd said of the service, each with its priority.
+fn journal(machine: &Machine) -> Vec<(String, String)> {
+    let lines = machine.run("journalctl -u lbd -o json");
+    let parse = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap();
+    let text = |value: &serde_json::Value| value.as_str().unwrap().to_owned();
+    lines.lines().map(parse).map(|line| (text(&line["PRIORITY"]), text(&line["MESSAGE"]))).collect()
 }
 
 const WEB: &str = "[service.web]\nlisten = \"127.0.0.1:44444\"\nroot = \"/srv/www\"\n\
@@ -95,6 +117,7 @@ fn a_day_of_operations() {
     }
     load.end_without_failure();
     assert_eq!(machine.show("NRestarts"), "0");
+    the_journal_has_levels(&machine);
 
     its_main_process_is_killed(&machine);
     a_data_thread_hangs(&machine);
@@ -116,6 +139,18 @@ fn a_good_and_a_bad_reload(machine: &Machine) {
     machine.write("/etc/lbd/lb.toml", &good);
     machine.run("systemctl reload lbd.service");
     machine.wait("StatusText", "serving, 4 of 4 workers healthy");
+}
+
+fn the_journal_has_levels(machine: &Machine) {
+    let journal = journal(machine);
+    for (message, priority) in
+        [("listening", "6"), ("connection", "6"), ("reloaded", "6"), ("reload refused", "4")]
+    {
+        let is_it = |text: &str| text.contains(&format!(" {message} "));
+        let line = journal.iter().find(|(_, text)| is_it(text)).unwrap();
+        assert_eq!(line.0, priority, "{}", line.1);
+    }
+    assert!(journal.iter().all(|(_, text)| !text.starts_with('<')), "{journal:#?}");
 }
 
 fn its_main_process_is_killed(machine: &Machine) {
@@ -168,6 +203,8 @@ fn a_wrong_file_is_not_tried_again_and_what_is_missing_is_said() {
     assert_eq!(machine.show("ExecMainStatus"), "78");
     assert_eq!(machine.show("ActiveState"), "failed");
     assert_eq!(machine.show("NRestarts"), "0");
+    let why = journal(&machine).into_iter().find(|(_, text)| text.contains("prots")).unwrap();
+    assert_eq!(why.0, "3", "{}", why.1);
 
     // One that does not start leaves the other alone, and systemd waits with it.
     let api =
