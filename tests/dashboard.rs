@@ -260,12 +260,14 @@ fn it_says_when_the_daemon_is_away_and_what_it_says_is_only_text() {
     daemon.wait_stopped();
     browser.until("document.body.dataset.link === 'away'");
     browser.until("/trying again/.test(document.querySelector('#away').innerText)");
+    assert_eq!(browser.text("h1"), "lbd is away");
     assert_eq!(browser.run(&format!("return {disabled}")), true);
     let daemon = Daemon::healthy(&config, 1);
     browser.until("document.body.dataset.link === 'live'");
     let pid = daemon.slot_pids()[0];
     browser.until(&format!("{}.textContent.includes('pid {pid}')", card(0)));
     assert_eq!(browser.run("return document.querySelector('#away').hidden"), true);
+    browser.until("document.querySelector('h1').innerText === 'No worker of jobs is in rotation'");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    io::{BufRead, BufReader},
+    io::{self, BufRead, BufReader},
     net::SocketAddr,
     path::Path,
     process::{Child, Command, Stdio},
@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::{
-    common::PATIENCE,
+    common::{PATIENCE, Port},
     http::{Answer, Client},
 };
 
@@ -46,48 +46,46 @@ pub(crate) struct Browser {
     address: SocketAddr,
     session: String,
     profile: TempDir,
+    _port: Port,
 }
 
 impl Browser {
     /// `None` where there is no Chromium, which is then said.
     pub(crate) fn start() -> Option<Self> {
+        // Not one of the kernel's choice: it takes the same one of IPv6 and of IPv4.
+        let port = Port::take();
         let driver = Command::new("chromedriver")
-            .arg("--port=0")
+            .arg(format!("--port={}", port.number))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn();
         let mut driver = match driver {
             Ok(driver) => driver,
-            Err(error) => {
-                let required = std::env::var_os(REQUIRED).is_some();
-                assert!(!required, "chromedriver (Debian: chromium-driver) does not run: {error}");
-                eprintln!("NOT TESTED: no chromedriver (Debian: chromium-driver): {error}");
-                return None;
-            }
+            Err(error) => return missing(&format!("no chromedriver: {error}")),
         };
-        let lines = BufReader::new(driver.stdout.take().unwrap()).lines().map_while(Result::ok);
-        let mut started = lines.filter_map(|line| {
-            let (_, port) = line.split_once("started successfully on port ")?;
-            port.trim_end_matches('.').parse().ok()
-        });
-        let port: u16 = started.next().expect("chromedriver does not start");
+        let mut lines = BufReader::new(driver.stdout.take().unwrap()).lines();
+        let started = |line: io::Result<String>| line.unwrap().contains("started successfully");
+        assert!(lines.any(started), "chromedriver does not start");
         let profile = tempfile::tempdir().unwrap();
         let flags = FLAGS.iter().map(|flag| (*flag).to_owned());
         let folder = format!("--user-data-dir={}", profile.path().display());
         let mut browser = Self {
             driver,
-            address: ([127, 0, 0, 1], port).into(),
+            address: ([127, 0, 0, 1], port.number).into(),
             session: String::new(),
             profile,
+            _port: port,
         };
         let capabilities = json!({
             "goog:chromeOptions": { "args": flags.chain([folder]).collect::<Vec<_>>() },
             "goog:loggingPrefs": { "browser": "ALL" },
         });
         let new = json!({ "capabilities": { "alwaysMatch": capabilities } });
-        let session = browser.call("POST", "/session", &new).unwrap();
-        browser.session = session["sessionId"].as_str().unwrap().to_owned();
+        match browser.call("POST", "/session", &new) {
+            Ok(session) => browser.session = session["sessionId"].as_str().unwrap().to_owned(),
+            Err(error) => return missing(&format!("chromium does not start: {error}")),
+        }
         Some(browser)
     }
 
@@ -234,6 +232,14 @@ impl Drop for Browser {
             thread::sleep(Duration::from_millis(5));
         }
     }
+}
+
+/// Says that there is nothing to test with, where that is allowed.
+fn missing(why: &str) -> Option<Browser> {
+    let required = std::env::var_os(REQUIRED).is_some();
+    assert!(!required, "{why} (Debian: chromium, chromium-driver)");
+    eprintln!("NOT TESTED: {why} (Debian: chromium, chromium-driver)");
+    None
 }
 
 /// Decodes base64 (RFC 4648).
