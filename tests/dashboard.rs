@@ -402,8 +402,6 @@ fn it_fits_a_phone_and_is_legible_in_both_themes() {
             assert_eq!(inside, serde_json::json!([width, width]), "{scheme}");
             browser.picture(&folder.join(format!("dashboard-{scheme}-{width}.png")));
         }
-        // While colours fade into each other they are neither.
-        thread::sleep(Duration::from_millis(400));
         assert_eq!(browser.run(PALE), serde_json::json!([]), "{scheme}");
         browser.click(&button(0, "place"));
         browser.until("document.querySelector('dialog').open");
