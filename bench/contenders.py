@@ -108,7 +108,8 @@ class Lbd(Contender):
 
 def known(program):
     """All contenders, in the order of the tables. The first is what the others are compared with."""
-    return [Lbd("lbd", program), Haproxy(), Nginx()]
+    unix = Lbd("lbd unix", program, config="lbd-unix.toml")
+    return [Lbd("lbd", program), unix, Haproxy(), Nginx()]
 
 
 class Run:
@@ -142,6 +143,7 @@ class Run:
             folder=self.folder,
             listen=self.listen,
             ports=", ".join(map(str, self.ports)),
+            workers=len(self.ports),
             worker=self.worker,
             # For the balancer's own connections; the workers have those of their processes.
             descriptors=20000,

@@ -1,6 +1,6 @@
 //! A worker for the tests, with the good and the bad habits of real ones: `fixture MODE [OPTION…]`.
 //!
-//! It listens on `$PORT` of 127.0.0.1, or on descriptor 3 where `LISTEN_FDS` says so.
+//! It listens on `$PORT` of 127.0.0.1, or on descriptor 3, TCP or unix, where `LISTEN_FDS` says so.
 //!
 //! | mode | does |
 //! | --- | --- |
@@ -146,20 +146,22 @@ fn main() {
     }
 }
 
-fn listener() -> TcpListener {
+fn listener() -> Socket {
     if env::var_os("LISTEN_FDS").is_some() {
         // SAFETY: whoever sets LISTEN_FDS passes a listening socket as descriptor 3
         // (sd_listen_fds(3)), and this is the one place that takes it.
         return unsafe { OwnedFd::from_raw_fd(3) }.into();
     }
     let port: u16 = env::var("PORT").unwrap().parse().unwrap();
-    TcpListener::bind(("127.0.0.1", port)).unwrap()
+    OwnedFd::from(TcpListener::bind(("127.0.0.1", port)).unwrap()).into()
 }
 
-/// A thread for each connection.
+/// A thread for each connection. With a unix one nothing is done but what all streams have in common.
 fn serve(handle: impl Fn(TcpStream) + Clone + Send + 'static) {
-    for stream in listener().incoming() {
-        let (handle, stream) = (handle.clone(), stream.unwrap());
+    let listener = listener();
+    loop {
+        let (stream, _) = listener.accept().unwrap();
+        let (handle, stream) = (handle.clone(), TcpStream::from(stream));
         thread::spawn(move || handle(stream));
     }
 }
@@ -245,7 +247,8 @@ fn binary(mut stream: &TcpStream) -> io::Result<String> {
 }
 
 fn requests(stream: &TcpStream, header: &str, options: &Http) -> io::Result<()> {
-    stream.set_nodelay(true)?;
+    // There is no such thing on unix.
+    _ = stream.set_nodelay(true);
     let mut reader = BufReader::new(stream);
     loop {
         let (mut head, mut line) = (String::new(), String::new());
@@ -283,7 +286,10 @@ fn page(path: &str, head: &str, status: &str) -> (u16, Vec<u8>) {
     let lines = |words: Vec<String>| words.join("\n").into_bytes();
     let body = match path.split('/').collect::<Vec<_>>().as_slice() {
         // Who answers.
-        ["", ""] => format!("{} {}", env::var("PORT").unwrap(), process::id()).into_bytes(),
+        ["", ""] => {
+            let me = env::var("PORT").or_else(|_| env::var("LBD_SLOT")).unwrap();
+            format!("{me} {}", process::id()).into_bytes()
+        }
         ["", "health"] => {
             let status = fs::read_to_string(status).ok().and_then(|text| text.trim().parse().ok());
             return (status.unwrap_or(200), Vec::new());

@@ -63,17 +63,17 @@ impl Header {
         Self { bytes, length: length.unwrap_or(0) }
     }
 
-    /// The header of a connection that lbd makes for itself, over a socket with these ends.
+    /// The header of a connection that lbd makes for itself, over a socket with these ends, or one
+    /// that has none.
     ///
     /// Version 2 has a command for that. In version 1 the ends are the connection's own: servers
     /// are known to refuse `UNKNOWN`, so that the specification advises against it for health checks.
     #[must_use]
-    pub fn of_probe(version: ProxyProtocol, ends: Ends) -> Self {
-        let ends = match version {
-            ProxyProtocol::V1 => Some(ends),
-            ProxyProtocol::V2 => None,
-        };
-        Self::new(version, ends)
+    pub fn of_probe(version: ProxyProtocol, ends: Option<Ends>) -> Self {
+        match version {
+            ProxyProtocol::V1 => Self::new(version, ends),
+            ProxyProtocol::V2 => Self::new(version, None),
+        }
     }
 
     /// What is to be sent, before anything else and in one piece.
@@ -194,9 +194,9 @@ mod tests {
 
     #[test]
     fn a_probe_is_nobodys_or_where_that_is_refused_its_own() {
-        let own = ends("127.0.0.1:40000", "127.0.0.1:9002");
+        let own = Some(ends("127.0.0.1:40000", "127.0.0.1:9002"));
         assert_eq!(Header::of_probe(V2, own).as_bytes(), Header::new(V2, None).as_bytes());
-        assert_eq!(Header::of_probe(V1, own).as_bytes(), Header::new(V1, Some(own)).as_bytes());
+        assert_eq!(Header::of_probe(V1, own).as_bytes(), Header::new(V1, own).as_bytes());
     }
 
     fn pair() -> (TcpStream, Socket) {

@@ -29,7 +29,7 @@ const ALLOWED: [(&str, &[&str]); 14] = [
     ("admin", &["config", "histogram", "logging"]),
     ("probe", &["config", "control", "proxy_protocol", "sockets"]),
     ("process", &["config"]),
-    ("route", &["config", "histogram", "proxy_protocol"]),
+    ("route", &["config", "histogram", "proxy_protocol", "sockets"]),
     ("control", &["config"]),
     ("logging", &["config"]),
     ("worker", &["sockets"]),

@@ -60,7 +60,7 @@ fn run(service: &str, output: &Output, script: &str) -> (i32, Vec<Fields>) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let pid = runtime.block_on(async {
         let spawner = Spawner::with_guard(env!("CARGO_BIN_EXE_lbd").into()).unwrap();
-        let worker = Identity { service, slot: 1, port: 9003 };
+        let worker = Identity { service, slot: 1, port: Some(9003) };
         let launch = Launch {
             label: format!("{service}/9003"),
             program: None,

@@ -18,6 +18,7 @@ use std::{
 use lbd::{
     config::{Listen, Routing},
     route::{DataPlane, Listener, ListenerId, Pool, ServiceRoute, Settings, Upstream},
+    sockets::Nameless,
 };
 use socket2::{Domain, Socket, Type};
 
@@ -91,7 +92,7 @@ fn runtime() -> tokio::runtime::Runtime {
 fn upstreams(workers: &[SocketAddr]) -> Vec<Arc<Upstream>> {
     let upstream = |(slot, &address): (usize, &SocketAddr)| {
         let label = format!("web/{}", address.port()).into();
-        Upstream::new(slot as u64, slot as u32, label, address, None, Arc::default())
+        Upstream::new(slot as u64, slot as u32, label, address.into(), None, Arc::default())
     };
     workers.iter().enumerate().map(upstream).collect()
 }
@@ -611,6 +612,70 @@ fn a_full_worker_is_waited_for_though_another_refuses() {
     assert!(all[0].traffic().failed >= 1);
 }
 
+/// A worker on unix whose queue has room for one, which is taken.
+fn full() -> (Nameless, UnixStream, Arc<Upstream>) {
+    let folder = tempfile::tempdir().unwrap();
+    let worker = Nameless::open(folder.path()).unwrap();
+    worker.socket().listen(0).unwrap();
+    let client = worker.endpoint().unconnected().unwrap();
+    client.connect(worker.endpoint().address()).unwrap();
+    let upstream =
+        Upstream::new(7, 7, "web/7".into(), worker.endpoint().clone(), None, Arc::default());
+    (worker, client.into(), upstream)
+}
+
+/// Takes the next connection and says who it is.
+fn name_next(worker: &Nameless, name: &str) {
+    let (mut connection, _) = worker.socket().accept().unwrap();
+    // Whoever has left takes no name.
+    _ = connection.write_all(name.as_bytes());
+}
+
+#[test]
+fn a_worker_with_a_full_queue_is_skipped() {
+    let (_worker, _client, full) = full();
+    let mut all = vec![Arc::clone(&full)];
+    all.extend(upstreams(&[naming("a")]));
+    let rig = Rig::with(Routing::default(), &all, None);
+    for _ in 0..4 {
+        assert_eq!(said(rig.connect()), "a");
+    }
+    assert_eq!(full.traffic().total, 0);
+    assert!(full.traffic().failed > 0);
+}
+
+#[test]
+fn where_all_queues_are_full_connections_wait_in_order_for_one_that_is_not() {
+    let (worker, _client, full) = full();
+    let rig = Rig::with(Routing::default(), &[Arc::clone(&full)], None);
+    let clients: Vec<_> = (0..3)
+        .map(|count| {
+            let client = rig.connect();
+            until("it waits", || rig.route.held() == count + 1);
+            client
+        })
+        .collect();
+    assert_eq!(full.traffic().failed, 1, "the others came behind it");
+    // No connection of lbd's ends meanwhile: that there is room, it finds out by itself.
+    name_next(&worker, "nobody");
+    for (client, name) in clients.into_iter().zip(["1", "2", "3"]) {
+        name_next(&worker, name);
+        assert_eq!(said(client), name);
+    }
+    assert_eq!(full.traffic().failed, 1, "and looks were not counted");
+}
+
+#[test]
+fn where_all_queues_stay_full_a_connection_waits_no_longer_than_the_hold_timeout() {
+    let (_worker, _client, full) = full();
+    let routing = Routing { hold_timeout: Duration::from_millis(200), ..Routing::default() };
+    let rig = Rig::with(routing, &[full], None);
+    let begun = Instant::now();
+    assert!(is_reset(rig.connect().read(&mut [0])));
+    assert!(begun.elapsed() >= Duration::from_millis(200));
+    until("its place is free", || rig.route.active() == 0);
+}
+
 #[test]
 fn the_budget_of_the_process_holds_over_all_services() {
     let all = upstreams(&[worker(echo)]);
@@ -723,7 +788,8 @@ fn every_thread_makes_progress_when_asked() {
 #[test]
 fn a_retired_upstream_tells_when_its_last_connection_ends() {
     let drained = Arc::new(tokio::sync::Notify::new());
-    let upstream = Upstream::new(1, 0, "web/1".into(), worker(echo), None, Arc::clone(&drained));
+    let upstream =
+        Upstream::new(1, 0, "web/1".into(), worker(echo).into(), None, Arc::clone(&drained));
     let rig = Rig::with(Routing::default(), &[Arc::clone(&upstream)], None);
     let client = rig.connect();
     until("taken", || upstream.traffic().total == 1);

@@ -28,8 +28,14 @@ fn until(what: &str, mut is_so: impl FnMut() -> bool) {
 #[test]
 fn without_descriptors_clients_wait_and_nothing_spins() {
     let worker = TcpListener::bind("127.0.0.1:0").unwrap();
-    let upstream =
-        Upstream::new(1, 0, "web/1".into(), worker.local_addr().unwrap(), None, Arc::default());
+    let upstream = Upstream::new(
+        1,
+        0,
+        "web/1".into(),
+        worker.local_addr().unwrap().into(),
+        None,
+        Arc::default(),
+    );
     let pool = |all, coming| Pool::new(all, coming, Arc::new(Routing::default()));
     let threads = NonZeroUsize::new(2).unwrap();
     let plane = DataPlane::start(Settings { threads, max_held: NonZeroUsize::MAX }).unwrap();

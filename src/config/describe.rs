@@ -4,7 +4,7 @@ use std::num::NonZeroU32;
 
 use bytesize::ByteSize;
 
-use super::{Listen, Probe, Program, Service, Slots, StatusSet, values};
+use super::{Listen, Probe, Program, Service, Slots, SocketMode, StatusSet, values};
 
 /// What lbd would run: name, addresses, workers, program, route, balance, probe and limits.
 #[must_use]
@@ -17,6 +17,7 @@ pub fn describe(service: &Service) -> String {
             let ports = joined(ports.iter().map(u16::to_string));
             format!("on {host}, ports {ports}")
         }
+        Slots::Count(_) if worker.socket == SocketMode::Unix => "on unix sockets".to_owned(),
         Slots::Count(_) => format!("on free ports of {host}"),
     };
     let count = service.slots.count();

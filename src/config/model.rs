@@ -159,7 +159,7 @@ impl fmt::Display for Listen {
 pub enum Slots {
     /// One worker on each of these ports, in this order. Never empty, no duplicates.
     Ports(Vec<u16>),
-    /// That many workers, on free ports picked when each is started.
+    /// That many workers, on free ports picked when each is started, or on unix sockets.
     Count(NonZeroU32),
 }
 
@@ -231,6 +231,8 @@ pub enum SocketMode {
     Bind,
     /// lbd binds the port and passes the listening socket as descriptor 3.
     Inherit,
+    /// The same with a unix socket, which has no port.
+    Unix,
 }
 
 /// `proxy-protocol`.

@@ -30,17 +30,22 @@ pub(super) fn read(
     unsupported::refuse_route(&mut table);
 
     let listen = listen(&mut table, base, claims);
-    let program = program(&mut table, base);
+    let socket = table.read("socket", |v| v.word(&SOCKETS));
+    let on_unix = socket == Some(SocketMode::Unix);
+    let program = program(&mut table, base, on_unix);
     // The user's intention decides the defaults, even where the folder itself was refused.
     let built_in = table.has("root");
+    if on_unix {
+        table.read("host", |v| v.refuse::<()>("a unix socket has no IP address; remove it"));
+    }
     let host = table.read("host", |v| v.parsed(values::ip)).unwrap_or(DEFAULT_HOST);
-    let slots = slots(&mut table, host, claims);
-    let (socket, drain) = if built_in {
+    let slots = slots(&mut table, host, on_unix, claims);
+    let (default, drain) = if built_in {
         (SocketMode::Inherit, Drain::Signal)
     } else {
         (SocketMode::Bind, Drain::Wait)
     };
-    let socket = table.read("socket", |v| v.word(&SOCKETS)).unwrap_or(socket);
+    let socket = socket.unwrap_or(default);
     let proxy_protocol = table.read("proxy-protocol", |value| {
         let version = value.word(&PROXY_PROTOCOLS)?;
         if built_in {
@@ -141,7 +146,7 @@ fn listen(table: &mut Table<'_>, base: &Path, claims: &mut Claims) -> Option<Vec
     Some(addresses)
 }
 
-fn program(table: &mut Table<'_>, base: &Path) -> Option<Program> {
+fn program(table: &mut Table<'_>, base: &Path, on_unix: bool) -> Option<Program> {
     match (table.take("root"), table.take("command")) {
         (Some(_), Some(command)) => {
             command.refuse("`root` is set too; keep the one of them that is to be run")
@@ -149,8 +154,17 @@ fn program(table: &mut Table<'_>, base: &Path) -> Option<Program> {
         (Some(root), None) => root.parsed(|text| values::folder_in(base, text)).map(Program::Root),
         (None, Some(command)) => {
             let argv = command.list("an array such as [\"node\", \"server.js\"]")?;
-            let argv = argv.iter().filter_map(|item| item.parsed(values::argument));
-            Some(Program::Command(argv.collect()))
+            let word = |item: &Value<'_>| {
+                let word = item.parsed(values::argument)?;
+                if on_unix && word.contains("{port}") {
+                    return item.refuse(
+                        "a worker on a unix socket has no port, but the socket as descriptor 3; \
+                         remove {port}",
+                    );
+                }
+                Some(word)
+            };
+            Some(Program::Command(argv.iter().filter_map(word).collect()))
         }
         (None, None) => {
             table.lacks(
@@ -161,8 +175,13 @@ fn program(table: &mut Table<'_>, base: &Path) -> Option<Program> {
     }
 }
 
-fn slots(table: &mut Table<'_>, host: IpAddr, claims: &mut Claims) -> Slots {
-    let (ports, workers) = (table.take("ports"), table.take("workers"));
+fn slots(table: &mut Table<'_>, host: IpAddr, on_unix: bool, claims: &mut Claims) -> Slots {
+    let (mut ports, workers) = (table.take("ports"), table.take("workers"));
+    if on_unix && let Some(ports) = ports.take() {
+        ports.refuse::<()>(
+            "a worker on a unix socket has no port; write a number of workers instead",
+        );
+    }
     if let (Some(_), Some(workers)) = (&ports, &workers) {
         workers.refuse::<()>("`ports` is set too, which has one worker a port; keep one of them");
     }
@@ -324,8 +343,8 @@ fn stop(mut table: Table<'_>, drain: Drain) -> Stop {
     stop
 }
 
-const SOCKETS: [(&str, SocketMode); 2] =
-    [("bind", SocketMode::Bind), ("inherit", SocketMode::Inherit)];
+const SOCKETS: [(&str, SocketMode); 3] =
+    [("bind", SocketMode::Bind), ("inherit", SocketMode::Inherit), ("unix", SocketMode::Unix)];
 
 const PROXY_PROTOCOLS: [(&str, ProxyProtocol); 2] =
     [("v1", ProxyProtocol::V1), ("v2", ProxyProtocol::V2)];

@@ -22,8 +22,8 @@ pub enum Event {
     Spawned {
         /// The incarnation.
         id: WorkerId,
-        /// The port it is reached on.
-        port: u16,
+        /// The port it is reached on; `None` on a unix socket.
+        port: Option<u16>,
     },
     /// The program runs.
     Started {

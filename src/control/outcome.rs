@@ -32,7 +32,7 @@ impl Service {
         }
         match event {
             Event::Spawned { port, .. } => {
-                self.with(id, |worker, _| worker.port = Some(port));
+                self.with(id, |worker, _| worker.port = port);
                 self.remember_port(id);
             }
             Event::Started { pid, .. } => {

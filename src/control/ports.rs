@@ -49,6 +49,8 @@ impl Outgoing {
                 });
                 shared == all && all + others < WORKERS_ON_A_PORT
             }
+            // It is on none.
+            SocketMode::Unix => true,
         }
     }
 }

@@ -186,7 +186,7 @@ impl World {
 
     fn spawned(&mut self, id: u64) -> Vec<String> {
         let spawn = self.spawns.iter().find(|spawn| spawn.id.0 == id).unwrap();
-        let port = spawn.port.unwrap_or(40_000 + u16::try_from(id).unwrap());
+        let port = spawn.port.or(Some(40_000 + u16::try_from(id).unwrap()));
         self.event(Event::Spawned { id: WorkerId(id), port })
     }
 

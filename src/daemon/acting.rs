@@ -136,7 +136,8 @@ impl Daemon<'_> {
         let can_serve = |service: &str| {
             supervisor.rotation(service).is_some_and(|rotation| !rotation.workers.is_empty())
         };
-        let rescued = self.fleet.rescue(&needed, &ejected, can_serve);
+        let is = |service: &str| supervisor.rotation(service).is_some();
+        let rescued = self.fleet.rescue(&needed, &ejected, can_serve, is);
         let deadline = Instant::now() + HEADER;
         for (service, Rescued { socket, proxy_protocol }) in rescued {
             let taken_off = proxy_protocol

@@ -9,8 +9,9 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 const OWN: u64 = 40;
 /// … for each listener of the admin API itself and its connections …
 const PER_ADMIN: u64 = 1 + admin::MAX_CONNECTIONS as u64;
-/// … and for each worker its guard's channel and handle, its output, its socket, its cgroup and its probe.
-const PER_WORKER: u64 = 8;
+/// … and for each worker its guard's channel and handle, its output, its socket and the way to
+/// it, its cgroup and its probe.
+const PER_WORKER: u64 = 9;
 
 /// What the limits allow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,9 +59,9 @@ mod tests {
     #[test]
     fn some_are_kept_for_the_workers() {
         let of = |limit| Descriptors { inherited: limit, limit };
-        assert_eq!(of(1024).connections(4, 0).get(), 467);
-        assert_eq!(of(1024).connections(4, 1).get(), 459);
-        assert_eq!(of(128).connections(4, 0).get(), 19);
+        assert_eq!(of(1024).connections(4, 0).get(), 465);
+        assert_eq!(of(1024).connections(4, 1).get(), 457);
+        assert_eq!(of(128).connections(4, 0).get(), 17);
         assert_eq!(of(20).connections(4, 0).get(), 1, "never none at all");
     }
 }

@@ -20,7 +20,7 @@ use tokio::{
 
 use super::{descriptors::Descriptors, ledger::Ledger};
 use crate::{
-    config::{Probe, Program, SocketMode},
+    config::{Probe, Program, ProxyProtocol, SocketMode},
     control::{Event, ProbeOutcome, Spawn, WORKERS_ON_A_PORT, WorkerId},
     probe,
     process::{
@@ -28,7 +28,7 @@ use crate::{
         Outputs, Spawner, Watched,
     },
     route::Upstream,
-    sockets::{self, Acceptor, Port, Rescued},
+    sockets::{self, Acceptor, Endpoint, Nameless, Port, Rescued},
 };
 
 const _: () = assert!(WORKERS_ON_A_PORT == sockets::SHARERS);
@@ -40,6 +40,8 @@ enum StartError {
     PortTaken(SocketAddr),
     #[error("cannot bind {0}: {1}")]
     Bind(SocketAddr, io::Error),
+    #[error("cannot make a unix socket in {}: {}", .0.display(), .1)]
+    Unix(PathBuf, io::Error),
     #[error("cannot open its output: {0}")]
     Output(io::Error),
     #[error("cannot limit its processes: {0}")]
@@ -61,6 +63,10 @@ pub(super) struct Fleet {
     pub(super) ledger: Ledger,
     /// The ports whose sockets workers inherit.
     ports: HashMap<SocketAddr, InheritedPort>,
+    /// The unix sockets that workers inherit, those of workers that are gone with what waits there.
+    nameless: HashMap<WorkerId, InheritedUnix>,
+    /// Where one can be made.
+    folder: PathBuf,
     acceptor: Acceptor,
     cgroups: Option<Cgroups>,
     /// Started when there is something to measure.
@@ -75,6 +81,14 @@ struct InheritedPort {
     service: Arc<str>,
 }
 
+/// A unix socket that a worker inherits.
+#[derive(Debug)]
+struct InheritedUnix {
+    socket: Nameless,
+    service: Arc<str>,
+    proxy_protocol: Option<ProxyProtocol>,
+}
+
 /// One worker.
 #[derive(Debug)]
 struct Member {
@@ -82,7 +96,6 @@ struct Member {
     guard: i32,
     service: Arc<str>,
     upstream: Arc<Upstream>,
-    address: SocketAddr,
     retired: bool,
     /// A probe is on its way.
     probing: bool,
@@ -94,6 +107,7 @@ impl Fleet {
         cgroups: Option<Cgroups>,
         events: mpsc::Sender<Event>,
         idle: Arc<Notify>,
+        folder: PathBuf,
     ) -> io::Result<Self> {
         Ok(Self {
             spawner: Spawner::new()?,
@@ -104,6 +118,8 @@ impl Fleet {
             members: HashMap::new(),
             ledger: Ledger::default(),
             ports: HashMap::new(),
+            nameless: HashMap::new(),
+            folder,
             acceptor: Acceptor::new()?,
             cgroups,
             gauge: None,
@@ -115,7 +131,7 @@ impl Fleet {
     pub(super) fn spawn(&mut self, order: &Spawn) -> Vec<Event> {
         let id = order.id;
         match self.start(order) {
-            Ok(address) => vec![Event::Spawned { id, port: address.port() }],
+            Ok(port) => vec![Event::Spawned { id, port }],
             Err(error) => {
                 vec![Event::Failed { id, reason: error.to_string() }, Event::Gone { id }]
             }
@@ -138,15 +154,16 @@ impl Fleet {
     pub(super) fn probe(&mut self, id: WorkerId, probe: &Probe, limit: Duration) {
         let Some(member) = self.members.get_mut(&id) else { return };
         member.probing = true;
-        let (address, probe, events) = (member.address, probe.clone(), self.events.clone());
+        let endpoint = member.upstream.endpoint().clone();
         // On a port with two workers the connection has to reach the one that is meant.
-        let socket = match self.ports.get_mut(&address) {
+        let socket = match endpoint.inet().and_then(|address| self.ports.get_mut(&address)) {
             Some(inherited) => inherited.port.way_to(id),
-            None => sockets::unconnected(address),
+            None => endpoint.way_of_a_probe(),
         };
+        let (probe, events) = (probe.clone(), self.events.clone());
         let proxy_protocol = member.upstream.proxy_protocol();
         spawn_local(async move {
-            let outcome = probe::run(&probe, address, socket, proxy_protocol, limit).await;
+            let outcome = probe::run(&probe, &endpoint, socket, proxy_protocol, limit).await;
             // Fails only where the daemon has ended.
             let _ = events.send(Event::Probed { id, outcome }).await;
         });
@@ -189,8 +206,9 @@ impl Fleet {
     /// theirs.
     pub(super) fn select(&mut self, workers: &[WorkerId]) {
         for &id in workers {
-            let Some(Member { address, upstream, .. }) = self.members.get(&id) else { continue };
-            let Some(InheritedPort { port, .. }) = self.ports.get_mut(address) else { continue };
+            let Some(Member { upstream, .. }) = self.members.get(&id) else { continue };
+            let Some(address) = upstream.endpoint().inet() else { continue };
+            let Some(InheritedPort { port, .. }) = self.ports.get_mut(&address) else { continue };
             let before = port.selected().filter(|before| *before != id);
             // Who is on the way to it by the pool before reaches the new one, with its header.
             let displaced = before
@@ -211,7 +229,8 @@ impl Fleet {
     /// somebody takes it over or [`Self::rescue`] empties it.
     pub(super) fn forget(&mut self, id: WorkerId) {
         if let Some(member) = self.members.remove(&id)
-            && let Some(inherited) = self.ports.get_mut(&member.address)
+            && let Some(address) = member.upstream.endpoint().inet()
+            && let Some(inherited) = self.ports.get_mut(&address)
         {
             inherited.port.abandon(id);
             member.upstream.displace(true);
@@ -220,14 +239,20 @@ impl Fleet {
 
     /// Takes the connections out of every accept queue where nobody will: of a worker that is gone,
     /// or one of the `ejected`. They are to be handed to another worker of their service; where none
-    /// `can_serve`, they are left to a successor. Ports that are not `needed` any more are closed.
+    /// `can_serve`, they are left to a successor, as long as there `is` such a service. Ports that are
+    /// not `needed` any more are closed.
     pub(super) fn rescue(
         &mut self,
         needed: &HashSet<SocketAddr>,
         ejected: &[WorkerId],
         can_serve: impl Fn(&str) -> bool,
+        is: impl Fn(&str) -> bool,
     ) -> Vec<(Arc<str>, Rescued)> {
         let Self { members, acceptor, .. } = self;
+        // Not while it is being probed: the probe is for it to answer.
+        let hangs = |id: &WorkerId| {
+            ejected.contains(id) && members.get(id).is_some_and(|member| !member.probing)
+        };
         let mut rescued = Vec::new();
         self.ports.retain(|address, InheritedPort { port, service }| {
             let stays = needed.contains(address);
@@ -236,17 +261,30 @@ impl Fleet {
                 sockets.extend(port.rescue(None, acceptor));
             }
             if can_serve(service) {
-                // Not while it is being probed: the probe is for it to answer.
-                let here = |id: &&WorkerId| {
-                    port.socket(**id).is_some()
-                        && members.get(*id).is_some_and(|member| !member.probing)
-                };
+                let here = |id: &&WorkerId| port.socket(**id).is_some() && hangs(id);
                 for &id in ejected.iter().filter(here) {
                     sockets.extend(port.rescue(Some(id), acceptor));
                 }
             }
             rescued.extend(sockets.into_iter().map(|socket| (Arc::clone(service), socket)));
             stays
+        });
+        self.nameless.retain(|id, inherited| {
+            let InheritedUnix { socket, service, proxy_protocol } = inherited;
+            let is_gone = !members.contains_key(id);
+            let is_over = is_gone && (can_serve(service) || !is(service));
+            if is_over {
+                // Who comes by an older pool goes to another worker.
+                _ = socket.refuse();
+            }
+            if is_over || can_serve(service) && hangs(id) {
+                let connection = |socket| {
+                    let proxy_protocol = *proxy_protocol;
+                    (Arc::clone(service), Rescued { socket, proxy_protocol })
+                };
+                rescued.extend(socket.rescue(acceptor).into_iter().map(connection));
+            }
+            !is_over
         });
         rescued
     }
@@ -283,21 +321,37 @@ impl Fleet {
         self.spawner.reap();
     }
 
-    fn start(&mut self, order: &Spawn) -> Result<SocketAddr, StartError> {
+    /// The port of the worker, if it has one.
+    fn start(&mut self, order: &Spawn) -> Result<Option<u16>, StartError> {
         let spec = &*order.spec;
         let wanted = spec.address(order.port.unwrap_or(0));
-        let address = match spec.socket {
-            SocketMode::Inherit => self.inherit(wanted, order)?,
+        let endpoint: Endpoint = match spec.socket {
+            SocketMode::Inherit => self.inherit(wanted, order)?.into(),
+            SocketMode::Unix => self.inherit_unix(order)?,
             // Whoever has the port would pass for the worker that is to bind it.
-            SocketMode::Bind => sockets::free(wanted).map_err(|error| port_error(wanted, error))?,
+            SocketMode::Bind => {
+                sockets::free(wanted).map_err(|error| port_error(wanted, error))?.into()
+            }
         };
-        let started = self.launch(order, address);
-        if started.is_err()
-            && let Some(inherited) = self.ports.get_mut(&address)
-        {
-            inherited.port.abandon(order.id);
+        let address = endpoint.inet();
+        let started = self.launch(order, endpoint);
+        if started.is_err() {
+            self.nameless.remove(&order.id);
+            if let Some(inherited) = address.and_then(|address| self.ports.get_mut(&address)) {
+                inherited.port.abandon(order.id);
+            }
         }
-        started.map(|()| address)
+        started.map(|()| address.map(|address| address.port()))
+    }
+
+    /// A listening unix socket for the worker.
+    fn inherit_unix(&mut self, order: &Spawn) -> Result<Endpoint, StartError> {
+        let failed = |error| StartError::Unix(self.folder.clone(), error);
+        let socket = Nameless::open(&self.folder).map_err(failed)?;
+        let endpoint = socket.endpoint().clone();
+        let (service, proxy_protocol) = (Arc::clone(&order.service), order.spec.proxy_protocol);
+        self.nameless.insert(order.id, InheritedUnix { socket, service, proxy_protocol });
+        Ok(endpoint)
     }
 
     /// A listening socket for the worker, on a port that is bound now if it is not yet.
@@ -316,10 +370,12 @@ impl Fleet {
         Ok(address)
     }
 
-    fn launch(&mut self, order: &Spawn, address: SocketAddr) -> Result<(), StartError> {
+    fn launch(&mut self, order: &Spawn, endpoint: Endpoint) -> Result<(), StartError> {
         let spec = &*order.spec;
-        let identity = Identity { service: &order.service, slot: order.slot, port: address.port() };
-        let label: Arc<str> = format!("{}/{}", order.service, address.port()).into();
+        let port = endpoint.inet().map(|address| address.port());
+        let identity = Identity { service: &order.service, slot: order.slot, port };
+        let number = port.map_or(order.slot, u32::from);
+        let label: Arc<str> = format!("{}/{number}", order.service).into();
         let streams = self.outputs.open(&spec.output, identity).map_err(StartError::Output)?;
         let (program, argv) = match &spec.program {
             Program::Command(argv) => (None, process::expand(argv, identity)),
@@ -329,7 +385,9 @@ impl Fleet {
                 (Some(PathBuf::from("/proc/self/exe")), argv.to_vec())
             }
         };
-        let inherited = self.ports.get(&address).and_then(|i| i.port.socket(order.id));
+        let nameless = self.nameless.get(&order.id).map(|inherited| inherited.socket.socket());
+        let on_port = || self.ports.get(&endpoint.inet()?)?.port.socket(order.id);
+        let inherited = nameless.or_else(on_port);
         let cgroup = self.cgroup(spec.processes)?;
         let launch = Launch {
             label: label.to_string(),
@@ -352,12 +410,12 @@ impl Fleet {
         };
         let child = self.spawner.spawn(launch).map_err(StartError::Spawn)?;
         let (id, idle) = (order.id, Arc::clone(&self.idle));
-        let upstream = Upstream::new(id.0, order.slot, label, address, spec.proxy_protocol, idle);
+        let upstream = Upstream::new(id.0, order.slot, label, endpoint, spec.proxy_protocol, idle);
         let (controller, guard) = (child.controller(), child.guard_pid());
         let (retired, probing) = (false, false);
         let service = Arc::clone(&order.service);
         self.ledger.open(&service, order.slot, Arc::clone(&upstream));
-        let member = Member { controller, guard, service, upstream, address, retired, probing };
+        let member = Member { controller, guard, service, upstream, retired, probing };
         self.members.insert(id, member);
         spawn_local(report(child, id, self.events.clone()));
         Ok(())

@@ -111,7 +111,7 @@ mod tests {
 
     fn upstream(id: u64) -> Arc<Upstream> {
         let address = SocketAddr::from(([127, 0, 0, 1], 9002));
-        Upstream::new(id, 0, "web/9002".into(), address, None, Arc::default())
+        Upstream::new(id, 0, "web/9002".into(), address.into(), None, Arc::default())
     }
 
     #[test]

@@ -23,6 +23,7 @@ mod stopping;
 use std::{
     io,
     num::NonZeroUsize,
+    path::{Path, PathBuf},
     rc::Rc,
     sync::{
         Arc,
@@ -133,7 +134,11 @@ fn supervise(config: Config, passed: Passed) -> Result<(), DaemonError> {
         // Dropped after the daemon, so that whoever waits for it gets an answer.
         let _server =
             admin::Server::start(socket.as_ref().ok(), tcp, current, sender, logging.recent())?;
-        Daemon::start(config, passed, &logging, descriptors, token)?.run(signals, requests).await;
+        // Where lbd can write, and few others: it is needed for a moment at a time.
+        let folder = socket.as_ref().ok().and_then(|socket| socket.path().parent());
+        let folder = folder.map_or_else(std::env::temp_dir, Path::to_owned);
+        let daemon = Daemon::start(config, passed, &logging, descriptors, token, folder)?;
+        daemon.run(signals, requests).await;
         Ok(())
     })
 }
@@ -187,6 +192,7 @@ impl<'a> Daemon<'a> {
         logging: &'a Logging,
         descriptors: Descriptors,
         token: watch::Sender<Option<Token>>,
+        folder: PathBuf,
     ) -> Result<Self, DaemonError> {
         let now = Instant::now();
         let cgroups = Cgroups::claim();
@@ -206,7 +212,7 @@ impl<'a> Daemon<'a> {
         let passed = PassedSockets::choose(passed, &config.services);
         let mut daemon = Self {
             supervisor: Supervisor::new(seed()),
-            fleet: Fleet::new(descriptors, cgroups.ok(), sender, Arc::clone(&idle))?,
+            fleet: Fleet::new(descriptors, cgroups.ok(), sender, Arc::clone(&idle), folder)?,
             fronts: Fronts::new(Rc::clone(&plane), Arc::clone(&access), passed),
             plane,
             access,

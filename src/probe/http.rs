@@ -1,24 +1,21 @@
 //! The GET of an HTTP probe.
 
-use std::net::SocketAddr;
-
 use http_body_util::Empty;
 use hyper::{Request, body::Bytes, client::conn::http1, header};
 use hyper_util::rt::TokioIo;
-use tokio::net::TcpStream;
+use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::ProbeError;
 
 /// Sends one GET for `path` and gives back the status of the answer; the body is not read.
 pub(super) async fn get(
-    stream: TcpStream,
-    address: SocketAddr,
+    stream: impl AsyncRead + AsyncWrite + Unpin,
     path: &str,
-    host: Option<&str>,
+    host: &str,
 ) -> Result<u16, ProbeError> {
     let failed = |source| ProbeError::Http { path: path.to_owned(), source };
     let request = Request::get(path)
-        .header(header::HOST, host.map_or_else(|| address.to_string(), str::to_owned))
+        .header(header::HOST, host)
         .header(header::USER_AGENT, concat!("lbd/", env!("CARGO_PKG_VERSION")))
         .header(header::CONNECTION, "close")
         .body(Empty::<Bytes>::new())

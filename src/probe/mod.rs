@@ -13,8 +13,8 @@ use std::{
 
 use socket2::Socket;
 use tokio::{
-    io::AsyncWriteExt,
-    net::{TcpSocket, TcpStream},
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt},
+    net::{TcpSocket, TcpStream, UnixStream},
     time::timeout,
 };
 
@@ -22,19 +22,20 @@ use crate::{
     config::{Probe, ProxyProtocol},
     control::ProbeOutcome,
     proxy_protocol::{Ends, Header},
+    sockets::Endpoint,
 };
 
-/// Probes the worker at `address` once, over this socket, which is not connected yet, and with the
+/// Probes the worker at `endpoint` once, over this socket, which is not connected yet, and with the
 /// header that it expects on every connection. Takes at most `limit`; dropping the future gives up.
 pub async fn run(
     probe: &Probe,
-    address: SocketAddr,
+    endpoint: &Endpoint,
     socket: io::Result<Socket>,
     proxy_protocol: Option<ProxyProtocol>,
     limit: Duration,
 ) -> ProbeOutcome {
     let began = Instant::now();
-    let result = match timeout(limit, attempt(probe, address, socket, proxy_protocol)).await {
+    let result = match timeout(limit, attempt(probe, endpoint, socket, proxy_protocol)).await {
         Ok(result) => result,
         Err(_) => Err(ProbeError::Timeout(limit)),
     };
@@ -45,7 +46,9 @@ pub async fn run(
 #[derive(Debug, thiserror::Error)]
 enum ProbeError {
     #[error("cannot connect to {0}: {1}")]
-    Connect(SocketAddr, io::Error),
+    Connect(String, io::Error),
+    #[error("its accept queue is full")]
+    Full,
     /// A connect to a port inside the range of ephemeral ports can be given that very port as its
     /// source; TCP's simultaneous open (RFC 9293, 3.5) then connects the socket to itself.
     #[error("nobody listens on {0}: the connection was one to itself")]
@@ -64,18 +67,48 @@ enum ProbeError {
 
 async fn attempt(
     probe: &Probe,
-    address: SocketAddr,
+    endpoint: &Endpoint,
     socket: io::Result<Socket>,
     proxy_protocol: Option<ProxyProtocol>,
 ) -> Result<(), ProbeError> {
-    let mut stream = connect(address, socket).await?;
+    let failed = |error| ProbeError::Connect(endpoint.to_string(), error);
+    let socket = socket.map_err(failed)?;
+    let Some(address) = endpoint.inet() else {
+        // It is over when it returns, one way or the other (unix(7)).
+        socket.connect(endpoint.address()).map_err(|error| match error.kind() {
+            io::ErrorKind::WouldBlock => ProbeError::Full,
+            _ => failed(error),
+        })?;
+        let stream = UnixStream::from_std(socket.into()).map_err(failed)?;
+        return ask(probe, stream, "localhost", proxy_protocol, None).await;
+    };
+    let stream = connect(address, socket).await?;
+    // What follows a header must not wait until the worker's kernel has acknowledged it.
+    stream.set_nodelay(true).map_err(failed)?;
+    let ends = Ends {
+        client: stream.local_addr().map_err(failed)?,
+        server: stream.peer_addr().map_err(failed)?,
+    };
+    ask(probe, stream, &address.to_string(), proxy_protocol, Some(ends)).await
+}
+
+/// What is done over a connection, which has these ends.
+async fn ask(
+    probe: &Probe,
+    mut stream: impl AsyncRead + AsyncWrite + Unpin,
+    address: &str,
+    proxy_protocol: Option<ProxyProtocol>,
+    ends: Option<Ends>,
+) -> Result<(), ProbeError> {
     if let Some(version) = proxy_protocol {
-        introduce(&mut stream, version).await.map_err(ProbeError::Header)?;
+        let header = Header::of_probe(version, ends);
+        stream.write_all(header.as_bytes()).await.map_err(ProbeError::Header)?;
     }
     match probe {
         Probe::Tcp => Ok(()),
         Probe::Http { path, host, expect } => {
-            let status = http::get(stream, address, path, host.as_deref()).await?;
+            let host = host.as_deref().unwrap_or(address);
+            let status = http::get(stream, path, host).await?;
             if expect.contains(status) {
                 Ok(())
             } else {
@@ -85,22 +118,15 @@ async fn attempt(
     }
 }
 
-async fn connect(address: SocketAddr, socket: io::Result<Socket>) -> Result<TcpStream, ProbeError> {
-    let failed = |error| ProbeError::Connect(address, error);
-    let socket = TcpSocket::from_std_stream(socket.map_err(failed)?.into());
+async fn connect(address: SocketAddr, socket: Socket) -> Result<TcpStream, ProbeError> {
+    let failed = |error| ProbeError::Connect(address.to_string(), error);
+    let socket = TcpSocket::from_std_stream(socket.into());
     let stream = socket.connect(address).await.map_err(failed)?;
     not_to_itself(stream, address)
 }
 
-async fn introduce(stream: &mut TcpStream, version: ProxyProtocol) -> io::Result<()> {
-    // What follows must not wait until the worker's kernel has acknowledged the header.
-    stream.set_nodelay(true)?;
-    let ends = Ends { client: stream.local_addr()?, server: stream.peer_addr()? };
-    stream.write_all(Header::of_probe(version, ends).as_bytes()).await
-}
-
 fn not_to_itself(stream: TcpStream, address: SocketAddr) -> Result<TcpStream, ProbeError> {
-    let failed = |error| ProbeError::Connect(address, error);
+    let failed = |error| ProbeError::Connect(address.to_string(), error);
     if stream.local_addr().map_err(failed)? == stream.peer_addr().map_err(failed)? {
         return Err(ProbeError::SelfConnect(address));
     }
@@ -122,8 +148,8 @@ mod tests {
 
     fn probe(probe: &Probe, address: SocketAddr, limit: Duration) -> Option<String> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let socket = crate::sockets::unconnected(address);
-        runtime.block_on(run(probe, address, socket, None, limit)).error
+        let endpoint = Endpoint::from(address);
+        runtime.block_on(run(probe, &endpoint, endpoint.way_of_a_probe(), None, limit)).error
     }
 
     fn http(path: &str) -> Probe {

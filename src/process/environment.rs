@@ -12,8 +12,8 @@ pub struct Identity<'a> {
     pub service: &'a str,
     /// `{slot}`, `LBD_SLOT`.
     pub slot: u32,
-    /// `{port}`, `PORT`.
-    pub port: u16,
+    /// `{port}`, `PORT`; `None` where it is on a unix socket.
+    pub port: Option<u16>,
 }
 
 /// Variables that tell lbd about itself, by its own supervisor: a worker that took them for its own
@@ -36,7 +36,8 @@ pub(super) const ABOUT_THE_USER: [&str; 4] = ["HOME", "LOGNAME", "SHELL", "USER"
 /// The worker's whole environment, each name once.
 ///
 /// It is `own` (lbd's), without what is for lbd alone and, for a worker that runs as another
-/// `user`, without what is about lbd's; then `extra`; then `PORT`, `LBD_SERVICE` and `LBD_SLOT`.
+/// `user`, without what is about lbd's; then `extra`; then `PORT`, `LBD_SERVICE` and `LBD_SLOT`. There
+/// is no `PORT` for a worker without one, not even lbd's.
 /// The start of the worker adds `LISTEN_*` where a socket is passed, and `HOME`, `LOGNAME`, `SHELL`
 /// and `USER` where they are missing and a `user` is set.
 pub fn environment(
@@ -53,16 +54,19 @@ pub fn environment(
         .collect();
     all.extend(extra.iter().map(|(name, value)| (name.into(), value.into())));
     all.extend([
-        ("PORT".into(), worker.port.to_string().into()),
         ("LBD_SERVICE".into(), worker.service.into()),
         ("LBD_SLOT".into(), worker.slot.to_string().into()),
     ]);
+    match worker.port {
+        Some(port) => all.insert("PORT".into(), port.to_string().into()),
+        None => all.remove(OsStr::new("PORT")),
+    };
     all.into_iter().collect()
 }
 
 /// `argv` with `{port}`, `{slot}` and `{service}` replaced. Other braces stay as they are.
 pub fn expand(argv: &[String], worker: Identity<'_>) -> Vec<String> {
-    let port = worker.port.to_string();
+    let port = worker.port.map(|port| port.to_string()).unwrap_or_default();
     let slot = worker.slot.to_string();
     let values = [("{port}", port.as_str()), ("{slot}", &slot), ("{service}", worker.service)];
     argv.iter().map(|argument| expand_one(argument, &values)).collect()
@@ -87,7 +91,7 @@ fn expand_one(mut rest: &str, values: &[(&str, &str)]) -> String {
 mod tests {
     use super::*;
 
-    const WORKER: Identity<'_> = Identity { service: "web", slot: 2, port: 9004 };
+    const WORKER: Identity<'_> = Identity { service: "web", slot: 2, port: Some(9004) };
 
     fn pairs(list: &[(&str, &str)]) -> Vec<(OsString, OsString)> {
         list.iter().map(|(name, value)| (name.into(), value.into())).collect()
@@ -116,7 +120,9 @@ mod tests {
             ("PORT", "9004"),
         ];
         assert_eq!(environment(own.clone(), &extra, None, WORKER), pairs(&expected));
-        assert_eq!(environment(own, &extra, Some("www"), WORKER), pairs(&expected[1..]));
+        assert_eq!(environment(own.clone(), &extra, Some("www"), WORKER), pairs(&expected[1..]));
+        let on_unix = Identity { port: None, ..WORKER };
+        assert_eq!(environment(own, &extra, Some("www"), on_unix), pairs(&expected[1..5]));
     }
 
     #[test]

@@ -131,7 +131,7 @@ fn both(file: File) -> io::Result<Streams> {
 struct Job {
     service: Arc<str>,
     slot: u32,
-    port: u16,
+    port: Option<u16>,
     pid: oneshot::Receiver<i32>,
     stdout: PipeReader,
     stderr: PipeReader,

@@ -243,7 +243,7 @@ impl Connection {
             target: "access",
             service = service.name(),
             slot = lease.map(|lease| lease.slot()),
-            port = lease.map(|lease| lease.port()),
+            port = lease.and_then(|lease| lease.port()),
             client = %self.peer,
             worker = lease.map_or("-", |lease| lease.label()),
             sent = self.sent,

@@ -162,7 +162,7 @@ mod tests {
             slot.into(),
             slot,
             format!("web/{slot}").into(),
-            address,
+            address.into(),
             None,
             Arc::default(),
         )

@@ -67,6 +67,8 @@ pub(super) struct Service {
     /// The version by which those that wait have last looked for a worker.
     offered: u64,
     pub(super) queues: [Queue; Stage::ALL.len()],
+    /// When those that wait for room have another look: an accept queue that drains tells nobody.
+    pub(super) look_again: Option<Instant>,
     /// Doors and connections that refer to it.
     uses: usize,
 }
@@ -234,8 +236,9 @@ impl Reactor {
         adopted: Option<Box<Adopted>>,
     ) {
         self.generation = self.generation.wrapping_add(1);
-        let domain = if peer == Peer::Unix { Domain::UNIX } else { Domain::IPV4 };
-        let client = Side::new(socket, domain);
+        // An adopted connection may be a unix one, whoever its client is.
+        let is_unix = peer == Peer::Unix || adopted.is_some();
+        let client = Side::new(socket, if is_unix { Domain::UNIX } else { Domain::IPV4 });
         self.services[service].uses += 1;
         let generation = self.generation;
         let mut connection =
@@ -271,6 +274,10 @@ impl Reactor {
     /// Ends what has waited too long.
     fn expire(&mut self) {
         for service in self.services.iter().map(|(key, _)| key).collect::<Vec<_>>() {
+            if self.services[service].look_again.is_some_and(|at| at <= self.now) {
+                self.services[service].look_again = None;
+                self.place_crowd(service);
+            }
             for stage in Stage::ALL {
                 while let Some(service) = self.services.get(service)
                     && let Some(key) = service.queues[stage as usize].first()
@@ -297,7 +304,7 @@ impl Reactor {
     fn deadline(&self) -> Option<Instant> {
         let of = |service: &Service| {
             let deadline = |stage| service.deadline(stage, &self.connections);
-            Stage::ALL.into_iter().filter_map(deadline).min()
+            Stage::ALL.into_iter().filter_map(deadline).chain(service.look_again).min()
         };
         let connections = self.services.iter().filter_map(|(_, service)| of(service)).min();
         connections.into_iter().chain(self.doors.deadline()).min()
@@ -333,6 +340,7 @@ impl Reactor {
                 version,
                 offered: version,
                 queues,
+                look_again: None,
                 uses: 0,
             })
         });

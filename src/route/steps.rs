@@ -21,6 +21,9 @@ use super::{
     upstream::Upstream,
 };
 
+/// How long it takes until the next look at whether a worker's accept queue still is full.
+const FULL: Duration = Duration::from_millis(5);
+
 impl Reactor {
     /// Follows one edge of a connection.
     pub(super) fn step(&mut self, key: usize, side: Subject, edge: EpollFlags) {
@@ -61,7 +64,7 @@ impl Reactor {
         if !is_next && self.services[service].queues[Stage::Crowded as usize].first().is_some() {
             return self.crowd(key);
         }
-        let mut is_marked = false;
+        let (mut is_marked, mut is_full) = (false, false);
         loop {
             let lease = match pool.pick(client, &mut connection.tried) {
                 Ok(lease) => lease,
@@ -92,6 +95,14 @@ impl Reactor {
                 }
                 // Not the worker's fault, and no other's connect would fare better.
                 Err(Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM) => {}
+                // On unix: its queue is full, as a TCP one would be that drops the SYN.
+                Err(Errno::EAGAIN) => {
+                    is_full = true;
+                    if !is_next {
+                        connection.is_retried = true;
+                        lease.count_refusal(Refusal::Timeout);
+                    }
+                }
                 Err(error) => {
                     connection.is_retried = true;
                     lease.count_refusal(Refusal::of(error));
@@ -100,7 +111,17 @@ impl Reactor {
             drop(lease);
             route.has_room();
         }
+        if is_full {
+            return self.queue(key);
+        }
         self.hold(key, &pool);
+    }
+
+    /// Waits for a worker whose accept queue has room. Nobody tells of that, so it is looked for.
+    fn queue(&mut self, key: usize) {
+        let service = &mut self.services[self.connections[key].service as usize];
+        service.look_again.get_or_insert(self.now + FULL);
+        self.crowd(key);
     }
 
     /// Waits for a worker that has room for one more.
@@ -272,7 +293,7 @@ fn connect(upstream: &Upstream) -> Result<(Socket, bool), Errno> {
         socket.set_tcp_nodelay(true).map_err(errno)?;
     }
     for _ in 0..2 {
-        match socket.connect(upstream.endpoint()).map_err(errno) {
+        match socket.connect(upstream.endpoint().address()).map_err(errno) {
             Ok(()) => return Ok((socket, true)),
             Err(Errno::EINPROGRESS) if upstream.is_local() => {}
             Err(Errno::EINPROGRESS | Errno::EALREADY) => break,
@@ -289,5 +310,6 @@ fn errno(error: io::Error) -> Errno {
 /// Whether the system gave the connection the very port it was to reach, and so connected it to
 /// itself (RFC 9293, section 3.5, simultaneous open): nobody listens there.
 fn is_self_connected(socket: &Socket, upstream: &Upstream) -> bool {
-    upstream.is_ephemeral() && socket.local_addr().is_ok_and(|local| local == *upstream.endpoint())
+    let at = upstream.endpoint().address();
+    upstream.is_ephemeral() && socket.local_addr().is_ok_and(|local| local == *at)
 }

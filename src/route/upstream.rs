@@ -2,7 +2,6 @@
 
 use std::{
     fmt,
-    net::SocketAddr,
     num::NonZeroU32,
     sync::{
         Arc,
@@ -14,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use socket2::{Domain, SockAddr};
+use socket2::Domain;
 use tokio::sync::Notify;
 
 use super::{
@@ -22,7 +21,7 @@ use super::{
     listener::is_ephemeral,
     tally::{Refusal, WorkerCounters, WorkerTally},
 };
-use crate::config::ProxyProtocol;
+use crate::{config::ProxyProtocol, sockets::Endpoint};
 
 /// One incarnation of a worker: where it listens, and what passed through it.
 ///
@@ -30,10 +29,10 @@ use crate::config::ProxyProtocol;
 pub struct Upstream {
     id: u64,
     slot: u32,
-    port: u16,
+    port: Option<u16>,
     proxy_protocol: Option<ProxyProtocol>,
     label: Arc<str>,
-    endpoint: SockAddr,
+    endpoint: Endpoint,
     is_ephemeral: bool,
     is_local: bool,
     retired: AtomicBool,
@@ -63,7 +62,7 @@ pub struct Traffic {
 }
 
 impl Upstream {
-    /// A worker that listens on `address`, and is told who its client is where it is to be. `id` is
+    /// A worker that listens at `endpoint`, and is told who its client is where it is to be. `id` is
     /// its incarnation, unique for the life of the daemon; `label` names it in the access log
     /// (`web/9002`). `drained` is notified whenever the last connection of a *retired* upstream
     /// ends; one `Notify` may serve them all.
@@ -72,19 +71,20 @@ impl Upstream {
         id: u64,
         slot: u32,
         label: Arc<str>,
-        address: SocketAddr,
+        endpoint: Endpoint,
         proxy_protocol: Option<ProxyProtocol>,
         drained: Arc<Notify>,
     ) -> Arc<Self> {
+        let inet = endpoint.inet();
         Arc::new(Self {
             id,
             slot,
-            port: address.port(),
+            port: inet.map(|address| address.port()),
             proxy_protocol,
             label,
-            endpoint: address.into(),
-            is_ephemeral: is_ephemeral(address.port()),
-            is_local: address.ip().to_canonical().is_loopback(),
+            endpoint,
+            is_ephemeral: inet.is_some_and(|address| is_ephemeral(address.port())),
+            is_local: inet.is_none_or(|address| address.ip().to_canonical().is_loopback()),
             retired: AtomicBool::new(false),
             departed: AtomicBool::new(false),
             displaced: AtomicBool::new(false),
@@ -109,9 +109,9 @@ impl Upstream {
         self.slot
     }
 
-    /// The port it listens on.
+    /// The port it listens on; `None` on unix.
     #[must_use]
-    pub fn port(&self) -> u16 {
+    pub fn port(&self) -> Option<u16> {
         self.port
     }
 
@@ -203,7 +203,9 @@ impl Upstream {
         if self.retired.load(SeqCst) { Err(Denied::Retired) } else { Ok(lease) }
     }
 
-    pub(super) fn endpoint(&self) -> &SockAddr {
+    /// Where it is reached.
+    #[must_use]
+    pub fn endpoint(&self) -> &Endpoint {
         &self.endpoint
     }
 
@@ -212,13 +214,13 @@ impl Upstream {
         self.is_ephemeral
     }
 
-    /// Whether it is reached by the loopback interface.
+    /// Whether it is reached without a network: by the loopback interface, or on unix.
     pub(super) fn is_local(&self) -> bool {
         self.is_local
     }
 
     pub(super) fn domain(&self) -> Domain {
-        self.endpoint.domain()
+        self.endpoint.address().domain()
     }
 
     pub(super) fn count_taken(&self, thread: usize, connect: Duration) {
@@ -280,13 +282,13 @@ impl Drop for Lease {
 
 #[cfg(test)]
 mod tests {
-    use std::{sync::Barrier, thread};
+    use std::{net::SocketAddr, sync::Barrier, thread};
 
     use super::*;
 
     fn upstream(drained: &Arc<Notify>) -> Arc<Upstream> {
         let address = SocketAddr::from(([127, 0, 0, 1], 9002));
-        Upstream::new(7, 0, "web/9002".into(), address, None, Arc::clone(drained))
+        Upstream::new(7, 0, "web/9002".into(), address.into(), None, Arc::clone(drained))
     }
 
     #[test]

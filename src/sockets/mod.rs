@@ -1,4 +1,5 @@
-//! The workers' own listening sockets, where lbd binds them (`socket = "inherit"`).
+//! The workers' own listening sockets, where lbd makes them: on a port (`socket = "inherit"`), as
+//! follows, or without one (`socket = "unix"`), as [`Nameless`] says.
 //!
 //! Each worker incarnation has a listening socket of its own: two that accept from one socket can't
 //! be told apart, and a probe of the one may be answered by the other. The sockets of a slot share
@@ -17,8 +18,10 @@
 
 mod accept;
 mod steer;
+mod unix;
 
 pub use accept::{Acceptor, accept_nonblocking};
+pub use unix::{Endpoint, Nameless};
 
 use std::{
     collections::VecDeque,

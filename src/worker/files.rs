@@ -34,14 +34,16 @@ pub(super) struct Files {
 
 impl Files {
     /// Serves `root`, signed `X-Served-By: SERVICE/PORT` with the `LBD_SERVICE` of the environment,
-    /// or `lbd`.
+    /// or `lbd`; without a port it is the `LBD_SLOT`.
     ///
     /// # Errors
     ///
     /// Where `root` is not a folder that may be read.
-    pub(super) fn new(root: &Path, port: u16) -> io::Result<Self> {
+    pub(super) fn new(root: &Path, port: Option<u16>) -> io::Result<Self> {
         let service = env::var("LBD_SERVICE").unwrap_or_default();
-        let served_by = |service: &str| HeaderValue::from_str(&format!("{service}/{port}")).ok();
+        let slot = || env::var("LBD_SLOT").unwrap_or_default();
+        let worker = port.map_or_else(slot, |port| port.to_string());
+        let served_by = |service: &str| HeaderValue::from_str(&format!("{service}/{worker}")).ok();
         Ok(Self {
             serve: ServeDir::with_backend("", Root::open(root)?).ignore_multi_range_requests(true),
             server: HeaderValue::from_static(concat!("lbd/", env!("CARGO_PKG_VERSION"))),

@@ -86,7 +86,7 @@ pub enum WorkerError {
     #[error("PORT is {0:?} in the environment, expected a port number from 1 to 65535")]
     Port(String),
     /// Descriptor 3 is not what `LISTEN_FDS` promised.
-    #[error("descriptor 3, passed as LISTEN_FDS, is not a listening TCP socket")]
+    #[error("descriptor 3, passed as LISTEN_FDS, is not a listening TCP or unix socket")]
     Inherited,
     /// The address is taken, not ours, or privileged.
     #[error("cannot listen on {address}: {source}")]

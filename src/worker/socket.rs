@@ -18,11 +18,11 @@ use crate::sockets::{Acceptor, accept_nonblocking};
 /// `SD_LISTEN_FDS_START`, sd_listen_fds(3).
 const LISTEN_FDS_START: RawFd = 3;
 
-/// A listening TCP socket, and what accepting from it without blocking takes.
+/// A listening TCP or unix socket, and what accepting from it without blocking takes.
 #[derive(Debug)]
 pub(super) struct Listener {
     socket: Socket,
-    port: u16,
+    port: Option<u16>,
     /// Where the socket is blocking.
     acceptor: Option<Acceptor>,
 }
@@ -45,13 +45,14 @@ impl Listener {
         }
     }
 
-    /// The port it is bound to.
-    pub(super) fn port(&self) -> u16 {
+    /// The port it is bound to; `None` on unix.
+    pub(super) fn port(&self) -> Option<u16> {
         self.port
     }
 
     /// Takes the next connection out of the accept queue. The connection is close-on-exec, sends
-    /// without delay, and is nonblocking if asked.
+    /// without delay, and is nonblocking if asked. It may be a unix one: only what all streams have
+    /// in common is done with it.
     ///
     /// # Errors
     ///
@@ -104,12 +105,18 @@ impl Listener {
     fn new(socket: Socket) -> Result<Self, WorkerError> {
         let set_up = || {
             socket.set_cloexec(true)?;
-            // Linux copies it to each accepted connection, which saves a call for each.
-            socket.set_tcp_nodelay(true)?;
-            Ok((socket.local_addr()?, socket.nonblocking()?))
+            let address = socket.local_addr()?;
+            if !address.is_unix() {
+                // Linux copies it to each accepted connection, which saves a call for each.
+                socket.set_tcp_nodelay(true)?;
+            }
+            Ok((address, socket.nonblocking()?))
         };
         let (address, nonblocking) = set_up().map_err(system("set up the listening socket"))?;
-        let port = address.as_socket().ok_or(WorkerError::Inherited)?.port();
+        let port = address.as_socket().map(|address| address.port());
+        if port.is_none() && !address.is_unix() {
+            return Err(WorkerError::Inherited);
+        }
         let acceptor = if nonblocking {
             None
         } else {

@@ -67,11 +67,13 @@ pub(crate) fn lbd(folder: &Path, arguments: &[&str]) -> Output {
 
 /// `kill -9`.
 pub(crate) fn kill_hard(pid: i32) {
+    assert!(pid > 0, "there is no such worker");
     kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
 }
 
 /// What a frozen program looks like from outside: it has everything, and does nothing.
 pub(crate) fn freeze(pid: i32) {
+    assert!(pid > 0, "there is no such worker");
     kill(Pid::from_raw(pid), Signal::SIGSTOP).unwrap();
     // Until then it may still take up what is just coming in.
     eventually("it is stopped", || proc::is_stopped(pid));

@@ -403,7 +403,7 @@ impl Machine {
             _ => {
                 let port = port.unwrap_or_else(|| self.free_port());
                 self.processes.get_mut(&id).unwrap().port = Some(port);
-                self.tell(id, PROMPT, Event::Spawned { id, port });
+                self.tell(id, PROMPT, Event::Spawned { id, port: Some(port) });
                 self.tell(id, PROMPT, Event::Started { id, pid: 1 });
                 if fate == 2 {
                     self.end(id, PROMPT);

@@ -1,0 +1,229 @@
+//! A worker's listening unix socket (`socket = "unix"`), and where a worker is reached.
+//!
+//! The socket has a name for an instant only: it is bound in a folder that nobody else may enter,
+//! the file is opened, and both are removed. What is left is a descriptor of the file (`O_PATH`,
+//! open(2)), and connecting to `/proc/self/fd/N` leads to the socket behind it. So nobody but lbd can
+//! connect to a worker, there is nothing to be cleaned up whatever end lbd comes to, and no path is
+//! too long. An abstract name would be for anybody in the network namespace to connect to.
+//!
+//! Every worker has a socket of its own, so that a connection and a probe reach the one they are
+//! meant for, and nothing has to be steered.
+
+use std::{
+    fmt,
+    fs::{self, File, OpenOptions, Permissions},
+    io,
+    net::{Shutdown, SocketAddr},
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::{OpenOptionsExt, PermissionsExt},
+    },
+    path::Path,
+    sync::Arc,
+};
+
+use nix::libc;
+use socket2::{Domain, SockAddr, Socket, Type};
+
+use super::{Acceptor, BACKLOG, accept_all};
+
+/// Where a worker is reached.
+///
+/// As long as one of its clones lives, it leads to that worker or to nobody.
+#[derive(Debug, Clone)]
+pub struct Endpoint {
+    address: SockAddr,
+    /// What a path of `/proc/self/fd` in `address` leads through.
+    _file: Option<Arc<OwnedFd>>,
+}
+
+impl From<SocketAddr> for Endpoint {
+    fn from(address: SocketAddr) -> Self {
+        Self { address: address.into(), _file: None }
+    }
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.inet() {
+            Some(address) => address.fmt(f),
+            None => f.write_str("its unix socket"),
+        }
+    }
+}
+
+impl Endpoint {
+    /// What to connect to.
+    #[must_use]
+    pub fn address(&self) -> &SockAddr {
+        &self.address
+    }
+
+    /// The address and port; `None` on unix.
+    #[must_use]
+    pub fn inet(&self) -> Option<SocketAddr> {
+        self.address.as_socket()
+    }
+
+    /// A non-blocking socket to connect with.
+    ///
+    /// # Errors
+    /// Where there is no descriptor left for it.
+    pub fn unconnected(&self) -> io::Result<Socket> {
+        Socket::new(self.address.domain(), Type::STREAM.nonblocking(), None)
+    }
+
+    /// The same for a probe, whose connections [`Nameless::rescue`] tells from clients'.
+    ///
+    /// # Errors
+    /// Where there is no descriptor left for it.
+    pub fn way_of_a_probe(&self) -> io::Result<Socket> {
+        let socket = self.unconnected()?;
+        if self.address.is_unix() {
+            // An address without a path has the kernel choose an abstract one (unix(7), autobind).
+            // Nobody can connect there: it does not listen.
+            socket.bind(&SockAddr::unix("")?)?;
+        }
+        Ok(socket)
+    }
+}
+
+/// A listening unix socket without a name.
+#[derive(Debug)]
+pub struct Nameless {
+    socket: Socket,
+    endpoint: Endpoint,
+}
+
+impl Nameless {
+    /// Makes one, by way of a folder in `folder` that is gone on return. It is blocking, as every
+    /// socket that is passed to a worker.
+    ///
+    /// # Errors
+    /// Where the folder can't be written to, its path is too long for a unix socket's, or there is no
+    /// descriptor left.
+    pub fn open(folder: &Path) -> io::Result<Self> {
+        let private = Permissions::from_mode(0o700);
+        let passage =
+            tempfile::Builder::new().prefix(".lbd-").permissions(private).tempdir_in(folder)?;
+        let path = passage.path().join("s");
+        let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+        socket.bind(&SockAddr::unix(&path)?)?;
+        // Whatever the umask says: to connect takes the right to write.
+        fs::set_permissions(&path, Permissions::from_mode(0o600))?;
+        let file: File = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(&path)?;
+        // Before it listens: from here on, nobody can even find it.
+        passage.close()?;
+        let address = SockAddr::unix(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+        socket.listen(BACKLOG)?;
+        let endpoint = Endpoint { address, _file: Some(Arc::new(file.into())) };
+        Ok(Self { socket, endpoint })
+    }
+
+    /// The socket itself.
+    #[must_use]
+    pub fn socket(&self) -> &Socket {
+        &self.socket
+    }
+
+    /// How to reach it.
+    #[must_use]
+    pub fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
+    }
+
+    /// Refuses new connections, while those that wait stay to be accepted.
+    ///
+    /// # Errors
+    /// Never, as far as is known.
+    pub fn refuse(&self) -> io::Result<()> {
+        self.socket.shutdown(Shutdown::Read)
+    }
+
+    /// Accepts every connection that waits, without lbd's own probes. Its worker, if it is there,
+    /// may go on to accept too.
+    pub fn rescue(&self, acceptor: &mut Acceptor) -> Vec<Socket> {
+        let mut waiting = accept_all(&self.socket, acceptor);
+        waiting.retain(|connection| connection.peer_addr().is_ok_and(|peer| peer.is_unnamed()));
+        waiting
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use super::*;
+
+    fn connected(endpoint: &Endpoint) -> io::Result<Socket> {
+        let socket = endpoint.unconnected()?;
+        socket.connect(endpoint.address())?;
+        Ok(socket)
+    }
+
+    #[test]
+    fn it_leads_to_the_socket_and_leaves_nothing_behind() {
+        let folder = tempfile::tempdir().unwrap();
+        let one = Nameless::open(folder.path()).unwrap();
+        let other = Nameless::open(folder.path()).unwrap();
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+        assert!(!one.socket().nonblocking().unwrap());
+        for (nameless, said) in [(&one, b"1"), (&other, b"2")] {
+            connected(nameless.endpoint()).unwrap().write_all(said).unwrap();
+        }
+        for (nameless, said) in [(&one, "1"), (&other, "2")] {
+            let mut heard = String::new();
+            nameless.socket().accept().unwrap().0.read_to_string(&mut heard).unwrap();
+            assert_eq!(heard, said);
+        }
+        // The mode is that of a file, if there were one: who has no descriptor has no way in.
+        let name = one.socket().local_addr().unwrap();
+        let error = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap().connect(&name);
+        assert_eq!(error.unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn an_endpoint_never_leads_to_another_socket() {
+        let folder = tempfile::tempdir().unwrap();
+        let first = Nameless::open(folder.path()).unwrap();
+        let endpoint = first.endpoint().clone();
+        drop(first);
+        let later = Nameless::open(folder.path()).unwrap();
+        let error = connected(&endpoint).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
+        connected(later.endpoint()).unwrap();
+    }
+
+    #[test]
+    fn what_waits_is_rescued_and_probes_are_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let nameless = Nameless::open(folder.path()).unwrap();
+        let clients = [(); 3].map(|()| connected(nameless.endpoint()).unwrap());
+        let probe = nameless.endpoint().way_of_a_probe().unwrap();
+        probe.connect(nameless.endpoint().address()).unwrap();
+        let mut acceptor = Acceptor::new().unwrap();
+        assert_eq!(nameless.rescue(&mut acceptor).len(), 3);
+        probe.set_nonblocking(false).unwrap();
+        assert_eq!((&probe).read(&mut [0]).unwrap(), 0, "it is closed");
+        assert!(nameless.rescue(&mut acceptor).is_empty());
+        drop(clients);
+
+        let _late = connected(nameless.endpoint()).unwrap();
+        nameless.refuse().unwrap();
+        let error = connected(nameless.endpoint()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
+        assert_eq!(nameless.rescue(&mut acceptor).len(), 1);
+        assert!(nameless.rescue(&mut acceptor).is_empty());
+    }
+
+    #[test]
+    fn a_folder_that_will_not_do_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let missing = Nameless::open(&folder.path().join("no")).unwrap_err();
+        assert_eq!(missing.kind(), io::ErrorKind::NotFound);
+        let long = folder.path().join("x".repeat(100));
+        fs::create_dir(&long).unwrap();
+        assert!(Nameless::open(&long).is_err());
+        assert_eq!(fs::read_dir(&long).unwrap().count(), 0);
+    }
+}
