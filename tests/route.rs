@@ -617,6 +617,7 @@ fn full() -> (Nameless, UnixStream, Arc<Upstream>) {
     let folder = tempfile::tempdir().unwrap();
     let worker = Nameless::open(folder.path()).unwrap();
     worker.socket().listen(0).unwrap();
+    worker.socket().set_read_timeout(Some(DEADLINE)).unwrap();
     let client = worker.endpoint().unconnected().unwrap();
     client.connect(worker.endpoint().address()).unwrap();
     let upstream =

@@ -189,7 +189,8 @@ fn clients_of_a_killed_worker_are_answered_by_another() {
 #[test]
 fn clients_of_the_only_worker_wait_for_its_successor() {
     let ports = Ports::take(0);
-    let keys = format!("{}\n{NEVER}", command(&["http"]));
+    // They are not held: they stay where they wait.
+    let keys = format!("{}\n{NEVER}\nhold-timeout = \"0s\"", command(&["http"]));
     let daemon = Daemon::healthy(&service(&ports, 1, &keys), 1);
     let killed = daemon.slot_pids()[0];
     freeze(killed);
