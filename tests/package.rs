@@ -74,7 +74,7 @@ impl Versions {
             text.replace(change.0, change.1)
         });
         let to = self.folder.path().join(format!("{number}.deb"));
-        run(Command::new("dpkg-deb").args(["-Zgzip", "--build"]).args([&self.tree, &to]));
+        run(Command::new("dpkg-deb").args(["-Znone", "--build"]).args([&self.tree, &to]));
     }
 
     fn edit(&self, file: &str, edit: impl FnOnce(&str) -> String) {
