@@ -155,7 +155,7 @@ class Run:
 
     def start(self, command, stop=signal.SIGKILL):
         """Starts a process, which `stop` will end."""
-        output = open(self.folder / "output", "ab")
+        output = open(self.folder / "output.log", "ab")
         process = subprocess.Popen(
             list(map(str, command)),
             stdin=subprocess.DEVNULL,
@@ -173,11 +173,11 @@ class Run:
         deadline = time.monotonic() + 20
         answers = 0
         while answers < 2 * len(self.ports):
-            if any(process.poll() is not None for process, _ in self.started):
-                said = (self.folder / "output").read_text(errors="replace").strip()
-                raise Failed(f"{self.contender.name} ended at once: {said}")
-            if time.monotonic() > deadline:
-                raise Failed(f"{self.contender.name} does not answer")
+            has_ended = any(process.poll() is not None for process, _ in self.started)
+            if has_ended or time.monotonic() > deadline:
+                said = [path.read_text(errors="replace") for path in self.folder.glob("*.log")]
+                how = "ended at once" if has_ended else "does not answer"
+                raise Failed(f"{self.contender.name} {how}: {' '.join(said).strip()[-1000:]}")
             try:
                 with socket.create_connection(self.address, 5) as client:
                     ask(client)
