@@ -5,6 +5,7 @@ A further one is a class with `launch` and a line in `known()`; see README.md.
 
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -12,6 +13,7 @@ import string
 import subprocess
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
@@ -112,6 +114,21 @@ def known(program):
     return [Lbd("lbd", program), unix, Haproxy(), Nginx()]
 
 
+@dataclass(frozen=True)
+class Cpu:
+    """CPU time in seconds: of the balancer's processes, and of these, the workers and the load."""
+
+    balancer: float
+    everything: float
+
+    def since(self, before, requests):
+        """Microseconds for each of so many requests."""
+        return Cpu(
+            (self.balancer - before.balancer) / requests * 1e6,
+            (self.everything - before.everything) / requests * 1e6,
+        )
+
+
 class Run:
     """One contender at work: its processes, its ports and its temporary folder."""
 
@@ -201,7 +218,11 @@ class Run:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def balancer(self):
-        """The pids of all that is neither a worker nor this program."""
+        """The pids of what was started, and its descendants, but the workers."""
+        return [pid for pid in self.processes() if not is_running(pid, self.worker)]
+
+    def processes(self):
+        """The pids of what was started, and its descendants."""
         parents = {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
@@ -214,15 +235,17 @@ class Run:
         pids = {process.pid for process, _ in self.started}
         while more := {pid for pid, parent in parents.items() if parent in pids} - pids:
             pids |= more
-        return [pid for pid in pids if not is_running(pid, self.worker)]
+        return pids
 
-    def cpu_seconds(self):
-        """The time that the balancer's processes have had so far, in user and in kernel mode."""
-        ticks = 0
-        for pid in self.balancer():
-            fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2]
-            ticks += sum(map(int, fields.split()[11:13]))
-        return ticks / os.sysconf("SC_CLK_TCK")
+    def cpu(self):
+        """The time that was spent so far, in user and in kernel mode."""
+        of_balancer, of_workers = (
+            sum(map(cpu_seconds, pids))
+            for pids in (self.balancer(), self.processes() - set(self.balancer()))
+        )
+        # Of the load generators that have ended.
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return Cpu(of_balancer, of_balancer + of_workers + children.ru_utime + children.ru_stime)
 
     def private_bytes(self):
         """The memory that only the balancer's processes have, as far as it is in RAM."""
@@ -245,6 +268,11 @@ def ask(client):
         answer += more
     if not answer.startswith(b"HTTP/1.1 200 "):
         raise ConnectionError(f"an answer that begins with {answer[:20]!r}")
+
+
+def cpu_seconds(pid):
+    fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2]
+    return sum(map(int, fields.split()[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 def is_running(pid, program):

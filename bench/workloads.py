@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Callable
 
-from contenders import FOLDER, Failed, Lbd, ask, find
+from contenders import FOLDER, Cpu, Failed, Lbd, ask, find
 
+BODY = 64 << 20
 CLOSE = ["-H", "Connection: close"]
 
 
@@ -50,8 +51,8 @@ class Sample:
     """What one measurement came to."""
 
     value: float
-    # The balancer's CPU time for each request, where there are requests.
-    cpu_micros: float | None = None
+    # In microseconds for each request, where there are requests.
+    cpu: Cpu | None = None
 
 
 def load(run, context, *arguments, connections=50, path=""):
@@ -64,30 +65,24 @@ def load(run, context, *arguments, connections=50, path=""):
         return json.loads(done.stdout.splitlines()[-1])
 
     once(1)
-    before = run.cpu_seconds()
+    before = run.cpu()
     counts = once(context.seconds)
-    counts["cpu"] = run.cpu_seconds() - before
     if counts["failed"] or not counts["requests"]:
         raise Failed(f"{run.contender.name}: {counts['failed']} requests failed")
+    # Of bodies the bytes say more, since they are few, and some are cut off at the end.
+    count = counts["bytes"] / BODY if path else counts["requests"]
+    counts["cpu"] = run.cpu().since(before, count)
     return counts
 
 
 def requests(run, context, *arguments):
     counts = load(run, context, *arguments)
-    cpu = per_request(counts["cpu"], counts["requests"])
-    return Sample(counts["requests"] / counts["seconds"], cpu)
+    return Sample(counts["requests"] / counts["seconds"], counts["cpu"])
 
 
 def bodies(run, context):
     counts = load(run, context, connections=8, path="big")
-    # By the bytes, since requests are few and some are cut off at the end.
-    bytes_a_body = 64 << 20
-    cpu = per_request(counts["cpu"], counts["bytes"] / bytes_a_body)
-    return Sample(counts["bytes"] / counts["seconds"] / 1e9, cpu)
-
-
-def per_request(cpu_seconds, count):
-    return cpu_seconds / count * 1e6
+    return Sample(counts["bytes"] / counts["seconds"] / 1e9, counts["cpu"])
 
 
 def idle_memory(run, context):
@@ -123,16 +118,16 @@ def latency(run, context, keep_alive=False):
     table = run.folder / "latency.csv"
     command = [context.lbd, "bench", "--url", run.url, "--requests", count, "--concurrency", 100,
                "--rate", rate, "--csv", table] + ["--keep-alive"] * keep_alive
-    before = run.cpu_seconds()
+    before = run.cpu()
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    cpu = run.cpu_seconds() - before
+    cpu = run.cpu().since(before, count)
     if done.returncode != 0:
         raise Failed(f"lbd bench: {done.stderr.strip()}")
     with table.open() as file:
         row = next(csv.DictReader(file))
     if row["Failed requests"] != "0":
         raise Failed(f"{run.contender.name}: {row['Failed requests']} requests failed")
-    return Sample(float(row["p99 (ms)"]), per_request(cpu, count))
+    return Sample(float(row["p99 (ms)"]), cpu)
 
 
 def by_ab(run, context):
@@ -147,9 +142,9 @@ def by_ab(run, context):
         return int(fields["Complete requests"]), float(fields["Time taken for tests"].split()[0])
 
     once(1)
-    before = run.cpu_seconds()
+    before = run.cpu()
     count, seconds = once(context.seconds)
-    return Sample(count / seconds, per_request(run.cpu_seconds() - before, count))
+    return Sample(count / seconds, run.cpu().since(before, count))
 
 
 def new_connections(run, context):

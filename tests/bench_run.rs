@@ -29,16 +29,16 @@ fn one_round_of_one_workload_gives_a_table() {
         (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{text}{said}");
     assert!(text.contains("\n- lbd: lbd "), "{text}");
-    assert!(text.contains("\n|  | requests/s | CPU µs/request |\n"), "{text}");
+    assert!(text.contains("\n|  | requests/s | CPU µs/request | CPU in all |\n"), "{text}");
     let row = text.lines().find_map(|line| line.strip_prefix("| lbd | ")).expect(&text);
     let cells: Vec<f64> = row
         .trim_end_matches(" |")
         .split(" | ")
         .map(|cell| cell.replace(',', "").parse().expect(row))
         .collect();
-    let [rate, cpu] = cells[..] else { panic!("{row}") };
+    let [rate, cpu, in_all] = cells[..] else { panic!("{row}") };
     // Above what a stray or two would make, and two cores at most for each second.
-    assert!(rate > 100.0 && cpu > 0.0 && rate * cpu < 8e6, "{row}");
+    assert!(rate > 100.0 && cpu > 0.0 && in_all > cpu && rate * cpu < 8e6, "{row}");
 }
 
 #[test]

@@ -19,6 +19,8 @@ use crate::{
 /// What a connection waits for. Each has its own deadline, and so its own queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stage {
+    /// The client's first bytes, for a moment, so that they reach the worker with the connection.
+    Fresh,
     /// A worker's answer to the connect.
     Connecting,
     /// A worker to become healthy.
@@ -32,8 +34,8 @@ pub(super) enum Stage {
 }
 
 impl Stage {
-    pub(super) const ALL: [Self; 5] =
-        [Self::Connecting, Self::Held, Self::Crowded, Self::Doubtful, Self::Relaying];
+    pub(super) const ALL: [Self; 6] =
+        [Self::Fresh, Self::Connecting, Self::Held, Self::Crowded, Self::Doubtful, Self::Relaying];
 
     /// Whether it has no worker, nor one that is being tried.
     pub(super) fn is_waiting(self) -> bool {

@@ -27,6 +27,10 @@ use crate::proxy_protocol::Ends;
 /// Edges taken from the kernel at once.
 const EDGES: usize = 256;
 
+/// How long a client may take to say its first bytes before a worker is connected to all the same:
+/// in many protocols the server speaks first.
+const GRACE: Duration = Duration::from_millis(1);
+
 /// How long a connection that every worker of the pool refused waits for control to notice: a
 /// worker's death is known within milliseconds, and its successor is then on its way.
 const DOUBT: Duration = Duration::from_millis(250);
@@ -248,7 +252,7 @@ impl Reactor {
         let token = self.token(key, Subject::Client);
         let event = EpollEvent::new(Side::INTEREST, token);
         match self.epoll.add(&self.connections[key].client.socket, event) {
-            Ok(()) => self.shielded(token, Self::place),
+            Ok(()) => self.enter(key, Stage::Fresh, self.now),
             Err(_) => self.finish(key, End::Failed),
         }
     }
@@ -284,6 +288,10 @@ impl Reactor {
                     && service.deadline(stage, &self.connections).is_some_and(|at| at <= self.now)
                 {
                     match stage {
+                        Stage::Fresh => {
+                            let token = self.token(key, Subject::Client);
+                            self.shielded(token, Self::place);
+                        }
                         Stage::Connecting => {
                             let token = self.token(key, Subject::Client);
                             self.shielded(token, |reactor, key| {
@@ -382,6 +390,7 @@ impl Service {
     fn deadline(&self, stage: Stage, all: &Slab<Connection>) -> Option<Instant> {
         let routing = self.pool.routing();
         let wait = match stage {
+            Stage::Fresh => GRACE,
             Stage::Connecting => routing.connect_timeout,
             Stage::Held | Stage::Crowded => routing.hold_timeout,
             Stage::Doubtful => routing.hold_timeout.min(DOUBT),

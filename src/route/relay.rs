@@ -62,9 +62,9 @@ impl Side {
         self.uneven |= edge.intersects(EpollFlags::EPOLLPRI | EpollFlags::EPOLLERR);
     }
 
-    /// Tries to read before any edge has told that there is something.
-    pub(super) fn expect(&mut self) {
-        self.readable = true;
+    /// Whether there is something to read, as far as is known: bytes, an end or an error.
+    pub(super) fn is_readable(&self) -> bool {
+        self.readable
     }
 
     /// Whether the peer has ended its stream with nothing left in it to read.

@@ -44,7 +44,11 @@ impl Reactor {
                 }
             }
             (Some(Stage::Connecting), Subject::Worker) => self.connected(key, edge),
-            (Some(Stage::Connecting), _) if is_broken => self.finish(key, End::ClientGone),
+            (Some(Stage::Fresh | Stage::Connecting), _) if is_broken => {
+                self.finish(key, End::ClientGone);
+            }
+            (Some(Stage::Fresh), _) if connection.client.is_readable() => self.place(key),
+            (Some(Stage::Fresh), _) => {}
             (Some(Stage::Connecting), _) => {}
             _ if is_broken || connection.client.is_spent() => self.finish(key, End::ClientGone),
             _ => {}
@@ -77,7 +81,7 @@ impl Reactor {
                 }
             };
             connection.tried.push(lease.id());
-            match connect(&lease) {
+            match connect(&lease, connection.client.is_readable()) {
                 Ok((socket, is_connected)) => {
                     let token = u64::from(connection.generation) << 34
                         | (key as u64) << 2
@@ -183,7 +187,6 @@ impl Reactor {
             connection.held_since = None;
         }
         connection.tried = Vec::new();
-        connection.client.expect();
         let proxy_protocol = lease.proxy_protocol();
         self.enter(key, Stage::Relaying, self.now);
         if let Some(version) = proxy_protocol
@@ -237,7 +240,7 @@ impl Reactor {
         }
     }
 
-    fn enter(&mut self, key: usize, stage: Stage, since: Instant) {
+    pub(super) fn enter(&mut self, key: usize, stage: Stage, since: Instant) {
         self.leave(key);
         let connection = &mut self.connections[key];
         connection.stage = Some(stage);
@@ -286,11 +289,19 @@ impl Reactor {
 /// On loopback the handshake is over when connect() returns, though it says EINPROGRESS: it held the
 /// socket's lock while the answer came. A second call asks, and saves a turn of the loop, and the
 /// worker a wakeup for a connection without its first bytes.
-fn connect(upstream: &Upstream) -> Result<(Socket, bool), Errno> {
+///
+/// Where the client's bytes are about to follow, they are to end the handshake too: its last segment
+/// is not sent by itself (tcp(7), `TCP_QUICKACK`), so that the worker is woken once, for a connection
+/// with a request in it, and not before. Were there none after all, the kernel would send it 200 ms
+/// later.
+fn connect(upstream: &Upstream, bytes_follow: bool) -> Result<(Socket, bool), Errno> {
     let domain = upstream.domain();
     let socket = Socket::new(domain, Type::STREAM.nonblocking(), None).map_err(errno)?;
     if domain != Domain::UNIX {
         socket.set_tcp_nodelay(true).map_err(errno)?;
+    }
+    if bytes_follow && upstream.is_local() {
+        socket.set_tcp_quickack(false).map_err(errno)?;
     }
     for _ in 0..2 {
         match socket.connect(upstream.endpoint().address()).map_err(errno) {
