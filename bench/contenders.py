@@ -108,10 +108,30 @@ class Lbd(Contender):
         run.start([self.program, "--config", config], stop=self.stop)
 
 
+class Shared(Contender):
+    """No balancer: the workers share the port by SO_REUSEPORT, and the kernel spreads connections by
+    a hash. What `route = "direct"` is held against, since nothing can be faster."""
+
+    name = "reuseport"
+
+    def version(self):
+        return "plain SO_REUSEPORT, no lbd"
+
+    def launch(self, run):
+        for _ in run.ports:
+            run.start([run.worker, str(run.address[1]), "--reuseport"])
+
+
 def known(program):
     """All contenders, in the order of the tables. The first is what the others are compared with."""
-    unix = Lbd("lbd unix", program, config="lbd-unix.toml")
-    return [Lbd("lbd", program), unix, Haproxy(), Nginx()]
+    return [
+        Lbd("lbd", program),
+        Lbd("lbd unix", program, config="lbd-unix.toml"),
+        Haproxy(),
+        Nginx(),
+        Lbd("lbd direct", program, config="lbd-direct.toml"),
+        Shared(),
+    ]
 
 
 @dataclass(frozen=True)

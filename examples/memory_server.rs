@@ -1,9 +1,9 @@
 //! A worker that answers from memory, in one thread: what a balancer is measured with.
 //!
-//! `memory_server [PORT]` on 127.0.0.1, or without a port the listening socket that was passed to it as
-//! descriptor 3, TCP or unix, or else `$PORT`. It answers every request: 106 bytes in all, or 64 MiB
-//! where the path begins with `/big`. A request is what ends in an empty line; bodies are not
-//! understood.
+//! `memory_server [PORT] [--reuseport]` listens on that port of 127.0.0.1, or without a port on the
+//! socket that was passed to it as descriptor 3, TCP or unix, or else on `$PORT`. It answers every
+//! request: 106 bytes in all, or 64 MiB where the path begins with `/big`. A request is what ends in an
+//! empty line; bodies are not understood. With `--reuseport` others may listen on the port too.
 
 use std::{
     env,
@@ -41,6 +41,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let port = port.or_else(|| env::var("PORT").ok()).ok_or("which port?")?;
     let socket = TcpSocket::new_v4()?;
     socket.set_reuseaddr(true)?;
+    socket.set_reuseport(env::args().any(|argument| argument == "--reuseport"))?;
     socket.bind(SocketAddr::from(([127, 0, 0, 1], port.parse()?)))?;
     accept(socket.listen(4096)?, big).await
 }

@@ -169,6 +169,9 @@ enum Command {
         /// A thread for each connection and blocking I/O: the baseline of the comparison
         #[arg(long)]
         threaded: bool,
+        /// What the header X-Served-By says
+        #[arg(long, hide = true, value_name = "NAME")]
+        served_by: Option<String>,
     },
     /// Compare load-balanced async workers with a server that has a thread for each connection
     ///
@@ -245,8 +248,8 @@ pub fn main() -> ExitCode {
         }
         Some(Command::Resume { target, service, slot }) => operate::resume(&target, &service, slot),
         Some(Command::Stop { target }) => operate::stop(&target),
-        Some(Command::Worker { root, listen, threaded }) => {
-            serve(&worker::Options { root, threaded, listen })
+        Some(Command::Worker { root, listen, threaded, served_by }) => {
+            serve(&worker::Options { root, threaded, listen, served_by })
         }
         Some(Command::Bench(options)) => bench::run(*options),
         Some(Command::Completions { shell }) => completions(shell),

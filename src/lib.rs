@@ -17,6 +17,9 @@
 //! `sockets`, `proxy_protocol` and `histogram` are below all of them, and know nothing of lbd but
 //! what `config` calls things.
 //!
+//! With `route = "direct"` connections don't come through `route` at all: `sockets::direct` has the
+//! kernel hand them out, and `daemon` tells it to whom.
+//!
 //! Three journeys, each a straight line:
 //!
 //! - a connection: `route`'s listener ─▶ pool ─▶ relay ─▶ counters;

@@ -28,7 +28,7 @@ const ALLOWED: [(&str, &[&str]); 14] = [
     ),
     ("admin", &["config", "histogram", "logging"]),
     ("probe", &["config", "control", "proxy_protocol", "sockets"]),
-    ("process", &["config"]),
+    ("process", &["config", "sockets"]),
     ("route", &["config", "histogram", "proxy_protocol", "sockets"]),
     ("control", &["config"]),
     ("logging", &["config"]),

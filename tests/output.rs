@@ -67,7 +67,7 @@ fn run(service: &str, output: &Output, script: &str) -> (i32, Vec<Fields>) {
             argv: ["sh", "-c", script].map(str::to_owned).to_vec(),
             env: vec![("PATH".into(), std::env::var_os("PATH").unwrap())],
             directory: "/".into(),
-            listener: None,
+            listeners: Vec::new(),
             streams: outputs.open(output, worker).unwrap(),
             umask: None,
             user: None,

@@ -54,7 +54,7 @@ fn launch(argv: &[&str]) -> (Launch<'static>, String) {
             ("LBD_TEST_MARK".into(), mark.clone().into()),
         ],
         directory: "/".into(),
-        listener: None,
+        listeners: Vec::new(),
         streams: Streams::new(null(), null()),
         umask: None,
         user: None,
@@ -274,7 +274,7 @@ async fn a_worker_sees_its_own_things_and_nothing_else() {
     let leak = fcntl(io::stdin(), FcntlArg::F_DUPFD(50)).unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let (mut launch, mark) = launch(&["sleep", "1000"]);
-    launch.listener = Some((listener.as_fd(), "web".to_owned()));
+    launch.listeners.push((listener.as_fd(), "web".to_owned()));
     launch.umask = Some(0o27);
     launch.open_files = Some((100, 200));
     let mut child = spawner.spawn(launch).unwrap();

@@ -87,14 +87,16 @@ pub struct Slot {
     pub backoff: Duration,
     /// Workers that are no more, by cause.
     pub exits: Reasons,
-    /// Connections held now.
-    pub active: u64,
+    /// Connections held now; `None`, here and below, where that can't be told.
+    pub active: Option<u64>,
+    /// Connections that wait in its worker's own accept queue.
+    pub queued: Option<u64>,
     /// Connections taken.
-    pub total: u64,
+    pub total: Option<u64>,
     /// Bytes to clients.
-    pub sent: u64,
+    pub sent: Option<u64>,
     /// Bytes from clients.
-    pub received: u64,
+    pub received: Option<u64>,
     /// Connects that failed.
     pub connect_failures: Reasons,
     /// Connections taken that did not end well.
@@ -130,12 +132,17 @@ fn connections(page: &mut Page, snapshot: &Snapshot, slots: &Slots<'_>) {
     page.counter(
         "lbd_connections_total",
         "Connections that a worker took.",
-        slots.each(|slot| slot.total as f64),
+        slots.each_known(|slot| slot.total),
     );
     page.gauge(
         "lbd_connections_active",
         "Connections that a worker has now, those being made included.",
-        slots.each(|slot| slot.active as f64),
+        slots.each_known(|slot| slot.active),
+    );
+    page.gauge(
+        "lbd_connections_queued",
+        "Connections that wait in a worker's own accept queue, with route = \"direct\".",
+        slots.each_known(|slot| slot.queued),
     );
     page.gauge(
         "lbd_connections_waiting",
@@ -174,12 +181,12 @@ fn connections(page: &mut Page, snapshot: &Snapshot, slots: &Slots<'_>) {
     page.counter(
         "lbd_sent_bytes_total",
         "Bytes from workers to clients.",
-        slots.each(|slot| slot.sent as f64),
+        slots.each_known(|slot| slot.sent),
     );
     page.counter(
         "lbd_received_bytes_total",
         "Bytes from clients to workers.",
-        slots.each(|slot| slot.received as f64),
+        slots.each_known(|slot| slot.received),
     );
     page.histogram(
         "lbd_connection_duration_seconds",
@@ -349,6 +356,13 @@ impl<'a> Slots<'a> {
 
     fn each<T>(&self, value: impl Fn(&'a Slot) -> T) -> impl Iterator<Item = (Labels, T)> {
         self.0.iter().map(move |(labels, slot)| (labels.clone(), value(slot)))
+    }
+
+    fn each_known(
+        &self,
+        value: impl Fn(&'a Slot) -> Option<u64>,
+    ) -> impl Iterator<Item = (Labels, f64)> {
+        self.each(value).filter_map(|(labels, value)| Some((labels, value? as f64)))
     }
 
     fn each_by(

@@ -115,9 +115,9 @@ impl Memory {
             .services
             .iter()
             .flat_map(|service| service.all().map(move |worker| (service, worker)))
-            .map(|(service, worker)| {
+            .filter_map(|(service, worker)| {
                 let key = (service.name.clone(), worker.slot, worker.generation);
-                (key, worker.connections.total)
+                Some((key, worker.connections.total?))
             })
             .collect();
         let first = self.samples.services.is_empty();
@@ -146,7 +146,7 @@ impl Memory {
                     .unwrap_or_default();
                 let key = (service.name.clone(), worker.slot, worker.generation);
                 push(&mut per_second, self.rates.get(&key).copied());
-                push(&mut active, worker.connections.active);
+                push(&mut active, worker.connections.active.unwrap_or(0));
                 WorkerSamples { slot: worker.slot, per_second, active }
             });
             ServiceSamples { name: service.name.clone(), workers: workers.collect() }

@@ -53,6 +53,8 @@ pub struct Service {
     pub listen: Vec<String>,
     /// How connections reach the workers.
     pub route: String,
+    /// How the kernel shares them out, with `route = "direct"`.
+    pub steering: Option<Steering>,
     /// How a worker is chosen.
     pub balance: String,
     /// One a slot, in order.
@@ -61,6 +63,15 @@ pub struct Service {
     pub replacements: Vec<Worker>,
     /// Workers that left their slot and are not gone yet.
     pub retiring: Vec<Worker>,
+}
+
+/// How the kernel shares out connections.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Steering {
+    /// `ebpf`: in strict rotation. `classic`: to a random worker each.
+    pub kind: String,
+    /// Why not by eBPF.
+    pub why: Option<String>,
 }
 
 /// One worker, or the vacant slot of one.
@@ -143,12 +154,14 @@ impl fmt::Display for State {
 /// A worker's connections.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Connections {
-    /// Held now.
-    pub active: u64,
-    /// Taken, ever.
-    pub total: u64,
+    /// Held now; `None` where that can't be told.
+    pub active: Option<u64>,
+    /// Taken, ever; `None` where nobody counts them (`route = "direct"` by classic BPF).
+    pub total: Option<u64>,
     /// Connects that were refused, failed or timed out.
     pub failed: u64,
+    /// Waiting in the worker's own accept queue, with `route = "direct"`.
+    pub queued: Option<u64>,
     /// Taken in the last second; `None` where nobody counted.
     pub per_second: Option<f64>,
 }
@@ -156,10 +169,10 @@ pub struct Connections {
 /// What passed through a worker's connections.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bytes {
-    /// To clients.
-    pub sent: u64,
-    /// From clients.
-    pub received: u64,
+    /// To clients; `None` with `route = "direct"`, where they don't pass through lbd.
+    pub sent: Option<u64>,
+    /// From clients; likewise.
+    pub received: Option<u64>,
 }
 
 /// What a probe showed.

@@ -145,7 +145,7 @@ pub(super) fn drain(target: &Target, service: &str, slot: u32, wait: bool) -> Re
             let worker = worker.filter(|worker| worker.drained).ok_or_else(|| {
                 io::Error::other(format!("{service}/{slot} is not drained any more"))
             })?;
-            active = worker.connections.active;
+            active = held(worker);
         }
         drop(bar);
         print(&format!("{service}/{slot}: out of rotation, {} left\n", connections(active)))
@@ -232,7 +232,7 @@ fn replaced(old: &Service, now: &Status) -> Option<Progress> {
 fn under_way<'s>(services: impl IntoIterator<Item = &'s Service>) -> String {
     let told = |service: &Service, worker: &Worker| {
         let (name, slot, state) = (&service.name, worker.slot, worker.state);
-        let active = worker.connections.active;
+        let active = held(worker);
         match state {
             State::Draining => format!("{name}/{slot}: {state}, {}", connections(active)),
             _ => format!("{name}/{slot}: {state} for {}", span(worker.since_seconds)),
@@ -248,13 +248,18 @@ fn under_way<'s>(services: impl IntoIterator<Item = &'s Service>) -> String {
 
 /// What a daemon that stops has to wait for.
 fn waiting_for(status: &Status) -> String {
-    let active: u64 = status.workers().map(|worker| worker.connections.active).sum();
+    let active: u64 = status.workers().map(held).sum();
     let workers = status.workers().filter(|worker| worker.pid.is_some()).count();
     match (workers, active) {
         (0, _) => "waiting for slow clients".to_owned(),
         (_, 0) => format!("waiting for workers to end: {workers}"),
         _ => format!("waiting for connections to end: {active}, on workers: {workers}"),
     }
+}
+
+/// The connections of a worker, as far as they are known, those that wait for it included.
+fn held(worker: &Worker) -> u64 {
+    worker.connections.active.unwrap_or(0) + worker.connections.queued.unwrap_or(0)
 }
 
 fn connections(count: u64) -> String {

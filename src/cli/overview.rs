@@ -88,15 +88,21 @@ const LAYOUT: &[(u8, Align, &str, usize, ToCell)] = {
         (2, Right, "PID", 7, |row| Cell::new(optional(row.worker.pid))),
         (0, Left, "STATE", 9, |row| Cell::new(state(row.worker)).styled(colour(row.worker))),
         (1, Right, "FOR", 6, |row| Cell::new(span(row.worker.since_seconds))),
-        (4, Right, "ACTIVE", 6, |row| Cell::new(count(row.worker.connections.active))),
+        (4, Right, "ACTIVE", 6, |row| {
+            Cell::new(row.worker.connections.active.map_or_else(none, count))
+        }),
         (5, Right, "CONN/S", 6, |row| Cell::new(rate(row))),
-        (9, Right, "TOTAL", 7, |row| Cell::new(count(row.worker.connections.total))),
+        (9, Right, "TOTAL", 7, |row| {
+            Cell::new(row.worker.connections.total.map_or_else(none, count))
+        }),
         (8, Right, "FAILED", 6, |row| {
             let failed = row.worker.connections.failed;
             Cell::new(count(failed)).styled(if failed > 0 { "31" } else { "" })
         }),
-        (11, Right, "SENT", 6, |row| Cell::new(bytes(row.worker.bytes.sent))),
-        (12, Right, "RECEIVED", 6, |row| Cell::new(bytes(row.worker.bytes.received))),
+        (11, Right, "SENT", 6, |row| Cell::new(row.worker.bytes.sent.map_or_else(none, bytes))),
+        (12, Right, "RECEIVED", 6, |row| {
+            Cell::new(row.worker.bytes.received.map_or_else(none, bytes))
+        }),
         (6, Right, "RESTARTS", 4, |row| Cell::new(count(row.worker.restarts))),
         (10, Right, "CPU", 5, |row| Cell::new(cpu(row))),
         (7, Right, "MEMORY", 6, |row| {
@@ -162,10 +168,10 @@ fn count(number: u64) -> String {
 /// Connections a second: the daemon's own count, or what came between two looks.
 fn rate(row: &Row<'_>) -> String {
     let taken = |before: &Worker| {
-        let (now, then) = (row.worker.connections.total, before.connections.total);
-        now.saturating_sub(then) as f64 / row.seconds
+        let (now, then) = (row.worker.connections.total?, before.connections.total?);
+        Some(now.saturating_sub(then) as f64 / row.seconds)
     };
-    let rate = row.worker.connections.per_second.or_else(|| row.before.map(taken));
+    let rate = row.worker.connections.per_second.or_else(|| row.before.and_then(taken));
     rate.map_or_else(none, |rate| {
         if rate < 9.95 { format!("{rate:.1}") } else { count(rate.round() as u64) }
     })
@@ -222,8 +228,14 @@ mod tests {
             since_seconds: 3723.5,
             restarts: 2,
             last_exit: Some("killed by SIGKILL".to_owned()),
-            connections: Connections { active: 1, total: 20, failed: 3, per_second: None },
-            bytes: Bytes { sent: 5_000_000, received: 12 },
+            connections: Connections {
+                active: Some(1),
+                total: Some(20),
+                failed: 3,
+                queued: None,
+                per_second: None,
+            },
+            bytes: Bytes { sent: Some(5_000_000), received: Some(12) },
             resident_bytes: Some(10 << 20),
             cpu_seconds: Some(1.25),
             last_probe: Some(Probe { ok: true, seconds: 0.00042, error: None }),
@@ -244,6 +256,7 @@ mod tests {
                 name: "web".to_owned(),
                 listen: Vec::new(),
                 route: "proxy".to_owned(),
+                steering: None,
                 balance: "round-robin".to_owned(),
                 workers: vec![worker(0, State::Healthy), worker(1, State::Backoff)],
                 replacements: Vec::new(),
@@ -274,7 +287,7 @@ web         0  9002     -  draining  1h 2m       1       -     20       3  4.8M 
         let mut now = status();
         now.uptime_seconds += 2.0;
         let workers = &mut now.services[0].workers;
-        workers[0].connections.total += 500;
+        workers[0].connections.total = workers[0].connections.total.map(|total| total + 500);
         workers[0].cpu_seconds = Some(2.25);
         workers[1].generation += 1;
         let shown = render(&now, Some(&before), plain(None));

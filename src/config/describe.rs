@@ -4,7 +4,7 @@ use std::num::NonZeroU32;
 
 use bytesize::ByteSize;
 
-use super::{Listen, Probe, Program, Service, Slots, SocketMode, StatusSet, values};
+use super::{Listen, Probe, Program, Route, Service, Slots, SocketMode, StatusSet, values};
 
 /// What lbd would run: name, addresses, workers, program, route, balance, probe and limits.
 #[must_use]
@@ -13,6 +13,7 @@ pub fn describe(service: &Service) -> String {
     let listen = joined(listen.iter().map(Listen::to_string));
     let host = worker.host;
     let workers = match &service.slots {
+        _ if worker.route() == Route::Direct => "on sockets of their own there".to_owned(),
         Slots::Ports(ports) => {
             let ports = joined(ports.iter().map(u16::to_string));
             format!("on {host}, ports {ports}")
@@ -38,7 +39,8 @@ pub fn describe(service: &Service) -> String {
     let interval = humantime::format_duration(health.interval);
     let limits = limits(service);
     format!(
-        "{name}: listen {listen}; {count} {plural} {workers}; {program}; route proxy{proxy_protocol}; balance {}; probe {probe} every {interval}{limits}",
+        "{name}: listen {listen}; {count} {plural} {workers}; {program}; route {}{proxy_protocol}; balance {}; probe {probe} every {interval}{limits}",
+        worker.route(),
         routing.balance
     )
 }

@@ -3,9 +3,9 @@
 use std::num::NonZeroU32;
 
 use super::{
-    Limits,
+    Limits, Route,
     reader::{Table, Value},
-    values,
+    route, values,
 };
 
 /// Everything that the table says.
@@ -16,7 +16,10 @@ pub(super) struct Read {
     pub(super) limits: Limits,
 }
 
-pub(super) fn read(mut table: Table<'_>) -> Read {
+pub(super) fn read(mut table: Table<'_>, route: Route) -> Read {
+    if route == Route::Direct {
+        route::refuse_limits(&mut table);
+    }
     let read = Read {
         open_files: table.read("open-files", number),
         processes: table.read("processes", |value| {

@@ -13,11 +13,11 @@ mod limits;
 mod log;
 mod model;
 mod reader;
+mod route;
 mod service;
 #[cfg(test)]
 mod tests;
 mod token;
-mod unsupported;
 mod values;
 
 use std::{

@@ -136,6 +136,10 @@ pub struct Service {
     pub limits: Limits,
 }
 
+/// The most addresses that a service with `route = "direct"` can listen on: its workers have a socket
+/// on each.
+pub const MAX_LISTENERS: usize = 64;
+
 /// One address of `listen`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Listen {
@@ -187,6 +191,8 @@ pub struct WorkerSpec {
     /// Whether, and how, it is told who its client is. Here and not in [`Routing`], as a worker
     /// understands the one or the other: each is spoken to as it was started for.
     pub proxy_protocol: Option<ProxyProtocol>,
+    /// The addresses that it has a socket on, with [`SocketMode::Direct`]; empty without.
+    pub public: Vec<SocketAddr>,
     /// Variables added to lbd's own environment.
     pub env: BTreeMap<String, String>,
     /// The user to run as: a name or a number, resolved when the worker is started.
@@ -208,10 +214,38 @@ pub struct WorkerSpec {
 }
 
 impl WorkerSpec {
-    /// Where a worker on `port` is reached.
+    /// Where a worker on `port` is reached. With [`SocketMode::Direct`] that is for show alone: there
+    /// the port is a name, and nobody listens on it.
     #[must_use]
     pub fn address(&self, port: u16) -> SocketAddr {
         SocketAddr::new(self.host, port)
+    }
+
+    /// How its connections come to it.
+    #[must_use]
+    pub fn route(&self) -> Route {
+        match self.socket {
+            SocketMode::Bind | SocketMode::Inherit | SocketMode::Unix => Route::Proxy,
+            SocketMode::Direct => Route::Direct,
+        }
+    }
+}
+
+/// `route`: how connections come to the workers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Route {
+    /// Through lbd.
+    Proxy,
+    /// From the kernel, into the worker's own socket on the public address.
+    Direct,
+}
+
+impl fmt::Display for Route {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Proxy => "proxy",
+            Self::Direct => "direct",
+        })
     }
 }
 
@@ -233,6 +267,9 @@ pub enum SocketMode {
     Inherit,
     /// The same with a unix socket, which has no port.
     Unix,
+    /// The worker has a listening socket on each address of its service, from descriptor 3 on:
+    /// `route = "direct"`.
+    Direct,
 }
 
 /// `proxy-protocol`.

@@ -11,11 +11,11 @@ use std::{
 
 use super::{
     Balance, DEFAULT_HOST, Drain, Health, Limits, Listen, Output, Probe, Program, ProxyProtocol,
-    Restart, Routing, Service, Slots, SocketMode, StatusSet, Stop, WorkerSpec,
+    Restart, Route, Routing, Service, Slots, SocketMode, StatusSet, Stop, WorkerSpec,
     addresses::{Claim, Claimant, Claims},
     limits,
     reader::{Table, Value},
-    unsupported,
+    route,
     values::{self, MAX_WORKERS},
 };
 
@@ -27,10 +27,16 @@ pub(super) fn read(
     base: &Path,
     claims: &mut Claims,
 ) -> Option<Service> {
-    unsupported::refuse_route(&mut table);
+    let route = route::route(&mut table);
+    if route == Route::Direct {
+        route::refuse_keys(&mut table);
+    }
 
-    let listen = listen(&mut table, base, claims);
-    let socket = table.read("socket", |v| v.word(&SOCKETS));
+    let (listen, public) = listen(&mut table, base, route, claims).unzip();
+    let socket = match route {
+        Route::Proxy => table.read("socket", |v| v.word(&SOCKETS)),
+        Route::Direct => Some(route::socket(&mut table)),
+    };
     let on_unix = socket == Some(SocketMode::Unix);
     let program = program(&mut table, base, on_unix);
     // The user's intention decides the defaults, even where the folder itself was refused.
@@ -62,11 +68,11 @@ pub(super) fn read(
     let umask = table.read("umask", |v| v.parsed(values::umask));
     let directory = table.read("directory", |v| v.parsed(|text| values::folder_in(base, text)));
     let output = table.read("output", |v| v.parsed(|text| values::output(text, base)));
-    let mut routing = routing(&mut table);
+    let mut routing = routing(&mut table, route);
     let health = health(table.table("health"), built_in);
     let restart = restart(table.table("restart"));
     let stop = stop(table.table("stop"), drain);
-    let limits = limits::read(table.table("limits"));
+    let limits = limits::read(table.table("limits"), route);
     table.finish();
 
     routing.worker_connections = limits.max_connections;
@@ -75,6 +81,7 @@ pub(super) fn read(
         host,
         socket,
         proxy_protocol,
+        public: public.unwrap_or_default(),
         env,
         user,
         group,
@@ -114,6 +121,7 @@ pub(super) fn of_command(
             host: DEFAULT_HOST,
             socket: SocketMode::Bind,
             proxy_protocol: None,
+            public: Vec::new(),
             env: BTreeMap::new(),
             user: None,
             group: None,
@@ -131,19 +139,28 @@ pub(super) fn of_command(
     }
 }
 
-fn listen(table: &mut Table<'_>, base: &Path, claims: &mut Claims) -> Option<Vec<Listen>> {
+/// The addresses, and those that workers get sockets on.
+fn listen(
+    table: &mut Table<'_>,
+    base: &Path,
+    route: Route,
+    claims: &mut Claims,
+) -> Option<(Vec<Listen>, Vec<SocketAddr>)> {
     let Some(value) = table.take("listen") else {
         table.missing("listen", "missing; write one such as listen = \"127.0.0.1:8080\"");
         return None;
     };
     let items = value.one_or_list("an address or a list of them")?;
-    let mut addresses = Vec::new();
+    let (mut addresses, mut public) = (Vec::new(), Vec::new());
     for item in items {
         let Some(address) = item.parsed(|text| values::listen(text, base)) else { continue };
         claims.push(claim(&item, address.clone(), Claimant::Listener));
+        if route == Route::Direct {
+            public.extend(route::public(&address, public.len(), &item));
+        }
         addresses.push(address);
     }
-    Some(addresses)
+    Some((addresses, public))
 }
 
 fn program(table: &mut Table<'_>, base: &Path, on_unix: bool) -> Option<Program> {
@@ -239,10 +256,14 @@ fn account(value: Value<'_>) -> Option<String> {
     value.parsed(values::account)
 }
 
-fn routing(table: &mut Table<'_>) -> Routing {
+fn routing(table: &mut Table<'_>, route: Route) -> Routing {
     let default = Routing::default();
+    let balance = |value: Value<'_>| match route {
+        Route::Proxy => value.word(&BALANCES),
+        Route::Direct => route::balance(&value),
+    };
     Routing {
-        balance: table.read("balance", |v| v.word(&BALANCES)).unwrap_or(default.balance),
+        balance: table.read("balance", balance).unwrap_or(default.balance),
         max_connections: table
             .read("max-connections", |v| v.integer(1..=u32::MAX))
             .and_then(NonZeroU32::new),

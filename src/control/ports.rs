@@ -1,7 +1,8 @@
 //! Who is on which port: whether a worker can be started while another one still has its port.
 //!
 //! A port that workers bind themselves is one worker's. A port whose sockets are inherited is shared
-//! by two for as long as one takes over from the other.
+//! by two for as long as one takes over from the other. On a service's public address there is room
+//! for any number of them.
 
 use std::net::SocketAddr;
 
@@ -42,6 +43,7 @@ impl Outgoing {
     ) -> bool {
         let mut there = self.0.iter().filter(|occupant| occupant.address == address);
         match socket {
+            SocketMode::Direct => true,
             SocketMode::Bind => others == 0 && there.next().is_none(),
             SocketMode::Inherit => {
                 let (shared, all) = there.fold((0, 0), |(shared, all), occupant| {

@@ -260,7 +260,9 @@ impl Service {
         let Some(port) = slot.fixed_port else { return Beside::Now };
         let target = &self.config.worker;
         let address = target.address(port);
-        let shared = current.address() == Some(address);
+        // A port that is but a name is nobody's.
+        let is_bound = target.socket != SocketMode::Direct;
+        let shared = is_bound && current.address() == Some(address);
         let is_one_workers = [target, &current.spec].map(|spec| spec.socket == SocketMode::Bind);
         if shared && is_one_workers.contains(&true) {
             Beside::Never

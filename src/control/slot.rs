@@ -83,7 +83,7 @@ impl Slot {
     pub fn wanted_port(&self) -> Option<u16> {
         match self.spec.socket {
             SocketMode::Inherit => self.fixed_port.or(self.last_port),
-            SocketMode::Bind | SocketMode::Unix => self.fixed_port,
+            SocketMode::Bind | SocketMode::Unix | SocketMode::Direct => self.fixed_port,
         }
     }
 

@@ -33,6 +33,7 @@ pub(super) fn spec(command: &str) -> Arc<WorkerSpec> {
         host: DEFAULT_HOST,
         socket: SocketMode::Bind,
         proxy_protocol: None,
+        public: Vec::new(),
         env: BTreeMap::new(),
         user: None,
         group: None,

@@ -23,7 +23,7 @@ use super::{
     health::Tally,
     recycle::Wear,
 };
-use crate::config::{Drain, Health, Stop, WorkerSpec};
+use crate::config::{Drain, Health, SocketMode, Stop, WorkerSpec};
 
 /// A new worker is probed again this soon after its first failure; the pause doubles up to
 /// `interval`, so that a program that listens quickly is in rotation quickly.
@@ -164,10 +164,12 @@ impl Worker {
         }
     }
 
-    /// Where it is reached; known as soon as its port is.
+    /// The address that is its own; known as soon as its port is. It has none with
+    /// [`SocketMode::Direct`].
     #[must_use]
     pub fn address(&self) -> Option<SocketAddr> {
-        self.port.map(|port| self.spec.address(port))
+        let port = self.port.filter(|_| self.spec.socket != SocketMode::Direct)?;
+        Some(self.spec.address(port))
     }
 
     /// Whether new connections may go to it.

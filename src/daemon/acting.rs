@@ -11,7 +11,7 @@ use tracing::debug;
 use super::{Daemon, Stage};
 use crate::{
     config::SocketMode,
-    control::{Action, Coming, Event, NoteWorker, Phase, Worker, WorkerId},
+    control::{Action, Coming, Event, NoteWorker, Phase, Supervisor, Worker, WorkerId},
     proxy_protocol,
     route::Pool,
     sockets::Rescued,
@@ -20,17 +20,23 @@ use crate::{
 /// How long the headers of rescued connections may take, all together: the thread that made such a
 /// connection sends its header with the next system call.
 const HEADER: Duration = Duration::from_millis(100);
+/// Between two looks at queues that may still grow without anybody telling.
+const RESCUE_PAUSE: Duration = Duration::from_millis(50);
 
 impl Daemon<'_> {
     /// Does what control asks for, and tells it what comes of that at once.
     pub(super) fn perform(&mut self, actions: Vec<Action>) {
-        self.rescue();
+        // Before others come to the ports.
+        let rescued = self.rescue();
         let mut queue = VecDeque::from(actions);
         while let Some(action) = queue.pop_front() {
             for event in self.act(action) {
                 queue.extend(self.supervisor.handle(event, Instant::now()));
             }
         }
+        // When the data threads, and the kernel, know who is in rotation.
+        self.hand_over(rescued);
+        self.rescue_direct();
         self.look_whether_ready();
         self.measure();
     }
@@ -49,6 +55,7 @@ impl Daemon<'_> {
             }
             Action::Reinstate { id } => self.fleet.reinstate(id),
             Action::Close { service } => {
+                self.fleet.publics.close(&service, &[]);
                 let listeners = self.fronts.take_closing(&service, &[]);
                 self.close(listeners, Some(service));
             }
@@ -92,6 +99,7 @@ impl Daemon<'_> {
         let rotation = service.rotation();
         // Before the pool, so that who is handed to a new worker gets there.
         self.fleet.select(&rotation.workers);
+        self.fleet.rotate(name, service.config.routing.balance, &rotation.workers);
         let workers =
             rotation.workers.iter().filter_map(|id| self.fleet.upstream(*id).cloned()).collect();
         let coming = match rotation.coming {
@@ -114,13 +122,13 @@ impl Daemon<'_> {
         // Its successor has the same slot.
         let is_noted = |worker: &&Worker| (worker.slot, worker.pid) == (noted.slot, noted.pid);
         let worker = service.workers().find(is_noted)?;
-        Some(self.fleet.upstream(worker.id)?.active())
+        self.fleet.upstream(worker.id)?.connections()
     }
 
-    /// Hands connections that wait for a worker that will not take them to another one, and closes
-    /// the sockets that no worker inherits any more.
-    fn rescue(&mut self) {
-        let (mut needed, mut ejected) = (HashSet::new(), Vec::new());
+    /// The connections that wait for a worker that will not take them, to be handed to another one;
+    /// closes the sockets that no worker inherits any more.
+    fn rescue(&mut self) -> Vec<(Arc<str>, Rescued)> {
+        let mut needed = HashSet::new();
         for service in self.supervisor.services() {
             let slots = service.slots.iter().map(|slot| (&slot.spec, slot.last_port));
             let workers = service.workers().map(|worker| (&worker.spec, worker.port));
@@ -129,15 +137,36 @@ impl Daemon<'_> {
                     needed.insert(spec.address(port));
                 }
             }
-            let hangs = |worker: &&Worker| worker.phase == Phase::Unhealthy;
-            ejected.extend(service.workers().filter(hangs).map(|worker| worker.id));
         }
+        let ejected = self.workers_in(|phase| phase == Phase::Unhealthy);
         let supervisor = &self.supervisor;
-        let can_serve = |service: &str| {
-            supervisor.rotation(service).is_some_and(|rotation| !rotation.workers.is_empty())
-        };
+        let can_serve = |service: &str| can_serve(supervisor, service);
         let is = |service: &str| supervisor.rotation(service).is_some();
-        let rescued = self.fleet.rescue(&needed, &ejected, can_serve, is);
+        self.fleet.rescue(&needed, &ejected, can_serve, is)
+    }
+
+    /// Hands them over where the kernel hands out connections, and those of workers that are asked to
+    /// end: what the kernel gave to them, they may not take any more.
+    fn rescue_direct(&mut self) {
+        let wanted = self.config.services.iter().flat_map(|service| &service.worker.public);
+        let wanted = wanted.copied().collect();
+        let ejected =
+            self.workers_in(|phase| matches!(phase, Phase::Unhealthy | Phase::Stopping { .. }));
+        let (supervisor, now) = (&self.supervisor, Instant::now());
+        let can_serve = |service: &str| can_serve(supervisor, service);
+        let rescued = self.fleet.rescue_direct(&wanted, &ejected, can_serve, now);
+        self.hand_over(rescued);
+        // The kernel may have given it a connection whose handshake ends only now.
+        let again = self.fleet.is_direct(&ejected) || self.fleet.publics.is_untidy();
+        self.rescue_at = again.then(|| now + RESCUE_PAUSE);
+    }
+
+    fn workers_in(&self, wanted: impl Fn(Phase) -> bool) -> Vec<WorkerId> {
+        let workers = self.supervisor.services().iter().flat_map(|service| service.workers());
+        workers.filter(|worker| wanted(worker.phase)).map(|worker| worker.id).collect()
+    }
+
+    fn hand_over(&self, rescued: Vec<(Arc<str>, Rescued)>) {
         let deadline = Instant::now() + HEADER;
         for (service, Rescued { socket, proxy_protocol }) in rescued {
             let taken_off = proxy_protocol
@@ -154,4 +183,8 @@ impl Daemon<'_> {
             }
         }
     }
+}
+
+fn can_serve(supervisor: &Supervisor, service: &str) -> bool {
+    supervisor.rotation(service).is_some_and(|rotation| !rotation.workers.is_empty())
 }

@@ -2,33 +2,34 @@
 //! asks, and turns what becomes of them into events.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet, VecDeque},
     io,
-    net::SocketAddr,
+    net::{Shutdown, SocketAddr},
     num::NonZeroU32,
     os::fd::AsFd,
     path::PathBuf,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use nix::sys::signal::Signal;
+use socket2::Socket;
 use tokio::{
     sync::{Notify, mpsc},
     task::spawn_local,
 };
 
-use super::{descriptors::Descriptors, ledger::Ledger};
+use super::{descriptors::Descriptors, ledger::Ledger, publics::Publics};
 use crate::{
-    config::{Probe, Program, ProxyProtocol, SocketMode},
+    config::{Balance, Probe, Program, ProxyProtocol, SocketMode},
     control::{Event, ProbeOutcome, Spawn, WORKERS_ON_A_PORT, WorkerId},
     probe,
     process::{
-        self, Cgroup, Cgroups, Child, ChildEvent, Controller, Exit, Identity, Launch, MemoryGauge,
-        Outputs, Spawner, Watched,
+        self, Cgroup, Cgroups, Child, ChildEvent, ConnectionGauge, Controller, Counted, Exit,
+        Identity, Launch, MemoryGauge, Outputs, Spawner, Watched,
     },
-    route::Upstream,
-    sockets::{self, Acceptor, Endpoint, Nameless, Port, Rescued},
+    route::{Upstream, Ways},
+    sockets::{self, Acceptor, Endpoint, Nameless, Port, Rescued, direct::Way},
 };
 
 const _: () = assert!(WORKERS_ON_A_PORT == sockets::SHARERS);
@@ -50,6 +51,9 @@ enum StartError {
     Spawn(io::Error),
 }
 
+/// How many probes of a worker that fail one after the other are remembered.
+const PROBES: usize = 64;
+
 /// All worker processes of the daemon.
 #[derive(Debug)]
 pub(super) struct Fleet {
@@ -67,12 +71,21 @@ pub(super) struct Fleet {
     nameless: HashMap<WorkerId, InheritedUnix>,
     /// Where one can be made.
     folder: PathBuf,
+    /// The public addresses that workers have sockets on.
+    pub(super) publics: Publics,
+    /// Clients that waited for workers which are gone, to be handed over.
+    left: Vec<(Arc<str>, Rescued)>,
     acceptor: Acceptor,
     cgroups: Option<Cgroups>,
     /// Started when there is something to measure.
     gauge: Option<MemoryGauge>,
     watched: Vec<Watched>,
+    /// Started when there is a worker that has connections without lbd.
+    connections: Option<ConnectionGauge<Sampled>>,
 }
+
+/// Whose connections are counted, and since which of its retirements.
+type Sampled = (Arc<Upstream>, u32);
 
 /// A port whose sockets workers inherit, and the service whose workers do.
 #[derive(Debug)]
@@ -99,6 +112,30 @@ struct Member {
     retired: bool,
     /// A probe is on its way.
     probing: bool,
+    /// A probe has passed.
+    proven: bool,
+    /// How lbd reaches it, where the kernel hands it connections.
+    way: Option<Way>,
+    /// Copies of the sockets of the probes since the last one that passed. As long as they are there
+    /// nobody else has their ports, and what comes from those is no client.
+    probes: VecDeque<Socket>,
+}
+
+impl Member {
+    fn remember_probe(&mut self, socket: &io::Result<Socket>) {
+        if let Ok(Ok(copy)) = socket.as_ref().map(Socket::try_clone) {
+            self.probes.truncate(PROBES - 1);
+            self.probes.push_front(copy);
+        }
+    }
+
+    /// Whether this connection, which waited for it, is one of its probes.
+    fn is_probe(&self, accepted: &Socket) -> bool {
+        let from = |probe: &Socket| {
+            Some(probe.local_addr().ok()?.as_socket()? == accepted.peer_addr().ok()?.as_socket()?)
+        };
+        self.probes.iter().any(|probe| from(probe) == Some(true))
+    }
 }
 
 impl Fleet {
@@ -120,10 +157,13 @@ impl Fleet {
             ports: HashMap::new(),
             nameless: HashMap::new(),
             folder,
+            publics: Publics::default(),
+            left: Vec::new(),
             acceptor: Acceptor::new()?,
             cgroups,
             gauge: None,
             watched: Vec::new(),
+            connections: None,
         })
     }
 
@@ -155,15 +195,27 @@ impl Fleet {
         let Some(member) = self.members.get_mut(&id) else { return };
         member.probing = true;
         let endpoint = member.upstream.endpoint().clone();
-        // On a port with two workers the connection has to reach the one that is meant.
-        let socket = match endpoint.inet().and_then(|address| self.ports.get_mut(&address)) {
-            Some(inherited) => inherited.port.way_to(id),
-            None => endpoint.way_of_a_probe(),
+        let inherited = endpoint.inet().and_then(|address| self.ports.get_mut(&address));
+        // A connect to a socket that lbd made succeeds before the program even looks at it.
+        let is_own = member.way.is_some() || inherited.is_some();
+        // Where several listen, the connection has to reach the one that is meant.
+        let (socket, pass) = match (&member.way, inherited) {
+            (Some(way), _) => match way.open() {
+                Ok((socket, pass)) => (Ok(socket), Some(pass)),
+                Err(error) => (Err(error), None),
+            },
+            (None, Some(inherited)) => (inherited.port.way_to(id), None),
+            (None, None) => (endpoint.way_of_a_probe(), None),
         };
+        if member.way.is_some() {
+            member.remember_probe(&socket);
+        }
         let (probe, events) = (probe.clone(), self.events.clone());
         let proxy_protocol = member.upstream.proxy_protocol();
+        let manner = probe::Manner { proxy_protocol, accepted: is_own && !member.proven };
         spawn_local(async move {
-            let outcome = probe::run(&probe, &endpoint, socket, proxy_protocol, limit).await;
+            let outcome = probe::run(&probe, &endpoint, socket, manner, limit).await;
+            drop(pass);
             // Fails only where the daemon has ended.
             let _ = events.send(Event::Probed { id, outcome }).await;
         });
@@ -173,16 +225,26 @@ impl Fleet {
     pub(super) fn probed(&mut self, id: WorkerId, outcome: &ProbeOutcome) {
         if let Some(member) = self.members.get_mut(&id) {
             member.probing = false;
+            let passed = outcome.error.is_none();
+            member.proven |= passed;
+            if passed {
+                // It accepts in turn: nothing of the earlier ones waits any more.
+                member.probes.clear();
+            } else {
+                // Nobody reads an answer that comes now.
+                member.probes.iter().for_each(|probe| _ = probe.shutdown(Shutdown::Both));
+            }
             self.ledger.probed(&member.service, member.upstream.slot(), outcome);
         }
     }
 
     /// No connection is handed to it any more; tells whether it holds none.
     pub(super) fn retire(&mut self, id: WorkerId) -> bool {
-        self.members.get_mut(&id).is_some_and(|member| {
-            member.retired = true;
-            member.upstream.retire() == 0
-        })
+        let Some(member) = self.members.get_mut(&id) else { return false };
+        member.retired = true;
+        let idle = member.upstream.retire();
+        self.count_connections();
+        idle
     }
 
     pub(super) fn reinstate(&mut self, id: WorkerId) {
@@ -190,12 +252,54 @@ impl Fleet {
             member.retired = false;
             member.upstream.reinstate();
         }
+        self.count_connections();
     }
 
     /// The retired workers that hold no connection.
     pub(super) fn idle(&self) -> Vec<WorkerId> {
-        let idle = |member: &Member| member.retired && member.upstream.active() == 0;
-        self.members.iter().filter(|(_, member)| idle(member)).map(|(id, _)| *id).collect()
+        let idle = |(id, member): &(&WorkerId, &Member)| {
+            member.retired
+                && member.upstream.is_idle()
+                && self.publics.queued(**id).unwrap_or(0) == 0
+        };
+        self.members.iter().filter(idle).map(|(id, _)| *id).collect()
+    }
+
+    /// Whether the worker of this incarnation is known to hold no connection.
+    pub(super) fn holds_nothing(&self, id: WorkerId) -> bool {
+        self.members.get(&id).is_none_or(|member| member.upstream.is_idle())
+    }
+
+    /// Whether the kernel hands connections to one of these.
+    pub(super) fn is_direct(&self, workers: &[WorkerId]) -> bool {
+        workers.iter().any(|id| self.members.get(id).is_some_and(|member| member.way.is_some()))
+    }
+
+    /// Has the connections counted of those that have them without lbd.
+    fn count_connections(&mut self) {
+        let direct = self.members.values().filter(|member| member.way.is_some());
+        let workers: Vec<_> = direct
+            .map(|member| Counted {
+                guard: member.guard,
+                urgent: member.retired,
+                subject: (Arc::clone(&member.upstream), member.upstream.epoch()),
+            })
+            .collect();
+        if workers.is_empty() && self.connections.is_none() {
+            return;
+        }
+        let start = || {
+            ConnectionGauge::start(|(upstream, epoch): &Sampled, count| {
+                upstream.sampled(*epoch, count);
+            })
+        };
+        match self.connections.take().map_or_else(start, Ok) {
+            Ok(gauge) => {
+                gauge.watch(self.publics.addresses(), workers);
+                self.connections = Some(gauge);
+            }
+            Err(error) => tracing::warn!(%error, "cannot count the workers' connections"),
+        }
     }
 
     pub(super) fn upstream(&self, id: WorkerId) -> Option<&Arc<Upstream>> {
@@ -225,16 +329,62 @@ impl Fleet {
         }
     }
 
+    /// The same for the addresses whose connections the kernel hands out.
+    pub(super) fn rotate(&self, service: &str, balance: Balance, workers: &[WorkerId]) {
+        let turn = |id: &WorkerId| Some((self.members.get(id)?.upstream.slot(), *id));
+        let turns: Vec<_> = workers.iter().filter_map(turn).collect();
+        self.publics.rotate(service, balance, &turns);
+    }
+
     /// Forgets a worker of which nothing is left. Its socket stays, with what waits in it, until
     /// somebody takes it over or [`Self::rescue`] empties it.
     pub(super) fn forget(&mut self, id: WorkerId) {
-        if let Some(member) = self.members.remove(&id)
-            && let Some(address) = member.upstream.endpoint().inet()
-            && let Some(inherited) = self.ports.get_mut(&address)
-        {
+        let Some(member) = self.members.remove(&id) else { return };
+        let address = member.upstream.endpoint().inet();
+        if member.way.is_some() {
+            if !member.probes.is_empty() {
+                // Before the kernel moves what waits to somebody who would answer them too.
+                let waiting = self.publics.rescue(id, &mut self.acceptor).into_iter();
+                let clients = waiting.filter(|socket| !member.is_probe(socket));
+                let client = |socket| Rescued { socket, proxy_protocol: None };
+                self.left
+                    .extend(clients.map(|socket| (Arc::clone(&member.service), client(socket))));
+            }
+            member.upstream.left();
+            self.publics.leave(id, Instant::now());
+            self.count_connections();
+        } else if let Some(inherited) = address.and_then(|address| self.ports.get_mut(&address)) {
             inherited.port.abandon(id);
             member.upstream.displace(true);
         }
+    }
+
+    /// As [`Self::rescue`], of workers that the kernel hands connections to: those that are `ejected`
+    /// and those that are gone. Addresses that are not `wanted` and that no worker has
+    /// a socket on are let go.
+    pub(super) fn rescue_direct(
+        &mut self,
+        wanted: &BTreeSet<SocketAddr>,
+        ejected: &[WorkerId],
+        can_serve: impl Fn(&str) -> bool,
+        now: Instant,
+    ) -> Vec<(Arc<str>, Rescued)> {
+        let Self { members, acceptor, publics, left: waiting, .. } = self;
+        // Nothing was put in front of what the kernel gave to them.
+        let client = |socket| Rescued { socket, proxy_protocol: None };
+        let left = publics.tidy(wanted, now, acceptor).into_iter();
+        let left = left.map(|(service, socket)| (service, client(socket)));
+        let mut rescued: Vec<_> = std::mem::take(waiting).into_iter().chain(left).collect();
+        for id in ejected {
+            let Some(member) = members.get(id) else { continue };
+            // Not while it is being probed: the probe is for it to answer.
+            if member.way.is_some() && !member.probing && can_serve(&member.service) {
+                let waiting = publics.rescue(*id, acceptor).into_iter();
+                let clients = waiting.filter(|socket| !member.is_probe(socket)).map(client);
+                rescued.extend(clients.map(|client| (Arc::clone(&member.service), client)));
+            }
+        }
+        rescued
     }
 
     /// Takes the connections out of every accept queue where nobody will: of a worker that is gone,
@@ -324,17 +474,20 @@ impl Fleet {
     /// The port of the worker, if it has one.
     fn start(&mut self, order: &Spawn) -> Result<Option<u16>, StartError> {
         let spec = &*order.spec;
+        if spec.socket == SocketMode::Direct {
+            return self.start_direct(order);
+        }
         let wanted = spec.address(order.port.unwrap_or(0));
         let endpoint: Endpoint = match spec.socket {
             SocketMode::Inherit => self.inherit(wanted, order)?.into(),
             SocketMode::Unix => self.inherit_unix(order)?,
             // Whoever has the port would pass for the worker that is to bind it.
-            SocketMode::Bind => {
+            SocketMode::Bind | SocketMode::Direct => {
                 sockets::free(wanted).map_err(|error| port_error(wanted, error))?.into()
             }
         };
         let address = endpoint.inet();
-        let started = self.launch(order, endpoint);
+        let started = self.launch(order, endpoint, None);
         if started.is_err() {
             self.nameless.remove(&order.id);
             if let Some(inherited) = address.and_then(|address| self.ports.get_mut(&address)) {
@@ -342,6 +495,21 @@ impl Fleet {
             }
         }
         started.map(|()| address.map(|address| address.port()))
+    }
+
+    /// Starts a worker with sockets of its own on the public addresses. Its port is a name, if it has
+    /// been given one.
+    fn start_direct(&mut self, order: &Spawn) -> Result<Option<u16>, StartError> {
+        let join = self.publics.join(order);
+        join.map_err(|(address, error)| StartError::Bind(address, error))?;
+        let ways = self.publics.ways_to(order);
+        let address = ways.as_ref().map_or(order.spec.address(0), |ways| ways.first.address());
+        let started = self.launch(order, address.into(), ways);
+        if started.is_err() {
+            self.publics.leave(order.id, Instant::now());
+        }
+        self.count_connections();
+        started.map(|()| Some(order.port.unwrap_or(address.port())))
     }
 
     /// A listening unix socket for the worker.
@@ -370,10 +538,21 @@ impl Fleet {
         Ok(address)
     }
 
-    fn launch(&mut self, order: &Spawn, endpoint: Endpoint) -> Result<(), StartError> {
+    fn launch(
+        &mut self,
+        order: &Spawn,
+        endpoint: Endpoint,
+        ways: Option<Ways>,
+    ) -> Result<(), StartError> {
         let spec = &*order.spec;
         let port = endpoint.inet().map(|address| address.port());
-        let identity = Identity { service: &order.service, slot: order.slot, port };
+        let identity = Identity {
+            service: &order.service,
+            slot: order.slot,
+            port: order.port.filter(|_| ways.is_some()).or(port),
+        };
+        // Where all are on the same port, that tells nobody from the others.
+        let port = if ways.is_some() { order.port } else { port };
         let number = port.map_or(order.slot, u32::from);
         let label: Arc<str> = format!("{}/{number}", order.service).into();
         let streams = self.outputs.open(&spec.output, identity).map_err(StartError::Output)?;
@@ -381,13 +560,20 @@ impl Fleet {
             Program::Command(argv) => (None, process::expand(argv, identity)),
             Program::Root(root) => {
                 let root = root.to_string_lossy().into_owned();
-                let argv = ["lbd", "worker", "--root", &root].map(str::to_owned);
-                (Some(PathBuf::from("/proc/self/exe")), argv.to_vec())
+                let mut argv = vec!["lbd", "worker", "--root", &root];
+                if ways.is_some() {
+                    argv.extend(["--served-by", &label]);
+                }
+                let argv = argv.into_iter().map(str::to_owned).collect();
+                (Some(PathBuf::from("/proc/self/exe")), argv)
             }
         };
         let nameless = self.nameless.get(&order.id).map(|inherited| inherited.socket.socket());
         let on_port = || self.ports.get(&endpoint.inet()?)?.port.socket(order.id);
-        let inherited = nameless.or_else(on_port);
+        let inherited = match &ways {
+            Some(_) => self.publics.sockets(order),
+            None => nameless.or_else(on_port).into_iter().collect(),
+        };
         let cgroup = self.cgroup(spec.processes)?;
         let launch = Launch {
             label: label.to_string(),
@@ -400,7 +586,10 @@ impl Fleet {
                 identity,
             ),
             directory: spec.directory.clone(),
-            listener: inherited.map(|socket| (socket.as_fd(), order.service.to_string())),
+            listeners: inherited
+                .into_iter()
+                .map(|socket| (socket.as_fd(), order.service.to_string()))
+                .collect(),
             streams,
             umask: spec.umask,
             user: spec.user.clone(),
@@ -410,12 +599,25 @@ impl Fleet {
         };
         let child = self.spawner.spawn(launch).map_err(StartError::Spawn)?;
         let (id, idle) = (order.id, Arc::clone(&self.idle));
-        let upstream = Upstream::new(id.0, order.slot, label, endpoint, spec.proxy_protocol, idle);
+        let way = ways.as_ref().map(|ways| ways.first.clone());
+        let upstream = match ways {
+            Some(ways) => Upstream::direct(id.0, order.slot, label, ways, idle),
+            None => Upstream::new(id.0, order.slot, label, endpoint, spec.proxy_protocol, idle),
+        };
         let (controller, guard) = (child.controller(), child.guard_pid());
-        let (retired, probing) = (false, false);
         let service = Arc::clone(&order.service);
         self.ledger.open(&service, order.slot, Arc::clone(&upstream));
-        let member = Member { controller, guard, service, upstream, retired, probing };
+        let member = Member {
+            controller,
+            guard,
+            service,
+            upstream,
+            retired: false,
+            probing: false,
+            proven: false,
+            way,
+            probes: VecDeque::new(),
+        };
         self.members.insert(id, member);
         spawn_local(report(child, id, self.events.clone()));
         Ok(())

@@ -2,11 +2,15 @@
 
 use std::{
     collections::HashMap,
+    io,
+    net::SocketAddr,
     rc::Rc,
     sync::{Arc, atomic::AtomicBool},
 };
 
-use super::passed::PassedSockets;
+use socket2::Socket;
+
+use super::{passed::PassedSockets, publics::Publics};
 use crate::{
     config::{self, Listen},
     route::{BindError, DataPlane, Listener, ListenerId, Pool, ServiceRoute},
@@ -38,6 +42,17 @@ pub(super) struct Bound {
     moving: Vec<Move>,
 }
 
+impl Bound {
+    /// The IP addresses that are bound for it.
+    pub(super) fn addresses(&self) -> Vec<SocketAddr> {
+        let address = |listener: &Listener| match listener.listen() {
+            Listen::Tcp(address) => Some(*address),
+            Listen::Unix(_) => None,
+        };
+        self.new.iter().filter_map(|(_, listener)| address(listener)).collect()
+    }
+}
+
 #[derive(Debug)]
 struct Move {
     listen: Listen,
@@ -54,11 +69,12 @@ impl Fronts {
         Self { plane, access, passed, fronts: HashMap::new(), lingering: Vec::new() }
     }
 
-    /// Binds every address of `services` that is not open yet and for which no socket was passed.
-    /// Nobody is accepted until [`Self::open`]; dropped, all are let go.
+    /// Binds every address of `services` that is not open yet and for which no socket was passed, or is
+    /// among the `publics`. Nobody is accepted until [`Self::open`]; dropped, all are let go.
     pub(super) fn bind(
         &self,
         services: &[config::Service],
+        publics: &Publics,
     ) -> Result<Bound, (Arc<str>, BindError)> {
         let mut bound = Bound::default();
         for service in services {
@@ -71,7 +87,7 @@ impl Fronts {
                         from: Arc::clone(owner),
                         to: name,
                     }),
-                    None => match self.bind_one(listen, services) {
+                    None => match self.bind_one(listen, services, publics) {
                         Ok(listener) => bound.new.push((name, listener)),
                         Err(error) => return Err((name, error)),
                     },
@@ -79,6 +95,16 @@ impl Fronts {
             }
         }
         Ok(bound)
+    }
+
+    /// lbd's own socket at `address`: one that is open, or was just bound.
+    pub(super) fn socket(&self, address: SocketAddr, bound: &Bound) -> Option<io::Result<Socket>> {
+        let listen = Listen::Tcp(address);
+        let open = self.fronts.values().find_map(|front| front.open.get(&listen));
+        open.and_then(|id| self.plane.socket(*id)).or_else(|| {
+            let new = bound.new.iter().find(|(_, listener)| *listener.listen() == listen);
+            new.map(|(_, listener)| listener.socket())
+        })
     }
 
     /// Detaches what changes hands from the service that had it, which is not to close it.
@@ -124,9 +150,15 @@ impl Fronts {
         &self,
         listen: &Listen,
         services: &[config::Service],
+        publics: &Publics,
     ) -> Result<Listener, BindError> {
         if let Some(listener) = self.passed.listener(listen) {
             return listener;
+        }
+        if let Listen::Tcp(address) = listen
+            && let Some(Ok(socket)) = publics.reopen(*address)
+        {
+            return Listener::again(socket, listen);
         }
         let goes = |open: &Listen| {
             !services.iter().any(|service| service.listen.contains(open))

@@ -40,8 +40,8 @@ pub(super) struct Probes {
 /// What a slot has done so far.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Entry {
-    /// Connections on its workers now, the ones being made included.
-    pub(super) active: usize,
+    /// Connections on its workers now, the ones being made included; `None` where that can't be told.
+    pub(super) active: Option<usize>,
     pub(super) tally: WorkerTally,
     pub(super) probes: Probes,
 }
@@ -70,13 +70,13 @@ impl Ledger {
     /// Nothing, of a slot that nobody was ever in.
     pub(super) fn read(&mut self, service: &str, slot: u32) -> Entry {
         let account = self.0.get_mut(service).and_then(|slots| slots.get_mut(&slot));
-        let Some(account) = account else { return Entry::default() };
+        let Some(account) = account else { return Entry { active: Some(0), ..Entry::default() } };
         account.close();
-        let mut entry = Entry { tally: account.closed, probes: account.probes, active: 0 };
+        let mut entry = Entry { tally: account.closed, probes: account.probes, active: None };
         for upstream in &account.open {
             entry.tally += upstream.tally();
-            entry.active += upstream.active();
         }
+        entry.active = account.open.iter().map(|upstream| upstream.connections()).sum();
         entry
     }
 

@@ -40,10 +40,10 @@ impl Daemon<'_> {
         for service in &mut snapshot.services {
             for slot in &mut service.slots {
                 let entry = self.fleet.ledger.read(&service.name, slot.number);
-                slot.active = entry.active as u64;
-                slot.total = entry.tally.total;
-                slot.sent = entry.tally.sent;
-                slot.received = entry.tally.received;
+                slot.active = entry.active.map(|active| active as u64);
+                slot.total = slot.total.and(Some(entry.tally.total));
+                slot.sent = slot.sent.and(Some(entry.tally.sent));
+                slot.received = slot.received.and(Some(entry.tally.received));
                 slot.connect = entry.tally.connect;
                 slot.duration = entry.tally.duration;
                 slot.connect_failures = entry.tally.refusals().to_vec();
@@ -105,6 +105,11 @@ fn slot(service: &control::Service, shown: &status::Worker, now: Instant) -> met
         restarts: shown.restarts,
         failures_in_a_row: slot.map_or(0, |slot| slot.backoff.failures()),
         backoff: backoff.unwrap_or(Duration::ZERO),
+        // As far as they are known: the numbers follow.
+        total: shown.connections.total,
+        sent: shown.bytes.sent,
+        received: shown.bytes.received,
+        queued: shown.connections.queued,
         exits: Cause::ALL.iter().map(|cause| (cause.name(), exits[*cause as usize])).collect(),
         ..metrics::Slot::default()
     }

@@ -14,6 +14,7 @@ mod metrics;
 mod notes;
 mod notify;
 mod passed;
+mod publics;
 mod reload;
 mod requests;
 mod sentence;
@@ -57,6 +58,7 @@ use notes::Notes;
 use notify::Manager;
 pub use passed::Passed;
 use passed::PassedSockets;
+pub use publics::SteerError;
 use requests::{Loads, Requests};
 
 /// Events that wait for the main thread; whoever brings one more waits too.
@@ -90,6 +92,14 @@ pub enum DaemonError {
         service: Arc<str>,
         /// Why.
         source: BindError,
+    },
+    /// The kernel can't be had to hand out a service's connections.
+    #[error("service {service}: {source}")]
+    Steer {
+        /// Which service.
+        service: Arc<str>,
+        /// Why.
+        source: SteerError,
     },
     /// The configuration asks for what this lbd can't do.
     #[error(transparent)]
@@ -162,6 +172,8 @@ struct Daemon<'a> {
     idle: Arc<Notify>,
     /// Listeners that are being emptied; the service where all of its are.
     closing: JoinSet<Option<Arc<str>>>,
+    /// When accept queues are looked at again, whatever happens.
+    rescue_at: Option<Instant>,
     /// A reload that waits for that, and who waits for it.
     reload_wanted: Option<Vec<Answer<Reloaded>>>,
     requests: Requests,
@@ -224,6 +236,7 @@ impl<'a> Daemon<'a> {
             events,
             idle,
             closing: JoinSet::new(),
+            rescue_at: None,
             reload_wanted: None,
             requests: Requests::default(),
             loads: Loads::new(),
@@ -234,13 +247,20 @@ impl<'a> Daemon<'a> {
             dropped_told: now,
             config,
         };
+        let services = &daemon.config.services;
         let bound = daemon
             .fronts
-            .bind(&daemon.config.services)
+            .bind(services, &daemon.fleet.publics)
             .map_err(|(service, source)| DaemonError::Bind { service, source })?;
+        let steerable = daemon
+            .fleet
+            .publics
+            .prepare(services, |address| daemon.fronts.socket(address, &bound))
+            .map_err(|(service, source)| DaemonError::Steer { service, source })?;
         let pid = std::process::id();
         info!(version = env!("CARGO_PKG_VERSION"), pid, "starting");
         info!(limit = descriptors.limit, connections = max_held, "descriptors");
+        daemon.fleet.publics.adopt(steerable, &daemon.config.services);
         let (services, ticket) = (daemon.config.services.clone(), daemon.requests.ticket());
         daemon.handle(Event::Apply { services, ticket });
         daemon.fronts.open(bound, Vec::new());
@@ -276,7 +296,7 @@ impl<'a> Daemon<'a> {
             Stage::Aborting(since) => Some(since + ABORT_PATIENCE),
             Stage::Running | Stage::Stopping(_) | Stage::Finished(_) => self.supervisor.deadline(),
         };
-        own.into_iter().chain(self.manager.deadline()).min()
+        own.into_iter().chain(self.rescue_at).chain(self.manager.deadline()).min()
     }
 
     fn timeout(&mut self) {

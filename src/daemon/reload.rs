@@ -1,12 +1,13 @@
 //! A reload: read, compare, bind, and only then apply. A file that is refused changes nothing.
 
-use std::time::Instant;
+use std::{sync::Arc, time::Instant};
 
 use tracing::{info, warn};
 
 use super::{
     Daemon, Stage,
     fronts::Bound,
+    publics::{SteerError, Steerable},
     requests::{Waiting, tell},
 };
 use crate::{
@@ -27,7 +28,9 @@ pub(super) enum Refused {
     #[error(transparent)]
     NeedsRestart(#[from] NeedsRestart),
     #[error("service {0}: {1}")]
-    Bind(std::sync::Arc<str>, BindError),
+    Bind(Arc<str>, BindError),
+    #[error("service {0}: {1}")]
+    Steer(Arc<str>, SteerError),
     #[error("lbd was started without a configuration file")]
     NoFile,
     #[error("lbd is stopping")]
@@ -39,6 +42,7 @@ struct Prepared {
     new: Config,
     diff: Diff,
     bound: Bound,
+    steerable: Steerable,
 }
 
 impl Daemon<'_> {
@@ -59,14 +63,16 @@ impl Daemon<'_> {
             self.manager.reloading(Instant::now());
         }
         match self.prepare() {
-            Ok(Prepared { new, diff, bound }) => {
+            Ok(Prepared { new, diff, bound, steerable }) => {
                 let (added, removed) = (diff.added.len(), diff.removed.len());
                 let changed = diff.changed.len();
                 let reloaded = Reloaded { added, removed, changed };
                 let ticket = self.requests.wait(Waiting::Reload { askers, reloaded });
                 self.loads.accepted(ticket);
                 let moved = self.fronts.detach(&bound);
+                self.fleet.publics.adopt(steerable, &new.services);
                 self.apply(new, &diff, ticket);
+                self.fleet.publics.opened(bound.addresses());
                 self.fronts.open(bound, moved);
                 info!(added, removed, changed, "reloaded");
             }
@@ -90,9 +96,14 @@ impl Daemon<'_> {
         let diff = diff(&self.config, &new)?;
         let bound = self
             .fronts
-            .bind(&new.services)
+            .bind(&new.services, &self.fleet.publics)
             .map_err(|(service, error)| Refused::Bind(service, error))?;
-        Ok(Prepared { new, diff, bound })
+        let steerable = self
+            .fleet
+            .publics
+            .prepare(&new.services, |address| self.fronts.socket(address, &bound))
+            .map_err(|(service, error)| Refused::Steer(service, error))?;
+        Ok(Prepared { new, diff, bound, steerable })
     }
 
     fn apply(&mut self, new: Config, diff: &Diff, ticket: Ticket) {
@@ -103,6 +114,7 @@ impl Daemon<'_> {
             self.set_access(access);
         }
         for change in &diff.changed {
+            self.fleet.publics.close(&change.name, &change.new.listen);
             let listeners = self.fronts.take_closing(&change.name, &change.new.listen);
             if !listeners.is_empty() {
                 self.close(listeners, None);
@@ -124,7 +136,9 @@ impl From<Refused> for Failure {
         match refused {
             // Somebody reads it in a terminal: a line a problem.
             Refused::Config(error) => Self::Refused(error.to_string()),
-            Refused::NeedsRestart(_) | Refused::Bind(..) => Self::Refused(refused.to_string()),
+            Refused::NeedsRestart(_) | Refused::Bind(..) | Refused::Steer(..) => {
+                Self::Refused(refused.to_string())
+            }
             Refused::NoFile | Refused::Stopping => Self::Failed(refused.to_string()),
         }
     }

@@ -181,7 +181,13 @@ impl Daemon<'_> {
             )),
             Coming::Never | Coming::Now | Coming::At(_) => None,
         };
-        let (active, state) = (worker.connections.active, worker.state);
+        let state = worker.state;
+        // What the kernel gave it in this instant is counted in the next.
+        let known = worker.connections.active.unwrap_or(0) + worker.connections.queued.unwrap_or(0);
+        let current = service.slots.iter().find(|found| found.number == slot);
+        let current = current.and_then(|slot| slot.current.as_ref());
+        let unseen = current.is_some_and(|worker| !self.fleet.holds_nothing(worker.id));
+        let active = known.max(u64::from(unseen));
         Ok(Placed { drained: worker.drained, state, active, in_rotation, warning })
     }
 

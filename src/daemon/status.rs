@@ -5,8 +5,10 @@ use std::time::{Duration, Instant};
 
 use super::{Daemon, notes::seconds, requests::rfc3339};
 use crate::{
-    admin::status::{Bytes, Config, Connections, Probe, Service, State, Status, Worker},
+    admin::status::{Bytes, Config, Connections, Probe, Service, State, Status, Steering, Worker},
+    config::{Route, WorkerSpec},
     control::{self, Phase, Slot},
+    route::Traffic,
 };
 
 impl Daemon<'_> {
@@ -53,7 +55,8 @@ impl Daemon<'_> {
         Service {
             name: service.config.name.to_string(),
             listen: service.config.listen.iter().map(ToString::to_string).collect(),
-            route: "proxy".to_owned(),
+            route: service.config.worker.route().to_string(),
+            steering: self.steering(service),
             balance: service.config.routing.balance.to_string(),
             workers: service.slots.iter().map(of_slot).collect(),
             replacements: service.slots.iter().filter_map(replacement).collect(),
@@ -61,11 +64,17 @@ impl Daemon<'_> {
         }
     }
 
+    /// How the kernel shares out the service's connections, where it does.
+    fn steering(&self, service: &control::Service) -> Option<Steering> {
+        let steering = self.fleet.publics.steering(&service.config.name)?;
+        Some(Steering { kind: steering.kind.to_string(), why: steering.why.clone() })
+    }
+
     /// `slot` is its slot, or that of its successors; a reload may have taken it away.
     fn worker(&self, worker: &control::Worker, slot: Option<&Slot>, now: Instant) -> Worker {
         let generation = worker.generation;
         let traffic = self.fleet.upstream(worker.id).map(|upstream| upstream.traffic());
-        let traffic = traffic.unwrap_or_default();
+        let traffic = traffic.unwrap_or_else(|| nothing(&worker.spec));
         Worker {
             slot: worker.slot,
             port: worker.port,
@@ -77,9 +86,10 @@ impl Daemon<'_> {
             restarts: slot.map_or_else(|| generation.saturating_sub(1), |slot| slot.restarts),
             last_exit: slot.and_then(last_exit),
             connections: Connections {
-                active: u64::try_from(traffic.active).unwrap_or(u64::MAX),
+                active: traffic.active.map(|active| active as u64),
                 total: traffic.total,
                 failed: traffic.failed,
+                queued: self.fleet.publics.queued(worker.id),
                 per_second: None,
             },
             bytes: Bytes { sent: traffic.sent, received: traffic.received },
@@ -98,6 +108,7 @@ impl Daemon<'_> {
 fn vacant(slot: &Slot, now: Instant) -> Worker {
     // Once it is due, it only waits for the port that its predecessor has.
     let state = if slot.start_at > now { State::Backoff } else { State::Starting };
+    let none = nothing(&slot.spec);
     let since = slot.last_exit.as_ref().map_or(slot.start_at, |exit| exit.at);
     Worker {
         slot: slot.number,
@@ -109,12 +120,22 @@ fn vacant(slot: &Slot, now: Instant) -> Worker {
         since_seconds: seconds(now.saturating_duration_since(since)),
         restarts: slot.restarts,
         last_exit: last_exit(slot),
-        connections: Connections::default(),
-        bytes: Bytes::default(),
+        connections: Connections {
+            active: none.active.map(|active| active as u64),
+            total: none.total,
+            ..Connections::default()
+        },
+        bytes: Bytes { sent: none.sent, received: none.received },
         resident_bytes: None,
         cpu_seconds: None,
         last_probe: None,
     }
+}
+
+/// What passed through a worker that never was: nothing, as far as it would be known.
+fn nothing(spec: &WorkerSpec) -> Traffic {
+    let through = (spec.route() == Route::Proxy).then_some(0);
+    Traffic { active: Some(0), total: through, failed: 0, sent: through, received: through }
 }
 
 fn last_exit(slot: &Slot) -> Option<String> {

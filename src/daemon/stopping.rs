@@ -19,7 +19,7 @@ use crate::{admin, config::Stop, control::Event, route::ListenerId};
 impl Daemon<'_> {
     /// Graceful: no new connections, then those in flight end, then the workers do.
     pub(super) fn stop(&mut self) {
-        info!(connections = self.fronts.active(), "stopping");
+        info!(connections = self.all_held(), "stopping");
         let now = Instant::now();
         self.stage = Stage::Stopping(now);
         let longest = |timeout: fn(&Stop) -> Duration| {
@@ -35,7 +35,7 @@ impl Daemon<'_> {
         if matches!(self.stage, Stage::Aborting(_)) {
             return;
         }
-        warn!(connections = self.fronts.active(), "stopping at once");
+        warn!(connections = self.all_held(), "stopping at once");
         let now = Instant::now();
         self.stage = Stage::Aborting(now);
         self.manager.stopping(&self.sentence(), now + ABORT_PATIENCE + SLACK, now);
@@ -69,8 +69,21 @@ impl Daemon<'_> {
         }
     }
 
+    fn all_held(&self) -> usize {
+        self.supervisor.services().iter().map(|service| self.held(&service.config.name)).sum()
+    }
+
+    /// The connections of a service, those included that its workers have without lbd.
+    fn held(&self, service: &str) -> usize {
+        let relayed = self.fronts.route(service).map_or(0, |route| route.active());
+        let workers = self.supervisor.service(service).into_iter().flat_map(|s| s.workers());
+        let upstreams = workers.filter_map(|worker| self.fleet.upstream(worker.id));
+        let direct = upstreams.filter(|upstream| upstream.is_direct());
+        relayed + direct.filter_map(|upstream| upstream.connections()).sum::<usize>()
+    }
+
     fn tell_draining(&self, service: &Arc<str>) {
-        let held = self.fronts.route(service).map_or(0, |route| route.active());
+        let held = self.held(service);
         let stop = self.supervisor.service(service).map(|service| &service.config.stop);
         if let (1.., Some(stop)) = (held, stop) {
             let up_to = notes::seconds(stop.drain_timeout);

@@ -22,21 +22,37 @@ use crate::{
     config::{Probe, ProxyProtocol},
     control::ProbeOutcome,
     proxy_protocol::{Ends, Header},
-    sockets::Endpoint,
+    sockets::{Endpoint, diag::Diag},
 };
 
-/// Probes the worker at `endpoint` once, over this socket, which is not connected yet, and with the
-/// header that it expects on every connection. Takes at most `limit`; dropping the future gives up.
+/// Between two looks whether a connection has been accepted.
+const LONGEST_PAUSE: Duration = Duration::from_millis(20);
+
+/// What there is to a probe besides the question.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Manner {
+    /// The header that the worker expects on every connection.
+    pub proxy_protocol: Option<ProxyProtocol>,
+    /// A bare connect passes when the worker has accepted the connection, and not before: where lbd
+    /// made the listening socket, the kernel answers whether or not the program ever will. On TCP
+    /// alone.
+    pub accepted: bool,
+}
+
+/// Probes the worker at `endpoint` once, over this socket, which is not connected yet. Takes at most
+/// `limit`; dropping the future gives up.
 pub async fn run(
     probe: &Probe,
     endpoint: &Endpoint,
     socket: io::Result<Socket>,
-    proxy_protocol: Option<ProxyProtocol>,
+    manner: Manner,
     limit: Duration,
 ) -> ProbeOutcome {
     let began = Instant::now();
-    let result = match timeout(limit, attempt(probe, endpoint, socket, proxy_protocol)).await {
+    let accepted = manner.accepted;
+    let result = match timeout(limit, attempt(probe, endpoint, socket, manner)).await {
         Ok(result) => result,
+        Err(_) if accepted && *probe == Probe::Tcp => Err(ProbeError::NotAccepted(limit)),
         Err(_) => Err(ProbeError::Timeout(limit)),
     };
     ProbeOutcome { took: began.elapsed(), error: result.err().map(|error| error.to_string()) }
@@ -57,6 +73,8 @@ enum ProbeError {
     Header(io::Error),
     #[error("no answer within {}", humantime::format_duration(*.0))]
     Timeout(Duration),
+    #[error("a connection is not accepted within {}", humantime::format_duration(*.0))]
+    NotAccepted(Duration),
     #[error("GET {path}: {source}")]
     Http { path: String, source: hyper::Error },
     #[error("GET {path}: {reason}")]
@@ -69,7 +87,7 @@ async fn attempt(
     probe: &Probe,
     endpoint: &Endpoint,
     socket: io::Result<Socket>,
-    proxy_protocol: Option<ProxyProtocol>,
+    Manner { proxy_protocol, accepted }: Manner,
 ) -> Result<(), ProbeError> {
     let failed = |error| ProbeError::Connect(endpoint.to_string(), error);
     let socket = socket.map_err(failed)?;
@@ -82,14 +100,29 @@ async fn attempt(
         let stream = UnixStream::from_std(socket.into()).map_err(failed)?;
         return ask(probe, stream, "localhost", proxy_protocol, None).await;
     };
-    let stream = connect(address, socket).await?;
+    let mut stream = connect(address, socket).await?;
     // What follows a header must not wait until the worker's kernel has acknowledged it.
     stream.set_nodelay(true).map_err(failed)?;
     let ends = Ends {
         client: stream.local_addr().map_err(failed)?,
         server: stream.peer_addr().map_err(failed)?,
     };
+    if accepted && *probe == Probe::Tcp {
+        introduce(&mut stream, proxy_protocol, Some(ends)).await?;
+        return until_accepted(&stream).await.map_err(failed);
+    }
     ask(probe, stream, &address.to_string(), proxy_protocol, Some(ends)).await
+}
+
+/// Says who it is, where that is expected.
+async fn introduce(
+    mut stream: impl AsyncWrite + Unpin,
+    proxy_protocol: Option<ProxyProtocol>,
+    ends: Option<Ends>,
+) -> Result<(), ProbeError> {
+    let Some(version) = proxy_protocol else { return Ok(()) };
+    let header = Header::of_probe(version, ends);
+    stream.write_all(header.as_bytes()).await.map_err(ProbeError::Header)
 }
 
 /// What is done over a connection, which has these ends.
@@ -100,10 +133,7 @@ async fn ask(
     proxy_protocol: Option<ProxyProtocol>,
     ends: Option<Ends>,
 ) -> Result<(), ProbeError> {
-    if let Some(version) = proxy_protocol {
-        let header = Header::of_probe(version, ends);
-        stream.write_all(header.as_bytes()).await.map_err(ProbeError::Header)?;
-    }
+    introduce(&mut stream, proxy_protocol, ends).await?;
     match probe {
         Probe::Tcp => Ok(()),
         Probe::Http { path, host, expect } => {
@@ -133,6 +163,22 @@ fn not_to_itself(stream: TcpStream, address: SocketAddr) -> Result<TcpStream, Pr
     Ok(stream)
 }
 
+/// Returns when somebody has accepted the connection. Where the kernel does not tell, that is at
+/// once.
+async fn until_accepted(stream: &TcpStream) -> io::Result<()> {
+    let mut pause = Duration::from_millis(1);
+    let look = |diag: &mut Diag| diag.is_accepted(stream.peer_addr()?, stream.local_addr()?);
+    let Ok(mut diag) = Diag::open() else { return Ok(()) };
+    while let Ok(false) = look(&mut diag) {
+        // Whoever speaks or ends it has accepted it, and may have closed it by the next look.
+        match timeout(pause, stream.peek(&mut [0])).await {
+            Ok(heard) => return heard.map(drop),
+            Err(_) => pause = (pause * 2).min(LONGEST_PAUSE),
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use std::{
@@ -149,7 +195,8 @@ mod tests {
     fn probe(probe: &Probe, address: SocketAddr, limit: Duration) -> Option<String> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let endpoint = Endpoint::from(address);
-        runtime.block_on(run(probe, &endpoint, endpoint.way_of_a_probe(), None, limit)).error
+        let manner = Manner::default();
+        runtime.block_on(run(probe, &endpoint, endpoint.way_of_a_probe(), manner, limit)).error
     }
 
     fn http(path: &str) -> Probe {
@@ -184,6 +231,23 @@ mod tests {
             probe(&Probe::Tcp, address, SECOND),
             Some(format!("cannot connect to {address}: Connection refused (os error 111)"))
         );
+    }
+
+    #[test]
+    fn a_connection_that_is_to_be_accepted_fails_until_it_is() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        let probe = |limit| {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            let endpoint = Endpoint::from(address);
+            let socket = endpoint.way_of_a_probe();
+            let manner = Manner { accepted: true, ..Manner::default() };
+            runtime.unwrap().block_on(run(&Probe::Tcp, &endpoint, socket, manner, limit)).error
+        };
+        let error = "a connection is not accepted within 50ms".to_owned();
+        assert_eq!(probe(Duration::from_millis(50)), Some(error));
+        thread::spawn(move || while listener.accept().is_ok() {});
+        assert_eq!(probe(20 * SECOND), None);
     }
 
     #[test]

@@ -21,6 +21,7 @@ use nix::sys::{
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::Exit;
+use crate::config::MAX_LISTENERS;
 
 /// The program to start, all but its descriptors.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,8 +36,8 @@ pub(super) struct Description {
     pub(super) group: Option<String>,
     /// Soft and hard `RLIMIT_NOFILE`.
     pub(super) open_files: Option<(u64, u64)>,
-    /// The name (`LISTEN_FDNAMES`) of the listening socket; `None` where none is passed.
-    pub(super) listener: Option<String>,
+    /// The name (`LISTEN_FDNAMES`) of each listening socket that is passed.
+    pub(super) listeners: Vec<String>,
 }
 
 /// What [`start`] hands to the guard. The guard itself never looks into the description: the
@@ -46,7 +47,8 @@ pub(super) struct Package {
     pub(super) description: File,
     pub(super) stdout: OwnedFd,
     pub(super) stderr: OwnedFd,
-    pub(super) listener: Option<OwnedFd>,
+    /// As many as the description names.
+    pub(super) listeners: Vec<OwnedFd>,
     /// The folder of the worker's cgroup.
     pub(super) cgroup: Option<OwnedFd>,
 }
@@ -71,9 +73,9 @@ pub(super) enum Report {
 /// Longer than any message is: the longest is a [`Report::Failed`], cut to half of it.
 pub(super) const MESSAGE: usize = 8 * 1024;
 
-/// Which descriptors follow the first three.
-const LISTENER: u8 = 1;
-const CGROUP: u8 = 2;
+/// How many descriptors there are at most: those of the listeners, and the [`Package`]'s others. That
+/// is far below what the kernel sends at once (`SCM_MAX_FD`, 253).
+const MAX_PASSED: usize = MAX_LISTENERS + 4;
 
 /// Both ends of a new channel, close-on-exec and blocking.
 pub(super) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
@@ -108,19 +110,20 @@ pub(super) fn start(
     description: &Description,
     stdout: BorrowedFd<'_>,
     stderr: BorrowedFd<'_>,
-    listener: Option<BorrowedFd<'_>>,
+    listeners: &[BorrowedFd<'_>],
     cgroup: Option<BorrowedFd<'_>>,
 ) -> io::Result<()> {
     let mut file = File::from(memfd_create(c"lbd-description", MFdFlags::MFD_CLOEXEC)?);
     file.write_all(&serde_json::to_vec(description)?)?;
     file.rewind()?;
     let mut fds = vec![file.as_raw_fd(), stdout.as_raw_fd(), stderr.as_raw_fd()];
-    fds.extend(listener.iter().chain(&cgroup).map(|fd| fd.as_raw_fd()));
-    let passed = (u8::from(listener.is_some()) * LISTENER) | (u8::from(cgroup.is_some()) * CGROUP);
+    fds.extend(listeners.iter().chain(&cgroup).map(|fd| fd.as_raw_fd()));
+    let count = u8::try_from(listeners.len()).ok().filter(|_| listeners.len() <= MAX_LISTENERS);
+    let count = count.ok_or_else(|| io::Error::other("too many listening sockets"))?;
     sendmsg::<()>(
         channel.as_fd().as_raw_fd(),
         // Never zero bytes, which would read as end of file.
-        &[IoSlice::new(&[passed])],
+        &[IoSlice::new(&[count])],
         &[ControlMessage::ScmRights(&fds)],
         MsgFlags::MSG_NOSIGNAL,
         None,
@@ -132,7 +135,7 @@ pub(super) fn start(
 pub(super) fn started(channel: impl AsFd) -> io::Result<Option<Package>> {
     let mut byte = [0];
     let mut iov = [IoSliceMut::new(&mut byte)];
-    let mut space = nix::cmsg_space!([i32; 5]);
+    let mut space = nix::cmsg_space!([i32; MAX_PASSED]);
     let message = recvmsg::<()>(
         channel.as_fd().as_raw_fd(),
         &mut iov,
@@ -150,15 +153,15 @@ pub(super) fn started(channel: impl AsFd) -> io::Result<Option<Package>> {
     if message.bytes == 0 {
         return Ok(None);
     }
-    let [passed] = byte;
-    let mut fds = fds.into_iter().peekable();
+    let [count] = byte;
+    let mut fds = fds.into_iter();
     match (fds.next(), fds.next(), fds.next()) {
         (Some(description), Some(stdout), Some(stderr)) => Ok(Some(Package {
             description: File::from(description),
             stdout,
             stderr,
-            listener: fds.next_if(|_| passed & LISTENER != 0),
-            cgroup: fds.next_if(|_| passed & CGROUP != 0),
+            listeners: fds.by_ref().take(count.into()).collect(),
+            cgroup: fds.next(),
         })),
         _ => Err(io::Error::new(io::ErrorKind::InvalidData, "descriptors are missing")),
     }
@@ -191,16 +194,16 @@ mod tests {
             user: None,
             group: None,
             open_files: Some((1, 2)),
-            listener: Some("web".into()),
+            listeners: vec!["web".into()],
         };
         let (mut read, write) = io::pipe().unwrap();
         let null = File::open("/dev/null").unwrap();
-        start(&lbd, &description, write.as_fd(), null.as_fd(), None, Some(null.as_fd())).unwrap();
+        start(&lbd, &description, write.as_fd(), null.as_fd(), &[], Some(null.as_fd())).unwrap();
         drop(write);
 
         let package = started(&guard).unwrap().unwrap();
         assert_eq!(Description::read(package.description).unwrap(), description);
-        assert!(package.listener.is_none() && package.cgroup.is_some());
+        assert!(package.listeners.is_empty() && package.cgroup.is_some());
         File::from(package.stdout).write_all(b"hello").unwrap();
         let mut text = String::new();
         read.read_to_string(&mut text).unwrap();

@@ -41,12 +41,13 @@ use super::{
     channel::{Description, MESSAGE, Package},
     environment::ABOUT_THE_USER,
 };
+use crate::config::MAX_LISTENERS;
 
-/// The descriptor of a passed listening socket (`SD_LISTEN_FDS_START`, sd_listen_fds(3)).
-const LISTENER: i32 = 3;
+/// The descriptor of the first passed listening socket (`SD_LISTEN_FDS_START`, sd_listen_fds(3)).
+const FIRST_LISTENER: i32 = 3;
 
 /// Descriptors from here on are out of the way of those that the program gets.
-const ASIDE: i32 = 10;
+const ASIDE: i32 = FIRST_LISTENER + MAX_LISTENERS as i32;
 
 /// The `PATH` of a worker that has none (that of execvp(3)).
 const DEFAULT_PATH: &str = "/bin:/usr/bin";
@@ -105,14 +106,14 @@ pub(super) fn become_program(package: Package, errors: OwnedFd, guard: Pid) -> !
 }
 
 fn run(package: Package, guard: Pid) -> Result<Infallible, ExecError> {
-    let Package { description, stdout, stderr, listener, cgroup: folder } = package;
+    let Package { description, stdout, stderr, listeners, cgroup: folder } = package;
     let mut what = Description::read(description).map_err(ExecError::Description)?;
 
     setsid().map_err(step("begin a session"))?;
     if let Some(folder) = folder {
         cgroup::enter(folder).map_err(ExecError::Cgroup)?;
     }
-    descriptors(&stdout, &stderr, listener.as_ref()).map_err(step("set up descriptors"))?;
+    descriptors(&stdout, &stderr, &listeners).map_err(step("set up descriptors"))?;
     if let Some((soft, hard)) = what.open_files {
         setrlimit(Resource::RLIMIT_NOFILE, soft, hard).map_err(step("set the open-files limit"))?;
     }
@@ -136,31 +137,33 @@ fn run(package: Package, guard: Pid) -> Result<Infallible, ExecError> {
         return Err(ExecError::Step("outlive the guard", Errno::ESRCH));
     }
 
-    if let Some(name) = &what.listener {
+    if !what.listeners.is_empty() {
+        let (count, names) = (what.listeners.len().to_string(), what.listeners.join(":"));
         what.env.retain(|(name, _)| !name.as_bytes().starts_with(b"LISTEN_"));
         what.env.extend([
-            ("LISTEN_FDS".into(), "1".into()),
-            ("LISTEN_FDNAMES".into(), name.into()),
+            ("LISTEN_FDS".into(), count.into()),
+            ("LISTEN_FDNAMES".into(), names.into()),
             ("LISTEN_PID".into(), getpid().to_string().into()),
         ]);
     }
     execute(&what)
 }
 
-/// Leaves the program 0 (`/dev/null`), 1, 2 and, where there is one, the listening socket as 3.
+/// Leaves the program 0 (`/dev/null`), 1, 2 and, where there are any, the listening sockets from 3 on.
 ///
 /// All else is close-on-exec: the guard closed what it inherited, and opens nothing without.
-fn descriptors(stdout: &OwnedFd, stderr: &OwnedFd, listener: Option<&OwnedFd>) -> nix::Result<()> {
+fn descriptors(stdout: &OwnedFd, stderr: &OwnedFd, listeners: &[OwnedFd]) -> nix::Result<()> {
     let null = File::open("/dev/null")
         .map_err(|error| error.raw_os_error().map_or(Errno::UnknownErrno, Errno::from_raw))?;
     dup2_stdin(null)?;
     dup2_stdout(stdout)?;
     dup2_stderr(stderr)?;
-    if let Some(listener) = listener {
-        // Moved first: a dup2 onto itself would leave it close-on-exec.
-        let listener = aside(listener)?;
-        // SAFETY: whatever is at 3 is not used again in this process.
-        let passed = unsafe { dup2_raw(listener, LISTENER) }?;
+    // Moved first, all of them: a dup2 onto itself would leave one close-on-exec, and onto another
+    // would close that.
+    let listeners = listeners.iter().map(aside).collect::<nix::Result<Vec<_>>>()?;
+    for (number, listener) in (FIRST_LISTENER..).zip(listeners) {
+        // SAFETY: whatever is at that number is not used again in this process.
+        let passed = unsafe { dup2_raw(listener, number) }?;
         std::mem::forget(passed);
     }
     Ok(())

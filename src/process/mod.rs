@@ -25,6 +25,7 @@
 
 mod cgroup;
 mod channel;
+mod connections;
 mod environment;
 mod exec;
 mod guard;
@@ -36,6 +37,7 @@ mod spawn;
 mod tree;
 
 pub use cgroup::{Cgroup, Cgroups, NoCgroups};
+pub use connections::{ConnectionGauge, Counted};
 pub use environment::{Identity, environment, expand};
 pub use guard::exec_main;
 pub use init::stay_as_init;

@@ -56,8 +56,9 @@ pub struct Launch<'a> {
     pub env: Vec<(OsString, OsString)>,
     /// The working folder.
     pub directory: PathBuf,
-    /// The listening socket to pass as descriptor 3, as it is (so: blocking), and its name.
-    pub listener: Option<(BorrowedFd<'a>, String)>,
+    /// The listening sockets to pass from descriptor 3 on, as they are (so: blocking), and their
+    /// names; at most [`MAX_LISTENERS`](crate::config::MAX_LISTENERS).
+    pub listeners: Vec<(BorrowedFd<'a>, String)>,
     /// Where standard output and error go.
     pub streams: Streams,
     /// The file mode creation mask; lbd's own where `None`.
@@ -134,8 +135,8 @@ impl Spawner {
     /// Fails where there are no descriptors, memory or processes left. To be called in a tokio
     /// runtime.
     pub fn spawn(&self, launch: Launch<'_>) -> io::Result<Child> {
-        let Launch { streams, listener, cgroup, .. } = launch;
-        let (listener, name) = listener.unzip();
+        let Launch { streams, listeners, cgroup, .. } = launch;
+        let (listeners, names): (Vec<_>, _) = listeners.into_iter().unzip();
         let description = Description {
             program: launch.program.map(PathBuf::into_os_string),
             argv: launch.argv.into_iter().map(OsString::from).collect(),
@@ -145,12 +146,12 @@ impl Spawner {
             user: launch.user,
             group: launch.group,
             open_files: launch.open_files,
-            listener: name,
+            listeners: names,
         };
         let (ours, theirs) = pair()?;
         let (stdout, stderr) = (streams.stdout.as_fd(), streams.stderr.as_fd());
         let folder = cgroup.as_ref().map(Cgroup::directory);
-        start(&ours, &description, stdout, stderr, listener, folder)?;
+        start(&ours, &description, stdout, stderr, &listeners, folder)?;
         // SAFETY: `ours` is open, and its `AsyncFd` alone owns it, and never gives it back.
         let channel = unsafe { AsyncFd::register_with_interest(ours, Interest::READABLE) }?;
 

@@ -18,10 +18,10 @@ use std::{
 };
 
 use nix::libc;
-use socket2::{Domain, SockAddr, SockFilter, Socket, Type};
+use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::shared::Shared;
-use crate::config::Listen;
+use crate::{config::Listen, sockets};
 
 /// Asked for; the kernel caps it to `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
@@ -169,6 +169,24 @@ impl Listener {
         Ok(Self { socket, listen, path: None, shared, failing })
     }
 
+    /// Takes over a socket that listens at `listen` already.
+    ///
+    /// # Errors
+    ///
+    /// Where it is of an unexpected kind.
+    pub fn again(socket: Socket, listen: &Listen) -> Result<Self, BindError> {
+        Self::over(socket, listen, None).map_err(|cause| BindError::new(listen, cause))
+    }
+
+    /// A copy of its socket, for somebody who is to steer what comes to it.
+    ///
+    /// # Errors
+    ///
+    /// Where there is no descriptor left.
+    pub fn socket(&self) -> io::Result<Socket> {
+        self.socket.try_clone()
+    }
+
     /// The address asked for.
     #[must_use]
     pub fn listen(&self) -> &Listen {
@@ -208,7 +226,7 @@ impl Listener {
             return Ok(());
         }
         match self.listen {
-            Listen::Tcp(_) => self.socket.attach_filter(&drop_new_syns()),
+            Listen::Tcp(_) => sockets::refuse_new(&self.socket),
             Listen::Unix(_) => {
                 self.remove_path();
                 self.socket.shutdown(std::net::Shutdown::Read)
@@ -295,21 +313,6 @@ fn is_stale(path: &Path, address: &SockAddr) -> io::Result<bool> {
     }
     let probe = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
     Ok(probe.connect(address).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused))
-}
-
-/// Classic BPF on a TCP socket sees the segment from its TCP header on, for IPv4 and IPv6 alike
-/// (`tcp_filter` in net/ipv4/tcp_ipv4.c); byte 13 holds the flags (RFC 9293, section 3.1).
-fn drop_new_syns() -> [SockFilter; 5] {
-    const SYN: u32 = 0x02;
-    const ACK: u32 = 0x10;
-    let op = |code: u32, jt, jf, k| SockFilter::new(code as u16, jt, jf, k);
-    [
-        op(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, 0, 0, 13),
-        op(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, 0, 0, SYN | ACK),
-        op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, SYN),
-        op(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
-        op(libc::BPF_RET | libc::BPF_K, 0, 0, u32::MAX),
-    ]
 }
 
 /// What would help, to be put behind the cause.

@@ -71,4 +71,4 @@ pub use pool::Pool;
 pub use service::ServiceRoute;
 pub use shared::Shared;
 pub use tally::{Reasons, ServiceTally, WorkerTally};
-pub use upstream::{Traffic, Upstream};
+pub use upstream::{Traffic, Upstream, Ways};

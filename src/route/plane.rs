@@ -105,6 +105,12 @@ impl DataPlane {
         Listener::bind_beside(listen, &beside)
     }
 
+    /// As [`Listener::socket`]; `None` where it is closed.
+    #[must_use]
+    pub fn socket(&self, id: ListenerId) -> Option<io::Result<Socket>> {
+        self.listeners().get(&id).map(|listener| listener.socket())
+    }
+
     /// The process of `upstream` is gone: connections whose answer is complete are closed, although
     /// their clients may not have noticed.
     pub fn departed(&self, upstream: &Upstream) {

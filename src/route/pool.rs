@@ -268,7 +268,7 @@ mod tests {
                 });
             }
         });
-        assert_eq!(all.iter().map(|u| u.traffic().total).collect::<Vec<_>>(), [1_000; 4]);
+        assert_eq!(all.iter().map(|u| u.traffic().total).collect::<Vec<_>>(), [Some(1_000); 4]);
     }
 
     #[test]

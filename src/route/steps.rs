@@ -10,7 +10,7 @@ use nix::{
     errno::Errno,
     sys::epoll::{EpollEvent, EpollFlags},
 };
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, Socket};
 
 use super::{
     connection::{End, Stage},
@@ -18,7 +18,7 @@ use super::{
     reactor::{Reactor, Subject, grain},
     relay::{Pumped, Side},
     tally::Refusal,
-    upstream::Upstream,
+    upstream::{Lease, Upstream},
 };
 
 /// How long it takes until the next look at whether a worker's accept queue still is full.
@@ -70,7 +70,7 @@ impl Reactor {
         }
         let (mut is_marked, mut is_full) = (false, false);
         loop {
-            let lease = match pool.pick(client, &mut connection.tried) {
+            let mut lease = match pool.pick(client, &mut connection.tried) {
                 Ok(lease) => lease,
                 Err(Nobody::Left) => break,
                 Err(Nobody::HasRoom) if is_marked => return self.crowd(key),
@@ -81,7 +81,7 @@ impl Reactor {
                 }
             };
             connection.tried.push(lease.id());
-            match connect(&lease, connection.client.is_readable()) {
+            match connect(&mut lease, connection.client.is_readable()) {
                 Ok((socket, is_connected)) => {
                     let token = u64::from(connection.generation) << 34
                         | (key as u64) << 2
@@ -169,6 +169,9 @@ impl Reactor {
     /// Goes from the connect, which took so long, to the relay.
     fn begin(&mut self, key: usize, took: Duration) {
         let connection = &mut self.connections[key];
+        if let Some((_, lease)) = &mut connection.worker {
+            lease.pass = None;
+        }
         let Some((worker, lease)) = &connection.worker else { return };
         if is_self_connected(&worker.socket, lease) {
             return self.skip(key, Refusal::Refused);
@@ -294,14 +297,15 @@ impl Reactor {
 /// is not sent by itself (tcp(7), `TCP_QUICKACK`), so that the worker is woken once, for a connection
 /// with a request in it, and not before. Were there none after all, the kernel would send it 200 ms
 /// later.
-fn connect(upstream: &Upstream, bytes_follow: bool) -> Result<(Socket, bool), Errno> {
+fn connect(upstream: &mut Lease, bytes_follow: bool) -> Result<(Socket, bool), Errno> {
     let domain = upstream.domain();
-    let socket = Socket::new(domain, Type::STREAM.nonblocking(), None).map_err(errno)?;
+    let (socket, pass) = upstream.socket().map_err(errno)?;
+    upstream.pass = pass;
     if domain != Domain::UNIX {
         socket.set_tcp_nodelay(true).map_err(errno)?;
-    }
-    if bytes_follow && upstream.is_local() {
-        socket.set_tcp_quickack(false).map_err(errno)?;
+        if bytes_follow && upstream.is_local() {
+            socket.set_tcp_quickack(false).map_err(errno)?;
+        }
     }
     for _ in 0..2 {
         match socket.connect(upstream.endpoint().address()).map_err(errno) {

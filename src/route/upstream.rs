@@ -1,19 +1,19 @@
 //! One worker incarnation, as the data threads see it.
 
 use std::{
-    fmt,
+    fmt, io,
     num::NonZeroU32,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{
-            AtomicBool, AtomicU64, AtomicUsize,
+            AtomicBool, AtomicU32, AtomicU64, AtomicUsize,
             Ordering::{Relaxed, SeqCst},
         },
     },
     time::Duration,
 };
 
-use socket2::Domain;
+use socket2::{Domain, Socket};
 use tokio::sync::Notify;
 
 use super::{
@@ -21,11 +21,21 @@ use super::{
     listener::is_ephemeral,
     tally::{Refusal, WorkerCounters, WorkerTally},
 };
-use crate::{config::ProxyProtocol, sockets::Endpoint};
+use crate::{
+    config::ProxyProtocol,
+    sockets::{
+        Endpoint,
+        direct::{Pass, Way},
+    },
+};
 
 /// One incarnation of a worker: where it listens, and what passed through it.
 ///
 /// Shared by control, which retires it, and the data threads, which lease it.
+///
+/// One with `route = "direct"` has most of its connections without lbd: those are counted by the
+/// kernel, and by whoever [samples](Self::sampled) them. What lbd itself hands to it (connections it
+/// had to hold, or to rescue) is counted as anywhere.
 pub struct Upstream {
     id: u64,
     slot: u32,
@@ -44,21 +54,52 @@ pub struct Upstream {
     sent: AtomicU64,
     received: AtomicU64,
     counters: WorkerCounters,
+    direct: Option<Direct>,
 }
+
+/// How a worker is reached on its addresses, of which there is one at least.
+#[derive(Debug, Clone)]
+pub struct Ways {
+    /// On the first of them.
+    pub first: Way,
+    /// On the others.
+    pub others: Vec<Way>,
+}
+
+impl Ways {
+    /// How many connections it was given on all of them, if that is counted.
+    fn routed(&self) -> Option<u64> {
+        std::iter::once(&self.first).chain(&self.others).map(Way::routed).sum()
+    }
+}
+
+/// What there is to know of connections that the kernel hands to the worker.
+struct Direct {
+    ways: Ways,
+    /// How many it was given, once it gets no more.
+    routed: OnceLock<Option<u64>>,
+    /// How often it was retired: a sample from before does not say that it is idle.
+    epoch: AtomicU32,
+    /// The last sample: its epoch in the upper half, the count in the lower one.
+    sample: AtomicU64,
+}
+
+/// A sample that could not be taken.
+const UNKNOWN: u32 = u32::MAX;
 
 /// What passed through an [`Upstream`] so far.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Traffic {
-    /// Connections now on the worker, the ones being made included.
-    pub active: usize,
-    /// Connections the worker took, ever.
-    pub total: u64,
+    /// Connections now on the worker, the ones being made included; `None` where that can't be told.
+    pub active: Option<usize>,
+    /// Connections the worker was given, ever; `None` where nobody counts them.
+    pub total: Option<u64>,
     /// Connects that were refused, failed or timed out.
     pub failed: u64,
-    /// Bytes handed to clients.
-    pub sent: u64,
-    /// Bytes handed to the worker.
-    pub received: u64,
+    /// Bytes handed to clients; `None` where they don't pass through lbd.
+    pub sent: Option<u64>,
+    /// Bytes handed to the worker; likewise.
+    pub received: Option<u64>,
 }
 
 impl Upstream {
@@ -75,8 +116,40 @@ impl Upstream {
         proxy_protocol: Option<ProxyProtocol>,
         drained: Arc<Notify>,
     ) -> Arc<Self> {
+        Arc::new(Self::at(id, slot, label, endpoint, proxy_protocol, drained, None))
+    }
+
+    /// A worker that the kernel hands connections to, by any of the `ways`, and that lbd reaches by the
+    /// first.
+    #[must_use]
+    pub fn direct(
+        id: u64,
+        slot: u32,
+        label: Arc<str>,
+        ways: Ways,
+        drained: Arc<Notify>,
+    ) -> Arc<Self> {
+        let endpoint = ways.first.address().into();
+        let direct = Direct {
+            ways,
+            routed: OnceLock::new(),
+            epoch: AtomicU32::new(0),
+            sample: AtomicU64::new(0),
+        };
+        Arc::new(Self::at(id, slot, label, endpoint, None, drained, Some(direct)))
+    }
+
+    fn at(
+        id: u64,
+        slot: u32,
+        label: Arc<str>,
+        endpoint: Endpoint,
+        proxy_protocol: Option<ProxyProtocol>,
+        drained: Arc<Notify>,
+        direct: Option<Direct>,
+    ) -> Self {
         let inet = endpoint.inet();
-        Arc::new(Self {
+        Self {
             id,
             slot,
             port: inet.map(|address| address.port()),
@@ -94,7 +167,8 @@ impl Upstream {
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
             counters: WorkerCounters::default(),
-        })
+            direct,
+        }
     }
 
     /// The incarnation.
@@ -130,36 +204,100 @@ impl Upstream {
     /// A snapshot of the counters, each exact by itself.
     #[must_use]
     pub fn traffic(&self) -> Traffic {
+        let through = |count: &AtomicU64| self.direct.is_none().then(|| count.load(Relaxed));
         Traffic {
-            active: self.active(),
-            total: self.total.load(Relaxed),
+            active: self.connections(),
+            total: self.given(),
             failed: self.counters.refused(),
-            sent: self.sent.load(Relaxed),
-            received: self.received.load(Relaxed),
+            sent: through(&self.sent),
+            received: through(&self.received),
         }
+    }
+
+    /// Connections on the worker, those that it has without lbd included; `None` where that can't be
+    /// told.
+    #[must_use]
+    pub fn connections(&self) -> Option<usize> {
+        let Some(direct) = &self.direct else { return Some(self.active()) };
+        // One that lbd relays is among those that were sampled.
+        let sampled = direct.sample.load(SeqCst) as u32;
+        (sampled != UNKNOWN).then(|| self.active().max(sampled as usize))
+    }
+
+    /// Connections that the worker was given, those that lbd did not see included.
+    fn given(&self) -> Option<u64> {
+        let taken = self.total.load(Relaxed);
+        let Some(direct) = &self.direct else { return Some(taken) };
+        let routed = direct.routed.get().copied().unwrap_or_else(|| direct.ways.routed());
+        Some(routed? + taken)
+    }
+
+    /// Whether the kernel hands it connections.
+    #[must_use]
+    pub fn is_direct(&self) -> bool {
+        self.direct.is_some()
+    }
+
+    /// Which of the times between two retirements a sample that is begun now is of.
+    #[must_use]
+    pub fn epoch(&self) -> u32 {
+        self.direct.as_ref().map_or(0, |direct| direct.epoch.load(SeqCst))
+    }
+
+    /// How many connections it has, as was looked up in this epoch; `None` where that can't be told.
+    pub fn sampled(&self, epoch: u32, connections: Option<u32>) {
+        let Some(direct) = &self.direct else { return };
+        let count = connections.map_or(UNKNOWN, |count| count.min(UNKNOWN - 1));
+        direct.sample.store(u64::from(epoch) << 32 | u64::from(count), SeqCst);
+        if self.retired.load(SeqCst) && self.is_idle() {
+            self.drained.notify_one();
+        }
+    }
+
+    /// It gets no connection any more, and its socket may be another one's from now on.
+    pub fn left(&self) {
+        if let Some(direct) = &self.direct {
+            // It leaves once.
+            _ = direct.routed.set(direct.ways.routed());
+            direct.sample.store(u64::from(direct.epoch.load(SeqCst)) << 32, SeqCst);
+        }
+    }
+
+    /// Whether it is known to hold no connection.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        let none = |direct: &Direct| {
+            let sample = direct.sample.load(SeqCst);
+            sample == u64::from(direct.epoch.load(SeqCst)) << 32
+        };
+        self.active() == 0 && self.direct.as_ref().is_none_or(none)
     }
 
     /// All that only grows, each number exact by itself.
     #[must_use]
     pub fn tally(&self) -> WorkerTally {
         let mut tally = self.counters.read();
-        tally.total = self.total.load(Relaxed);
+        tally.total = self.given().unwrap_or_default();
         tally.sent = self.sent.load(Relaxed);
         tally.received = self.received.load(Relaxed);
         tally
     }
 
-    /// Connections now on the worker, the ones being made included.
+    /// Connections that lbd relays to the worker now, the ones being made included.
     #[must_use]
     pub fn active(&self) -> usize {
         self.active.load(SeqCst)
     }
 
-    /// Takes no further connection, and tells how many it still has. Once a retired upstream has
-    /// none, it gets none, whatever snapshot a data thread still looks at.
-    pub fn retire(&self) -> usize {
+    /// Takes no further connection from lbd, and tells whether it has none. Once a retired upstream
+    /// has none, it gets none, whatever snapshot a data thread still looks at. That one which is
+    /// direct has none is known after the next sample; it must have no turns any more.
+    pub fn retire(&self) -> bool {
         self.retired.store(true, SeqCst);
-        self.active()
+        if let Some(direct) = &self.direct {
+            direct.epoch.fetch_add(1, SeqCst);
+        }
+        self.is_idle()
     }
 
     /// Undoes [`retire`](Self::retire).
@@ -199,8 +337,19 @@ impl Upstream {
                 self.active.fetch_update(SeqCst, SeqCst, room).map_err(|_| Denied::Full)?;
             }
         }
-        let lease = Lease(Arc::clone(self));
+        let lease = Lease { upstream: Arc::clone(self), pass: None };
         if self.retired.load(SeqCst) { Err(Denied::Retired) } else { Ok(lease) }
+    }
+
+    /// A non-blocking socket to connect to [`Self::endpoint`] with, and what has to be there until it
+    /// is connected.
+    pub(super) fn socket(&self) -> io::Result<(Socket, Option<Box<Pass>>)> {
+        match &self.direct {
+            Some(direct) => {
+                direct.ways.first.open().map(|(socket, pass)| (socket, Some(Box::new(pass))))
+            }
+            None => Ok((self.endpoint.unconnected()?, None)),
+        }
     }
 
     /// Where it is reached.
@@ -262,20 +411,25 @@ pub(super) enum Denied {
 
 /// One connection's place on an [`Upstream`], given back when dropped.
 #[derive(Debug)]
-pub(super) struct Lease(Arc<Upstream>);
+pub(super) struct Lease {
+    upstream: Arc<Upstream>,
+    /// While it is being connected.
+    pub(super) pass: Option<Box<Pass>>,
+}
 
 impl std::ops::Deref for Lease {
     type Target = Upstream;
 
     fn deref(&self) -> &Upstream {
-        &self.0
+        &self.upstream
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        if self.0.active.fetch_sub(1, SeqCst) == 1 && self.0.retired.load(SeqCst) {
-            self.0.drained.notify_one();
+        let upstream = &self.upstream;
+        if upstream.active.fetch_sub(1, SeqCst) == 1 && upstream.retired.load(SeqCst) {
+            upstream.drained.notify_one();
         }
     }
 }
@@ -295,7 +449,7 @@ mod tests {
     fn a_retired_upstream_is_not_leased_until_reinstated() {
         let upstream = upstream(&Arc::default());
         let lease = upstream.acquire(None).unwrap();
-        assert_eq!(upstream.retire(), 1);
+        assert!(!upstream.retire());
         assert_eq!(upstream.acquire(None).unwrap_err(), Denied::Retired);
         assert_eq!(upstream.active(), 1);
         upstream.reinstate();
@@ -349,7 +503,7 @@ mod tests {
                 start.wait();
                 let seen = upstream.retire();
                 let leased = leased.join().unwrap();
-                assert!(seen == 1 || leased.is_err(), "leased after it was seen retired and empty");
+                assert!(!seen || leased.is_err(), "leased after it was seen retired and empty");
             });
         }
     }

@@ -17,6 +17,8 @@
 //! blocking, as systemd passes them, and stay so.
 
 mod accept;
+pub mod diag;
+pub mod direct;
 mod steer;
 mod unix;
 
@@ -26,11 +28,13 @@ pub use unix::{Endpoint, Nameless};
 use std::{
     collections::VecDeque,
     io,
+    mem::MaybeUninit,
     net::{IpAddr, Shutdown, SocketAddr},
+    os::fd::AsRawFd,
 };
 
 use nix::libc;
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, SockFilter, Socket, Type};
 
 use steer::Steering;
 
@@ -275,6 +279,49 @@ pub fn free(address: SocketAddr) -> io::Result<SocketAddr> {
     // listener, which shows here at the latest.
     socket.listen(1)?;
     Ok(socket.local_addr()?.as_socket().unwrap_or(address))
+}
+
+/// Has `socket`, which listens on TCP, answer no new client, while those whose connect has been
+/// answered stay to be accepted: their SYNs are dropped, so that they come again a second later, and
+/// find either somebody else or a closed port.
+///
+/// Classic BPF on a TCP socket sees the segment from its TCP header on, for IPv4 and IPv6 alike
+/// (`tcp_filter` in net/ipv4/tcp_ipv4.c); byte 13 holds the flags (RFC 9293, section 3.1).
+///
+/// # Errors
+/// Where the system has no memory for it.
+pub fn refuse_new(socket: &Socket) -> io::Result<()> {
+    const SYN: u32 = 0x02;
+    const ACK: u32 = 0x10;
+    let op = |code: u32, jt, jf, k| SockFilter::new(code as u16, jt, jf, k);
+    socket.attach_filter(&[
+        op(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, 0, 0, 13),
+        op(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, 0, 0, SYN | ACK),
+        op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, SYN),
+        op(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
+        op(libc::BPF_RET | libc::BPF_K, 0, 0, u32::MAX),
+    ])
+}
+
+/// How many connections wait in the accept queue of `socket`, which listens on TCP.
+///
+/// # Errors
+/// Where it is no such socket.
+fn queue_length(socket: &Socket) -> io::Result<u32> {
+    let mut info = MaybeUninit::<libc::tcp_info>::zeroed();
+    let mut size = size_of::<libc::tcp_info>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `size` bytes to where there is room for as many.
+    let result = unsafe {
+        let (fd, info) = (socket.as_raw_fd(), info.as_mut_ptr().cast());
+        libc::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, info, &raw mut size)
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: all zeros are valid, and so is whatever the kernel wrote: it is plain numbers.
+    let info = unsafe { info.assume_init() };
+    // Of a listening socket that is its backlog now (`tcp_get_info` in net/ipv4/tcp.c).
+    Ok(info.tcpi_unacked)
 }
 
 /// Everything that waits in the accept queue, until it is empty or the system has no descriptor

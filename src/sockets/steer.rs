@@ -32,12 +32,7 @@ pub(super) struct Steering {
 impl Steering {
     /// Puts it in force for the whole group that `member` is in.
     pub(super) fn attach(self, member: &Socket, address: IpAddr) -> io::Result<()> {
-        let mut program = self.program(address);
-        let length = program.len() as libc::c_ushort;
-        let program = sock_fprog { len: length, filter: program.as_mut_ptr() };
-        // The kernel copies the program before this returns.
-        setsockopt(member, AttachReusePortCbpf, &program)?;
-        Ok(())
+        attach(member, &mut self.program(address))
     }
 
     fn program(self, address: IpAddr) -> Vec<sock_filter> {
@@ -69,6 +64,16 @@ impl Steering {
     }
 }
 
-fn instruction(code: u32, jump_true: u8, jump_false: u8, k: u32) -> sock_filter {
+/// Has `program` choose for the whole group that `member` is in, instead of what did before.
+pub(super) fn attach(member: &Socket, program: &mut [sock_filter]) -> io::Result<()> {
+    let length = program.len() as libc::c_ushort;
+    let program = sock_fprog { len: length, filter: program.as_mut_ptr() };
+    // The kernel copies the program before this returns.
+    setsockopt(member, AttachReusePortCbpf, &program)?;
+    Ok(())
+}
+
+/// One instruction (linux/filter.h).
+pub(super) fn instruction(code: u32, jump_true: u8, jump_false: u8, k: u32) -> sock_filter {
     sock_filter { code: code as u16, jt: jump_true, jf: jump_false, k }
 }

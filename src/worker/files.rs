@@ -33,13 +33,14 @@ pub(super) struct Files {
 }
 
 impl Files {
-    /// Serves `root`, signed `X-Served-By: SERVICE/PORT` with the `LBD_SERVICE` of the environment,
-    /// or `lbd`; without a port it is the `LBD_SLOT`.
+    /// Serves `root`, signed `X-Served-By:` as given, or else `SERVICE/PORT` with the `LBD_SERVICE` of
+    /// the environment, or `lbd`; without a port it is the `LBD_SLOT`.
     ///
     /// # Errors
     ///
     /// Where `root` is not a folder that may be read.
-    pub(super) fn new(root: &Path, port: Option<u16>) -> io::Result<Self> {
+    pub(super) fn new(root: &Path, served_by: Option<&str>, port: Option<u16>) -> io::Result<Self> {
+        let given = served_by.and_then(|name| HeaderValue::from_str(name).ok());
         let service = env::var("LBD_SERVICE").unwrap_or_default();
         let slot = || env::var("LBD_SLOT").unwrap_or_default();
         let worker = port.map_or_else(slot, |port| port.to_string());
@@ -47,8 +48,8 @@ impl Files {
         Ok(Self {
             serve: ServeDir::with_backend("", Root::open(root)?).ignore_multi_range_requests(true),
             server: HeaderValue::from_static(concat!("lbd/", env!("CARGO_PKG_VERSION"))),
-            served_by: served_by(&service)
-                .filter(|_| !service.is_empty())
+            served_by: given
+                .or_else(|| served_by(&service).filter(|_| !service.is_empty()))
                 .or_else(|| served_by("lbd"))
                 .unwrap_or(HeaderValue::from_static("lbd")),
         })

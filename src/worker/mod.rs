@@ -1,7 +1,7 @@
 //! The built-in HTTP workers: the files beneath one folder, served by an async server or by a
 //! thread per connection.
 //!
-//! Both are one process with one listening socket; scaling is running more of them. They differ in
+//! Both are one process; scaling is running more of them. They differ in
 //! how they wait and in nothing else: what a request is answered with comes from [`files`], what a
 //! path may reach from [`root`], where connections come from [`socket`]. A comparison of the two
 //! therefore measures the waiting.
@@ -69,8 +69,10 @@ pub struct Options {
     pub root: PathBuf,
     /// A thread for each connection and blocking I/O, instead of an async runtime.
     pub threaded: bool,
-    /// The address to listen on, before the inherited socket and `PORT`.
+    /// The address to listen on, before the inherited sockets and `PORT`.
     pub listen: Option<SocketAddr>,
+    /// What `X-Served-By` says; the service and the port where `None`.
+    pub served_by: Option<String>,
 }
 
 /// Why a worker could not start, or could not go on.
@@ -85,8 +87,8 @@ pub enum WorkerError {
     /// `PORT` holds something else.
     #[error("PORT is {0:?} in the environment, expected a port number from 1 to 65535")]
     Port(String),
-    /// Descriptor 3 is not what `LISTEN_FDS` promised.
-    #[error("descriptor 3, passed as LISTEN_FDS, is not a listening TCP or unix socket")]
+    /// A descriptor from 3 on is not what `LISTEN_FDS` promised.
+    #[error("a descriptor from 3 on, passed as LISTEN_FDS, is not a listening TCP or unix socket")]
     Inherited,
     /// The address is taken, not ours, or privileged.
     #[error("cannot listen on {address}: {source}")]
@@ -116,8 +118,8 @@ pub enum WorkerError {
 
 /// Serves the files of `options.root` until SIGTERM or SIGINT, then stops gracefully.
 ///
-/// The socket is the first that applies: `options.listen`; descriptor 3, if it was passed to this
-/// process by `sd_listen_fds(3)`'s protocol; `PORT` on 127.0.0.1.
+/// The socket is the first that applies: `options.listen`; those from descriptor 3 on that were passed
+/// to this process by `sd_listen_fds(3)`'s protocol; `PORT` on 127.0.0.1.
 ///
 /// Blocks the calling thread, and installs the process's handlers of SIGTERM, SIGINT and SIGALRM:
 /// call it once, from the main thread of a process that does nothing else.
@@ -129,7 +131,7 @@ pub enum WorkerError {
 pub fn run(options: &Options) -> Result<(), WorkerError> {
     let stop = stop_signals().map_err(system("install signal handlers"))?;
     let listener = Listener::from_environment(options.listen)?;
-    let files = Files::new(&options.root, listener.port())
+    let files = Files::new(&options.root, options.served_by.as_deref(), listener.port())
         .map_err(|source| WorkerError::Root { path: options.root.clone(), source })?;
     let capacity = capacity();
     if options.threaded {

@@ -10,6 +10,7 @@ use std::{
     process,
 };
 
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use super::{WorkerError, system};
@@ -18,17 +19,28 @@ use crate::sockets::{Acceptor, accept_nonblocking};
 /// `SD_LISTEN_FDS_START`, sd_listen_fds(3).
 const LISTEN_FDS_START: RawFd = 3;
 
-/// A listening TCP or unix socket, and what accepting from it without blocking takes.
+/// Listening TCP or unix sockets, and what accepting from them without blocking takes.
 #[derive(Debug)]
 pub(super) struct Listener {
-    socket: Socket,
+    /// Never empty.
+    sockets: Vec<Listening>,
+    /// Whose turn it is to be looked at first.
+    turn: usize,
+    /// Readable when one of several sockets is.
+    any: Option<Epoll>,
     port: Option<u16>,
-    /// Where the socket is blocking.
+    /// Where a socket is blocking.
     acceptor: Option<Acceptor>,
 }
 
+#[derive(Debug)]
+struct Listening {
+    socket: Socket,
+    nonblocking: bool,
+}
+
 impl Listener {
-    /// The first that applies: `listen`, the inherited socket, `PORT` on 127.0.0.1.
+    /// The first that applies: `listen`, the inherited sockets, `PORT` on 127.0.0.1.
     ///
     /// Must be called on the thread that will accept: that is the one the alarm interrupts.
     pub(super) fn from_environment(listen: Option<SocketAddr>) -> Result<Self, WorkerError> {
@@ -45,27 +57,35 @@ impl Listener {
         }
     }
 
-    /// The port it is bound to; `None` on unix.
+    /// The port that the first one is bound to; `None` on unix.
     pub(super) fn port(&self) -> Option<u16> {
         self.port
     }
 
-    /// Takes the next connection out of the accept queue. The connection is close-on-exec, sends
+    /// Takes the next connection out of an accept queue. The connection is close-on-exec, sends
     /// without delay, and is nonblocking if asked. It may be a unix one: only what all streams have
     /// in common is done with it.
     ///
     /// # Errors
     ///
-    /// `WouldBlock` when the queue is empty; any other error is one that only time can cure
+    /// `WouldBlock` when all queues are empty; any other error is one that only time can cure
     /// (descriptors or memory run out), so the caller backs off. Errors of a single connection are
     /// skipped, as accept(2) says.
     pub(super) fn accept(&mut self, nonblocking: bool) -> io::Result<TcpStream> {
         let flags = libc_flags(nonblocking);
-        match &mut self.acceptor {
-            Some(acceptor) => acceptor.accept(&self.socket, flags),
-            None => accept_nonblocking(&self.socket, flags),
+        for _ in 0..self.sockets.len() {
+            let Listening { socket, nonblocking } = &self.sockets[self.turn];
+            self.turn = (self.turn + 1) % self.sockets.len();
+            let accepted = match &mut self.acceptor {
+                Some(acceptor) if !nonblocking => acceptor.accept(socket, flags),
+                _ => accept_nonblocking(socket, flags),
+            };
+            match accepted {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                accepted => return accepted.map(TcpStream::from),
+            }
         }
-        .map(TcpStream::from)
+        Err(io::ErrorKind::WouldBlock.into())
     }
 
     fn bind(address: SocketAddr) -> Result<Self, WorkerError> {
@@ -80,62 +100,87 @@ impl Listener {
             Ok(socket)
         };
         let socket = bind().map_err(|source| WorkerError::Bind { address, source })?;
-        Self::new(socket)
+        Self::new(vec![socket])
     }
 
-    /// Descriptor 3, if `LISTEN_PID` and `LISTEN_FDS` say that it was passed to this process.
+    /// The descriptors from 3 on that `LISTEN_PID` and `LISTEN_FDS` say were passed to this process.
     fn inherited() -> Result<Option<Self>, WorkerError> {
         let number = |name| env::var(name).ok()?.parse::<u32>().ok();
-        if number("LISTEN_PID") != Some(process::id()) || number("LISTEN_FDS").unwrap_or(0) == 0 {
+        let count = number("LISTEN_FDS").and_then(|count| RawFd::try_from(count).ok()).unwrap_or(0);
+        if number("LISTEN_PID") != Some(process::id()) || count == 0 {
             return Ok(None);
         }
-        // SAFETY: by the protocol descriptor 3 is open and this process's own; were it not, the
-        // first call on it fails and it is not touched again.
-        let fd = unsafe { BorrowedFd::borrow_raw(LISTEN_FDS_START) };
-        let socket = SockRef::from(&fd);
-        if !matches!((socket.is_listener(), socket.r#type()), (Ok(true), Ok(Type::STREAM))) {
-            return Err(WorkerError::Inherited);
-        }
-        // SAFETY: it is an open socket as just seen, passed to this process for it to own; `run`,
-        // the only way here, is called once.
-        let socket = Socket::from(unsafe { OwnedFd::from_raw_fd(LISTEN_FDS_START) });
-        Self::new(socket).map(Some)
+        let end = LISTEN_FDS_START.saturating_add(count);
+        let sockets = (LISTEN_FDS_START..end).map(passed).collect::<Result<_, _>>()?;
+        Self::new(sockets).map(Some)
     }
 
-    fn new(socket: Socket) -> Result<Self, WorkerError> {
-        let set_up = || {
+    fn new(sockets: Vec<Socket>) -> Result<Self, WorkerError> {
+        let set_up = |socket: Socket| {
             socket.set_cloexec(true)?;
             let address = socket.local_addr()?;
             if !address.is_unix() {
                 // Linux copies it to each accepted connection, which saves a call for each.
                 socket.set_tcp_nodelay(true)?;
             }
-            Ok((address, socket.nonblocking()?))
+            Ok(Listening { nonblocking: socket.nonblocking()?, socket })
         };
-        let (address, nonblocking) = set_up().map_err(system("set up the listening socket"))?;
-        let port = address.as_socket().map(|address| address.port());
-        if port.is_none() && !address.is_unix() {
+        let sockets: io::Result<Vec<_>> = sockets.into_iter().map(set_up).collect();
+        let sockets = sockets.map_err(system("set up the listening socket"))?;
+        let any = any(&sockets).map_err(system("watch the listening sockets"))?;
+        let first = sockets.first().and_then(|first| first.socket.local_addr().ok());
+        let first = first.ok_or(WorkerError::Inherited)?;
+        let port = first.as_socket().map(|address| address.port());
+        if port.is_none() && !first.is_unix() {
             return Err(WorkerError::Inherited);
         }
-        let acceptor = if nonblocking {
+        let acceptor = if sockets.iter().all(|listening| listening.nonblocking) {
             None
         } else {
             Some(Acceptor::new().map_err(system("create a timer"))?)
         };
-        Ok(Self { socket, port, acceptor })
+        Ok(Self { sockets, turn: 0, any, port, acceptor })
     }
 }
 
 impl AsFd for Listener {
+    /// Readable when there may be a connection. An epoll instance is, when one of its own is
+    /// (epoll(7)).
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
+        self.any.as_ref().map_or(self.sockets[0].socket.as_fd(), |any| any.0.as_fd())
     }
 }
 
 impl AsRawFd for Listener {
     fn as_raw_fd(&self) -> RawFd {
-        self.socket.as_raw_fd()
+        self.as_fd().as_raw_fd()
     }
+}
+
+/// The listening socket that was passed as this descriptor.
+fn passed(number: RawFd) -> Result<Socket, WorkerError> {
+    // SAFETY: by the protocol the descriptor is open and this process's own; were it not, the first
+    // call on it fails and it is not touched again.
+    let fd = unsafe { BorrowedFd::borrow_raw(number) };
+    let socket = SockRef::from(&fd);
+    if !matches!((socket.is_listener(), socket.r#type()), (Ok(true), Ok(Type::STREAM))) {
+        return Err(WorkerError::Inherited);
+    }
+    // SAFETY: it is an open socket as just seen, passed to this process for it to own; `run`, the
+    // only way here, is called once.
+    Ok(Socket::from(unsafe { OwnedFd::from_raw_fd(number) }))
+}
+
+/// What is readable when one of several sockets is; `None` for a single one.
+fn any(sockets: &[Listening]) -> io::Result<Option<Epoll>> {
+    if sockets.len() < 2 {
+        return Ok(None);
+    }
+    let any = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+    for Listening { socket, .. } in sockets {
+        any.add(socket, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
+    }
+    Ok(Some(any))
 }
 
 fn libc_flags(nonblocking: bool) -> i32 {
@@ -148,12 +193,14 @@ fn libc_flags(nonblocking: bool) -> i32 {
 mod tests {
     use std::net::TcpListener;
 
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
     use super::*;
 
     fn blocking() -> (Listener, SocketAddr) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        (Listener::new(OwnedFd::from(listener).into()).unwrap(), address)
+        (Listener::new(vec![OwnedFd::from(listener).into()]).unwrap(), address)
     }
 
     #[test]
@@ -165,6 +212,22 @@ mod tests {
             assert!(accepted.nodelay().unwrap() && SockRef::from(&accepted).nonblocking().unwrap());
         }
         assert_eq!(listener.accept(true).unwrap_err().kind(), io::ErrorKind::WouldBlock);
-        assert!(!listener.socket.nonblocking().unwrap());
+        assert!(!listener.sockets[0].socket.nonblocking().unwrap());
+    }
+
+    #[test]
+    fn of_several_sockets_each_is_accepted_from() {
+        let bound = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+        let addresses = bound.each_ref().map(|listener| listener.local_addr().unwrap());
+        let sockets = bound.into_iter().map(|listener| OwnedFd::from(listener).into()).collect();
+        let mut listener = Listener::new(sockets).unwrap();
+        for address in addresses.into_iter().rev() {
+            let client = TcpStream::connect(address).unwrap();
+            let mut fds = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+            assert_eq!(poll(&mut fds, PollTimeout::from(10_000_u16)).unwrap(), 1);
+            let accepted = listener.accept(true).unwrap();
+            assert_eq!(accepted.peer_addr().unwrap(), client.local_addr().unwrap());
+            assert_eq!(listener.accept(true).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        }
     }
 }

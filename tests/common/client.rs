@@ -156,7 +156,16 @@ impl Load {
         Self::with(address, path, 20)
     }
 
+    /// As [`Self::start`], of so many clients.
+    pub(crate) fn many(clients: usize, address: SocketAddr, path: &'static str) -> Self {
+        Self::of(clients, address, path, 1)
+    }
+
     fn with(address: SocketAddr, path: &'static str, requests: usize) -> Self {
+        Self::of(Self::CLIENTS, address, path, requests)
+    }
+
+    fn of(clients: usize, address: SocketAddr, path: &'static str, requests: usize) -> Self {
         let (stop, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
         let client = |_| {
             let (stop, done) = (Arc::clone(&stop), Arc::clone(&done));
@@ -183,7 +192,7 @@ impl Load {
                 failures
             })
         };
-        let clients = (0..Self::CLIENTS).map(client).collect();
+        let clients = (0..clients).map(client).collect();
         let load = Self { stop, done, clients };
         load.more(50);
         load

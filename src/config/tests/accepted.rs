@@ -40,6 +40,7 @@ ports   = [9002, 9003, 9004, 9005]
                 host: [127, 0, 0, 1].into(),
                 socket: SocketMode::Bind,
                 proxy_protocol: None,
+                public: Vec::new(),
                 env: BTreeMap::new(),
                 user: None,
                 group: None,
@@ -187,6 +188,7 @@ max-connections = 30
             host: "::1".parse().unwrap(),
             socket: SocketMode::Inherit,
             proxy_protocol: Some(ProxyProtocol::V2),
+            public: Vec::new(),
             env: env.map(|(name, value)| (name.to_owned(), value.to_owned())).into(),
             user: Some("33".to_owned()),
             group: Some("www-data".to_owned()),
@@ -278,6 +280,36 @@ fn a_root_changes_the_defaults() {
     let narrow = with("health.expect = 200\nhealth.host = \"h\"\n").health.probe;
     let expect = StatusSet(vec![(200, 200)]);
     assert_eq!(narrow, Probe::Http { path: "/".to_owned(), host: Some("h".to_owned()), expect });
+}
+
+#[test]
+fn direct_workers_have_a_socket_on_each_address() {
+    let (_folder, path) = file(
+        "[service.web]\nlisten = [\"127.0.0.1:80\", \"[::1]:80\"]\ncommand = [\"x\"]\n\
+         route = \"direct\"\nsocket = \"inherit\"\nports = [81, 82]\nbalance = \"source-hash\"\n",
+    );
+    let config = read(&path).unwrap();
+    let [service] = &config.services[..] else { panic!("{config:?}") };
+    assert_eq!(service.worker.route(), Route::Direct);
+    assert_eq!(service.worker.socket, SocketMode::Direct);
+    let listen = ["127.0.0.1:80", "[::1]:80"].map(|address| address.parse().unwrap());
+    assert_eq!(service.worker.public, listen);
+    assert_eq!(
+        describe(service),
+        "web: listen 127.0.0.1:80, [::1]:80; 2 workers on sockets of their own there; command x; \
+         route direct; balance source-hash; probe tcp every 1s"
+    );
+}
+
+#[test]
+fn more_addresses_than_a_worker_can_have_sockets_are_refused() {
+    let addresses: Vec<String> = (1..=65).map(|port| format!("\"127.0.0.1:{port}\"")).collect();
+    let listen = addresses.join(", ");
+    let (_folder, path) = file(&format!(
+        "[service.web]\nlisten = [{listen}]\ncommand = [\"x\"]\nroute = \"direct\"\n"
+    ));
+    let error = read(&path).unwrap_err().to_string();
+    assert!(error.contains("more than 64 addresses do not go with"), "{error}");
 }
 
 #[test]

@@ -1,0 +1,251 @@
+//! The public addresses whose connections the kernel hands to workers (`route = "direct"`), and the
+//! workers' sockets on them.
+//!
+//! What is lbd's own socket there, the parking, is a listener like any other, in the hands of the data
+//! plane: whom the kernel gives to nobody comes to lbd, is held, and handed on. An address stays here
+//! for as long as a worker has a socket on it, also where the configuration does without by then.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    io,
+    net::SocketAddr,
+    sync::Arc,
+    time::Instant,
+};
+
+use socket2::Socket;
+
+use crate::{
+    config::{self, Balance, Route},
+    control::{Spawn, WorkerId},
+    route::Ways,
+    sockets::{
+        Acceptor,
+        direct::{Choice, Public, Steering},
+    },
+};
+
+/// The kernel can't be had to hand out the connections to an address.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot have the kernel hand out connections to {address}: {cause}{hint}")]
+pub struct SteerError {
+    address: SocketAddr,
+    #[source]
+    cause: io::Error,
+    hint: &'static str,
+}
+
+/// All of them.
+#[derive(Debug, Default)]
+pub(super) struct Publics(HashMap<SocketAddr, Entry>);
+
+#[derive(Debug)]
+struct Entry {
+    public: Public<WorkerId>,
+    /// Whose it is: the workers in its rotation have the turns.
+    service: Arc<str>,
+    /// No new client is let in.
+    closed: bool,
+    /// Whose workers have sockets here, and are not gone.
+    workers: BTreeSet<WorkerId>,
+}
+
+/// Addresses that can be steered from now on, and aren't yet.
+#[derive(Debug, Default)]
+pub(super) struct Steerable(Vec<Public<WorkerId>>);
+
+impl Publics {
+    /// Makes sure that all addresses of `services` which are to be can be steered. Nothing changes for
+    /// anybody; `parking` finds lbd's own socket.
+    ///
+    /// # Errors
+    /// The first that can't.
+    pub(super) fn prepare(
+        &self,
+        services: &[config::Service],
+        parking: impl Fn(SocketAddr) -> Option<io::Result<Socket>>,
+    ) -> Result<Steerable, (Arc<str>, SteerError)> {
+        let mut steerable = Vec::new();
+        for service in services.iter().filter(|service| service.worker.route() == Route::Direct) {
+            for &address in &service.worker.public {
+                if self.0.contains_key(&address) {
+                    continue;
+                }
+                let own = parking(address).unwrap_or_else(|| Err(io::ErrorKind::NotFound.into()));
+                let public = own.and_then(|own| Public::open(&own));
+                let failed = |cause| (Arc::clone(&service.name), SteerError::new(address, cause));
+                steerable.push(public.map_err(failed)?);
+            }
+        }
+        Ok(Steerable(steerable))
+    }
+
+    /// The addresses of `services` are theirs from now on, and say how they are steered where that
+    /// is news.
+    pub(super) fn adopt(&mut self, steerable: Steerable, services: &[config::Service]) {
+        let owner = |address: &SocketAddr| {
+            services.iter().find(|service| service.worker.public.contains(address))
+        };
+        for public in steerable.0 {
+            let Some(service) = owner(&public.address()) else { continue };
+            let Steering { kind, why } = public.steering();
+            let (service, address) = (Arc::clone(&service.name), public.address());
+            tracing::info!(service = &*service, %address, %kind, why, "steering");
+            let entry = Entry { public, service, closed: false, workers: BTreeSet::new() };
+            self.0.insert(address, entry);
+        }
+        for (address, entry) in &mut self.0 {
+            if let Some(service) = owner(address) {
+                entry.service = Arc::clone(&service.name);
+            }
+        }
+    }
+
+    /// The listener of an address that is closed, but that workers have sockets on still: nobody else
+    /// could bind it.
+    pub(super) fn reopen(&self, address: SocketAddr) -> Option<io::Result<Socket>> {
+        self.0.get(&address).filter(|entry| entry.closed).map(|entry| entry.public.parking())
+    }
+
+    /// Lets clients in again where [`reopen`](Self::reopen) gave a listener to the data plane.
+    pub(super) fn opened(&mut self, addresses: Vec<SocketAddr>) {
+        for address in addresses {
+            let Some(entry) = self.0.get_mut(&address).filter(|entry| entry.closed) else {
+                continue;
+            };
+            entry.closed = false;
+            if let Err(error) = entry.public.reopen() {
+                tracing::error!(%address, %error, "cannot let clients in again");
+            }
+        }
+    }
+
+    /// Lets no new client in at the addresses of `service` that are not in `keep`.
+    pub(super) fn close(&mut self, service: &str, keep: &[config::Listen]) {
+        for (address, entry) in &mut self.0 {
+            let stays = keep.contains(&config::Listen::Tcp(*address));
+            if *entry.service == *service && !stays && !entry.closed {
+                entry.closed = true;
+                if let Err(error) = entry.public.close() {
+                    tracing::warn!(%address, %error, "clients may come until its workers end");
+                }
+            }
+        }
+    }
+
+    /// Gives a worker a socket on each of its addresses; none where one fails.
+    pub(super) fn join(&mut self, order: &Spawn) -> Result<(), (SocketAddr, io::Error)> {
+        for &address in &order.spec.public {
+            let joined = match self.0.get_mut(&address) {
+                Some(entry) => entry.join(order.id),
+                None => Err(io::ErrorKind::NotFound.into()),
+            };
+            if let Err(error) = joined {
+                self.leave(order.id, Instant::now());
+                return Err((address, error));
+            }
+        }
+        Ok(())
+    }
+
+    /// The sockets of a worker, in the order of its addresses.
+    pub(super) fn sockets(&self, order: &Spawn) -> Vec<&Socket> {
+        let socket = |address| self.0.get(address)?.public.socket(order.id);
+        order.spec.public.iter().filter_map(socket).collect()
+    }
+
+    /// How lbd reaches a worker.
+    pub(super) fn ways_to(&self, order: &Spawn) -> Option<Ways> {
+        let way = |address| self.0.get(address)?.public.way_to(order.id);
+        let mut ways = order.spec.public.iter().filter_map(way);
+        Some(Ways { first: ways.next()?, others: ways.collect() })
+    }
+
+    /// The workers in rotation, each with its slot, get the connections of the service.
+    pub(super) fn rotate(&self, service: &str, balance: Balance, turns: &[(u32, WorkerId)]) {
+        let choice = match balance {
+            Balance::RoundRobin | Balance::LeastConnections => Choice::Rotation,
+            Balance::SourceHash => Choice::SourceHash,
+        };
+        for (address, entry) in self.0.iter().filter(|(_, entry)| *entry.service == *service) {
+            if let Err(error) = entry.public.rotate(choice, turns.iter().copied()) {
+                tracing::error!(service, %address, %error, "cannot steer connections");
+            }
+        }
+    }
+
+    /// How many connections wait for a worker.
+    pub(super) fn queued(&self, id: WorkerId) -> Option<u64> {
+        let queued: Vec<u32> =
+            self.0.values().filter_map(|entry| entry.public.queued(id)).collect();
+        (!queued.is_empty()).then(|| queued.into_iter().map(u64::from).sum())
+    }
+
+    /// How connections to these addresses are steered: the worst of it.
+    pub(super) fn steering(&self, service: &str) -> Option<&Steering> {
+        let own = self.0.values().filter(|entry| *entry.service == *service);
+        own.map(|entry| entry.public.steering()).max_by_key(|steering| steering.kind)
+    }
+
+    /// The addresses that workers have sockets on.
+    pub(super) fn addresses(&self) -> BTreeSet<SocketAddr> {
+        self.0.keys().copied().collect()
+    }
+
+    /// Accepts what waits for a worker that will not take it.
+    pub(super) fn rescue(&self, id: WorkerId, acceptor: &mut Acceptor) -> Vec<Socket> {
+        self.0.values().flat_map(|entry| entry.public.rescue(id, acceptor)).collect()
+    }
+
+    /// No process has the worker's sockets any more.
+    pub(super) fn leave(&mut self, id: WorkerId, now: Instant) {
+        for entry in self.0.values_mut() {
+            if entry.workers.remove(&id) {
+                entry.public.leave(id, now);
+            }
+        }
+    }
+
+    /// Takes what still comes in at sockets whose workers are gone, with whose it is, and lets go of
+    /// the addresses that none of the `wanted` is and no worker has a socket on.
+    pub(super) fn tidy(
+        &mut self,
+        wanted: &BTreeSet<SocketAddr>,
+        now: Instant,
+        acceptor: &mut Acceptor,
+    ) -> Vec<(Arc<str>, Socket)> {
+        let mut rescued = Vec::new();
+        self.0.retain(|address, entry| {
+            let clients = entry.public.tidy(now, acceptor);
+            rescued.extend(clients.into_iter().map(|client| (Arc::clone(&entry.service), client)));
+            wanted.contains(address) || !entry.workers.is_empty() || entry.public.is_untidy()
+        });
+        rescued
+    }
+
+    /// Whether [`tidy`](Self::tidy) is to be called again soon.
+    pub(super) fn is_untidy(&self) -> bool {
+        self.0.values().any(|entry| entry.public.is_untidy())
+    }
+}
+
+impl Entry {
+    fn join(&mut self, id: WorkerId) -> io::Result<()> {
+        self.public.join(id)?;
+        self.workers.insert(id);
+        Ok(())
+    }
+}
+
+impl SteerError {
+    fn new(address: SocketAddr, cause: io::Error) -> Self {
+        let hint = match cause.kind() {
+            io::ErrorKind::AddrInUse => {
+                "; workers' sockets can't listen beside this one, which is another user's (as one \
+                 that a service manager passes is): run lbd as that user, or write route = \"proxy\""
+            }
+            _ => "; write route = \"proxy\"",
+        };
+        Self { address, cause, hint }
+    }
+}

@@ -1,0 +1,218 @@
+//! How many connections workers have that lbd does not hold for them.
+//!
+//! The kernel knows the connections on a port, and `/proc` which process has which socket; neither
+//! tells of the other, so that both are looked at: sockets by their inodes.
+
+use std::{
+    collections::{BTreeSet, HashSet},
+    fs, io,
+    net::SocketAddr,
+    sync::mpsc::{self, RecvTimeoutError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::time::ClockId;
+
+use super::tree::{below, processes};
+use crate::sockets::diag::Diag;
+
+/// Between two looks, where nobody waits for one.
+const PAUSE: Duration = Duration::from_secs(1);
+/// Where somebody does: at first, and then longer the longer it has been.
+const URGENT_PAUSE: Duration = Duration::from_millis(20);
+/// The pause is at least this many times as long as a look takes, so that looking costs less than
+/// half a percent of one core, …
+const REST: u32 = 250;
+/// … or, while somebody waits, five percent.
+const URGENT_REST: u32 = 20;
+
+/// However long a look takes.
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+
+/// What is counted.
+#[derive(Debug)]
+pub struct Counted<T> {
+    /// The pid of its guard: what is below that is the worker.
+    pub guard: i32,
+    /// Somebody waits for its connections to end.
+    pub urgent: bool,
+    /// What the count is reported with.
+    pub subject: T,
+}
+
+/// Looks again and again, on a thread of its own, which ends when this is dropped.
+#[derive(Debug)]
+pub struct ConnectionGauge<T>(mpsc::Sender<Watch<T>>);
+
+#[derive(Debug)]
+struct Watch<T> {
+    addresses: BTreeSet<SocketAddr>,
+    workers: Vec<Counted<T>>,
+}
+
+impl<T: Send + 'static> ConnectionGauge<T> {
+    /// Starts the thread, which gives each count to `report`; `None` where it may not look.
+    ///
+    /// # Errors
+    /// Where there can be no thread.
+    pub fn start(report: impl FnMut(&T, Option<u32>) + Send + 'static) -> io::Result<Self> {
+        let (sender, watches) = mpsc::channel();
+        thread::Builder::new()
+            .name("connections".to_owned())
+            .spawn(move || count(&watches, report))?;
+        Ok(Self(sender))
+    }
+
+    /// From now on the connections of these workers at these addresses are counted, and no others.
+    /// A look that begins after this call is for them.
+    pub fn watch(&self, addresses: BTreeSet<SocketAddr>, workers: Vec<Counted<T>>) {
+        // Fails where the thread has panicked, which was reported.
+        let _ = self.0.send(Watch { addresses, workers });
+    }
+}
+
+fn count<T>(watches: &mpsc::Receiver<Watch<T>>, mut report: impl FnMut(&T, Option<u32>)) {
+    let mut watch = Watch { addresses: BTreeSet::new(), workers: Vec::new() };
+    let mut diag = None;
+    let mut next = Instant::now();
+    let mut since = next;
+    loop {
+        let news = if watch.workers.is_empty() {
+            watches.recv().map_err(|_| RecvTimeoutError::Disconnected)
+        } else {
+            watches.recv_timeout(next.saturating_duration_since(Instant::now()))
+        };
+        match news {
+            Ok(new) => {
+                watch = new;
+                since = Instant::now();
+                if watch.workers.iter().any(|worker| worker.urgent) {
+                    next = next.min(Instant::now() + URGENT_PAUSE);
+                }
+            }
+            Err(RecvTimeoutError::Disconnected) => return,
+            Err(RecvTimeoutError::Timeout) => {
+                let begun = cpu_time();
+                look(&watch, &mut diag, &mut report);
+                let took = cpu_time().saturating_sub(begun);
+                let urgent = watch.workers.iter().any(|worker| worker.urgent);
+                let pause = if urgent {
+                    (since.elapsed() / 20).clamp(URGENT_PAUSE, PAUSE).max(took * URGENT_REST)
+                } else {
+                    PAUSE.max(took * REST)
+                };
+                let pause = pause.min(LONGEST_PAUSE);
+                next = Instant::now() + pause;
+            }
+        }
+    }
+}
+
+/// What this thread has used so far: a look may take long because others are busy.
+fn cpu_time() -> Duration {
+    let now = ClockId::CLOCK_THREAD_CPUTIME_ID.now();
+    now.map_or(Duration::ZERO, Duration::from)
+}
+
+fn look<T>(watch: &Watch<T>, diag: &mut Option<Diag>, report: &mut impl FnMut(&T, Option<u32>)) {
+    let connections = connections(&watch.addresses, diag);
+    let Ok(connections) = connections.inspect_err(|_| *diag = None) else {
+        watch.workers.iter().for_each(|worker| report(&worker.subject, None));
+        return;
+    };
+    let all = if connections.is_empty() { Vec::new() } else { processes() };
+    for worker in &watch.workers {
+        let mut own = HashSet::new();
+        let looked = below(&all, &[worker.guard])
+            .iter()
+            .try_for_each(|process| own_sockets(process.pid, &connections, &mut own));
+        report(&worker.subject, looked.ok().map(|()| own.len() as u32));
+    }
+}
+
+/// The inodes of all connections on these ports.
+fn connections(
+    addresses: &BTreeSet<SocketAddr>,
+    diag: &mut Option<Diag>,
+) -> io::Result<HashSet<u32>> {
+    let diag = match diag {
+        Some(diag) => diag,
+        None => diag.insert(Diag::open()?),
+    };
+    let mut all = HashSet::new();
+    for address in addresses {
+        all.extend(diag.accepted(*address)?);
+    }
+    Ok(all)
+}
+
+/// Adds those of `wanted` that the process has. One that has ended has none.
+///
+/// # Errors
+/// Where lbd may not look: it is another user's, say.
+fn own_sockets(pid: i32, wanted: &HashSet<u32>, own: &mut HashSet<u32>) -> io::Result<()> {
+    let entries = match fs::read_dir(format!("/proc/{pid}/fd")) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    // Gone by now, or the process is.
+    let targets = entries.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
+    own.extend(
+        targets
+            .filter_map(|target| socket_inode(target.to_str()?))
+            .filter(|inode| wanted.contains(inode)),
+    );
+    Ok(())
+}
+
+/// `socket:[123]` (proc_pid_fd(5)).
+fn socket_inode(link: &str) -> Option<u32> {
+    link.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        net::{TcpListener, TcpStream},
+        process::{Command, Stdio},
+    };
+
+    use nix::unistd::getpid;
+
+    use super::*;
+
+    const DEADLINE: Duration = Duration::from_secs(20);
+
+    #[test]
+    fn only_what_a_process_below_has_accepted_is_counted() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let _clients = [(); 3].map(|()| TcpStream::connect(address).unwrap());
+        // A child that has one of them as its standard input, and a copy of the same.
+        let (accepted, _) = listener.accept().unwrap();
+        let (kept, _) = listener.accept().unwrap();
+        let mut child = Command::new("sh")
+            .args(["-c", "exec 5<&0; exec sleep 1000 5<&0"])
+            .stdin(Stdio::from(std::os::fd::OwnedFd::from(accepted)))
+            .spawn()
+            .unwrap();
+        let (sender, counts) = mpsc::channel();
+        let gauge = ConnectionGauge::start(move |id, count| _ = sender.send((*id, count))).unwrap();
+        let guard = getpid().as_raw();
+        gauge.watch(BTreeSet::from([address]), vec![Counted { guard, urgent: true, subject: 7 }]);
+        assert_eq!(counts.recv_timeout(DEADLINE).unwrap(), (7, Some(1)));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        while counts.recv_timeout(DEADLINE).unwrap() != (7, Some(0)) {}
+        drop((gauge, kept));
+        while counts.recv_timeout(DEADLINE) != Err(RecvTimeoutError::Disconnected) {}
+    }
+
+    #[test]
+    fn links_of_other_kinds_are_none() {
+        assert_eq!(socket_inode("socket:[42]"), Some(42));
+        assert_eq!(socket_inode("pipe:[42]"), None);
+        assert_eq!(socket_inode("/tmp/socket:[42]"), None);
+    }
+}

@@ -1,0 +1,366 @@
+//! Steering by an eBPF program: strict rotation, counted, and in force with one store.
+//!
+//! The program runs for the SYN of each new connection (`BPF_PROG_TYPE_SK_REUSEPORT`), and once more
+//! for each connection that is still queued in a socket which leaves the group
+//! (`BPF_SK_REUSEPORT_SELECT_OR_MIGRATE`, Linux 5.14): the kernel moves it, with whatever it has sent,
+//! to the queue of the socket that the program then selects. It needs `CAP_BPF` to be loaded, and
+//! nothing afterwards.
+
+use std::{
+    io,
+    net::{IpAddr, Shutdown, SocketAddr},
+    num::NonZeroUsize,
+    os::fd::{AsFd, AsRawFd},
+    sync::{
+        Mutex, PoisonError,
+        atomic::Ordering::{Acquire, Relaxed, Release},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::libc;
+use socket2::Socket;
+
+use super::{
+    assembler::{
+        Arithmetic::{Add, And, Move, Multiply, Remainder, ShiftLeft, ShiftRight, Xor},
+        Assembler,
+        Condition::{Equal, Greater, NotEqual},
+        Instruction,
+        Register::{R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10},
+        Size::{Double, Half, Word},
+    },
+    bpf::{Map, MapKind, Memory, Program, Refused},
+    steer::Steer,
+    turns::{Choice, FOLD, Key, LAST, PARKING, STEPS, Turn, buckets, words},
+};
+
+/// How many sockets there can be in a group, the parking included; a power of two.
+pub(super) const KEYS: u32 = 4096;
+/// How many turns a rotation can have; a power of two. For source-hash, the number of buckets.
+const TURNS: u32 = 4096;
+
+/// The memory that is shared with the program. What every connection reads, and what every
+/// connection writes, are a cache line apart.
+///
+/// The rotation: the number of turns in the upper half; in the lower one the index of the first, and
+/// [`HASHED`]. One store of it puts another rotation in force.
+const ROTATION: usize = 0;
+/// Turns go by a hash of the client's address. Above every index.
+const HASHED: u32 = 1 << 30;
+/// How many exceptions there are: with none, nobody's source port is looked at.
+const EXCEPTIONS: usize = 8;
+/// How many turns have been taken.
+const CURSOR: usize = 64;
+/// How many connections each key got: words.
+const ROUTED: usize = 128;
+/// Two tables of keys, half-words, of which one is in force while the other one is written.
+const TABLES: usize = ROUTED + KEYS as usize * 8;
+const SIZE: usize = TABLES + 2 * TURNS as usize * 4;
+
+/// Helpers of the kernel (`linux/bpf.h`).
+const MAP_LOOKUP: i32 = 1;
+const LOAD_BYTES_RELATIVE: i32 = 68;
+const SELECT_REUSEPORT: i32 = 82;
+/// Offsets count from the network header.
+const FROM_NETWORK_HEADER: i32 = 1;
+/// What the program answers: the selected socket gets it; it is refused.
+const PASS: i32 = 1;
+const DROP: i32 = 0;
+/// Fields of what the program is given (`struct sk_reuseport_md`).
+const DATA: i16 = 0;
+const DATA_END: i16 = 8;
+const MIGRATING_SOCKET: i16 = 48;
+/// The remote address of a socket (`struct bpf_sock`).
+const REMOTE_IP4: i16 = 52;
+const REMOTE_IP6: i16 = 56;
+
+/// How long a socket may take to be free of the program that steered it before: that one is let go by
+/// the kernel in its own time.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// One group, and its program.
+#[derive(Debug)]
+pub(super) struct Ebpf {
+    memory: Memory,
+    sockets: Map,
+    exceptions: Map,
+    _program: Program,
+    /// What the rotation is now.
+    turns: Mutex<Vec<Turn>>,
+}
+
+impl Ebpf {
+    /// Takes over the group that `parking` is in. `inside` is the address that lbd reaches it at.
+    ///
+    /// # Errors
+    /// Where the kernel refuses it: without `CAP_BPF`, or an old one.
+    pub(super) fn start(parking: &Socket, inside: SocketAddr) -> Result<Self, Refused> {
+        let failed = |source| Refused { source, log: None };
+        let memory = Memory::new(const { NonZeroUsize::new(SIZE).unwrap() }, "lbd_rotation");
+        let memory = memory.map_err(failed)?;
+        let sockets = Map::new(MapKind::Sockets, 4, KEYS, "lbd_sockets").map_err(failed)?;
+        let exceptions = Map::new(MapKind::Hash, 4, KEYS, "lbd_exceptions").map_err(failed)?;
+        let code = program(inside.ip(), &memory, &sockets, &exceptions);
+        let program = Program::load(&code, "lbd_direct")?;
+        // That of an lbd before this one, whose socket it was.
+        detach(parking);
+        let until = Instant::now() + PATIENCE;
+        while let Err(error) = sockets.put(PARKING, parking.as_raw_fd() as u32) {
+            let busy = error.kind() == io::ErrorKind::ResourceBusy;
+            if !busy || Instant::now() >= until {
+                return Err(failed(error));
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        attach(parking, &program).map_err(failed)?;
+        let turns = Mutex::default();
+        Ok(Self { memory, sockets, exceptions, _program: program, turns })
+    }
+}
+
+impl Steer for Ebpf {
+    fn join(&self, key: Key, socket: &Socket) -> io::Result<()> {
+        self.sockets.put(key, socket.as_raw_fd() as u32)
+    }
+
+    fn leave(&self, _key: Key, socket: &Socket) {
+        // Not only closed: a child that was forked just now has a copy until its execve is done. The
+        // kernel moves what waits, asking the program whereto, and empties the map's place.
+        _ = socket.shutdown(Shutdown::Read);
+    }
+
+    fn moves(&self) -> bool {
+        true
+    }
+
+    fn rotate(&self, choice: Choice, turns: &[Turn]) -> io::Result<()> {
+        if turns.len() > TURNS as usize {
+            return Err(io::Error::other(format!("at most {TURNS} sockets can have turns")));
+        }
+        let mut current = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+        let rotation = self.memory.word(ROTATION);
+        let in_force = rotation.load(Relaxed) as u32 & !HASHED;
+        let first = if in_force == 0 { TURNS } else { 0 };
+        let (hashed, keys): (u32, Vec<Key>) = match choice {
+            Choice::Rotation => (0, turns.iter().map(|turn| turn.key).collect()),
+            Choice::SourceHash => (HASHED, buckets(turns, TURNS)),
+        };
+        for (index, key) in (first as usize..).zip(&keys) {
+            self.memory.half(TABLES + 4 * index).store(*key, Relaxed);
+        }
+        let cursor = self.memory.word(CURSOR);
+        let next = next_turn(&current, turns, cursor.load(Relaxed));
+        // The table before what points to it.
+        rotation.store((keys.len() as u64) << 32 | u64::from(first | hashed), Release);
+        cursor.store(next, Relaxed);
+        turns.clone_into(&mut current);
+        Ok(())
+    }
+
+    fn except(&self, source: u16, key: Key) -> io::Result<()> {
+        self.exceptions.put(source.into(), key)?;
+        self.memory.word(EXCEPTIONS).fetch_add(1, Release);
+        Ok(())
+    }
+
+    fn except_no_more(&self, source: u16) {
+        if self.exceptions.remove(source.into()).is_ok() {
+            self.memory.word(EXCEPTIONS).fetch_sub(1, Release);
+        }
+    }
+
+    fn end(&self) {}
+
+    fn routed(&self, key: Key) -> Option<u64> {
+        let offset = ROUTED + 8 * (key % KEYS) as usize;
+        Some(self.memory.word(offset).load(Acquire))
+    }
+}
+
+/// Where the cursor has to stand for the rotation to go on after the place that had the last turn, so
+/// that a change hits nobody twice in a row.
+fn next_turn(before: &[Turn], after: &[Turn], cursor: u64) -> u64 {
+    let last = cursor
+        .checked_sub(1)
+        .and_then(|last| before.get(usize::try_from(last % (before.len().max(1) as u64)).ok()?));
+    let next = last.and_then(|last| after.iter().position(|turn| turn.place > last.place));
+    // Zero says that nobody had a turn yet; a whole round later is the same place.
+    match (last, next) {
+        (None, _) => 0,
+        (Some(_), next) => (next.unwrap_or(0) + after.len()) as u64,
+    }
+}
+
+/// The program of a group that lbd reaches at `inside`.
+///
+/// R6 is what it was given, R7 the shared memory, R9 the rotation.
+fn program(inside: IpAddr, memory: &Memory, sockets: &Map, exceptions: &Map) -> Vec<Instruction> {
+    let mut code = Assembler::default();
+    let select = |code: &mut Assembler| {
+        // R0 = select(given, sockets, &key, 0); the key is at the end of the stack.
+        code.set(R1, R6);
+        code.map(R2, sockets);
+        code.set(R3, R10);
+        code.alu(Add, R3, -4);
+        code.set(R4, 0);
+        code.call(SELECT_REUSEPORT);
+    };
+    code.set(R6, R1);
+    code.map_value(R7, memory.map());
+
+    // Is it lbd that connects, to one socket in particular?
+    code.load(Double, R1, R7, EXCEPTIONS as i16);
+    code.jump_if(R1, Equal, 0, "turn");
+    // The source port is the first field of the TCP header (RFC 9293, section 3.1). There is none
+    // where a connection moves.
+    code.load(Double, R2, R6, DATA);
+    code.load(Double, R3, R6, DATA_END);
+    code.set(R4, R2);
+    code.alu(Add, R4, 2);
+    code.jump_if(R4, Greater, R3, "turn");
+    code.load(Half, R8, R2, 0);
+    code.network_to_number(R8, 16);
+    // Somebody else's port may be the same: it has to be from here.
+    load_source(&mut code, inside);
+    code.jump_if(R0, NotEqual, 0, "turn");
+    for (index, word) in words(inside).into_iter().enumerate() {
+        code.load(Word, R1, R10, -32 + 4 * index as i16);
+        code.network_to_number(R1, 32);
+        code.jump32_if(R1, NotEqual, word as i32, "turn");
+    }
+    code.store(Word, R10, -4, R8);
+    code.map(R1, exceptions);
+    code.set(R2, R10);
+    code.alu(Add, R2, -4);
+    code.call(MAP_LOOKUP);
+    code.jump_if(R0, Equal, 0, "turn");
+    code.load(Word, R1, R0, 0);
+    code.store(Word, R10, -4, R1);
+    select(&mut code);
+    // Never to another one than was meant.
+    code.jump_if(R0, NotEqual, 0, "refuse");
+    code.set(R0, PASS);
+    code.exit();
+
+    // Whose turn is it? R8 becomes its index.
+    code.label("turn");
+    code.load(Double, R9, R7, ROTATION as i16);
+    code.set(R1, R9);
+    code.alu(ShiftRight, R1, 32);
+    code.jump_if(R1, Equal, 0, "park");
+    code.jump32_if(R9, Greater, HASHED as i32 - 1, "hash");
+    code.set(R8, 1);
+    code.atomic_fetch_add(R7, CURSOR as i16, R8);
+    code.jump("index");
+    code.label("hash");
+    hash(&mut code, inside);
+    code.label("index");
+    code.set(R2, R9);
+    code.alu(ShiftRight, R2, 32);
+    code.alu(Remainder, R8, R2);
+    code.alu32(Move, R1, R9);
+    code.alu(Add, R8, R1);
+    // What the verifier wants to see: within both tables.
+    code.alu(And, R8, 2 * TURNS as i32 - 1);
+    code.alu(ShiftLeft, R8, 2);
+    code.alu(Add, R8, R7);
+    code.alu(Add, R8, TABLES as i32);
+    code.load(Word, R8, R8, 0);
+    code.store(Word, R10, -4, R8);
+    select(&mut code);
+    // Whoever has the turn may have left, by its own doing.
+    code.jump_if(R0, NotEqual, 0, "park");
+    code.alu(And, R8, KEYS as i32 - 1);
+    code.alu(ShiftLeft, R8, 3);
+    code.alu(Add, R8, R7);
+    code.alu(Add, R8, ROUTED as i32);
+    code.set(R1, 1);
+    code.atomic_add(R8, 0, R1);
+    code.set(R0, PASS);
+    code.exit();
+
+    code.label("park");
+    code.set(R1, PARKING as i32);
+    code.store(Word, R10, -4, R1);
+    select(&mut code);
+    // Without an answer the kernel would choose by a hash, whomever.
+    code.jump_if(R0, NotEqual, 0, "refuse");
+    code.set(R0, PASS);
+    code.exit();
+
+    code.label("refuse");
+    code.set(R0, DROP);
+    code.exit();
+    code.finish()
+}
+
+/// Copies the client's address to the stack, from 32 bytes below its end on; R0 becomes 0.
+fn load_source(code: &mut Assembler, family: IpAddr) {
+    // RFC 791, section 3.1; RFC 8200, section 3.
+    let (offset, length) = if family.is_ipv4() { (12, 4) } else { (8, 16) };
+    code.set(R1, R6);
+    code.set(R2, offset);
+    code.set(R3, R10);
+    code.alu(Add, R3, -32);
+    code.set(R4, length);
+    code.set(R5, FROM_NETWORK_HEADER);
+    code.call(LOAD_BYTES_RELATIVE);
+}
+
+/// R8 = the client's hash, as in [`turns`](super::turns).
+fn hash(code: &mut Assembler, family: IpAddr) {
+    let words = words(family).len() as i16;
+    load_source(code, family);
+    code.jump_if(R0, Equal, 0, "source");
+    // A connection that moves has no packet, but a socket.
+    code.load(Double, R1, R6, MIGRATING_SOCKET);
+    code.jump_if(R1, Equal, 0, "park");
+    let remote = if family.is_ipv4() { REMOTE_IP4 } else { REMOTE_IP6 };
+    for index in 0..words {
+        code.load(Word, R2, R1, remote + 4 * index);
+        code.store(Word, R10, -32 + 4 * index, R2);
+    }
+    code.label("source");
+    for index in 0..words {
+        code.load(Word, R1, R10, -32 + 4 * index);
+        code.network_to_number(R1, 32);
+        if index == 0 {
+            code.alu32(Move, R8, R1);
+        } else {
+            code.alu32(Multiply, R8, FOLD as i32);
+            code.alu32(Xor, R8, R1);
+        }
+    }
+    for (shift, factor) in STEPS {
+        code.alu32(Move, R1, R8);
+        code.alu32(ShiftRight, R1, shift as i32);
+        code.alu32(Xor, R8, R1);
+        code.alu32(Multiply, R8, factor as i32);
+    }
+    code.alu32(Move, R1, R8);
+    code.alu32(ShiftRight, R1, LAST as i32);
+    code.alu32(Xor, R8, R1);
+}
+
+/// `SO_ATTACH_REUSEPORT_EBPF` (socket(7)), which nix and socket2 lack.
+fn attach(member: &Socket, program: &Program) -> io::Result<()> {
+    let fd = program.as_fd().as_raw_fd();
+    set_option(member, libc::SO_ATTACH_REUSEPORT_EBPF, fd)
+}
+
+/// `SO_DETACH_REUSEPORT_BPF`: fails where there is none.
+pub(super) fn detach(member: &Socket) {
+    _ = set_option(member, libc::SO_DETACH_REUSEPORT_BPF, 0);
+}
+
+fn set_option(socket: &Socket, option: i32, value: i32) -> io::Result<()> {
+    let size = size_of_val(&value) as libc::socklen_t;
+    // SAFETY: the value is an int, as these options want it, and outlives the call.
+    let result = unsafe {
+        let value = std::ptr::from_ref(&value).cast();
+        libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, option, value, size)
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}

@@ -1,0 +1,375 @@
+//! A public address whose connections the kernel itself hands to the workers.
+//!
+//! Each worker has a listening socket of its own on the address, and lbd has one, the *parking*; all
+//! are in one `SO_REUSEPORT` group, and a program says for each new connection which of them gets
+//! it. No second connection, no copying, and the worker sees the client's own address.
+//!
+//! ```text
+//!             ┌─ program: whose turn? ─┐
+//! SYN ─▶ group│  worker 0's socket     │─▶ its accept queue ─▶ worker 0
+//!             │  worker 1's socket     │─▶ its accept queue ─▶ worker 1
+//!             │  parking               │─▶ lbd: holds the client, or hands it on
+//!             └────────────────────────┘
+//! ```
+//!
+//! Who has no turn gets nothing: workers that are not proven yet, that hang, drain or are gone. With
+//! none in rotation the parking gets everybody. lbd keeps a copy of each socket, so that what queues in
+//! it outlives the worker, and reaches one worker in particular by a [`Way`]: a connection from a
+//! source port that the program knows, as a probe needs it.
+//!
+//! There are two kinds of programs behind one interface (`steer`): [`Kind::Ebpf`] where lbd may load
+//! it, else [`Kind::Classic`]. [`Public::open`] tells which, and why not the better one.
+
+mod assembler;
+mod bpf;
+mod classic;
+mod ebpf;
+mod steer;
+#[cfg(test)]
+mod tests;
+mod turns;
+
+use std::{
+    fmt, io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use socket2::{Domain, Socket, Type};
+
+use super::{Acceptor, BACKLOG, accept_all, queue_length, refuse_new, unconnected};
+use classic::Classic;
+use ebpf::{Ebpf, KEYS};
+use steer::Steer;
+pub use turns::Choice;
+use turns::{Key, PARKING, Turn};
+
+/// How long a socket without turns stays open where the kernel does not move what waits in it: for
+/// handshakes whose last segment is still on its way.
+const HANDSHAKE: Duration = Duration::from_secs(1);
+
+/// How connections are steered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Steering {
+    /// By what kind of program.
+    pub kind: Kind,
+    /// Why not by the better one.
+    pub why: Option<String>,
+}
+
+/// What steers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// An eBPF program: strict rotation, counted.
+    Ebpf,
+    /// A classic BPF program: a random worker for each connection, not counted.
+    Classic,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ebpf => "ebpf",
+            Self::Classic => "classic",
+        })
+    }
+}
+
+/// A public address, and the sockets on it. Dropped, it leaves the parking as it was before.
+#[derive(Debug)]
+pub struct Public<Owner> {
+    address: SocketAddr,
+    inside: SocketAddr,
+    /// A copy of lbd's own.
+    parking: Socket,
+    steer: Arc<dyn Steer>,
+    steering: Steering,
+    members: Vec<Member<Owner>>,
+    /// Sockets whose workers are gone, and since when.
+    leaving: Vec<(Instant, Member<Owner>)>,
+}
+
+#[derive(Debug)]
+struct Member<Owner> {
+    owner: Owner,
+    key: Key,
+    socket: Socket,
+}
+
+impl<Owner: Copy + PartialEq> Public<Owner> {
+    /// Makes a group around `parking`, a listening TCP socket that goes on taking every client until
+    /// [`rotate`](Self::rotate) says otherwise.
+    ///
+    /// # Errors
+    /// Where others can't listen beside it (it is another user's, or not lbd's alone), or the kernel
+    /// lets nobody steer.
+    pub fn open(parking: &Socket) -> io::Result<Self> {
+        let parking = parking.try_clone()?;
+        let address = parking.local_addr()?.as_socket().ok_or(io::ErrorKind::InvalidInput)?;
+        let inside = inside(address);
+        parking.set_reuse_port(true)?;
+        // The kernel makes a group of a socket that listens already when a second one joins it, and
+        // a program can only be attached then. Whom that one gets before comes again a second later.
+        let second = beside(&parking, address)?;
+        refuse_new(&second)?;
+        second.listen(1)?;
+        let (steer, steering) = Self::steer(&parking, inside)?;
+        // As for all that leave: see `Ebpf::leave`.
+        _ = second.shutdown(std::net::Shutdown::Read);
+        Ok(Self {
+            address,
+            inside,
+            parking,
+            steer,
+            steering,
+            members: Vec::new(),
+            leaving: Vec::new(),
+        })
+    }
+
+    fn steer(parking: &Socket, inside: SocketAddr) -> io::Result<(Arc<dyn Steer>, Steering)> {
+        match Ebpf::start(parking, inside) {
+            Ok(steer) => Ok((Arc::new(steer), Steering { kind: Kind::Ebpf, why: None })),
+            Err(refused) => {
+                let why = match refused.source.kind() {
+                    io::ErrorKind::PermissionDenied => "lbd has no CAP_BPF".to_owned(),
+                    _ => format!("the kernel refuses the eBPF program: {refused}"),
+                };
+                let steer = Classic::start(parking, inside)?;
+                Ok((Arc::new(steer), Steering { kind: Kind::Classic, why: Some(why) }))
+            }
+        }
+    }
+
+    /// Where clients connect.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// How its connections are steered.
+    #[must_use]
+    pub fn steering(&self) -> &Steering {
+        &self.steering
+    }
+
+    /// Gives `owner` a socket, without a turn.
+    ///
+    /// # Errors
+    /// Where the system refuses it, or there are too many in the group.
+    pub fn join(&mut self, owner: Owner) -> io::Result<()> {
+        let taken = |key: &Key| {
+            let leaving = self.leaving.iter().map(|(_, member)| member);
+            self.members.iter().chain(leaving).any(|member| member.key == *key)
+        };
+        let free = (PARKING + 1..KEYS).find(|key| !taken(key));
+        let key = free.ok_or_else(|| io::Error::other("too many workers on this address"))?;
+        let socket = beside(&self.parking, self.address)?;
+        socket.listen(BACKLOG)?;
+        self.steer.join(key, &socket)?;
+        self.members.push(Member { owner, key, socket });
+        Ok(())
+    }
+
+    /// The socket of `owner`: blocking, as it is passed on.
+    #[must_use]
+    pub fn socket(&self, owner: Owner) -> Option<&Socket> {
+        self.member(owner).map(|member| &member.socket)
+    }
+
+    /// From now on new connections go to these, in this order, and to nobody else. Each is named by
+    /// its place, which it has in common with whoever comes after it; one that has no socket here
+    /// has its turns at the parking.
+    ///
+    /// # Errors
+    /// Where the system refuses it, and it stays as it was.
+    pub fn rotate(
+        &self,
+        choice: Choice,
+        turns: impl IntoIterator<Item = (u32, Owner)>,
+    ) -> io::Result<()> {
+        let key = |owner| self.member(owner).map_or(PARKING, |member| member.key);
+        let turn = |(place, owner)| Turn { place, key: key(owner) };
+        let turns: Vec<Turn> = turns.into_iter().map(turn).collect();
+        // The same as nobody, and at no cost for each connection.
+        let all_parked = turns.iter().all(|turn| turn.key == PARKING);
+        self.steer.rotate(choice, if all_parked { &[] } else { &turns })
+    }
+
+    /// How lbd reaches `owner`, and nobody else.
+    #[must_use]
+    pub fn way_to(&self, owner: Owner) -> Option<Way> {
+        let key = self.member(owner)?.key;
+        Some(Way {
+            inside: self.inside,
+            key,
+            routed_before: self.steer.routed(key).unwrap_or_default(),
+            steer: Arc::clone(&self.steer),
+        })
+    }
+
+    /// How many connections wait in `owner`'s accept queue.
+    #[must_use]
+    pub fn queued(&self, owner: Owner) -> Option<u32> {
+        queue_length(&self.member(owner)?.socket).ok()
+    }
+
+    /// Accepts every connection that waits for `owner`, which may go on to accept too. Those that came
+    /// by a [`Way`] are among them.
+    pub fn rescue(&self, owner: Owner, acceptor: &mut Acceptor) -> Vec<Socket> {
+        let member = self.member(owner);
+        member.map_or_else(Vec::new, |member| accept_all(&member.socket, acceptor))
+    }
+
+    /// Nobody has the socket of `owner` any more but lbd. What waits in it goes to the others by the
+    /// kernel, or comes from [`tidy`](Self::tidy). It must have no turn.
+    pub fn leave(&mut self, owner: Owner, now: Instant) {
+        let Some(index) = self.members.iter().position(|member| member.owner == owner) else {
+            return;
+        };
+        let member = self.members.swap_remove(index);
+        if self.steer.moves() {
+            self.steer.leave(member.key, &member.socket);
+        } else {
+            self.leaving.push((now, member));
+        }
+    }
+
+    /// Accepts what waits in sockets that [`leave`](Self::leave), and closes those that have had
+    /// their time.
+    pub fn tidy(&mut self, now: Instant, acceptor: &mut Acceptor) -> Vec<Socket> {
+        let mut rescued = Vec::new();
+        for (since, member) in std::mem::take(&mut self.leaving) {
+            rescued.extend(accept_all(&member.socket, acceptor));
+            if now >= since + HANDSHAKE {
+                self.steer.leave(member.key, &member.socket);
+            } else {
+                self.leaving.push((since, member));
+            }
+        }
+        rescued
+    }
+
+    /// Whether [`tidy`](Self::tidy) has still something to do.
+    #[must_use]
+    pub fn is_untidy(&self) -> bool {
+        !self.leaving.is_empty()
+    }
+
+    /// Lets no new client in, wherever it would go; those whose connect has been answered stay. A
+    /// client comes again a second later, and finds either somebody else or a closed port.
+    ///
+    /// # Errors
+    /// Where the system has no memory for it.
+    pub fn close(&self) -> io::Result<()> {
+        self.members.iter().try_for_each(|member| refuse_new(&member.socket))
+    }
+
+    /// Lets them in again.
+    ///
+    /// # Errors
+    /// Where a filter can't be taken off.
+    pub fn reopen(&self) -> io::Result<()> {
+        // Those that joined since have none, which is an error to take off.
+        self.members.iter().for_each(|member| _ = member.socket.detach_filter());
+        self.parking.detach_filter()
+    }
+
+    /// A copy of lbd's own socket.
+    ///
+    /// # Errors
+    /// Where there is no descriptor left.
+    pub fn parking(&self) -> io::Result<Socket> {
+        self.parking.try_clone()
+    }
+
+    fn member(&self, owner: Owner) -> Option<&Member<Owner>> {
+        self.members.iter().find(|member| member.owner == owner)
+    }
+}
+
+impl<Owner> Drop for Public<Owner> {
+    fn drop(&mut self) {
+        let leaving = self.leaving.drain(..).map(|(_, member)| member);
+        for member in self.members.drain(..).chain(leaving) {
+            self.steer.leave(member.key, &member.socket);
+        }
+        self.steer.end();
+        ebpf::detach(&self.parking);
+        // Else any program of the same user could join.
+        _ = self.parking.set_reuse_port(false);
+    }
+}
+
+/// A socket bound to the `address` that `parking` is bound to. A dual-stack one (IPV6_V6ONLY, ipv6(7))
+/// shares its port with its like alone.
+fn beside(parking: &Socket, address: SocketAddr) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(parking.only_v6()?)?;
+    }
+    socket.set_reuse_address(true)?;
+    socket.set_reuse_port(true)?;
+    socket.bind(&address.into())?;
+    Ok(socket)
+}
+
+/// Where lbd itself connects to what listens on `address`.
+fn inside(mut address: SocketAddr) -> SocketAddr {
+    match address.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => address.set_ip(Ipv4Addr::LOCALHOST.into()),
+        IpAddr::V6(ip) if ip.is_unspecified() => address.set_ip(Ipv6Addr::LOCALHOST.into()),
+        _ => {}
+    }
+    address
+}
+
+/// How one worker is reached, whoever has turns. For any thread.
+#[derive(Debug, Clone)]
+pub struct Way {
+    inside: SocketAddr,
+    key: Key,
+    routed_before: u64,
+    steer: Arc<dyn Steer>,
+}
+
+impl Way {
+    /// Where to connect to.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.inside
+    }
+
+    /// A socket to connect with, non-blocking. The connection reaches the worker if it is made while
+    /// the [`Pass`] is there, and is refused where that one does not listen.
+    ///
+    /// # Errors
+    /// Where there is no descriptor or no port for it.
+    pub fn open(&self) -> io::Result<(Socket, Pass)> {
+        let socket = unconnected(self.inside)?;
+        socket.bind(&SocketAddr::new(self.inside.ip(), 0).into())?;
+        let local = socket.local_addr()?.as_socket().ok_or(io::ErrorKind::InvalidData)?;
+        self.steer.except(local.port(), self.key)?;
+        Ok((socket, Pass { steer: Arc::clone(&self.steer), source: local.port() }))
+    }
+
+    /// How many connections the worker was given by its turns, if that is counted.
+    #[must_use]
+    pub fn routed(&self) -> Option<u64> {
+        Some(self.steer.routed(self.key)?.saturating_sub(self.routed_before))
+    }
+}
+
+/// What brings a connection to the worker that is meant. To be dropped when it is made.
+#[derive(Debug)]
+pub struct Pass {
+    steer: Arc<dyn Steer>,
+    source: u16,
+}
+
+impl Drop for Pass {
+    fn drop(&mut self) {
+        self.steer.except_no_more(self.source);
+    }
+}
