@@ -63,6 +63,9 @@ class Peer(Contender):
     def start_workers(self, run):
         for port in run.ports:
             run.start([run.worker, str(port)])
+        # A balancer that finds one missing leaves it out for a while, or resets connections.
+        for port in run.ports:
+            run.wait_for(("127.0.0.1", port), 1)
 
 
 class Haproxy(Peer):
@@ -207,16 +210,20 @@ class Run:
 
     def wait(self):
         """Returns once every worker has answered through the address that clients connect to."""
+        self.wait_for(self.address, 2 * len(self.ports))
+
+    def wait_for(self, address, count):
+        """Returns after so many answers in a row."""
         deadline = time.monotonic() + 20
         answers = 0
-        while answers < 2 * len(self.ports):
+        while answers < count:
             has_ended = any(process.poll() is not None for process, _ in self.started)
             if has_ended or time.monotonic() > deadline:
                 said = [path.read_text(errors="replace") for path in self.folder.glob("*.log")]
                 how = "ended at once" if has_ended else "does not answer"
                 raise Failed(f"{self.contender.name} {how}: {' '.join(said).strip()[-1000:]}")
             try:
-                with socket.create_connection(self.address, 5) as client:
+                with socket.create_connection(address, 5) as client:
                     ask(client)
                 answers += 1
             except OSError:

@@ -68,7 +68,7 @@ def load(run, context, *arguments, connections=50, path=""):
     before = run.cpu()
     counts = once(context.seconds)
     if counts["failed"] or not counts["requests"]:
-        raise Failed(f"{run.contender.name}: {counts['failed']} requests failed")
+        raise Failed(f"{run.contender.name}: requests failed: {counts['failed'] or 'all'}")
     # Of bodies the bytes say more, since they are few, and some are cut off at the end.
     count = counts["bytes"] / BODY if path else counts["requests"]
     counts["cpu"] = run.cpu().since(before, count)

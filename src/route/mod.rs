@@ -30,7 +30,7 @@
 //!   many protocols the server speaks first. The answer to a connect on loopback is asked for at
 //!   once, and the client's bytes are the last segment of the handshake, so that the worker wakes up
 //!   once, to a connection with a request in it. Without both it reads 1.7 times for each request
-//!   and wakes up 1.8 times, instead of 1.1 and 0.9, and everything together takes 7 % more CPU time
+//!   and wakes up 1.8 times, instead of 1.1 and 0.9, and everything together takes 4 % more CPU time
 //!   (medians of `bench/run new-connections`; the bytes alone, or the segment alone, gain nothing).
 //! - The end of a stream travels with its last bytes.
 //! - Listeners are registered exclusively, so that one client wakes one thread.
