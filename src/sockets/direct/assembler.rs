@@ -38,6 +38,7 @@ pub(super) enum Register {
 pub(super) enum Size {
     Word = 0x00,
     Half = 0x08,
+    Byte = 0x10,
     Double = 0x18,
 }
 

@@ -138,6 +138,12 @@ impl Steer for Classic {
         _ = self.attach(&state);
     }
 
+    fn close(&self) -> bool {
+        // An answer that means nobody would be one by a hash.
+        _ = self.rotate(Choice::Rotation, &[]);
+        false
+    }
+
     fn end(&self) {
         self.state().parking = None;
     }

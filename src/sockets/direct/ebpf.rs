@@ -29,7 +29,7 @@ use super::{
         Condition::{Equal, Greater, NotEqual},
         Instruction,
         Register::{R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10},
-        Size::{Double, Half, Word},
+        Size::{Byte, Double, Half, Word},
     },
     bpf::{Map, MapKind, Memory, Program, Refused},
     steer::Steer,
@@ -49,6 +49,8 @@ const TURNS: u32 = 4096;
 const ROTATION: usize = 0;
 /// Turns go by a hash of the client's address. Above every index.
 const HASHED: u32 = 1 << 30;
+/// A rotation that nobody has a turn in, and the parking neither.
+const CLOSED: u64 = HASHED as u64;
 /// How many exceptions there are: with none, nobody's source port is looked at.
 const EXCEPTIONS: usize = 8;
 /// How many turns have been taken.
@@ -75,6 +77,9 @@ const MIGRATING_SOCKET: i16 = 48;
 /// The remote address of a socket (`struct bpf_sock`).
 const REMOTE_IP4: i16 = 52;
 const REMOTE_IP6: i16 = 56;
+
+/// On the program's stack: 1 for a connection that takes a turn, else 0.
+const IS_NEW: i16 = -40;
 
 /// How long a socket may take to be free of the program that steered it before: that one is let go by
 /// the kernel in its own time.
@@ -145,6 +150,7 @@ impl Steer for Ebpf {
         let first = if in_force == 0 { TURNS } else { 0 };
         let (hashed, keys): (u32, Vec<Key>) = match choice {
             Choice::Rotation => (0, turns.iter().map(|turn| turn.key).collect()),
+            Choice::SourceHash if turns.is_empty() => (0, Vec::new()),
             Choice::SourceHash => (HASHED, buckets(turns, TURNS)),
         };
         for (index, key) in (first as usize..).zip(&keys) {
@@ -169,6 +175,11 @@ impl Steer for Ebpf {
         if self.exceptions.remove(source.into()).is_ok() {
             self.memory.word(EXCEPTIONS).fetch_sub(1, Release);
         }
+    }
+
+    fn close(&self) -> bool {
+        self.memory.word(ROTATION).store(CLOSED, Release);
+        true
     }
 
     fn end(&self) {}
@@ -244,14 +255,29 @@ fn program(inside: IpAddr, memory: &Memory, sockets: &Map, exceptions: &Map) -> 
     code.set(R0, PASS);
     code.exit();
 
-    // Whose turn is it? R8 becomes its index.
+    // Is it a new connection, or one that moves? The kernel also asks for segments that belong to no
+    // connection any more: they take nobody's turn. Byte 13 has the flags: SYN without ACK.
     code.label("turn");
+    code.set(R1, 1);
+    code.load(Double, R2, R6, DATA);
+    code.load(Double, R3, R6, DATA_END);
+    code.set(R4, R2);
+    code.alu(Add, R4, 14);
+    code.jump_if(R4, Greater, R3, "new");
+    code.load(Byte, R4, R2, 13);
+    code.alu(And, R4, 0x12);
+    code.jump_if(R4, Equal, 0x02, "new");
+    code.set(R1, 0);
+    code.label("new");
+    code.store(Double, R10, IS_NEW, R1);
+
+    // Whose turn is it? R8 becomes its index.
     code.load(Double, R9, R7, ROTATION as i16);
     code.set(R1, R9);
     code.alu(ShiftRight, R1, 32);
-    code.jump_if(R1, Equal, 0, "park");
+    code.jump_if(R1, Equal, 0, "nobody");
     code.jump32_if(R9, Greater, HASHED as i32 - 1, "hash");
-    code.set(R8, 1);
+    code.load(Double, R8, R10, IS_NEW);
     code.atomic_fetch_add(R7, CURSOR as i16, R8);
     code.jump("index");
     code.label("hash");
@@ -276,11 +302,13 @@ fn program(inside: IpAddr, memory: &Memory, sockets: &Map, exceptions: &Map) -> 
     code.alu(ShiftLeft, R8, 3);
     code.alu(Add, R8, R7);
     code.alu(Add, R8, ROUTED as i32);
-    code.set(R1, 1);
+    code.load(Double, R1, R10, IS_NEW);
     code.atomic_add(R8, 0, R1);
     code.set(R0, PASS);
     code.exit();
 
+    code.label("nobody");
+    code.jump32_if(R9, Equal, CLOSED as i32, "refuse");
     code.label("park");
     code.set(R1, PARKING as i32);
     code.store(Word, R10, -4, R1);

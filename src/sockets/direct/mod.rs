@@ -45,6 +45,9 @@ use steer::Steer;
 pub use turns::Choice;
 use turns::{Key, PARKING, Turn};
 
+/// The socket that makes a group of the parking, and leaves it at once.
+const SECOND: Key = PARKING + 1;
+
 /// How long a socket without turns stays open where the kernel does not move what waits in it: for
 /// handshakes whose last segment is still on its way.
 const HANDSHAKE: Duration = Duration::from_secs(1);
@@ -85,9 +88,11 @@ pub struct Public<Owner> {
     parking: Socket,
     steer: Arc<dyn Steer>,
     steering: Steering,
+    /// The program lets nobody in.
+    closed: bool,
     members: Vec<Member<Owner>>,
     /// Sockets whose workers are gone, and since when.
-    leaving: Vec<(Instant, Member<Owner>)>,
+    leaving: Vec<(Instant, Key, Socket)>,
 }
 
 #[derive(Debug)]
@@ -110,22 +115,26 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
         let inside = inside(address);
         parking.set_reuse_port(true)?;
         // The kernel makes a group of a socket that listens already when a second one joins it, and
-        // a program can only be attached then. Whom that one gets before comes again a second later.
+        // a program can only be attached then. Whom that one gets before is taken from it as it leaves.
         let second = beside(&parking, address)?;
-        refuse_new(&second)?;
-        second.listen(1)?;
+        second.listen(BACKLOG)?;
         let (steer, steering) = Self::steer(&parking, inside)?;
-        // As for all that leave: see `Ebpf::leave`.
-        _ = second.shutdown(std::net::Shutdown::Read);
-        Ok(Self {
-            address,
-            inside,
-            parking,
-            steer,
-            steering,
-            members: Vec::new(),
-            leaving: Vec::new(),
-        })
+        let (members, leaving) = (Vec::new(), Vec::new());
+        let closed = false;
+        let mut public =
+            Self { address, inside, parking, steer, steering, closed, members, leaving };
+        public.steer.join(SECOND, &second)?;
+        public.dismiss(SECOND, second, Instant::now());
+        Ok(public)
+    }
+
+    /// A socket without turns leaves: at once where the kernel moves what waits in it.
+    fn dismiss(&mut self, key: Key, socket: Socket, now: Instant) {
+        if self.steer.moves() {
+            self.steer.leave(key, &socket);
+        } else {
+            self.leaving.push((now, key, socket));
+        }
     }
 
     fn steer(parking: &Socket, inside: SocketAddr) -> io::Result<(Arc<dyn Steer>, Steering)> {
@@ -160,8 +169,8 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
     /// Where the system refuses it, or there are too many in the group.
     pub fn join(&mut self, owner: Owner) -> io::Result<()> {
         let taken = |key: &Key| {
-            let leaving = self.leaving.iter().map(|(_, member)| member);
-            self.members.iter().chain(leaving).any(|member| member.key == *key)
+            let leaving = self.leaving.iter().map(|(_, key, _)| key);
+            self.members.iter().map(|member| &member.key).chain(leaving).any(|other| other == key)
         };
         let free = (PARKING + 1..KEYS).find(|key| !taken(key));
         let key = free.ok_or_else(|| io::Error::other("too many workers on this address"))?;
@@ -189,6 +198,9 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
         choice: Choice,
         turns: impl IntoIterator<Item = (u32, Owner)>,
     ) -> io::Result<()> {
+        if self.closed {
+            return Ok(());
+        }
         let key = |owner| self.member(owner).map_or(PARKING, |member| member.key);
         let turn = |(place, owner)| Turn { place, key: key(owner) };
         let turns: Vec<Turn> = turns.into_iter().map(turn).collect();
@@ -228,24 +240,20 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
         let Some(index) = self.members.iter().position(|member| member.owner == owner) else {
             return;
         };
-        let member = self.members.swap_remove(index);
-        if self.steer.moves() {
-            self.steer.leave(member.key, &member.socket);
-        } else {
-            self.leaving.push((now, member));
-        }
+        let Member { key, socket, .. } = self.members.swap_remove(index);
+        self.dismiss(key, socket, now);
     }
 
     /// Accepts what waits in sockets that [`leave`](Self::leave), and closes those that have had
     /// their time.
     pub fn tidy(&mut self, now: Instant, acceptor: &mut Acceptor) -> Vec<Socket> {
         let mut rescued = Vec::new();
-        for (since, member) in std::mem::take(&mut self.leaving) {
-            rescued.extend(accept_all(&member.socket, acceptor));
+        for (since, key, socket) in std::mem::take(&mut self.leaving) {
+            rescued.extend(accept_all(&socket, acceptor));
             if now >= since + HANDSHAKE {
-                self.steer.leave(member.key, &member.socket);
+                self.steer.leave(key, &socket);
             } else {
-                self.leaving.push((since, member));
+                self.leaving.push((since, key, socket));
             }
         }
         rescued
@@ -258,19 +266,28 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
     }
 
     /// Lets no new client in, wherever it would go; those whose connect has been answered stay. A
-    /// client comes again a second later, and finds either somebody else or a closed port.
+    /// client comes again a second later, and finds either somebody else or a closed port; or is
+    /// refused at once, where lbd may attach no filter (Linux 6.18 wants a capability for it).
     ///
     /// # Errors
-    /// Where the system has no memory for it.
-    pub fn close(&self) -> io::Result<()> {
-        self.members.iter().try_for_each(|member| refuse_new(&member.socket))
+    /// Where neither can be had: clients go to the parking.
+    pub fn close(&mut self) -> io::Result<()> {
+        let closed = self.members.iter().try_for_each(|member| refuse_new(&member.socket));
+        closed.or_else(|error| {
+            self.closed = true;
+            self.steer.close().then_some(()).ok_or(error)
+        })
     }
 
     /// Lets them in again.
     ///
     /// # Errors
     /// Where a filter can't be taken off.
-    pub fn reopen(&self) -> io::Result<()> {
+    pub fn reopen(&mut self) -> io::Result<()> {
+        if std::mem::take(&mut self.closed) {
+            // The next rotation follows.
+            return self.steer.rotate(Choice::Rotation, &[]);
+        }
         // Those that joined since have none, which is an error to take off.
         self.members.iter().for_each(|member| _ = member.socket.detach_filter());
         self.parking.detach_filter()
@@ -291,9 +308,10 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
 
 impl<Owner> Drop for Public<Owner> {
     fn drop(&mut self) {
-        let leaving = self.leaving.drain(..).map(|(_, member)| member);
-        for member in self.members.drain(..).chain(leaving) {
-            self.steer.leave(member.key, &member.socket);
+        let leaving = self.leaving.drain(..).map(|(_, key, socket)| (key, socket));
+        let members = self.members.drain(..).map(|Member { key, socket, .. }| (key, socket));
+        for (key, socket) in members.chain(leaving) {
+            self.steer.leave(key, &socket);
         }
         self.steer.end();
         ebpf::detach(&self.parking);

@@ -31,6 +31,10 @@ pub(super) trait Steer: fmt::Debug + Send + Sync {
     /// Takes that back.
     fn except_no_more(&self, source: u16);
 
+    /// Gives no new connection to anybody until [`rotate`](Self::rotate): it is refused if that can be
+    /// had, which is told, or else goes to the parking.
+    fn close(&self) -> bool;
+
     /// Lets go of its copies of sockets: nobody is steered any more.
     fn end(&self);
 

@@ -15,9 +15,12 @@ fn group(address: &str, kind: Kind, choice: Choice, count: u8) -> Option<Public<
     parking.listen(BACKLOG).unwrap();
     let mut public = Public::open(&parking).unwrap();
     if kind == Kind::Classic && public.steering.kind == Kind::Ebpf {
+        // The one that made it a group has left.
         public.steer = Arc::new(Classic::start(&parking, public.inside).unwrap());
         public.steering.kind = Kind::Classic;
     }
+    // What made it a group has had its time.
+    public.tidy(Instant::now() + HANDSHAKE, &mut Acceptor::new().unwrap());
     if public.steering.kind != kind {
         let why = public.steering.why.as_deref();
         assert!(std::env::var(REQUIRED).unwrap_or_default().is_empty(), "no eBPF: {why:?}");
@@ -325,4 +328,42 @@ fn dropped_it_leaves_an_ordinary_listener() {
         let _clients: Vec<_> = (0..10).map(|_| TcpStream::connect(inside).unwrap()).collect();
         assert_eq!(accept_all(&parking, &mut Acceptor::new().unwrap()).len(), 10);
     });
+}
+
+#[test]
+fn one_that_is_closed_by_its_program_refuses_and_can_be_opened_again() {
+    let Some(mut public) = group("127.0.0.1:0", Kind::Ebpf, Choice::Rotation, 2) else { return };
+    let _waiting = connect(&public, 4);
+    // As where no filter may be attached.
+    public.closed = true;
+    assert!(public.steer.close());
+    let refused = TcpStream::connect(public.inside).unwrap_err();
+    assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+    public.rotate(Choice::Rotation, [(1, 1)]).unwrap();
+    assert!(TcpStream::connect(public.inside).is_err());
+    assert_eq!(waiting(&public), each([1, 2], 2), "who was there stays");
+    public.reopen().unwrap();
+    public.rotate(Choice::Rotation, [(1, 1), (2, 2)]).unwrap();
+    goes_to(&public, &[1, 2], 10);
+}
+
+#[test]
+fn what_belongs_to_no_connection_takes_no_turn() {
+    let Some(public) = group("127.0.0.1:0", Kind::Ebpf, Choice::Rotation, 4) else { return };
+    let mut acceptor = Acceptor::new().unwrap();
+    let mut order = Vec::new();
+    for _ in 0..40 {
+        let client = TcpStream::connect(public.inside).unwrap();
+        let mut taken = (1..=4).filter_map(|owner| {
+            let accepted = accept_all(public.socket(owner).unwrap(), &mut acceptor).pop()?;
+            Some((owner, accepted))
+        });
+        let (owner, accepted) = taken.next().unwrap();
+        order.push(owner);
+        // Reset by the one side, with bytes of the other on their way: those find nobody.
+        accepted.set_linger(Some(Duration::ZERO)).unwrap();
+        drop(accepted);
+        _ = io::Write::write(&mut &client, b"x");
+    }
+    assert!(order.chunks(4).all(|round| round == [1, 2, 3, 4]), "{order:?}");
 }
