@@ -53,7 +53,8 @@ pub struct Service {
     pub listen: Vec<String>,
     /// How connections reach the workers.
     pub route: String,
-    /// How the kernel shares them out, with `route = "direct"`.
+    /// How the kernel shares them out, with `route = "direct"` alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub steering: Option<Steering>,
     /// How a worker is chosen.
     pub balance: String,
@@ -160,7 +161,8 @@ pub struct Connections {
     pub total: Option<u64>,
     /// Connects that were refused, failed or timed out.
     pub failed: u64,
-    /// Waiting in the worker's own accept queue, with `route = "direct"`.
+    /// Waiting in the worker's own accept queue, with `route = "direct"` alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queued: Option<u64>,
     /// Taken in the last second; `None` where nobody counted.
     pub per_second: Option<f64>,
