@@ -38,6 +38,11 @@ fn status_has_the_shape_of_the_contract() {
     let daemon = Daemon::start(&web(2));
     daemon.until(|status| states(status) == ["healthy", "healthy"]);
     assert_eq!(daemon.get("/"), 200);
+    // The client may have its answer before it is counted.
+    daemon.until(|status| {
+        let workers = status["services"][0]["workers"].as_array().unwrap();
+        workers.iter().any(|worker| worker["bytes"]["sent"].as_u64() > Some(0))
+    });
     let status = daemon.status();
     let shape = json!({
         "version": "string", "pid": "number", "uptime_seconds": "number",

@@ -157,7 +157,7 @@ fn every_error_of_a_file_is_told_at_once_with_its_line_and_key() {
     assert_eq!(
         refusal(
             "[log]\nlevel = \"loud\"\n[service.web]\nlisten = \"127.0.0.1:80\"\nroot = \"nowhere\"\n\
-             ports = [9002, 9002]\nworkers = 2\nhealth.interval = \"0s\"\nroute = \"direct\"\n"
+             ports = [9002, 9002]\nworkers = 2\nhealth.interval = \"0s\"\nroute = \"http\"\n"
         )
         .lines()
         .map(|line| line.split(": ").take(2).collect::<Vec<_>>().join(" "))

@@ -196,8 +196,9 @@ impl Fleet {
         member.probing = true;
         let endpoint = member.upstream.endpoint().clone();
         let inherited = endpoint.inet().and_then(|address| self.ports.get_mut(&address));
-        // A connect to a socket that lbd made succeeds before the program even looks at it.
-        let is_own = member.way.is_some() || inherited.is_some();
+        // A connect to a socket that lbd made succeeds before the program even looks at it, and the
+        // kernel would hand it clients from then on.
+        let is_direct = member.way.is_some();
         // Where several listen, the connection has to reach the one that is meant.
         let (socket, pass) = match (&member.way, inherited) {
             (Some(way), _) => match way.open() {
@@ -212,7 +213,7 @@ impl Fleet {
         }
         let (probe, events) = (probe.clone(), self.events.clone());
         let proxy_protocol = member.upstream.proxy_protocol();
-        let manner = probe::Manner { proxy_protocol, accepted: is_own && !member.proven };
+        let manner = probe::Manner { proxy_protocol, accepted: is_direct && !member.proven };
         spawn_local(async move {
             let outcome = probe::run(&probe, &endpoint, socket, manner, limit).await;
             drop(pass);
