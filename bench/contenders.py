@@ -3,6 +3,7 @@
 A further one is a class with `launch` and a line in `known()`; see README.md.
 """
 
+import json
 import os
 import random
 import resource
@@ -42,6 +43,9 @@ class Contender:
     def launch(self, run):
         """Starts everything, by `run.start`; clients will connect to `run.listen`."""
         raise NotImplementedError
+
+    def await_workers(self, run):
+        """Returns once every worker takes connections, where an answer to a client says less."""
 
     def run(self, worker, workers):
         return Run(self, worker, workers)
@@ -110,6 +114,18 @@ class Lbd(Contender):
         config = run.fill(self.config, access=str(self.log).lower())
         run.start([self.program, "--config", config], stop=self.stop)
 
+    def await_workers(self, run):
+        # It serves as soon as the first is healthy.
+        command = [self.program, "status", "--json", "--config", run.folder / self.config]
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            shown = subprocess.run(list(map(str, command)), capture_output=True, check=True)
+            workers = json.loads(shown.stdout)["services"][0]["workers"]
+            if all(worker["state"] == "healthy" for worker in workers):
+                return
+            time.sleep(0.05)
+        raise Failed(f"{self.name} has workers that do not become healthy")
+
 
 class Shared(Contender):
     """No balancer: the workers share the port by SO_REUSEPORT, and the kernel spreads connections by
@@ -169,6 +185,7 @@ class Run:
         try:
             self.contender.launch(self)
             self.wait()
+            self.contender.await_workers(self)
         except BaseException:
             self.end()
             raise

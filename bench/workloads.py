@@ -67,7 +67,7 @@ def load(run, context, *arguments, connections=50, path=""):
     once(1)
     before = run.cpu()
     counts = once(context.seconds)
-    if counts["failed"] or not counts["requests"]:
+    if counts["failed"] or not counts["bytes"]:
         raise Failed(f"{run.contender.name}: requests failed: {counts['failed'] or 'all'}")
     # Of bodies the bytes say more, since they are few, and some are cut off at the end.
     count = counts["bytes"] / BODY if path else counts["requests"]
