@@ -324,6 +324,28 @@ async fn a_worker_sees_its_own_things_and_nothing_else() {
 }
 
 #[tokio::test]
+async fn a_guard_holds_neither_the_output_nor_the_sockets_of_its_program() {
+    let (_turn, spawner) = spawner().await;
+    let (mut output, write) = io::pipe().unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let (mut launch, _) = launch(&["sh", "-c", "exec >&- 2>&- 3>&-; exec sleep 1000"]);
+    launch.listeners.push((listener.as_fd(), "web".to_owned()));
+    launch.streams = Streams::new(write.try_clone().unwrap(), write);
+    let mut child = spawner.spawn(launch).unwrap();
+    started(&mut child).await;
+    drop(listener);
+
+    // The program closed its own copies: none is left.
+    let end = tokio::task::spawn_blocking(move || output.read(&mut [0]).unwrap());
+    assert_eq!(soon(end).await.unwrap(), 0);
+    until(|| TcpListener::bind(address).is_ok()).await;
+
+    child.controller().kill();
+    assert_eq!(rest(&mut child).await, ended(Exit::Signal(9)));
+}
+
+#[tokio::test]
 async fn a_guard_is_blind_to_signals_that_are_for_lbd() {
     let (_turn, spawner) = spawner().await;
     let mut child = spawner.spawn(launch(&["sleep", "1000"]).0).unwrap();

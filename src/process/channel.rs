@@ -53,6 +53,15 @@ pub(super) struct Package {
     pub(super) cgroup: Option<OwnedFd>,
 }
 
+impl Package {
+    /// Closes all but the cgroup's folder: nothing but the program may hold its output and its
+    /// sockets, which would outlive it by as long as the guard does.
+    pub(super) fn into_cgroup(self) -> Option<OwnedFd> {
+        // To name one field alone would leave the others open until `self` is out of scope.
+        self.cgroup
+    }
+}
+
 /// From lbd to the guard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Order {

@@ -29,7 +29,7 @@ use nix::{
 
 use super::{
     Exit, cgroup,
-    channel::{MESSAGE, Order, Package, Report, hear, started, tell},
+    channel::{MESSAGE, Order, Report, hear, started, tell},
     exec::become_program,
     tree::{Process, Reaped, below, kill_all, processes, reap},
 };
@@ -77,9 +77,8 @@ fn guard(channel: BorrowedFd<'_>) -> io::Result<ExitCode> {
     match unsafe { fork() }? {
         ForkResult::Child => become_program(package, errors, own),
         ForkResult::Parent { child } => {
-            // Nothing but the program may hold its output and its socket.
-            let Package { cgroup, .. } = package;
             drop(errors);
+            let cgroup = package.into_cgroup();
             let program = child.as_raw();
             let start = Start::Pending(File::from(outcome));
             let channel = Some(channel);
