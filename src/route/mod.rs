@@ -48,6 +48,7 @@
 //! want of a worker) is reset. It never exceeds `max-connections`. It never closes a listener with
 //! clients in its queue, but one that others have too ([`Shared`]): theirs is the queue then.
 
+mod binding;
 mod connection;
 mod crew;
 mod doors;
@@ -64,8 +65,9 @@ mod steps;
 mod tally;
 mod upstream;
 
+pub use binding::BindError;
 pub use crew::ListenerId;
-pub use listener::{BindError, Listener};
+pub use listener::Listener;
 pub use plane::{DataPlane, Settings};
 pub use pool::Pool;
 pub use service::ServiceRoute;

@@ -14,8 +14,9 @@ use std::{
 use socket2::Socket;
 
 use super::{
+    binding::BindError,
     crew::{Command, Crew, ListenerId},
-    listener::{BindError, Listener},
+    listener::Listener,
     pool::Pool,
     reactor::Reactor,
     service::ServiceRoute,

@@ -15,7 +15,7 @@ use nix::{
 use socket2::Socket;
 
 /// Offsets from here on count from the network header (`SKF_NET_OFF`, linux/filter.h).
-const NETWORK_HEADER: u32 = libc::SKF_NET_OFF as u32;
+pub(super) const NETWORK_HEADER: u32 = libc::SKF_NET_OFF as u32;
 /// The length of an IPv6 header (RFC 8200, section 3). Extension headers are not looked behind:
 /// what lbd sends to itself has none.
 const IPV6_HEADER: u32 = 40;
@@ -38,21 +38,7 @@ impl Steering {
     fn program(self, address: IpAddr) -> Vec<sock_filter> {
         let mut program = Vec::with_capacity(6);
         if let Some((port, index)) = self.exception {
-            // The source port is the first field of the TCP header (RFC 9293, section 3.1).
-            match address {
-                IpAddr::V4(_) => program.extend([
-                    // x = 4 * the header length in words
-                    instruction(libc::BPF_LDX | libc::BPF_B | libc::BPF_MSH, 0, 0, NETWORK_HEADER),
-                    // a = the half-word behind it
-                    instruction(libc::BPF_LD | libc::BPF_H | libc::BPF_IND, 0, 0, NETWORK_HEADER),
-                ]),
-                IpAddr::V6(_) => program.push(instruction(
-                    libc::BPF_LD | libc::BPF_H | libc::BPF_ABS,
-                    0,
-                    0,
-                    NETWORK_HEADER.wrapping_add(IPV6_HEADER),
-                )),
-            }
+            program.extend(load_source_port(address));
             program.extend([
                 // a == port, or skip one
                 instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, port.into()),
@@ -71,6 +57,24 @@ pub(super) fn attach(member: &Socket, program: &mut [sock_filter]) -> io::Result
     // The kernel copies the program before this returns.
     setsockopt(member, AttachReusePortCbpf, &program)?;
     Ok(())
+}
+
+/// a = the source port: the first field of the TCP header (RFC 9293, section 3.1), in a packet of
+/// this family.
+pub(super) fn load_source_port(family: IpAddr) -> Vec<sock_filter> {
+    let load = |code, offset| instruction(code, 0, 0, offset);
+    match family {
+        IpAddr::V4(_) => vec![
+            // x = 4 * the header length in words
+            load(libc::BPF_LDX | libc::BPF_B | libc::BPF_MSH, NETWORK_HEADER),
+            // a = the half-word behind it
+            load(libc::BPF_LD | libc::BPF_H | libc::BPF_IND, NETWORK_HEADER),
+        ],
+        IpAddr::V6(_) => vec![load(
+            libc::BPF_LD | libc::BPF_H | libc::BPF_ABS,
+            NETWORK_HEADER.wrapping_add(IPV6_HEADER),
+        )],
+    }
 }
 
 /// One instruction (linux/filter.h).

@@ -21,17 +21,14 @@ use super::{
     steer::Steer,
     turns::{Choice, FOLD, Key, LAST, PARKING, STEPS, Turn, buckets, words},
 };
-use crate::sockets::steer::{attach, instruction};
+use crate::sockets::steer::{NETWORK_HEADER, attach, instruction, load_source_port};
 
 /// How many buckets clients are hashed to: each takes two instructions, of the 4,096 that a program
 /// may have.
 const BUCKETS: u32 = 512;
 
-/// Offsets from the network header (`SKF_NET_OFF`, linux/filter.h).
-const NETWORK_HEADER: u32 = libc::SKF_NET_OFF as u32;
 /// Not a place in the packet, but a random number (`SKF_AD_RANDOM`).
 const RANDOM: u32 = (libc::SKF_AD_OFF + libc::SKF_AD_RANDOM) as u32;
-const IPV6_HEADER: u32 = 40;
 
 /// One group, and its program.
 #[derive(Debug)]
@@ -190,21 +187,7 @@ impl State {
         if known.is_empty() {
             return;
         }
-        let mut check = Vec::new();
-        match inside {
-            IpAddr::V4(_) => check.extend([
-                // x = 4 * the header length in words
-                instruction(libc::BPF_LDX | libc::BPF_B | libc::BPF_MSH, 0, 0, NETWORK_HEADER),
-                // a = the half-word behind it: the source port (RFC 9293, section 3.1)
-                instruction(libc::BPF_LD | libc::BPF_H | libc::BPF_IND, 0, 0, NETWORK_HEADER),
-            ]),
-            IpAddr::V6(_) => check.push(instruction(
-                libc::BPF_LD | libc::BPF_H | libc::BPF_ABS,
-                0,
-                0,
-                NETWORK_HEADER.wrapping_add(IPV6_HEADER),
-            )),
-        }
+        let mut check = load_source_port(inside);
         for (source, index) in known {
             check.extend([unless_equal(source.into(), 1), answer(index)]);
         }

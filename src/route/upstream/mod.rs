@@ -1,12 +1,14 @@
 //! One worker incarnation, as the data threads see it.
 
+mod direct;
+
 use std::{
     fmt, io,
     num::NonZeroU32,
     sync::{
-        Arc, OnceLock,
+        Arc,
         atomic::{
-            AtomicBool, AtomicU32, AtomicU64, AtomicUsize,
+            AtomicBool, AtomicU64, AtomicUsize,
             Ordering::{Relaxed, SeqCst},
         },
     },
@@ -16,17 +18,17 @@ use std::{
 use socket2::{Domain, Socket};
 use tokio::sync::Notify;
 
+use direct::Direct;
+pub use direct::Ways;
+
 use super::{
+    binding::is_ephemeral,
     connection::End,
-    listener::is_ephemeral,
     tally::{Refusal, WorkerCounters, WorkerTally},
 };
 use crate::{
     config::ProxyProtocol,
-    sockets::{
-        Endpoint,
-        direct::{Pass, Way},
-    },
+    sockets::{Endpoint, direct::Pass},
 };
 
 /// One incarnation of a worker: where it listens, and what passed through it.
@@ -56,36 +58,6 @@ pub struct Upstream {
     counters: WorkerCounters,
     direct: Option<Direct>,
 }
-
-/// How a worker is reached on its addresses, of which there is one at least.
-#[derive(Debug, Clone)]
-pub struct Ways {
-    /// On the first of them.
-    pub first: Way,
-    /// On the others.
-    pub others: Vec<Way>,
-}
-
-impl Ways {
-    /// How many connections it was given on all of them, if that is counted.
-    fn routed(&self) -> Option<u64> {
-        std::iter::once(&self.first).chain(&self.others).map(Way::routed).sum()
-    }
-}
-
-/// What there is to know of connections that the kernel hands to the worker.
-struct Direct {
-    ways: Ways,
-    /// How many it was given, once it gets no more.
-    routed: OnceLock<Option<u64>>,
-    /// How often it was retired: a sample from before does not say that it is idle.
-    epoch: AtomicU32,
-    /// The last sample: its epoch in the upper half, the count in the lower one.
-    sample: AtomicU64,
-}
-
-/// A sample that could not be taken.
-const UNKNOWN: u32 = u32::MAX;
 
 /// What passed through an [`Upstream`] so far.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -130,13 +102,8 @@ impl Upstream {
         drained: Arc<Notify>,
     ) -> Arc<Self> {
         let endpoint = ways.first.address().into();
-        let direct = Direct {
-            ways,
-            routed: OnceLock::new(),
-            epoch: AtomicU32::new(0),
-            sample: AtomicU64::new(0),
-        };
-        Arc::new(Self::at(id, slot, label, endpoint, None, drained, Some(direct)))
+        let direct = Some(Direct::new(ways));
+        Arc::new(Self::at(id, slot, label, endpoint, None, drained, direct))
     }
 
     fn at(
@@ -218,17 +185,16 @@ impl Upstream {
     /// told.
     #[must_use]
     pub fn connections(&self) -> Option<usize> {
-        let Some(direct) = &self.direct else { return Some(self.active()) };
+        let active = self.active();
         // One that lbd relays is among those that were sampled.
-        let sampled = direct.sample.load(SeqCst) as u32;
-        (sampled != UNKNOWN).then(|| self.active().max(sampled as usize))
+        let all = |direct: &Direct| direct.connections().map(|sampled| sampled.max(active));
+        self.direct.as_ref().map_or(Some(active), all)
     }
 
     /// Connections that the worker was given, those that lbd did not see included.
     fn given(&self) -> Option<u64> {
         let taken = self.total.load(Relaxed);
-        let Some(direct) = &self.direct else { return Some(taken) };
-        let routed = direct.routed.get().copied().unwrap_or_else(|| direct.ways.routed());
+        let routed = self.direct.as_ref().map_or(Some(0), Direct::routed);
         Some(routed? + taken)
     }
 
@@ -241,14 +207,13 @@ impl Upstream {
     /// Which of the times between two retirements a sample that is begun now is of.
     #[must_use]
     pub fn epoch(&self) -> u32 {
-        self.direct.as_ref().map_or(0, |direct| direct.epoch.load(SeqCst))
+        self.direct.as_ref().map_or(0, Direct::epoch)
     }
 
     /// How many connections it has, as was looked up in this epoch; `None` where that can't be told.
     pub fn sampled(&self, epoch: u32, connections: Option<u32>) {
         let Some(direct) = &self.direct else { return };
-        let count = connections.map_or(UNKNOWN, |count| count.min(UNKNOWN - 1));
-        direct.sample.store(u64::from(epoch) << 32 | u64::from(count), SeqCst);
+        direct.sampled(epoch, connections);
         if self.retired.load(SeqCst) && self.is_idle() {
             self.drained.notify_one();
         }
@@ -257,20 +222,14 @@ impl Upstream {
     /// It gets no connection any more, and its socket may be another one's from now on.
     pub fn left(&self) {
         if let Some(direct) = &self.direct {
-            // It leaves once.
-            _ = direct.routed.set(direct.ways.routed());
-            direct.sample.store(u64::from(direct.epoch.load(SeqCst)) << 32, SeqCst);
+            direct.left();
         }
     }
 
     /// Whether it is known to hold no connection.
     #[must_use]
     pub fn is_idle(&self) -> bool {
-        let none = |direct: &Direct| {
-            let sample = direct.sample.load(SeqCst);
-            sample == u64::from(direct.epoch.load(SeqCst)) << 32
-        };
-        self.active() == 0 && self.direct.as_ref().is_none_or(none)
+        self.active() == 0 && self.direct.as_ref().is_none_or(Direct::is_idle)
     }
 
     /// All that only grows, each number exact by itself.
@@ -295,7 +254,7 @@ impl Upstream {
     pub fn retire(&self) -> bool {
         self.retired.store(true, SeqCst);
         if let Some(direct) = &self.direct {
-            direct.epoch.fetch_add(1, SeqCst);
+            direct.retire();
         }
         self.is_idle()
     }
@@ -345,9 +304,7 @@ impl Upstream {
     /// is connected.
     pub(super) fn socket(&self) -> io::Result<(Socket, Option<Box<Pass>>)> {
         match &self.direct {
-            Some(direct) => {
-                direct.ways.first.open().map(|(socket, pass)| (socket, Some(Box::new(pass))))
-            }
+            Some(direct) => direct.open().map(|(socket, pass)| (socket, Some(Box::new(pass)))),
             None => Ok((self.endpoint.unconnected()?, None)),
         }
     }

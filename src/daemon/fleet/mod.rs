@@ -1,0 +1,288 @@
+//! The worker processes, as the driver handles them: it starts, signals and probes them as control
+//! asks, and turns what becomes of them into events.
+
+mod gauges;
+mod rescue;
+mod start;
+
+use std::{
+    collections::{HashMap, VecDeque},
+    io,
+    net::{Shutdown, SocketAddr},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use nix::sys::signal::Signal;
+use socket2::Socket;
+use tokio::{
+    sync::{Notify, mpsc},
+    task::spawn_local,
+};
+
+use super::{descriptors::Descriptors, ledger::Ledger, publics::Publics};
+use crate::{
+    config::{Balance, Probe, ProxyProtocol},
+    control::{Event, ProbeOutcome, WORKERS_ON_A_PORT, WorkerId},
+    probe,
+    process::{Cgroups, ConnectionGauge, Controller, MemoryGauge, Outputs, Spawner, Watched},
+    route::Upstream,
+    sockets::{self, Acceptor, Nameless, Port, Rescued, direct::Way},
+};
+
+const _: () = assert!(WORKERS_ON_A_PORT == sockets::SHARERS);
+
+/// How many probes of a worker that fail one after the other are remembered.
+const PROBES: usize = 64;
+
+/// All worker processes of the daemon.
+#[derive(Debug)]
+pub(super) struct Fleet {
+    spawner: Spawner,
+    outputs: Outputs,
+    descriptors: Descriptors,
+    events: mpsc::Sender<Event>,
+    /// Notified when a retired worker's last connection ends.
+    idle: Arc<Notify>,
+    members: HashMap<WorkerId, Member>,
+    pub(super) ledger: Ledger,
+    /// The ports whose sockets workers inherit.
+    ports: HashMap<SocketAddr, InheritedPort>,
+    /// The unix sockets that workers inherit, those of workers that are gone with what waits there.
+    nameless: HashMap<WorkerId, InheritedUnix>,
+    /// Where one can be made.
+    folder: PathBuf,
+    /// The public addresses that workers have sockets on.
+    pub(super) publics: Publics,
+    /// Clients that waited for workers which are gone, to be handed over.
+    left: Vec<(Arc<str>, Rescued)>,
+    acceptor: Acceptor,
+    cgroups: Option<Cgroups>,
+    /// Started when there is something to measure.
+    gauge: Option<MemoryGauge>,
+    watched: Vec<Watched>,
+    /// Started when there is a worker that has connections without lbd.
+    connections: Option<ConnectionGauge<Sampled>>,
+}
+
+/// Whose connections are counted, and since which of its retirements.
+type Sampled = (Arc<Upstream>, u32);
+
+/// A port whose sockets workers inherit, and the service whose workers do.
+#[derive(Debug)]
+struct InheritedPort {
+    port: Port<WorkerId>,
+    service: Arc<str>,
+}
+
+/// A unix socket that a worker inherits.
+#[derive(Debug)]
+struct InheritedUnix {
+    socket: Nameless,
+    service: Arc<str>,
+    proxy_protocol: Option<ProxyProtocol>,
+}
+
+/// One worker.
+#[derive(Debug)]
+struct Member {
+    controller: Controller,
+    guard: i32,
+    service: Arc<str>,
+    upstream: Arc<Upstream>,
+    retired: bool,
+    /// A probe is on its way.
+    probing: bool,
+    /// A probe has passed.
+    proven: bool,
+    /// How lbd reaches it, where the kernel hands it connections.
+    way: Option<Way>,
+    /// Copies of the sockets of the probes since the last one that passed. As long as they are there
+    /// nobody else has their ports, and what comes from those is no client.
+    probes: VecDeque<Socket>,
+}
+
+impl Member {
+    fn remember_probe(&mut self, socket: &io::Result<Socket>) {
+        if let Ok(Ok(copy)) = socket.as_ref().map(Socket::try_clone) {
+            self.probes.truncate(PROBES - 1);
+            self.probes.push_front(copy);
+        }
+    }
+
+    /// Whether this connection, which waited for it, is one of its probes.
+    fn is_probe(&self, accepted: &Socket) -> bool {
+        let from = |probe: &Socket| {
+            Some(probe.local_addr().ok()?.as_socket()? == accepted.peer_addr().ok()?.as_socket()?)
+        };
+        self.probes.iter().any(|probe| from(probe) == Some(true))
+    }
+}
+
+impl Fleet {
+    pub(super) fn new(
+        descriptors: Descriptors,
+        cgroups: Option<Cgroups>,
+        events: mpsc::Sender<Event>,
+        idle: Arc<Notify>,
+        folder: PathBuf,
+    ) -> io::Result<Self> {
+        Ok(Self {
+            spawner: Spawner::new()?,
+            outputs: Outputs::start()?,
+            descriptors,
+            events,
+            idle,
+            members: HashMap::new(),
+            ledger: Ledger::default(),
+            ports: HashMap::new(),
+            nameless: HashMap::new(),
+            folder,
+            publics: Publics::default(),
+            left: Vec::new(),
+            acceptor: Acceptor::new()?,
+            cgroups,
+            gauge: None,
+            watched: Vec::new(),
+            connections: None,
+        })
+    }
+
+    pub(super) fn signal(&self, id: WorkerId, signal: Signal) {
+        if let Some(member) = self.members.get(&id) {
+            member.controller.signal(signal);
+        }
+    }
+
+    pub(super) fn kill(&self, id: WorkerId) {
+        if let Some(member) = self.members.get(&id) {
+            member.controller.kill();
+        }
+    }
+
+    /// Probes once, beside everything else.
+    pub(super) fn probe(&mut self, id: WorkerId, probe: &Probe, limit: Duration) {
+        let Some(member) = self.members.get_mut(&id) else { return };
+        member.probing = true;
+        let endpoint = member.upstream.endpoint().clone();
+        let inherited = endpoint.inet().and_then(|address| self.ports.get_mut(&address));
+        // A connect to a socket that lbd made succeeds before the program even looks at it, and the
+        // kernel would hand it clients from then on.
+        let is_direct = member.way.is_some();
+        // Where several listen, the connection has to reach the one that is meant.
+        let (socket, pass) = match (&member.way, inherited) {
+            (Some(way), _) => match way.open() {
+                Ok((socket, pass)) => (Ok(socket), Some(pass)),
+                Err(error) => (Err(error), None),
+            },
+            (None, Some(inherited)) => (inherited.port.way_to(id), None),
+            (None, None) => (endpoint.way_of_a_probe(), None),
+        };
+        if member.way.is_some() {
+            member.remember_probe(&socket);
+        }
+        let (probe, events) = (probe.clone(), self.events.clone());
+        let proxy_protocol = member.upstream.proxy_protocol();
+        let manner = probe::Manner { proxy_protocol, accepted: is_direct && !member.proven };
+        spawn_local(async move {
+            let outcome = probe::run(&probe, &endpoint, socket, manner, limit).await;
+            drop(pass);
+            // Fails only where the daemon has ended.
+            let _ = events.send(Event::Probed { id, outcome }).await;
+        });
+    }
+
+    /// The probe that was asked for has ended.
+    pub(super) fn probed(&mut self, id: WorkerId, outcome: &ProbeOutcome) {
+        if let Some(member) = self.members.get_mut(&id) {
+            member.probing = false;
+            let passed = outcome.error.is_none();
+            member.proven |= passed;
+            if passed {
+                // It accepts in turn: nothing of the earlier ones waits any more.
+                member.probes.clear();
+            } else {
+                // Nobody reads an answer that comes now.
+                member.probes.iter().for_each(|probe| _ = probe.shutdown(Shutdown::Both));
+            }
+            self.ledger.probed(&member.service, member.upstream.slot(), outcome);
+        }
+    }
+
+    /// No connection is handed to it any more; tells whether it holds none.
+    pub(super) fn retire(&mut self, id: WorkerId) -> bool {
+        let Some(member) = self.members.get_mut(&id) else { return false };
+        member.retired = true;
+        let idle = member.upstream.retire();
+        self.count_connections();
+        idle
+    }
+
+    pub(super) fn reinstate(&mut self, id: WorkerId) {
+        if let Some(member) = self.members.get_mut(&id) {
+            member.retired = false;
+            member.upstream.reinstate();
+        }
+        self.count_connections();
+    }
+
+    /// The retired workers that hold no connection.
+    pub(super) fn idle(&self) -> Vec<WorkerId> {
+        let idle = |(id, member): &(&WorkerId, &Member)| {
+            member.retired
+                && member.upstream.is_idle()
+                && self.publics.queued(**id).unwrap_or(0) == 0
+        };
+        self.members.iter().filter(idle).map(|(id, _)| *id).collect()
+    }
+
+    /// Whether the worker of this incarnation is known to hold no connection.
+    pub(super) fn holds_nothing(&self, id: WorkerId) -> bool {
+        self.members.get(&id).is_none_or(|member| member.upstream.is_idle())
+    }
+
+    /// Whether the kernel hands connections to one of these.
+    pub(super) fn is_direct(&self, workers: &[WorkerId]) -> bool {
+        workers.iter().any(|id| self.members.get(id).is_some_and(|member| member.way.is_some()))
+    }
+
+    pub(super) fn upstream(&self, id: WorkerId) -> Option<&Arc<Upstream>> {
+        self.members.get(&id).map(|member| &member.upstream)
+    }
+
+    /// These are the ones in rotation: on the ports they share with others, new connections are
+    /// theirs.
+    pub(super) fn select(&mut self, workers: &[WorkerId]) {
+        for &id in workers {
+            let Some(Member { upstream, .. }) = self.members.get(&id) else { continue };
+            let Some(address) = upstream.endpoint().inet() else { continue };
+            let Some(InheritedPort { port, .. }) = self.ports.get_mut(&address) else { continue };
+            let before = port.selected().filter(|before| *before != id);
+            // Who is on the way to it by the pool before reaches the new one, with its header.
+            let displaced = before
+                .and_then(|before| Some(&self.members.get(&before)?.upstream))
+                .filter(|before| before.proxy_protocol() != upstream.proxy_protocol());
+            displaced.inspect(|before| before.displace(true));
+            match port.select(id) {
+                Ok(()) => upstream.displace(false),
+                Err(error) => {
+                    displaced.inspect(|before| before.displace(false));
+                    tracing::error!(%address, %error, "cannot steer connections to the new worker");
+                }
+            }
+        }
+    }
+
+    /// The same for the addresses whose connections the kernel hands out.
+    pub(super) fn rotate(&self, service: &str, balance: Balance, workers: &[WorkerId]) {
+        let turn = |id: &WorkerId| Some((self.members.get(id)?.upstream.slot(), *id));
+        let turns: Vec<_> = workers.iter().filter_map(turn).collect();
+        self.publics.rotate(service, balance, &turns);
+    }
+
+    /// Reaps what killed guards left behind. To be called on SIGCHLD.
+    pub(super) fn reap(&self) {
+        self.spawner.reap();
+    }
+}

@@ -1,0 +1,117 @@
+//! The clients that wait for workers which will not take them: they are taken out of the accept
+//! queues, for others.
+
+use std::{
+    collections::{BTreeSet, HashSet},
+    net::SocketAddr,
+    sync::Arc,
+    time::Instant,
+};
+
+use super::{Fleet, InheritedPort, InheritedUnix};
+use crate::{control::WorkerId, sockets::Rescued};
+
+impl Fleet {
+    /// Forgets a worker of which nothing is left. Its socket stays, with what waits in it, until
+    /// somebody takes it over or [`Self::rescue`] empties it.
+    pub(in crate::daemon) fn forget(&mut self, id: WorkerId) {
+        let Some(member) = self.members.remove(&id) else { return };
+        let address = member.upstream.endpoint().inet();
+        if member.way.is_some() {
+            if !member.probes.is_empty() {
+                // Before the kernel moves what waits to somebody who would answer them too.
+                let waiting = self.publics.rescue(id, &mut self.acceptor).into_iter();
+                let clients = waiting.filter(|socket| !member.is_probe(socket));
+                let client = |socket| Rescued { socket, proxy_protocol: None };
+                self.left
+                    .extend(clients.map(|socket| (Arc::clone(&member.service), client(socket))));
+            }
+            member.upstream.left();
+            self.publics.leave(id, Instant::now());
+            self.count_connections();
+        } else if let Some(inherited) = address.and_then(|address| self.ports.get_mut(&address)) {
+            inherited.port.abandon(id);
+            member.upstream.displace(true);
+        }
+    }
+
+    /// As [`Self::rescue`], of workers that the kernel hands connections to: those that are `ejected`
+    /// and those that are gone. Addresses that are not `wanted` and that no worker has
+    /// a socket on are let go.
+    pub(in crate::daemon) fn rescue_direct(
+        &mut self,
+        wanted: &BTreeSet<SocketAddr>,
+        ejected: &[WorkerId],
+        can_serve: impl Fn(&str) -> bool,
+        now: Instant,
+    ) -> Vec<(Arc<str>, Rescued)> {
+        let Self { members, acceptor, publics, left: waiting, .. } = self;
+        // Nothing was put in front of what the kernel gave to them.
+        let client = |socket| Rescued { socket, proxy_protocol: None };
+        let left = publics.tidy(wanted, now, acceptor).into_iter();
+        let left = left.map(|(service, socket)| (service, client(socket)));
+        let mut rescued: Vec<_> = std::mem::take(waiting).into_iter().chain(left).collect();
+        for id in ejected {
+            let Some(member) = members.get(id) else { continue };
+            // Not while it is being probed: the probe is for it to answer.
+            if member.way.is_some() && !member.probing && can_serve(&member.service) {
+                let waiting = publics.rescue(*id, acceptor).into_iter();
+                let clients = waiting.filter(|socket| !member.is_probe(socket)).map(client);
+                rescued.extend(clients.map(|client| (Arc::clone(&member.service), client)));
+            }
+        }
+        rescued
+    }
+
+    /// Takes the connections out of every accept queue where nobody will: of a worker that is gone,
+    /// or one of the `ejected`. They are to be handed to another worker of their service; where none
+    /// `can_serve`, they are left to a successor, as long as there `is` such a service. Ports that are
+    /// not `needed` any more are closed.
+    pub(in crate::daemon) fn rescue(
+        &mut self,
+        needed: &HashSet<SocketAddr>,
+        ejected: &[WorkerId],
+        can_serve: impl Fn(&str) -> bool,
+        is: impl Fn(&str) -> bool,
+    ) -> Vec<(Arc<str>, Rescued)> {
+        let Self { members, acceptor, .. } = self;
+        // Not while it is being probed: the probe is for it to answer.
+        let hangs = |id: &WorkerId| {
+            ejected.contains(id) && members.get(id).is_some_and(|member| !member.probing)
+        };
+        let mut rescued = Vec::new();
+        self.ports.retain(|address, InheritedPort { port, service }| {
+            let stays = needed.contains(address);
+            let mut sockets = port.tidy(acceptor);
+            if !stays || can_serve(service) {
+                sockets.extend(port.rescue(None, acceptor));
+            }
+            if can_serve(service) {
+                let here = |id: &&WorkerId| port.socket(**id).is_some() && hangs(id);
+                for &id in ejected.iter().filter(here) {
+                    sockets.extend(port.rescue(Some(id), acceptor));
+                }
+            }
+            rescued.extend(sockets.into_iter().map(|socket| (Arc::clone(service), socket)));
+            stays
+        });
+        self.nameless.retain(|id, inherited| {
+            let InheritedUnix { socket, service, proxy_protocol } = inherited;
+            let is_gone = !members.contains_key(id);
+            let is_over = is_gone && (can_serve(service) || !is(service));
+            if is_over {
+                // Who comes by an older pool goes to another worker.
+                _ = socket.refuse();
+            }
+            if is_over || can_serve(service) && hangs(id) {
+                let connection = |socket| {
+                    let proxy_protocol = *proxy_protocol;
+                    (Arc::clone(service), Rescued { socket, proxy_protocol })
+                };
+                rescued.extend(socket.rescue(acceptor).into_iter().map(connection));
+            }
+            !is_over
+        });
+        rescued
+    }
+}
