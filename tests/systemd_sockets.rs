@@ -97,6 +97,57 @@ fn who_waits_at_the_end_is_left_to_the_next_one() {
 }
 
 #[test]
+fn the_kernel_steers_on_a_passed_socket_which_is_then_left_as_it_was() {
+    let ports = Ports::take(2);
+    let listener = TcpListener::bind(ports.address()).unwrap();
+    let config = ports.service(&format!("{}\nroute = \"direct\"", command(&["http"])));
+    let next = || {
+        let daemon = start(&config, vec![(copy(&listener), "lbd.socket")]);
+        daemon.wait_healthy(Mark::START, 2);
+        daemon.wait(Mark::START, "steering", &[]);
+        daemon
+    };
+    let mut daemon = next();
+    let load = Load::start(ports.address(), "/");
+    for _ in 0..5 {
+        load.more(20);
+        daemon.signal(SIGTERM);
+        daemon.wait_stopped();
+        assert!(!SockRef::from(&listener).reuse_port().unwrap(), "others could join it");
+        daemon = next();
+    }
+    load.more(20);
+    // Killed, it puts nothing back, and takes its workers with it: who comes now waits for the next.
+    daemon.signal(SIGKILL);
+    daemon.wait_exit();
+    eventually("its workers are gone", || daemon.processes().is_empty());
+    let mut waits = KeepAlive::new(ports.address());
+    waits.send("/").unwrap();
+    let mut daemon = next();
+    assert_eq!(waits.answer().unwrap().0, 200);
+    drop(waits);
+    let failures = load.end();
+    assert!(failures.len() <= Load::CLIENTS, "{failures:#?}");
+
+    // Its end takes until this one has been answered. Whoever comes meanwhile is not put off to the
+    // second of a new SYN.
+    let mut held = KeepAlive::new(ports.address());
+    held.get("/").unwrap();
+    eventually("it is counted", || {
+        daemon.workers("web").iter().any(|worker| worker["connections"]["active"] == 1)
+    });
+    let since = daemon.now();
+    daemon.signal(SIGTERM);
+    daemon.wait(since, "draining", &[]);
+    TcpStream::connect_timeout(&ports.address(), Duration::from_millis(900)).unwrap();
+    drop(held);
+    daemon.wait_stopped();
+    assert!(!SockRef::from(&listener).reuse_port().unwrap());
+    listener.set_nonblocking(true).unwrap();
+    assert!(listener.accept().is_ok(), "it waits in the socket that was passed");
+}
+
+#[test]
 fn a_reload_that_brings_an_address_back_finds_its_socket() {
     let (web, api) = (Ports::take(1), Ports::take(1));
     let listener = TcpListener::bind(api.address()).unwrap();

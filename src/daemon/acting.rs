@@ -55,7 +55,7 @@ impl Daemon<'_> {
             }
             Action::Reinstate { id } => self.fleet.reinstate(id),
             Action::Close { service } => {
-                self.fleet.publics.close(&service, &[]);
+                self.close_publics(&service, &[]);
                 let listeners = self.fronts.take_closing(&service, &[]);
                 self.close(listeners, Some(service));
             }

@@ -185,6 +185,11 @@ impl Fronts {
         front.open.extract_if(|listen, _| !keep.contains(listen)).map(|(_, id)| id).collect()
     }
 
+    /// Whether the socket at `listen` is the service manager's too.
+    pub(super) fn is_passed(&self, listen: &Listen) -> bool {
+        self.passed.find(listen).is_some()
+    }
+
     /// Says which passed sockets `services` have no use for: nobody is refused there, and nobody is
     /// served.
     pub(super) fn tell_unused(&self, services: &[config::Service]) {

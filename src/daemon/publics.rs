@@ -16,7 +16,7 @@ use std::{
 use socket2::Socket;
 
 use crate::{
-    config::{self, Balance, Route},
+    config::{self, Balance, Listen, Route},
     control::{Spawn, WorkerId},
     route::Ways,
     sockets::{
@@ -120,13 +120,21 @@ impl Publics {
         }
     }
 
-    /// Lets no new client in at the addresses of `service` that are not in `keep`.
-    pub(super) fn close(&mut self, service: &str, keep: &[config::Listen]) {
+    /// Gives no new client to the workers at the addresses of `service` that are not in `keep`: they
+    /// are not let in, or, where the socket `is_passed`, wait there for whoever has it next.
+    pub(super) fn close(
+        &mut self,
+        service: &str,
+        keep: &[Listen],
+        is_passed: impl Fn(&Listen) -> bool,
+    ) {
         for (address, entry) in &mut self.0 {
-            let stays = keep.contains(&config::Listen::Tcp(*address));
-            if *entry.service == *service && !stays && !entry.closed {
+            let listen = Listen::Tcp(*address);
+            if *entry.service == *service && !keep.contains(&listen) && !entry.closed {
                 entry.closed = true;
-                if let Err(error) = entry.public.close() {
+                let Entry { public, .. } = entry;
+                let closed = if is_passed(&listen) { public.park() } else { public.close() };
+                if let Err(error) = closed {
                     tracing::warn!(%address, %error, "clients may come until its workers end");
                 }
             }

@@ -114,7 +114,7 @@ impl Daemon<'_> {
             self.set_access(access);
         }
         for change in &diff.changed {
-            self.fleet.publics.close(&change.name, &change.new.listen);
+            self.close_publics(&change.name, &change.new.listen);
             let listeners = self.fronts.take_closing(&change.name, &change.new.listen);
             if !listeners.is_empty() {
                 self.close(listeners, None);

@@ -14,7 +14,12 @@ use tokio::{sync::mpsc, time::sleep_until};
 use tracing::{info, warn};
 
 use super::{ABORT_PATIENCE, Daemon, SLACK, Stage, notes};
-use crate::{admin, config::Stop, control::Event, route::ListenerId};
+use crate::{
+    admin,
+    config::{Listen, Stop},
+    control::Event,
+    route::ListenerId,
+};
 
 impl Daemon<'_> {
     /// Graceful: no new connections, then those in flight end, then the workers do.
@@ -40,6 +45,12 @@ impl Daemon<'_> {
         self.stage = Stage::Aborting(now);
         self.manager.stopping(&self.sentence(), now + ABORT_PATIENCE + SLACK, now);
         self.handle(Event::Abort);
+    }
+
+    /// Gives no new client to the workers of `service`, at addresses that are not in `keep`.
+    pub(super) fn close_publics(&mut self, service: &str, keep: &[Listen]) {
+        let fronts = &self.fronts;
+        self.fleet.publics.close(service, keep, |listen| fronts.is_passed(listen));
     }
 
     /// Stops accepting on these, in the background; every client that waits there is taken first.

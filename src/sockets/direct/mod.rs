@@ -88,7 +88,7 @@ pub struct Public<Owner> {
     parking: Socket,
     steer: Arc<dyn Steer>,
     steering: Steering,
-    /// The program lets nobody in.
+    /// The program has its last word: it lets nobody in, or leaves them to the parking.
     closed: bool,
     members: Vec<Member<Owner>>,
     /// Sockets whose workers are gone, and since when.
@@ -279,7 +279,17 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
         })
     }
 
-    /// Lets them in again.
+    /// Lets new clients in, but leaves them in the parking's queue: for whoever has that one next.
+    ///
+    /// # Errors
+    /// Where the system refuses it, and it stays as it was.
+    pub fn park(&mut self) -> io::Result<()> {
+        self.steer.rotate(Choice::Rotation, &[])?;
+        self.closed = true;
+        Ok(())
+    }
+
+    /// Undoes [`close`](Self::close) and [`park`](Self::park).
     ///
     /// # Errors
     /// Where a filter can't be taken off.
