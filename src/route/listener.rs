@@ -20,7 +20,7 @@ use std::{
 use nix::libc;
 use socket2::{Domain, SockAddr, Socket, Type};
 
-use super::{binding::BindError, shared::Shared};
+use super::{binding::BindError, relay::Reach, shared::Shared};
 use crate::{config::Listen, sockets};
 
 /// Asked for; the kernel caps it to `net.core.somaxconn`.
@@ -50,6 +50,14 @@ pub(super) enum Peer {
 }
 
 impl Peer {
+    pub(super) fn reach(self) -> Reach {
+        match self {
+            Self::Inet(address) if address.ip().to_canonical().is_loopback() => Reach::Loopback,
+            Self::Inet(_) => Reach::Network,
+            Self::Unix => Reach::Unix,
+        }
+    }
+
     pub(super) fn ip(self) -> Option<IpAddr> {
         match self {
             Self::Inet(address) => Some(address.ip()),

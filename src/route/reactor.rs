@@ -9,7 +9,7 @@ use std::{
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use slab::Slab;
-use socket2::{Domain, Socket};
+use socket2::Socket;
 
 use super::{
     connection::{Adopted, Connection, End, Stage},
@@ -18,7 +18,7 @@ use super::{
     listener::Peer,
     pool::Pool,
     queue::Queue,
-    relay::{BUFFER, Side},
+    relay::{BUFFER, Reach, Side},
     service::{Place, ServiceRoute},
     tally::Refusal,
 };
@@ -241,8 +241,8 @@ impl Reactor {
     ) {
         self.generation = self.generation.wrapping_add(1);
         // An adopted connection may be a unix one, whoever its client is.
-        let is_unix = peer == Peer::Unix || adopted.is_some();
-        let client = Side::new(socket, if is_unix { Domain::UNIX } else { Domain::IPV4 });
+        let reach = if adopted.is_some() { Reach::Unix } else { peer.reach() };
+        let client = Side::new(socket, reach);
         self.services[service].uses += 1;
         let generation = self.generation;
         let mut connection =

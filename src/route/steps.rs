@@ -91,7 +91,7 @@ impl Reactor {
                         drop(lease);
                         return self.finish(key, End::Failed);
                     }
-                    connection.worker = Some((Side::new(socket, lease.domain()), lease));
+                    connection.worker = Some((Side::new(socket, lease.reach()), lease));
                     if is_connected {
                         return self.begin(key, Duration::ZERO);
                     }

@@ -24,6 +24,7 @@ pub use direct::Ways;
 use super::{
     binding::is_ephemeral,
     connection::End,
+    relay::Reach,
     tally::{Refusal, WorkerCounters, WorkerTally},
 };
 use crate::{
@@ -323,6 +324,15 @@ impl Upstream {
     /// Whether it is reached without a network: by the loopback interface, or on unix.
     pub(super) fn is_local(&self) -> bool {
         self.is_local
+    }
+
+    /// Where it is, for a connection to it.
+    pub(super) fn reach(&self) -> Reach {
+        match self.domain() {
+            Domain::UNIX => Reach::Unix,
+            _ if self.is_local => Reach::Loopback,
+            _ => Reach::Network,
+        }
     }
 
     pub(super) fn domain(&self) -> Domain {
