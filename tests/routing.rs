@@ -44,6 +44,40 @@ fn the_rotation_is_one_for_all_data_threads() {
     assert_eq!(counts(&all), ports.all().into_iter().map(|port| (port, 40)).collect());
 }
 
+/// How many connections each data thread holds. It waits for both of a connection's sockets, and for
+/// the listener at `address`, with an epoll instance of its own, which says so in proc(5).
+fn held_by_thread(pid: i32, address: SocketAddr) -> Vec<usize> {
+    // "sl  local_address rem_address   st …", an inode in the tenth column, and 0A for a listener.
+    let table = fs::read_to_string("/proc/net/tcp").unwrap();
+    let port = format!(":{:04X}", address.port());
+    let rows = table.lines().map(|row| row.split_whitespace().collect::<Vec<_>>());
+    let is_listener = |row: &Vec<&str>| row[1].ends_with(&port) && row[3] == "0A";
+    let inode = rows.skip(1).find(is_listener).unwrap()[9].parse::<u64>().unwrap();
+    let files = fs::read_dir(format!("/proc/{pid}/fdinfo")).unwrap();
+    let infos = files.filter_map(|file| fs::read_to_string(file.unwrap().path()).ok());
+    infos
+        .filter(|info| info.contains(&format!(" ino:{inode:x} ")))
+        .map(|info| info.lines().filter(|line| line.starts_with("tfd:")).count() / 2 - 1)
+        .collect()
+}
+
+#[test]
+fn connections_that_come_slowly_are_spread_over_the_data_threads() {
+    let ports = Ports::take(2);
+    let daemon = Daemon::healthy(&ports.service(&command(&["http"])), 2);
+    let mut clients = Vec::new();
+    for _ in 0..24 {
+        // Each finds all threads waiting.
+        let mut client = KeepAlive::new(ports.address());
+        assert_eq!(client.get("/").unwrap().0, 200);
+        clients.push(client);
+    }
+    let held = held_by_thread(daemon.pid(), ports.address());
+    assert_eq!(held.iter().sum::<usize>(), 24, "{held:?}");
+    let (least, most) = (held.iter().min().unwrap(), held.iter().max().unwrap());
+    assert!(most - least <= 2, "{held:?}");
+}
+
 #[test]
 fn least_connections_go_to_who_has_least() {
     let ports = Ports::take(3);

@@ -9,21 +9,30 @@ use std::{
             Ordering::{Acquire, Relaxed, Release},
         },
     },
+    time::Duration,
 };
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use socket2::Socket;
 use tokio::sync::mpsc;
 
-use super::{gate::Gate, listener::Listener, service::ServiceRoute};
+use super::{
+    gate::Gate,
+    listener::{Listener, Peer},
+    service::{Place, ServiceRoute},
+};
 use crate::proxy_protocol::Ends;
 
 /// Names a listener for the life of a [`DataPlane`](super::DataPlane).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ListenerId(pub(super) u32);
 
+/// The part of its connections that a thread may have more than another before it hands the next one
+/// over, which costs a system call and may wake that thread: of hundreds, a few need not be mended.
+const SLACK: usize = 32;
+
 /// What a thread is told. Their number is bounded by what control does: three for each listener, and
-/// one for each connection that waited for a worker which is gone.
+/// one for each connection that waited for a worker which is gone; and by the places for connections.
 #[derive(Debug)]
 pub(super) enum Command {
     Open {
@@ -47,17 +56,28 @@ pub(super) enum Command {
         client: Option<Ends>,
         service: Arc<ServiceRoute>,
     },
+    /// Go on with a connection that another thread has accepted, since it has more of them.
+    Take {
+        connection: Socket,
+        peer: Peer,
+        place: Place,
+    },
     /// Reset every connection and end.
     Stop,
 }
 
-/// The way to one thread.
+/// The way to one thread, in cache lines of its own.
 #[derive(Debug)]
+#[repr(align(128))]
 pub(super) struct Mailbox {
     commands: Mutex<Vec<Command>>,
     pub(super) bell: EventFd,
     /// Turns of the thread's loop.
     pub(super) turns: AtomicU64,
+    /// Connections that it holds, those included that are on their way to it.
+    held: AtomicUsize,
+    /// Which of the others it compares itself with next.
+    other: AtomicUsize,
 }
 
 /// All threads, and the number of connections they may hold together.
@@ -76,7 +96,13 @@ impl Crew {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let mailboxes = (0..threads).map(|_| {
             let bell = EventFd::from_flags(flags)?;
-            Ok(Mailbox { commands: Mutex::default(), bell, turns: AtomicU64::new(0) })
+            Ok(Mailbox {
+                commands: Mutex::default(),
+                bell,
+                turns: AtomicU64::new(0),
+                held: AtomicUsize::new(0),
+                other: AtomicUsize::new(0),
+            })
         });
         let mailboxes = mailboxes.collect::<io::Result<_>>()?;
         Ok(Arc::new(Self {
@@ -97,17 +123,57 @@ impl Crew {
 
     /// Makes every thread look at its mailbox, at new pools and at the gates.
     pub(super) fn wake_all(&self) {
-        for mailbox in &self.mailboxes {
-            // EAGAIN says that it has been rung more often than can be counted: rung it is.
-            _ = mailbox.bell.write(1);
-        }
+        self.mailboxes.iter().for_each(Mailbox::ring);
     }
 
-    /// Gives one thread a command: each in turn.
-    pub(super) fn tell_one(&self, command: Command) {
-        let turn = self.turn.fetch_add(1, Relaxed) % self.mailboxes.len();
-        lock(&self.mailboxes[turn].commands).push(command);
-        self.wake_all();
+    /// Finds a thread for one more connection, which counts as its own until it has
+    /// [`left`](Self::left): `thread`, unless another has fewer and it needn't stay. It compares itself with one only, each
+    /// of the others in turn, so that it costs as little where there are many.
+    ///
+    /// The kernel does not see to that: it wakes who waits longest or least at a listener, however many
+    /// connections that one has, and of many that come at once the first to wake up takes the most.
+    /// Then one core is busy with them while another waits.
+    pub(super) fn seat(&self, thread: usize, stays: bool) -> usize {
+        let count = self.mailboxes.len();
+        let own = &self.mailboxes[thread];
+        let mut chosen = thread;
+        if count > 1 && !stays {
+            let step = 1 + own.other.fetch_add(1, Relaxed) % (count - 1);
+            let other = (thread + step) % count;
+            let held = own.held.load(Relaxed);
+            if held > self.mailboxes[other].held.load(Relaxed) + held / SLACK {
+                chosen = other;
+            }
+        }
+        self.mailboxes[chosen].held.fetch_add(1, Relaxed);
+        chosen
+    }
+
+    /// A connection that was [seated](Self::seat) at `thread` has ended.
+    pub(super) fn left(&self, thread: usize) {
+        self.mailboxes[thread].held.fetch_sub(1, Relaxed);
+    }
+
+    /// A thread for a connection that none has accepted; see [`Self::seat`].
+    pub(super) fn seat_anywhere(&self) -> usize {
+        self.seat(self.turn.fetch_add(1, Relaxed) % self.mailboxes.len(), false)
+    }
+
+    /// Gives one thread a command.
+    pub(super) fn tell_one(&self, thread: usize, command: Command) {
+        let mailbox = &self.mailboxes[thread];
+        lock(&mailbox.commands).push(command);
+        mailbox.ring();
+    }
+
+    /// Resets the connections that are still on their way to a thread. To be called when all have ended.
+    pub(super) fn reset_undelivered(&self) {
+        for command in self.mailboxes.iter().flat_map(Mailbox::empty) {
+            if let Command::Take { connection, .. } | Command::Adopt { connection, .. } = command {
+                // Fails only where the peer has reset it already.
+                _ = connection.set_linger(Some(Duration::ZERO));
+            }
+        }
     }
 
     /// Gives each thread a command.
@@ -134,6 +200,11 @@ impl Crew {
 }
 
 impl Mailbox {
+    fn ring(&self) {
+        // EAGAIN says that it has been rung more often than can be counted: rung it is.
+        _ = self.bell.write(1);
+    }
+
     /// Stops the ringing and takes what was put in before it.
     pub(super) fn empty(&self) -> Vec<Command> {
         _ = self.bell.read();
@@ -143,4 +214,36 @@ impl Mailbox {
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn held(crew: &Crew) -> Vec<usize> {
+        crew.mailboxes.iter().map(|mailbox| mailbox.held.load(Relaxed)).collect()
+    }
+
+    #[test]
+    fn connections_that_one_thread_accepts_are_spread() {
+        for threads in [1, 2, 4] {
+            let crew = Crew::new(threads, 1000).unwrap();
+            (0..100).for_each(|_| _ = crew.seat(0, false));
+            assert_eq!(held(&crew).iter().sum::<usize>(), 100);
+            let (least, most) = (held(&crew).into_iter().min(), held(&crew).into_iter().max());
+            assert!(most.unwrap() - least.unwrap() <= 2, "{:?}", held(&crew));
+        }
+    }
+
+    #[test]
+    fn a_thread_keeps_what_it_accepts_while_it_has_no_more_than_others() {
+        let crew = Crew::new(2, 1000).unwrap();
+        for _ in 0..100 {
+            assert_eq!(crew.seat(1, false), 1);
+            crew.left(1);
+        }
+        let seats = [(0, false), (1, false), (1, false), (1, true), (1, false)];
+        assert_eq!(seats.map(|(thread, stays)| crew.seat(thread, stays)), [0, 1, 1, 1, 0]);
+        assert_eq!(held(&crew), [2, 3]);
+    }
 }

@@ -15,6 +15,7 @@ use tokio::sync::mpsc;
 use tracing::{info, warn};
 
 use super::{
+    crew::Command,
     listener::Listener,
     reactor::{Reactor, door_token},
     service::Place,
@@ -144,7 +145,15 @@ impl Reactor {
                     if listener.recovers() {
                         info!(listen = %listener.listen(), "accepting again");
                     }
-                    self.admit(service, place, socket, peer, None);
+                    // Who waits for a worker keeps its order, which each thread has by itself.
+                    let stays = place.service().held() > 0;
+                    match self.crew.seat(self.thread, stays) {
+                        own if own == self.thread => self.admit(service, place, socket, peer, None),
+                        other => {
+                            let take = Command::Take { connection: socket, peer, place };
+                            self.crew.tell_one(other, take);
+                        }
+                    }
                 }
                 Err(error) => match classify(&error) {
                     Accept::Empty => {

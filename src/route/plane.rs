@@ -124,7 +124,9 @@ impl DataPlane {
     /// is not turned away by them.
     pub fn adopt(&self, service: &Arc<ServiceRoute>, connection: Socket, client: Option<Ends>) {
         service.counters().count_rescued();
-        self.crew.tell_one(Command::Adopt { connection, client, service: Arc::clone(service) });
+        let service = Arc::clone(service);
+        let thread = self.crew.seat_anywhere();
+        self.crew.tell_one(thread, Command::Adopt { connection, client, service });
     }
 
     /// Closes a listener without losing anybody: no new client gets in, those that wait are
@@ -158,6 +160,7 @@ impl DataPlane {
             // A thread that panicked has reported it, and has reset what it had.
             _ = thread.join();
         }
+        self.crew.reset_undelivered();
     }
 
     /// The turns that each thread's loop has made so far, for a watchdog. It wakes the threads, so

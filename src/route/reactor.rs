@@ -47,7 +47,7 @@ pub(super) enum Subject {
 
 /// One data thread.
 pub(super) struct Reactor {
-    crew: Arc<Crew>,
+    pub(super) crew: Arc<Crew>,
     pub(super) thread: usize,
     pub(super) epoll: Epoll,
     /// When the last edges were taken: the time of everything that follows from them.
@@ -144,6 +144,7 @@ impl Reactor {
 
     /// Does what the main thread has asked for. True when that is to stop.
     fn obey(&mut self) -> bool {
+        let mut stops = false;
         for command in self.crew.mailbox(self.thread).empty() {
             match command {
                 Command::Open { id, listener, service } => {
@@ -158,8 +159,16 @@ impl Reactor {
                 Command::Adopt { connection, client, service } => {
                     self.adopt(connection, client, service);
                 }
-                Command::Stop => return true,
+                Command::Take { connection, peer, place } => {
+                    let service = self.use_service(Arc::clone(place.route()));
+                    self.admit(service, place, connection, peer, None);
+                    self.leave_service(service);
+                }
+                Command::Stop => stops = true,
             }
+        }
+        if stops {
+            return true;
         }
         for service in self.services.iter().map(|(key, _)| key).collect::<Vec<_>>() {
             if !self.services.contains(service) {
@@ -226,11 +235,13 @@ impl Reactor {
         if connection.set_nonblocking(true).is_ok() {
             let adopted = Some(Box::new(Adopted(client)));
             self.admit(service, place, connection, peer, adopted);
+        } else {
+            self.crew.left(self.thread);
         }
         self.leave_service(service);
     }
 
-    /// Starts a connection that has just been accepted, or adopted.
+    /// Starts a connection that has just been accepted, or adopted, and is seated here.
     pub(super) fn admit(
         &mut self,
         service: usize,

@@ -186,6 +186,10 @@ impl Place {
     pub(super) fn service(&self) -> &ServiceRoute {
         &self.0
     }
+
+    pub(super) fn route(&self) -> &Arc<ServiceRoute> {
+        &self.0
+    }
 }
 
 impl Drop for Place {

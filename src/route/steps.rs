@@ -273,6 +273,7 @@ impl Reactor {
         let is_taken = self.connections[key].stage == Some(Stage::Relaying);
         self.leave(key);
         let mut connection = self.connections.remove(key);
+        self.crew.left(self.thread);
         connection.end = end;
         match &connection.worker {
             Some((_, lease)) if is_taken => {
