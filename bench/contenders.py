@@ -33,6 +33,8 @@ class Contender:
     name = ""
     # Those that lbd is measured against.
     is_peer = False
+    # What nothing can be faster than.
+    is_limit = False
     # The signal that ends it at once, whatever it holds.
     stop = signal.SIGTERM
 
@@ -101,8 +103,10 @@ class Lbd(Contender):
 
     stop = signal.SIGQUIT
 
-    def __init__(self, name, program, config="lbd.toml", log=False):
+    def __init__(self, name, program, config="lbd.toml", log=False, prefix=()):
         self.name, self.program, self.config, self.log = name, program, config, log
+        # What runs it.
+        self.prefix = prefix
 
     def version(self):
         if not os.access(self.program, os.X_OK):
@@ -112,7 +116,7 @@ class Lbd(Contender):
 
     def launch(self, run):
         config = run.fill(self.config, access=str(self.log).lower())
-        run.start([self.program, "--config", config], stop=self.stop)
+        run.start([*self.prefix, self.program, "--config", config], stop=self.stop)
 
     def await_workers(self, run):
         # It serves as soon as the first is healthy.
@@ -132,6 +136,7 @@ class Shared(Contender):
     a hash. What `route = "direct"` is held against, since nothing can be faster."""
 
     name = "reuseport"
+    is_limit = True
 
     def version(self):
         return "plain SO_REUSEPORT, no lbd"
@@ -143,12 +148,18 @@ class Shared(Contender):
 
 def known(program):
     """All contenders, in the order of the tables. The first is what the others are compared with."""
+    direct = [Lbd("lbd direct", program, config="lbd-direct.toml")]
+    setpriv = find("setpriv")
+    if os.geteuid() == 0 and setpriv:
+        # As any other user, for whom "lbd direct" is the same: without a capability for eBPF.
+        without = [setpriv, "--bounding-set=-bpf,-sys_admin"]
+        direct.append(Lbd("lbd classic", program, config="lbd-direct.toml", prefix=without))
     return [
         Lbd("lbd", program),
         Lbd("lbd unix", program, config="lbd-unix.toml"),
         Haproxy(),
         Nginx(),
-        Lbd("lbd direct", program, config="lbd-direct.toml"),
+        *direct,
         Shared(),
     ]
 
