@@ -33,7 +33,7 @@ class Contender:
     name = ""
     # Those that lbd is measured against.
     is_peer = False
-    # What nothing can be faster than.
+    # No balancer at all, to see what one costs.
     is_limit = False
     # The signal that ends it at once, whatever it holds.
     stop = signal.SIGTERM
@@ -133,7 +133,7 @@ class Lbd(Contender):
 
 class Shared(Contender):
     """No balancer: the workers share the port by SO_REUSEPORT, and the kernel spreads connections by
-    a hash. What `route = "direct"` is held against, since nothing can be faster."""
+    a hash. What `route = "direct"` is held against."""
 
     name = "reuseport"
     is_limit = True

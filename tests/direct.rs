@@ -11,6 +11,10 @@ use std::{
     io::{ErrorKind, Read, Write},
     net::{SocketAddr, TcpStream},
     process::Command,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -524,9 +528,10 @@ fn a_stop_under_load_fails_no_request_of_the_built_in_worker() {
             www()
         );
         let Some(mut daemon) = start(kind, &config, 3) else { return };
+        let all = Arc::new(AtomicUsize::new(0));
         let clients: Vec<_> = (0..8)
             .map(|_| {
-                let address = ports.address();
+                let (address, all) = (ports.address(), Arc::clone(&all));
                 thread::spawn(move || {
                     let mut answered = 0;
                     // A client is refused in the end, or comes again later: never cut off.
@@ -536,12 +541,13 @@ fn a_stop_under_load_fails_no_request_of_the_built_in_worker() {
                         let answer = KeepAlive::over(stream).get("/page.html");
                         assert_eq!(answer.expect("a whole answer").0, 200);
                         answered += 1;
+                        all.fetch_add(1, Ordering::Relaxed);
                     }
                     answered
                 })
             })
             .collect();
-        thread::sleep(Duration::from_millis(300)); // some of their requests, and then in the middle
+        eventually("in the middle of it", || all.load(Ordering::Relaxed) > 400);
         daemon.signal(Signal::SIGTERM);
         daemon.wait_stopped();
         for client in clients {

@@ -76,6 +76,8 @@ fn connections_that_come_slowly_are_spread_over_the_data_threads() {
     assert_eq!(held.iter().sum::<usize>(), 24, "{held:?}");
     let (least, most) = (held.iter().min().unwrap(), held.iter().max().unwrap());
     assert!(most - least <= 2, "{held:?}");
+    let cores = thread::available_parallelism().unwrap().get();
+    assert_eq!(held.len(), cores, "a thread for each core");
 }
 
 #[test]

@@ -196,6 +196,42 @@ fn a_data_thread_hangs(machine: &Machine) {
 }
 
 #[test]
+fn the_kernel_hands_out_connections_for_the_unit_that_is_no_root() {
+    let Some(machine) = boot() else { return };
+    machine.join_network();
+    let direct = WEB.replace("[service.web]", "[service.web]\nroute = \"direct\"");
+    machine.write("/etc/lbd/lb.toml", &direct);
+
+    // The socket of lbd.socket is root's, and others can't listen beside it.
+    machine.run("systemctl start lbd.socket");
+    assert!(!machine.attempt("systemctl start lbd.service").status.success());
+    machine.run("journalctl -u lbd | grep -q \"listen beside this one, which is another user's\"");
+    machine.run("systemctl stop lbd.service lbd.socket && systemctl reset-failed");
+
+    machine.run("systemctl start lbd.service");
+    machine.run("journalctl -u lbd | grep -q 'steering .*kind=ebpf'");
+    let load = Load::start(address(), "/page.html");
+    load.more(50);
+    machine.write("/etc/lbd/lb.toml", &direct.replace(", 9005", ""));
+    machine.run("systemctl reload lbd.service");
+    machine.wait("StatusText", "serving, 3 of 3 workers healthy");
+    load.more(50);
+    let killed = machine.workers()[0];
+    machine.run(&format!("kill -9 {killed}"));
+    load.more(50);
+    machine.wait("StatusText", "serving, 3 of 3 workers healthy");
+    // What the worker was answering is lost, and nothing else.
+    assert!(load.end().len() <= Load::CLIENTS);
+    let load = Load::start(address(), "/page.html");
+    machine.run("lbd restart web");
+    load.more(50);
+    load.end_without_failure();
+    machine.run("systemctl stop lbd.service");
+    assert!(TcpStream::connect(address()).is_err(), "nobody is there");
+    machine.stop_and_look();
+}
+
+#[test]
 fn a_wrong_file_is_not_tried_again_and_what_is_missing_is_said() {
     let Some(machine) = boot() else { return };
     machine.write("/etc/lbd/lb.toml", &WEB.replace("ports", "prots"));

@@ -117,7 +117,10 @@ fn the_kernel_steers_on_a_passed_socket_which_is_then_left_as_it_was() {
         daemon = next();
     }
     load.more(20);
+    load.end_without_failure();
+
     // Killed, it puts nothing back, and takes its workers with it: who comes now waits for the next.
+    let load = Load::start(ports.address(), "/");
     daemon.signal(SIGKILL);
     daemon.wait_exit();
     eventually("its workers are gone", || daemon.processes().is_empty());

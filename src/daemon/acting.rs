@@ -94,7 +94,7 @@ impl Daemon<'_> {
         }
     }
 
-    fn publish(&mut self, name: &Arc<str>) {
+    pub(super) fn publish(&mut self, name: &Arc<str>) {
         let Some(service) = self.supervisor.service(name) else { return };
         let rotation = service.rotation();
         // Before the pool, so that who is handed to a new worker gets there.

@@ -44,7 +44,7 @@ struct Entry {
     public: Public<WorkerId>,
     /// Whose it is: the workers in its rotation have the turns.
     service: Arc<str>,
-    /// No new client is let in.
+    /// lbd's own listener is closed, and no new client comes to the workers.
     closed: bool,
     /// Whose workers have sockets here, and are not gone.
     workers: BTreeSet<WorkerId>,
@@ -107,17 +107,21 @@ impl Publics {
         self.0.get(&address).filter(|entry| entry.closed).map(|entry| entry.public.parking())
     }
 
-    /// Lets clients in again where [`reopen`](Self::reopen) gave a listener to the data plane.
-    pub(super) fn opened(&mut self, addresses: Vec<SocketAddr>) {
+    /// Lets clients in again where [`reopen`](Self::reopen) gave a listener to the data plane. The
+    /// services whose workers are to be [rotated](Self::rotate) over anew.
+    pub(super) fn opened(&mut self, addresses: Vec<SocketAddr>) -> BTreeSet<Arc<str>> {
+        let mut services = BTreeSet::new();
         for address in addresses {
             let Some(entry) = self.0.get_mut(&address).filter(|entry| entry.closed) else {
                 continue;
             };
             entry.closed = false;
+            services.insert(Arc::clone(&entry.service));
             if let Err(error) = entry.public.reopen() {
                 tracing::error!(%address, %error, "cannot let clients in again");
             }
         }
+        services
     }
 
     /// Gives no new client to the workers at the addresses of `service` that are not in `keep`: they

@@ -72,7 +72,9 @@ impl Daemon<'_> {
                 let moved = self.fronts.detach(&bound);
                 self.fleet.publics.adopt(steerable, &new.services);
                 self.apply(new, &diff, ticket);
-                self.fleet.publics.opened(bound.addresses());
+                for service in self.fleet.publics.opened(bound.addresses()) {
+                    self.publish(&service);
+                }
                 self.fronts.open(bound, moved);
                 info!(added, removed, changed, "reloaded");
             }

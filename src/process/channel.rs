@@ -57,7 +57,7 @@ impl Package {
     /// Closes all but the cgroup's folder: nothing but the program may hold its output and its
     /// sockets, which would outlive it by as long as the guard does.
     pub(super) fn into_cgroup(self) -> Option<OwnedFd> {
-        // To name one field alone would leave the others open until `self` is out of scope.
+        // For a caller to take one field out would leave the others open until its own scope ends.
         self.cgroup
     }
 }

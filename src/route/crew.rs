@@ -27,11 +27,14 @@ use crate::proxy_protocol::Ends;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ListenerId(pub(super) u32);
 
-/// The part of its connections that a thread may have more than another before it hands the next one
-/// over, which costs a system call and may wake that thread: of hundreds, a few need not be mended.
+/// A thread that has more connections than another by over one in so many hands the next one over. That
+/// costs a system call and may wake the other: of hundreds, a few need not be mended.
 const SLACK: usize = 32;
 
-/// What a thread is told. Their number is bounded by what control does: three for each listener, and
+/// More connections than any thread has: nobody hands one to a thread that has ended.
+const ENDED: usize = usize::MAX / 2;
+
+/// What a thread is told. Their number is bounded by what control does: four for each listener, and
 /// one for each connection that waited for a worker which is gone; and by the places for connections.
 #[derive(Debug)]
 pub(super) enum Command {
@@ -61,6 +64,10 @@ pub(super) enum Command {
         connection: Socket,
         peer: Peer,
         place: Place,
+    },
+    /// Look for a worker for everybody who has come so far, then drop `done`.
+    PlaceAll {
+        done: mpsc::Sender<()>,
     },
     /// Reset every connection and end.
     Stop,
@@ -126,9 +133,9 @@ impl Crew {
         self.mailboxes.iter().for_each(Mailbox::ring);
     }
 
-    /// Finds a thread for one more connection, which counts as its own until it has
-    /// [`left`](Self::left): `thread`, unless another has fewer and it needn't stay. It compares itself with one only, each
-    /// of the others in turn, so that it costs as little where there are many.
+    /// Finds a thread for one more connection, which counts as that one's until it has
+    /// [`left`](Self::left): `thread`, unless another has fewer and the connection needn't stay. Only
+    /// one other is looked at, each in turn, so that this costs as little where there are many.
     ///
     /// The kernel does not see to that: it wakes who waits longest or least at a listener, however many
     /// connections that one has, and of many that come at once the first to wake up takes the most.
@@ -166,9 +173,12 @@ impl Crew {
         mailbox.ring();
     }
 
-    /// Resets the connections that are still on their way to a thread. To be called when all have ended.
-    pub(super) fn reset_undelivered(&self) {
-        for command in self.mailboxes.iter().flat_map(Mailbox::empty) {
+    /// The thread has ended, or is about to: it gets no further connection, and those that are on their
+    /// way to it are reset.
+    pub(super) fn ended(&self, thread: usize) {
+        let mailbox = &self.mailboxes[thread];
+        mailbox.held.store(ENDED, Relaxed);
+        for command in mailbox.empty() {
             if let Command::Take { connection, .. } | Command::Adopt { connection, .. } = command {
                 // Fails only where the peer has reset it already.
                 _ = connection.set_linger(Some(Duration::ZERO));
@@ -218,7 +228,13 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        io::Read,
+        net::{TcpListener, TcpStream},
+    };
+
     use super::*;
+    use crate::route::Pool;
 
     fn held(crew: &Crew) -> Vec<usize> {
         crew.mailboxes.iter().map(|mailbox| mailbox.held.load(Relaxed)).collect()
@@ -232,6 +248,36 @@ mod tests {
             assert_eq!(held(&crew).iter().sum::<usize>(), 100);
             let (least, most) = (held(&crew).into_iter().min(), held(&crew).into_iter().max());
             assert!(most.unwrap() - least.unwrap() <= 2, "{:?}", held(&crew));
+        }
+    }
+
+    #[test]
+    fn of_hundreds_a_few_more_stay() {
+        let crew = Crew::new(2, 10_000).unwrap();
+        (0..640).for_each(|_| _ = crew.seat(0, true));
+        (0..621).for_each(|_| _ = crew.seat(1, true));
+        assert_eq!(crew.seat(0, false), 0, "640 are not more than 621 by over 20");
+        (0..2).for_each(|_| crew.left(1));
+        assert_eq!(crew.seat(0, false), 1);
+    }
+
+    #[test]
+    fn a_thread_that_has_ended_gets_nothing_and_what_was_on_its_way_is_reset() {
+        let crew = Crew::new(2, 1000).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let connection = Socket::from(listener.accept().unwrap().0);
+        let pool = Pool::new(Vec::new(), None, Arc::default());
+        let service = ServiceRoute::new("web".into(), pool, Arc::default(), Arc::clone(&crew));
+        let place = Place::take(&service).unwrap();
+        assert_eq!(crew.seat(1, false), 1);
+        crew.tell_one(1, Command::Take { connection, peer: Peer::Unix, place });
+        crew.ended(1);
+        let error = client.read(&mut [0]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        assert_eq!(service.active(), 0);
+        for _ in 0..100 {
+            assert_eq!(crew.seat_anywhere(), 0);
         }
     }
 

@@ -145,7 +145,8 @@ impl Reactor {
                     if listener.recovers() {
                         info!(listen = %listener.listen(), "accepting again");
                     }
-                    // Who waits for a worker keeps its order, which each thread has by itself.
+                    // Who comes while others wait for a worker queues behind them, as a rule: each thread
+                    // has a queue of its own.
                     let stays = place.service().held() > 0;
                     match self.crew.seat(self.thread, stays) {
                         own if own == self.thread => self.admit(service, place, socket, peer, None),

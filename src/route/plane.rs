@@ -130,8 +130,8 @@ impl DataPlane {
     }
 
     /// Closes a listener without losing anybody: no new client gets in, those that wait are
-    /// accepted, and the socket is closed when no thread has it any more, at which this returns:
-    /// after about 0.2 s on TCP, at once on unix, later where `max-connections` makes clients wait.
+    /// accepted, and the socket is closed when no thread has it any more. This returns when all of
+    /// them have been given to a worker, or to those that wait for one: after about 0.2 s on TCP, at once on unix, later where `max-connections` makes clients wait.
     /// The connections go on. What has been begun is finished also when the future is dropped.
     ///
     /// # Errors
@@ -145,9 +145,15 @@ impl DataPlane {
         drop(listener);
         let (done, mut let_go) = tokio::sync::mpsc::channel(1);
         self.crew.tell(|| Command::Close { id, done: done.clone() });
+        let crew = Arc::clone(&self.crew);
         async move {
             drop(done);
             while let_go.recv().await.is_some() {}
+            // The last may be on their way from one thread to another, or have said nothing yet.
+            let (done, mut placed) = tokio::sync::mpsc::channel(1);
+            crew.tell(|| Command::PlaceAll { done: done.clone() });
+            drop(done);
+            while placed.recv().await.is_some() {}
             quiet
         }
     }
@@ -160,7 +166,7 @@ impl DataPlane {
             // A thread that panicked has reported it, and has reset what it had.
             _ = thread.join();
         }
-        self.crew.reset_undelivered();
+        (0..self.crew.turns().len()).for_each(|thread| self.crew.ended(thread));
     }
 
     /// The turns that each thread's loop has made so far, for a watchdog. It wakes the threads, so

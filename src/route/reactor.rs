@@ -164,6 +164,13 @@ impl Reactor {
                     self.admit(service, place, connection, peer, None);
                     self.leave_service(service);
                 }
+                Command::PlaceAll { done } => {
+                    for key in self.keys(|c| c.stage == Some(Stage::Fresh)) {
+                        let token = self.token(key, Subject::Client);
+                        self.shielded(token, Self::place);
+                    }
+                    drop(done);
+                }
                 Command::Stop => stops = true,
             }
         }
@@ -380,6 +387,12 @@ impl Reactor {
 
     pub(super) fn token(&self, key: usize, subject: Subject) -> u64 {
         u64::from(self.connections[key].generation) << 34 | (key as u64) << 2 | subject as u64
+    }
+}
+
+impl Drop for Reactor {
+    fn drop(&mut self) {
+        self.crew.ended(self.thread);
     }
 }
 

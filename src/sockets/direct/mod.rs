@@ -88,11 +88,19 @@ pub struct Public<Owner> {
     parking: Socket,
     steer: Arc<dyn Steer>,
     steering: Steering,
-    /// The program has its last word: it lets nobody in, or leaves them to the parking.
-    closed: bool,
+    closed: Option<Closed>,
     members: Vec<Member<Owner>>,
     /// Sockets whose workers are gone, and since when.
     leaving: Vec<(Instant, Key, Socket)>,
+}
+
+/// How new clients are kept from the workers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Closed {
+    /// By a filter on each socket.
+    Filters,
+    /// By the program, which lets nobody in or leaves them to the parking.
+    Program,
 }
 
 #[derive(Debug)]
@@ -120,7 +128,7 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
         second.listen(BACKLOG)?;
         let (steer, steering) = Self::steer(&parking, inside)?;
         let (members, leaving) = (Vec::new(), Vec::new());
-        let closed = false;
+        let closed = None;
         let mut public =
             Self { address, inside, parking, steer, steering, closed, members, leaving };
         public.steer.join(SECOND, &second)?;
@@ -198,7 +206,7 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
         choice: Choice,
         turns: impl IntoIterator<Item = (u32, Owner)>,
     ) -> io::Result<()> {
-        if self.closed {
+        if self.closed == Some(Closed::Program) {
             return Ok(());
         }
         let key = |owner| self.member(owner).map_or(PARKING, |member| member.key);
@@ -272,9 +280,10 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
     /// # Errors
     /// Where neither can be had: clients go to the parking.
     pub fn close(&mut self) -> io::Result<()> {
-        let closed = self.members.iter().try_for_each(|member| refuse_new(&member.socket));
-        closed.or_else(|error| {
-            self.closed = true;
+        let filtered = self.members.iter().try_for_each(|member| refuse_new(&member.socket));
+        self.closed = Some(Closed::Filters);
+        filtered.or_else(|error| {
+            self.closed = Some(Closed::Program);
             self.steer.close().then_some(()).ok_or(error)
         })
     }
@@ -285,22 +294,25 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
     /// Where the system refuses it, and it stays as it was.
     pub fn park(&mut self) -> io::Result<()> {
         self.steer.rotate(Choice::Rotation, &[])?;
-        self.closed = true;
+        self.closed = Some(Closed::Program);
         Ok(())
     }
 
-    /// Undoes [`close`](Self::close) and [`park`](Self::park).
+    /// Undoes [`close`](Self::close) and [`park`](Self::park): the next [`rotate`](Self::rotate) counts
+    /// again.
     ///
     /// # Errors
     /// Where a filter can't be taken off.
     pub fn reopen(&mut self) -> io::Result<()> {
-        if std::mem::take(&mut self.closed) {
-            // The next rotation follows.
-            return self.steer.rotate(Choice::Rotation, &[]);
+        match self.closed.take() {
+            None => Ok(()),
+            Some(Closed::Program) => self.steer.rotate(Choice::Rotation, &[]),
+            Some(Closed::Filters) => {
+                // Those that joined since have none, which is an error to take off.
+                self.members.iter().for_each(|member| _ = member.socket.detach_filter());
+                self.parking.detach_filter()
+            }
         }
-        // Those that joined since have none, which is an error to take off.
-        self.members.iter().for_each(|member| _ = member.socket.detach_filter());
-        self.parking.detach_filter()
     }
 
     /// A copy of lbd's own socket.

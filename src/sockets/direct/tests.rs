@@ -335,7 +335,7 @@ fn one_that_is_closed_by_its_program_refuses_and_can_be_opened_again() {
     let Some(mut public) = group("127.0.0.1:0", Kind::Ebpf, Choice::Rotation, 2) else { return };
     let _waiting = connect(&public, 4);
     // As where no filter may be attached.
-    public.closed = true;
+    public.closed = Some(Closed::Program);
     assert!(public.steer.close());
     let refused = TcpStream::connect(public.inside).unwrap_err();
     assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
