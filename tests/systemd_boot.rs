@@ -223,7 +223,7 @@ fn the_kernel_hands_out_connections_for_the_unit_that_is_no_root() {
     // What the worker was answering is lost, and nothing else.
     assert!(load.end().len() <= Load::CLIENTS);
     let load = Load::start(address(), "/page.html");
-    machine.run("lbd restart web");
+    machine.run("lbd restart web --config /etc/lbd/lb.toml");
     load.more(50);
     load.end_without_failure();
     machine.run("systemctl stop lbd.service");

@@ -9,6 +9,8 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
     },
+    thread,
+    time::Duration,
 };
 
 use tracing::warn;
@@ -18,6 +20,10 @@ use crate::config::{Log, Rotate};
 
 /// Lines are written together, up to this many bytes, or when the queue is empty.
 const BATCH: usize = 64 * 1024;
+
+/// How long lines gather after some have been written. A line that comes alone is written at once; of
+/// thousands a second each would wake this thread, which costs whoever logs it more than the line.
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// Writes lines to standard error or a file. It never fails: a line that can't be written is lost,
 /// and counted.
@@ -108,8 +114,12 @@ impl Write for Sink {
     }
 
     fn flush(&mut self) -> io::Result<()> {
+        let is_some = !self.batch.is_empty();
         self.write_batch();
         let _ = self.target.flush();
+        if is_some {
+            thread::sleep(PAUSE);
+        }
         Ok(())
     }
 }
