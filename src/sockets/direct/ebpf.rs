@@ -182,7 +182,11 @@ impl Steer for Ebpf {
         true
     }
 
-    fn end(&self) {}
+    fn end(&self) {
+        // A socket is in one map at most, and this one stays for as long as anybody still asks what
+        // was routed: the parking could be steered by no other.
+        _ = self.sockets.remove(PARKING);
+    }
 
     fn routed(&self, key: Key) -> Option<u64> {
         let offset = ROUTED + 8 * (key % KEYS) as usize;

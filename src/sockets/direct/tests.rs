@@ -348,6 +348,17 @@ fn one_that_is_closed_by_its_program_refuses_and_can_be_opened_again() {
 }
 
 #[test]
+fn a_parking_is_steered_again_while_somebody_asks_what_was_routed_before() {
+    let Some(public) = group("127.0.0.1:0", Kind::Ebpf, Choice::Rotation, 2) else { return };
+    let (parking, way) = (public.parking().unwrap(), public.way_to(1).unwrap());
+    let _clients = connect(&public, 4);
+    drop(public);
+    let again = Public::<u8>::open(&parking).unwrap();
+    assert_eq!(again.steering, Steering { kind: Kind::Ebpf, why: None });
+    assert_eq!(way.routed(), Some(2));
+}
+
+#[test]
 fn what_belongs_to_no_connection_takes_no_turn() {
     let Some(public) = group("127.0.0.1:0", Kind::Ebpf, Choice::Rotation, 4) else { return };
     let mut acceptor = Acceptor::new().unwrap();
