@@ -93,6 +93,25 @@ fn sorted(mut ports: Vec<u16>) -> Vec<u16> {
 }
 
 #[test]
+fn what_nobody_counts_is_not_shown_as_none() {
+    let Some(browser) = Browser::start() else { return };
+    let (ports, port) = (Ports::take(4), Port::take());
+    let service = ports.service(&format!("{}\nroute = \"direct\"", command(&["http"])));
+    let daemon = Daemon::start_in(folder(), &(admin(local(&port)) + &service));
+    daemon.wait_healthy(common::Mark::START, 4);
+    turns(ports.address(), 12);
+    browser.open(&format!("http://{}/", local(&port)));
+    browser.until(ALL_HEALTHY);
+    for slot in 0..4 {
+        let bytes = format!("[data-worker=\"web/{slot}\"] [data-part=bytes]");
+        assert_eq!(browser.text(&bytes), "–");
+    }
+    for part in ["out", "in"] {
+        assert_eq!(browser.text(&format!("[data-part={part}]")), "–");
+    }
+}
+
+#[test]
 fn the_workers_are_there_and_a_killed_one_is_seen_soon() {
     let Some(browser) = Browser::start() else { return };
     let (ports, port) = (Ports::take(4), Port::take());
