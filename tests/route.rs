@@ -48,8 +48,20 @@ impl Rig {
         upstreams: &[Arc<Upstream>],
         coming: Option<Instant>,
     ) -> Self {
+        Self::of(2, address, max_held, routing, upstreams, coming)
+    }
+
+    /// A plane of so many threads.
+    fn of(
+        threads: usize,
+        address: &str,
+        max_held: usize,
+        routing: Routing,
+        upstreams: &[Arc<Upstream>],
+        coming: Option<Instant>,
+    ) -> Self {
         let settings = Settings {
-            threads: NonZeroUsize::new(2).unwrap(),
+            threads: NonZeroUsize::new(threads).unwrap(),
             max_held: NonZeroUsize::new(max_held).unwrap(),
         };
         let plane = DataPlane::start(settings).unwrap();
@@ -714,7 +726,9 @@ fn a_worker_with_a_full_queue_is_skipped() {
 #[test]
 fn where_all_queues_are_full_connections_wait_in_order_for_one_that_is_not() {
     let (worker, _client, full) = full();
-    let rig = Rig::with(Routing::default(), &[Arc::clone(&full)], None);
+    // Each thread has an order of its own.
+    let (one, upstreams) = (1, [Arc::clone(&full)]);
+    let rig = Rig::of(one, "127.0.0.1:0", 100, Routing::default(), &upstreams, None);
     let clients: Vec<_> = (0..3)
         .map(|count| {
             let client = rig.connect();

@@ -39,6 +39,9 @@ const MARKS: [&CStr; 2] = [c"user.delegate", c"trusted.delegate"];
 /// How long the processes that a killed lbd left may take to die.
 const PATIENCE: Duration = Duration::from_secs(1);
 
+/// The same of those that a worker left, where nobody waits for it.
+const LONG_PATIENCE: Duration = Duration::from_secs(30);
+
 /// Why workers get no cgroups.
 #[derive(Debug, thiserror::Error)]
 pub enum NoCgroups {
@@ -137,8 +140,14 @@ impl Cgroup {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        // Where something is left, the next lbd finds it.
-        let _ = fs::remove_dir(&self.path);
+        let removed = fs::remove_dir(&self.path);
+        if removed.is_err_and(|error| error.kind() == io::ErrorKind::ResourceBusy) {
+            // What is in it has been killed, but whoever is nobody's child here was not waited for.
+            let path = std::mem::take(&mut self.path);
+            // Without a thread, or where it is in vain, the next lbd finds it.
+            let remover = move || remove(&path, LONG_PATIENCE);
+            let _ = thread::Builder::new().name("lbd-cgroup".into()).spawn(remover);
+        }
     }
 }
 
@@ -218,14 +227,14 @@ fn remove_leftovers(base: &Path, own: &str) {
         let members = fs::read_to_string(base.join(&leaf).join("cgroup.procs"));
         let lives = members.is_ok_and(|members| members.lines().any(|member| member == pid));
         if leaf != own && !lives && pid.bytes().all(|byte| byte.is_ascii_digit()) {
-            remove(&base.join(name));
+            remove(&base.join(name), PATIENCE);
         }
     }
 }
 
-/// Kills all in the cgroup, and removes it as soon as it is empty.
-fn remove(path: &Path) {
-    let until = Instant::now() + PATIENCE;
+/// Kills all in the cgroup, and removes it as soon as it is empty, or gives up. It blocks for as long.
+fn remove(path: &Path, patience: Duration) {
+    let until = Instant::now() + patience;
     // An error says that there is nothing to kill, or that it is not for lbd to do.
     let _ = File::open(path).map(kill);
     while fs::remove_dir(path).is_err_and(|error| error.kind() == io::ErrorKind::ResourceBusy)
