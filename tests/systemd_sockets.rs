@@ -239,6 +239,7 @@ fn a_socket_of_the_services_name_stands_for_an_address_that_it_is_not_bound_to()
     // What ListenStream=PORT makes: IPv6 and IPv4 in one.
     let both = Socket::new(Domain::IPV6, Type::STREAM, None).unwrap();
     both.set_only_v6(false).unwrap();
+    both.set_reuse_address(true).unwrap();
     both.bind(&format!("[::]:{port}").parse::<SocketAddr>().unwrap().into()).unwrap();
     both.listen(100).unwrap();
     let config = format!(

@@ -18,6 +18,7 @@ use nix::libc::{self, sock_filter};
 use socket2::Socket;
 
 use super::{
+    ebpf::detach,
     steer::Steer,
     turns::{Choice, FOLD, Key, LAST, PARKING, STEPS, Turn, buckets, words},
 };
@@ -141,8 +142,10 @@ impl Steer for Classic {
         false
     }
 
-    fn end(&self) {
+    fn end(&self, parking: &Socket) {
+        // In this order: whoever drops its pass now attaches nothing any more.
         self.state().parking = None;
+        detach(parking);
     }
 
     fn routed(&self, _key: Key) -> Option<u64> {

@@ -182,7 +182,9 @@ impl Steer for Ebpf {
         true
     }
 
-    fn end(&self) {
+    fn end(&self, parking: &Socket) {
+        // First of all: a program that finds nobody in its map refuses the client.
+        detach(parking);
         // A socket is in one map at most, and this one stays for as long as anybody still asks what
         // was routed: the parking could be steered by no other.
         _ = self.sockets.remove(PARKING);

@@ -335,8 +335,7 @@ impl<Owner> Drop for Public<Owner> {
         for (key, socket) in members.chain(leaving) {
             self.steer.leave(key, &socket);
         }
-        self.steer.end();
-        ebpf::detach(&self.parking);
+        self.steer.end(&self.parking);
         // Else any program of the same user could join.
         _ = self.parking.set_reuse_port(false);
     }

@@ -36,7 +36,7 @@ pub(super) trait Steer: fmt::Debug + Send + Sync {
     fn close(&self) -> bool;
 
     /// Lets go of its copies of sockets: nobody is steered any more.
-    fn end(&self);
+    fn end(&self, parking: &Socket);
 
     /// How many connections went to `key` by its turns, if that is counted. It goes on where an
     /// earlier holder of the number left off.
