@@ -7,14 +7,13 @@ use std::{
     io::{BufRead, BufReader, Read, Write},
     os::unix::net::UnixStream,
     process::{Command, Output, Stdio},
-    thread,
     time::{Duration, Instant},
 };
 
 use common::{
     Daemon, Mark, Ports,
     client::{KeepAlive, Load, is_turned_away, turns},
-    command, eventually, freeze, kill_hard,
+    command, eventually, freeze, kill_hard, proc,
 };
 use serde_json::{Value, json};
 
@@ -224,7 +223,10 @@ fn a_command_waits_until_it_is_empty() {
         .unwrap();
     eventually("it is drained", || worker(&daemon, 0)["drained"] == true);
     assert_eq!(worker(&daemon, 0)["connections"]["active"], 1);
-    thread::sleep(Duration::from_millis(500));
+    // Each look at what is left is a wait for lbd's answer and one for the next look.
+    let (pid, looked) = (i32::try_from(waiting.id()).unwrap(), 20);
+    let before = proc::waits(pid);
+    eventually("it has looked again", || proc::waits(pid) > before + looked);
     assert!(waiting.try_wait().unwrap().is_none(), "it holds a connection yet");
     drop(held);
     let output = waiting.wait_with_output().unwrap();

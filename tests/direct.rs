@@ -21,7 +21,7 @@ use std::{
 
 use common::{
     Daemon, Mark, Ports,
-    client::{KeepAlive, Load, connect, get, port, try_get, turns},
+    client::{KeepAlive, Load, answered, asking, connect, get, port, try_get, turns},
     command, eventually, freeze, kill_hard,
     metrics::{Metrics, with_admin},
     thaw, www,
@@ -226,16 +226,8 @@ fn clients_of_a_frozen_worker_are_answered_by_another() {
         let frozen = daemon.worker_pid(ports.worker(1));
         freeze(frozen);
         let begun = Instant::now();
-        let asked: Vec<_> = (0..60)
-            .map(|_| {
-                let mut client = KeepAlive::new(ports.address());
-                client.send("/").unwrap();
-                client
-            })
-            .collect();
-        for mut client in asked {
-            assert_eq!(client.answer().expect("an answer").0, 200);
-        }
+        let asked = asking(60, ports.address());
+        answered(asked);
         assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
         only(ports, &[ports.worker(0), ports.worker(2)]);
         // Nobody answers its probes in its stead.
@@ -259,20 +251,12 @@ fn what_waits_for_a_worker_that_is_killed_is_answered_by_the_others() {
         };
         let killed = daemon.worker_pid(ports.worker(0));
         freeze(killed);
-        let asked: Vec<_> = (0..60)
-            .map(|_| {
-                let mut client = KeepAlive::new(ports.address());
-                client.send("/").unwrap();
-                client
-            })
-            .collect();
+        let asked = asking(60, ports.address());
         eventually("some wait for it", || {
             daemon.workers("web")[0]["connections"]["queued"].as_u64().unwrap() > 5
         });
         kill_hard(killed);
-        for mut client in asked {
-            assert_eq!(client.answer().expect("an answer").0, 200);
-        }
+        answered(asked);
         daemon.wait_healthy(Mark::START, 4);
         only(ports, &ports.all());
     });
@@ -710,17 +694,9 @@ fn nothing_is_lost_whatever_the_kernel_does_with_queues() {
                     load.end_without_failure();
                     let killed = daemon.slot_pids()[0];
                     freeze(killed);
-                    let asked: Vec<_> = (0..40)
-                        .map(|_| {
-                            let mut client = KeepAlive::new(ports.address());
-                            client.send("/").unwrap();
-                            client
-                        })
-                        .collect();
+                    let asked = asking(40, ports.address());
                     kill_hard(killed);
-                    for mut client in asked {
-                        assert_eq!(client.answer().expect("an answer").0, 200);
-                    }
+                    answered(asked);
                 });
             });
         });

@@ -14,7 +14,7 @@ use std::{
 
 use common::{
     Daemon, Mark, Ports,
-    client::{KeepAlive, Load, connect, get, is_turned_away, turns},
+    client::{KeepAlive, Load, answered, asking, connect, get, is_turned_away, turns},
     command, eventually, fixture, freeze, kill_hard,
     metrics::{Metrics, SOCKET, ask, with_admin},
     named,
@@ -307,16 +307,8 @@ fn who_is_rescued_is_counted_once_more() {
     let daemon = healthy(&ports.service(&keys), 2);
     let frozen = daemon.worker_pid(ports.worker(0));
     freeze(frozen);
-    let asked: Vec<_> = (0..CLIENTS)
-        .map(|_| {
-            let mut client = KeepAlive::new(ports.address());
-            client.send("/").unwrap();
-            client
-        })
-        .collect();
-    for mut client in asked {
-        assert_eq!(client.answer().unwrap().0, 200);
-    }
+    let asked = asking(CLIENTS, ports.address());
+    answered(asked);
     let metrics = Metrics::of(&daemon);
     let rescued = metrics.value("lbd_connections_rescued_total");
     assert!(rescued >= 1.0);

@@ -217,6 +217,23 @@ impl Load {
     }
 }
 
+/// So many clients, each of which has asked for `/` and waits.
+pub(crate) fn asking(count: usize, address: SocketAddr) -> Vec<KeepAlive> {
+    let ask = |_| {
+        let mut client = KeepAlive::new(address);
+        client.send("/").unwrap();
+        client
+    };
+    (0..count).map(ask).collect()
+}
+
+/// Each of them gets an answer.
+pub(crate) fn answered(asking: Vec<KeepAlive>) {
+    for mut client in asking {
+        assert_eq!(client.answer().expect("an answer").0, 200);
+    }
+}
+
 /// How often each port occurs.
 pub(crate) fn counts(ports: &[u16]) -> BTreeMap<u16, usize> {
     let mut counts = BTreeMap::new();

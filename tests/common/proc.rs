@@ -39,6 +39,11 @@ pub(crate) fn descriptors(pid: i32) -> usize {
     fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
 }
 
+/// How often its first thread has waited for something (`voluntary_ctxt_switches`).
+pub(crate) fn waits(pid: i32) -> u64 {
+    status(pid, "voluntary_ctxt_switches").unwrap().parse().unwrap()
+}
+
 /// Its parent; `None` where it has ended.
 pub(crate) fn parent(pid: i32) -> Option<i32> {
     status(pid, "PPid")?.parse().ok()
