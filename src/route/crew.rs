@@ -73,7 +73,8 @@ pub(super) enum Command {
 #[derive(Debug)]
 #[repr(align(128))]
 pub(super) struct Mailbox {
-    commands: Mutex<Vec<Command>>,
+    /// `None` once the thread has ended.
+    commands: Mutex<Option<Vec<Command>>>,
     pub(super) bell: EventFd,
     /// Turns of the thread's loop.
     pub(super) turns: AtomicU64,
@@ -100,7 +101,7 @@ impl Crew {
         let mailboxes = (0..threads).map(|_| {
             let bell = EventFd::from_flags(flags)?;
             Ok(Mailbox {
-                commands: Mutex::default(),
+                commands: Mutex::new(Some(Vec::new())),
                 bell,
                 turns: AtomicU64::new(0),
                 held: AtomicUsize::new(0),
@@ -164,27 +165,23 @@ impl Crew {
     /// Gives one thread a command.
     pub(super) fn tell_one(&self, thread: usize, command: Command) {
         let mailbox = &self.mailboxes[thread];
-        lock(&mailbox.commands).push(command);
+        mailbox.put(command);
         mailbox.ring();
     }
 
-    /// The thread has ended, or is about to: it gets no further connection, and those that are on their
-    /// way to it are reset.
+    /// The thread has ended, or is about to: it is handed no further connection, those that are on
+    /// their way to it are reset, and nobody waits for what it is told.
     pub(super) fn ended(&self, thread: usize) {
         let mailbox = &self.mailboxes[thread];
         mailbox.held.store(ENDED, Relaxed);
-        for command in mailbox.empty() {
-            if let Command::Take { connection, .. } | Command::Adopt { connection, .. } = command {
-                // Fails only where the peer has reset it already.
-                _ = connection.set_linger(Some(Duration::ZERO));
-            }
-        }
+        let left = lock(&mailbox.commands).take();
+        left.into_iter().flatten().for_each(refuse);
     }
 
     /// Gives each thread a command.
     pub(super) fn tell(&self, command: impl Fn() -> Command) {
         for mailbox in &self.mailboxes {
-            lock(&mailbox.commands).push(command());
+            mailbox.put(command());
         }
         self.wake_all();
     }
@@ -204,7 +201,22 @@ impl Crew {
     }
 }
 
+/// What nobody is there to do: a connection is reset, and whoever waits waits no longer.
+fn refuse(command: Command) {
+    if let Command::Take { connection, .. } | Command::Adopt { connection, .. } = command {
+        // Fails only where the peer has reset it already.
+        _ = connection.set_linger(Some(Duration::ZERO));
+    }
+}
+
 impl Mailbox {
+    fn put(&self, command: Command) {
+        match &mut *lock(&self.commands) {
+            Some(commands) => commands.push(command),
+            None => refuse(command),
+        }
+    }
+
     fn ring(&self) {
         // EAGAIN says that it has been rung more often than can be counted: rung it is.
         _ = self.bell.write(1);
@@ -213,7 +225,7 @@ impl Mailbox {
     /// Stops the ringing and takes what was put in before it.
     pub(super) fn empty(&self) -> Vec<Command> {
         _ = self.bell.read();
-        std::mem::take(&mut lock(&self.commands))
+        lock(&self.commands).as_mut().map(std::mem::take).unwrap_or_default()
     }
 }
 
@@ -264,6 +276,10 @@ mod tests {
         for _ in 0..100 {
             assert_eq!(crew.seat_anywhere(), 0);
         }
+        // Nobody waits for it.
+        let (done, mut waits) = mpsc::channel(1);
+        crew.tell_one(1, Command::PlaceAll { done });
+        assert_eq!(waits.try_recv(), Err::<(), _>(mpsc::error::TryRecvError::Disconnected));
     }
 
     #[test]
