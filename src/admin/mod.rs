@@ -73,7 +73,7 @@ pub enum Request {
 pub type Answer<T> = oneshot::Sender<Result<T, Failure>>;
 
 /// What a reload changed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reloaded {
     /// Services that are new.
     pub added: usize,
@@ -81,13 +81,19 @@ pub struct Reloaded {
     pub removed: usize,
     /// Services with other settings than before.
     pub changed: usize,
+    /// What an operator should know of it: a sentence each.
+    #[serde(default)]
+    pub warnings: Vec<String>,
 }
 
 /// What a restart did.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Restarted {
     /// How many workers were replaced.
     pub workers: usize,
+    /// What an operator should know of it: a sentence each.
+    #[serde(default)]
+    pub warnings: Vec<String>,
 }
 
 /// Where an operator has put a worker.

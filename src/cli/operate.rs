@@ -79,6 +79,7 @@ pub(super) fn reload(target: &Target) -> Result<(), Error> {
         };
         let reloaded = bar.during(client.reload(), progress).await?;
         drop(bar);
+        warn(&reloaded.warnings);
         let (added, removed, changed) = (reloaded.added, reloaded.removed, reloaded.changed);
         print(&format!("reloaded: services added {added}, removed {removed}, changed {changed}\n"))
     })
@@ -101,8 +102,10 @@ pub(super) fn restart(
             let bar = Bar::new(&format!("restarting {name}"));
             let old = before.services.iter().find(|service| service.name == name);
             let progress = async || replaced(old?, &client.status().await.ok()?);
-            let Restarted { workers } = bar.during(client.restart(&name), progress).await?;
+            let Restarted { workers, warnings } =
+                bar.during(client.restart(&name), progress).await?;
             drop(bar);
+            warn(&warnings);
             print(&format!("{name}: workers replaced {workers}\n"))?;
         }
         Ok(())
@@ -116,9 +119,18 @@ async fn restart_worker(client: &Client, service: &str, slot: u32) -> Result<(),
         let now = under_way(status.services.iter().filter(|found| found.name == service));
         Some(Progress { done: None, now })
     };
-    bar.during(client.restart_worker(service, slot), progress).await?;
+    let restarted = bar.during(client.restart_worker(service, slot), progress).await?;
     drop(bar);
+    warn(&restarted.warnings);
     print(&format!("{service}/{slot}: worker replaced\n"))
+}
+
+/// What is done, but not as one might think.
+fn warn(warnings: &[String]) {
+    for warning in warnings {
+        // To whom else should it be said?
+        _ = io::stderr().write_all(format!("lbd: warning: {warning}\n").as_bytes());
+    }
 }
 
 /// Takes a worker out of rotation, and perhaps waits until it holds no connection any more.

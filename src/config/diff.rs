@@ -37,7 +37,7 @@ pub struct ServiceChange {
     pub worker_changed: bool,
     /// The number of workers or their ports changed.
     pub slots_changed: bool,
-    /// What lbd alone reads changed: routing, health, restart, stop or limits.
+    /// What lbd alone reads changed: routing, health, restart, rollout, stop or limits.
     pub policy_changed: bool,
 }
 
@@ -106,7 +106,8 @@ fn find<'c>(config: &'c Config, name: &str) -> Option<&'c Service> {
 
 fn change(old: &Service, new: &Service) -> ServiceChange {
     // Taken apart in full: a new field of Service has to find its place here.
-    let Service { name, listen, slots, worker, routing, health, restart, stop, limits } = new;
+    let Service { name, listen, slots, worker, routing, health, restart, rollout, stop, limits } =
+        new;
     let without = |all: &[Listen], others: &[Listen]| -> Vec<Listen> {
         all.iter().filter(|address| !others.contains(address)).cloned().collect()
     };
@@ -119,6 +120,7 @@ fn change(old: &Service, new: &Service) -> ServiceChange {
         policy_changed: *routing != old.routing
             || *health != old.health
             || *restart != old.restart
+            || *rollout != old.rollout
             || *stop != old.stop
             || *limits != old.limits,
         new: new.clone(),
@@ -157,6 +159,7 @@ mod tests {
                         &mut service.routing.idle_timeout,
                         &mut service.health.interval,
                         &mut service.restart.max_delay,
+                        &mut service.rollout.settle,
                         &mut service.stop.timeout,
                         service.limits.max_age.get_or_insert_default(),
                     ];
@@ -202,6 +205,7 @@ mod tests {
                 service.routing = new.routing;
                 service.health = new.health;
                 service.restart = new.restart;
+                service.rollout = new.rollout;
                 service.stop = new.stop;
                 service.limits = new.limits;
             }

@@ -130,6 +130,8 @@ pub struct Service {
     pub health: Health,
     /// How a worker that ended is started again.
     pub restart: Restart,
+    /// How running workers are replaced by new ones.
+    pub rollout: Rollout,
     /// How a worker is stopped.
     pub stop: Stop,
     /// When a worker is replaced though nothing is wrong with it.
@@ -370,6 +372,8 @@ pub struct Health {
     pub fall: NonZeroU32,
     /// A new worker that is not healthy by then is killed and counts as failed.
     pub start_timeout: Duration,
+    /// Whose listening socket is believed on the port of a worker that binds it itself.
+    pub owner: Owner,
 }
 
 impl Default for Health {
@@ -381,14 +385,26 @@ impl Default for Health {
             rise: NonZeroU32::MIN,
             fall: NonZeroU32::MIN.saturating_add(2),
             start_timeout: Duration::from_secs(60),
+            owner: Owner::Tree,
         }
     }
+}
+
+/// `health.owner`: whose listening socket is believed on a worker's port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Owner {
+    /// One that a process of the worker has; where lbd may not look, one of the worker's user.
+    Tree,
+    /// One of the worker's user.
+    User,
+    /// Whosever it is: a container engine's proxy listens for the worker.
+    Any,
 }
 
 /// What a probe does.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Probe {
-    /// Connects, and closes at once.
+    /// Connects, and passes when the program has accepted the connection.
     Tcp,
     /// Sends a GET and reads the status.
     Http {
@@ -435,6 +451,31 @@ impl Default for Restart {
             unhealthy_after: Duration::from_secs(30),
         }
     }
+}
+
+/// `[service.NAME.rollout]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rollout {
+    /// What comes first where a worker is replaced.
+    pub order: Order,
+    /// How long a new worker must have been healthy before the next step of the replacement.
+    pub settle: Duration,
+}
+
+impl Default for Rollout {
+    fn default() -> Self {
+        Self { order: Order::StartFirst, settle: Duration::from_millis(500) }
+    }
+}
+
+/// `rollout.order`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// The new worker is proven before the old one goes; on a free port first, where both would
+    /// have to bind the same one.
+    StartFirst,
+    /// The old worker is stopped before the new one is started.
+    StopFirst,
 }
 
 /// `[service.NAME.stop]`.

@@ -10,8 +10,9 @@ use std::{
 };
 
 use super::{
-    Balance, DEFAULT_HOST, Drain, Health, Limits, Listen, Output, Probe, Program, ProxyProtocol,
-    Restart, Route, Routing, Service, Slots, SocketMode, StatusSet, Stop, WorkerSpec,
+    Balance, DEFAULT_HOST, Drain, Health, Limits, Listen, Order, Output, Owner, Probe, Program,
+    ProxyProtocol, Restart, Rollout, Route, Routing, Service, Slots, SocketMode, StatusSet, Stop,
+    WorkerSpec,
     addresses::{Claim, Claimant, Claims},
     limits,
     reader::{Table, Value},
@@ -69,8 +70,9 @@ pub(super) fn read(
     let directory = table.read("directory", |v| v.parsed(|text| values::folder_in(base, text)));
     let output = table.read("output", |v| v.parsed(|text| values::output(text, base)));
     let mut routing = routing(&mut table, route);
-    let health = health(table.table("health"), built_in);
+    let health = health(table.table("health"), built_in, socket);
     let restart = restart(table.table("restart"));
+    let rollout = rollout(table.table("rollout"));
     let stop = stop(table.table("stop"), drain);
     let limits = limits::read(table.table("limits"), route);
     table.finish();
@@ -99,6 +101,7 @@ pub(super) fn read(
         routing,
         health,
         restart,
+        rollout,
         stop,
         limits: limits.limits,
     })
@@ -134,6 +137,7 @@ pub(super) fn of_command(
         routing: Routing::default(),
         health: Health::default(),
         restart: Restart::default(),
+        rollout: Rollout::default(),
         stop: Stop::default(),
         limits: Limits::default(),
     }
@@ -274,7 +278,7 @@ fn routing(table: &mut Table<'_>, route: Route) -> Routing {
     }
 }
 
-fn health(mut table: Table<'_>, built_in: bool) -> Health {
+fn health(mut table: Table<'_>, built_in: bool, socket: SocketMode) -> Health {
     let default = Health::default();
     let http = table.read("http", |v| v.parsed(values::request_target));
     let host = table.read("host", |v| v.parsed(values::host_header));
@@ -301,6 +305,7 @@ fn health(mut table: Table<'_>, built_in: bool) -> Health {
         rise: table.read("rise", count).unwrap_or(default.rise),
         fall: table.read("fall", count).unwrap_or(default.fall),
         start_timeout: table.positive_duration("start-timeout", default.start_timeout),
+        owner: table.read("owner", |value| owner(&value, socket)).unwrap_or(default.owner),
     };
     table.finish();
     health
@@ -321,6 +326,26 @@ fn expect(value: Value<'_>) -> Option<StatusSet> {
         }
     }
     Some(StatusSet(ranges))
+}
+
+fn owner(value: &Value<'_>, socket: SocketMode) -> Option<Owner> {
+    match socket {
+        SocketMode::Bind => value.word(&OWNERS),
+        SocketMode::Inherit | SocketMode::Unix | SocketMode::Direct => value.refuse(
+            "lbd makes the listening socket itself and knows whose it is; remove it, or have the \
+             worker bind its port with socket = \"bind\"",
+        ),
+    }
+}
+
+fn rollout(mut table: Table<'_>) -> Rollout {
+    let default = Rollout::default();
+    let rollout = Rollout {
+        order: table.read("order", |v| v.word(&ORDERS)).unwrap_or(default.order),
+        settle: table.duration("settle", default.settle),
+    };
+    table.finish();
+    rollout
 }
 
 fn restart(mut table: Table<'_>) -> Restart {
@@ -375,5 +400,11 @@ const BALANCES: [(&str, Balance); 3] = [
     ("least-connections", Balance::LeastConnections),
     ("source-hash", Balance::SourceHash),
 ];
+
+const OWNERS: [(&str, Owner); 3] =
+    [("tree", Owner::Tree), ("user", Owner::User), ("any", Owner::Any)];
+
+const ORDERS: [(&str, Order); 2] =
+    [("start-first", Order::StartFirst), ("stop-first", Order::StopFirst)];
 
 const DRAINS: [(&str, Drain); 2] = [("wait", Drain::Wait), ("signal", Drain::Signal)];

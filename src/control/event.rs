@@ -47,6 +47,8 @@ pub enum Event {
         status: String,
         /// A signal ended it.
         by_signal: bool,
+        /// What it wrote last, line by line, as far as that came through lbd.
+        said: Vec<String>,
     },
     /// No process of this incarnation is left. Always its last event.
     Gone {
@@ -121,8 +123,35 @@ pub enum Event {
 pub struct ProbeOutcome {
     /// How long it took.
     pub took: Duration,
-    /// Why it failed; `None` where it passed.
-    pub error: Option<String>,
+    /// What that says of the worker.
+    pub verdict: Verdict,
+}
+
+impl ProbeOutcome {
+    /// Why it did not pass; `None` where it did.
+    #[must_use]
+    pub fn error(&self) -> Option<&str> {
+        match &self.verdict {
+            Verdict::Passed => None,
+            Verdict::Failed(error) | Verdict::Hopeless(error) | Verdict::Unknown(error) => {
+                Some(error)
+            }
+        }
+    }
+}
+
+/// What a probe says of a worker.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// It works.
+    Passed,
+    /// It does not, for this reason.
+    Failed(String),
+    /// A new worker never will, for this reason: no further probe is needed.
+    Hopeless(String),
+    /// Nothing: lbd itself lacks something (a descriptor, a port), or the worker has more to do than
+    /// it can at the moment, but goes on.
+    Unknown(String),
 }
 
 /// What the driver shall do, in this order.
@@ -179,8 +208,9 @@ pub enum Action {
     Answer {
         /// Which one.
         ticket: Ticket,
-        /// Why it failed.
-        result: Result<(), String>,
+        /// What is to be known about its success, a sentence each; or why it failed: a sentence,
+        /// and perhaps lines that the worker wrote.
+        result: Result<Vec<String>, String>,
     },
     /// The service runs on these settings now, and not on those last applied: a rollout failed.
     Restored(Box<config::Service>),
@@ -242,6 +272,13 @@ pub enum Fact {
         /// What the last probe showed.
         error: String,
     },
+    /// It runs for some time and is not healthy yet. Said once.
+    NotYetHealthy {
+        /// What the last probe showed.
+        error: String,
+        /// How long it has been running.
+        after: Duration,
+    },
     /// The program ended, or could not be started, unasked.
     Down {
         /// How, as a phrase.
@@ -292,15 +329,20 @@ pub enum Fact {
         workers: usize,
     },
     /// A rolling replacement is complete.
-    RolloutDone,
+    RolloutDone {
+        /// What is not as it was to be: a sentence each.
+        skipped: Vec<String>,
+    },
     /// A rolling replacement failed; the old settings stay in force.
     RolloutFailed {
         /// Why.
         reason: String,
+        /// What the worker that failed wrote last.
+        said: Vec<String>,
     },
 }
 
-/// The limit that a worker is past.
+/// Why a worker is replaced at nobody's order: the limit that it is past, or what is wrong with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Worn {
     /// It has more memory than it may have.
@@ -317,6 +359,13 @@ pub enum Worn {
         /// For how long it may.
         limit: Duration,
     },
+    /// Its probes have failed for so long.
+    Unhealthy {
+        /// For how long.
+        time: Duration,
+    },
+    /// It stands in for one on the slot's own port, which is to be had again.
+    StandIn,
 }
 
 /// What went wrong with a worker.

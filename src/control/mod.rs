@@ -31,8 +31,8 @@ mod worker;
 use std::{collections::HashMap, sync::Arc, time::Instant};
 
 pub use event::{
-    Action, Cause, Event, Fact, Failure, Note, NoteWorker, ProbeOutcome, Spawn, Ticket, Why,
-    WorkerId, Worn,
+    Action, Cause, Event, Fact, Failure, Note, NoteWorker, ProbeOutcome, Spawn, Ticket, Verdict,
+    Why, WorkerId, Worn,
 };
 pub use ports::WORKERS_ON_A_PORT;
 pub use service::{Coming, Rotation, Service};
@@ -57,7 +57,14 @@ pub struct Supervisor {
 #[derive(Debug)]
 struct Waiting {
     services: usize,
+    warnings: Vec<String>,
     errors: Vec<String>,
+}
+
+impl Waiting {
+    fn new(services: usize) -> Self {
+        Self { services, warnings: Vec::new(), errors: Vec::new() }
+    }
 }
 
 impl Supervisor {
@@ -175,8 +182,7 @@ impl Supervisor {
             actions.push(Action::Answer { ticket, result: Err("lbd is stopping".to_owned()) });
             return;
         }
-        let waiting = Waiting { services: targets.len(), errors: Vec::new() };
-        self.waiting.insert(ticket, waiting);
+        self.waiting.insert(ticket, Waiting::new(targets.len()));
         let mut cx = Context { now, shared: &mut self.shared, actions };
         cx.shared.owners.clear();
         for target in &targets {
@@ -192,7 +198,7 @@ impl Supervisor {
                 Some(service) => service.apply(target, Some(ticket), Kind::Reload, &mut cx),
                 None => {
                     self.services.push(Service::new(target, now));
-                    cx.actions.push(Action::Answer { ticket, result: Ok(()) });
+                    cx.actions.push(Action::Answer { ticket, result: Ok(Vec::new()) });
                 }
             }
         }
@@ -222,7 +228,7 @@ impl Supervisor {
             actions.push(Action::Answer { ticket, result: Err(error) });
             return;
         }
-        self.waiting.insert(ticket, Waiting { services, errors: Vec::new() });
+        self.waiting.insert(ticket, Waiting::new(services));
         let mut cx = Context { now, shared: &mut self.shared, actions };
         for service in self.services.iter_mut().filter(|service| chosen(service)) {
             service.restart(slot, ticket, &mut cx);
@@ -232,10 +238,14 @@ impl Supervisor {
     /// Lets every service draw its conclusions, forgets those that are gone, and puts the actions
     /// in order.
     fn settle(&mut self, mut actions: Vec<Action>, now: Instant) -> Vec<Action> {
-        let outgoing = self.outgoing();
-        let mut cx = Context { now, shared: &mut self.shared, actions: &mut actions };
-        for service in &mut self.services {
-            service.advance_rollout(&outgoing, &mut cx);
+        for index in 0..self.services.len() {
+            loop {
+                let outgoing = self.outgoing();
+                let mut cx = Context { now, shared: &mut self.shared, actions: &mut actions };
+                if !self.services[index].advance_rollout(&outgoing, &mut cx) {
+                    break;
+                }
+            }
         }
         let outgoing = self.outgoing();
         let mut cx = Context { now, shared: &mut self.shared, actions: &mut actions };
@@ -281,12 +291,18 @@ impl Supervisor {
                 continue;
             };
             waiting.services -= 1;
-            waiting.errors.extend(result.as_ref().err().cloned());
-            if waiting.services == 0 {
-                let ticket = *ticket;
-                let errors = self.waiting.remove(&ticket).map(|w| w.errors).unwrap_or_default();
-                let result = if errors.is_empty() { Ok(()) } else { Err(errors.join("; ")) };
-                joined.push(Action::Answer { ticket, result });
+            match result {
+                Ok(warnings) => waiting.warnings.extend(warnings.iter().cloned()),
+                Err(error) => waiting.errors.push(error.clone()),
+            }
+            if waiting.services == 0
+                && let Some(Waiting { warnings, errors, .. }) = self.waiting.remove(ticket)
+            {
+                // What they wrote last makes several lines of one error.
+                let apart =
+                    if errors.iter().any(|error| error.contains('\n')) { "\n" } else { "; " };
+                let result = if errors.is_empty() { Ok(warnings) } else { Err(errors.join(apart)) };
+                joined.push(Action::Answer { ticket: *ticket, result });
             }
         }
         joined

@@ -3,11 +3,16 @@
 use std::time::Duration;
 
 use super::{
-    event::{Cause, Event, Fact, Failure, NoteWorker, Why, WorkerId},
+    event::{Cause, Event, Fact, Failure, NoteWorker, Why, WorkerId, Worn},
+    rollout::Rollout,
     service::{Context, Service},
     slot::{LastExit, note_of},
     worker::{Change, Phase},
 };
+
+/// What may be wrong where a stand-in fails.
+const STOOD_IN: &str = " (started on a free port, to stand in while the port is handed over: for a \
+    program that ignores $PORT or can't run twice set rollout.order = \"stop-first\")";
 
 /// How a slot lost a worker.
 struct Loss {
@@ -17,6 +22,10 @@ struct Loss {
     healthy: Duration,
     reason: String,
     failure: Failure,
+    /// What it wrote last.
+    said: Vec<String>,
+    /// It was to stand in for one on the slot's own port.
+    stood_in: bool,
 }
 
 impl Service {
@@ -43,14 +52,16 @@ impl Service {
                 });
                 self.note_worker(id, Fact::Started, cx);
             }
-            Event::Failed { reason, .. } => self.ended(id, reason, Cause::NotStarted, cx),
-            Event::Exited { status, by_signal, .. } => {
+            Event::Failed { reason, .. } => {
+                self.ended(id, reason, Cause::NotStarted, Vec::new(), cx);
+            }
+            Event::Exited { status, by_signal, said, .. } => {
                 let cause = if by_signal { Cause::Signal } else { Cause::Exit };
-                self.ended(id, status, cause, cx);
+                self.ended(id, status, cause, said, cx);
             }
             Event::Gone { .. } => {
                 // A guard that died without a word says only this.
-                self.ended(id, "lost".to_owned(), Cause::Signal, cx);
+                self.ended(id, "lost".to_owned(), Cause::Signal, Vec::new(), cx);
                 self.retiring.retain(|worker| worker.id != id);
             }
             Event::Probed { outcome, .. } => {
@@ -87,8 +98,7 @@ impl Service {
             let (now, mut change) = (cx.now, Change::None);
             let actions = &mut *cx.actions;
             self.with(id, |worker, config| {
-                let patience = config.restart.unhealthy_after;
-                change = worker.timeout(&config.health, patience, now, actions);
+                change = worker.timeout(&config.health, now, actions);
             });
             self.changed(id, change, cx);
         }
@@ -104,21 +114,28 @@ impl Service {
                     .find(|worker| worker.id == id && first)
                     .map(|worker| now - worker.started);
                 self.note_worker(id, Fact::Healthy { after }, cx);
-                self.promote(id, cx);
+                self.recovered(id, cx);
             }
-            Change::Unhealthy { error } => self.note_worker(id, Fact::Unhealthy { error }, cx),
+            Change::Unhealthy { error } => {
+                self.note_worker(id, Fact::Unhealthy { error: error.clone() }, cx);
+                if self.rollout.as_ref().is_some_and(|rollout| rollout.waits_for(id)) {
+                    self.not_proven(id, format!("unhealthy again: {error}"), cx);
+                }
+            }
+            Change::Late => {
+                let error = self.last_probe_error(id).unwrap_or_default();
+                let started = self.workers().find(|worker| worker.id == id).map(|w| w.started);
+                let after = started.map_or(Duration::ZERO, |started| now - started);
+                self.note_worker(id, Fact::NotYetHealthy { error, after }, cx);
+            }
+            Change::Hopeless => {
+                let reason = self.last_probe_error(id).unwrap_or_default();
+                self.replace_failed(id, reason, cx);
+            }
             Change::StartTimeout => {
                 let health = &self.config.health;
                 let shown = humantime::format_duration(health.start_timeout);
                 let mut reason = format!("not healthy within {shown}");
-                if let Some(error) = self.last_probe_error(id) {
-                    reason = format!("{reason}: {error}");
-                }
-                self.replace_failed(id, reason, cx);
-            }
-            Change::UnhealthyTooLong => {
-                let shown = humantime::format_duration(self.config.restart.unhealthy_after);
-                let mut reason = format!("unhealthy for {shown}");
                 if let Some(error) = self.last_probe_error(id) {
                     reason = format!("{reason}: {error}");
                 }
@@ -145,26 +162,31 @@ impl Service {
         }
     }
 
-    /// A replacement that became healthy takes over.
-    fn promote(&mut self, id: WorkerId, cx: &mut Context<'_>) {
-        let Some(slot) =
-            self.slots.iter_mut().find(|slot| slot.next.as_ref().is_some_and(|w| w.id == id))
-        else {
-            return;
-        };
-        let old = slot.current.as_ref().map(|worker| worker.id);
-        if let Some(old) = old {
-            self.outgrown(old, cx);
-            self.retire(old, Why::Replaced, cx);
+    /// A worker is healthy, which may have been about to be replaced because it was not.
+    fn recovered(&mut self, id: WorkerId, cx: &mut Context<'_>) {
+        let is_replaced = self.slots.iter().any(|slot| {
+            slot.next.is_some() && slot.current.as_ref().is_some_and(|worker| worker.id == id)
+        });
+        let because = self.rollout.as_ref().and_then(Rollout::recycles);
+        if is_replaced && matches!(because, Some(Worn::Unhealthy { .. })) {
+            self.abandon_rollout("the worker is healthy again", None, cx);
         }
-        if let Some(slot) = self.slots.iter_mut().find(|slot| slot.holds(id)) {
-            slot.current = slot.next.take();
+    }
+
+    /// A worker that was healthy, and had to be so for longer, is not.
+    fn not_proven(&mut self, id: WorkerId, reason: String, cx: &mut Context<'_>) {
+        let Some(index) = self.slots.iter().position(|slot| slot.holds(id)) else { return };
+        if self.slots[index].next.as_ref().is_some_and(|next| next.id == id) {
+            self.replace_failed(id, reason, cx);
+        } else {
+            // There is no other in the slot: it stays, for it may come back.
+            self.recycling_failed(index, &reason, cx);
+            self.fail_rollout(index, &reason, &[], cx);
         }
-        self.remember_port(id);
     }
 
     /// The slot's port is that of the worker that fills it, not of one that may yet fail to.
-    fn remember_port(&mut self, id: WorkerId) {
+    pub(super) fn remember_port(&mut self, id: WorkerId) {
         for slot in &mut self.slots {
             if let Some(worker) = slot.current.as_ref().filter(|worker| worker.id == id) {
                 slot.last_port = worker.port;
@@ -180,17 +202,26 @@ impl Service {
         let starting = self.slots[index].workers().any(|w| w.id == id && w.on_its_way());
         let Some(mut worker) = self.slots[index].take(id) else { return };
         let (subject, healthy) = (note_of(&worker), worker.longest_health(cx.now));
+        let stood_in = worker.stands_in;
         if starting {
             worker.kill(Why::Unhealthy, cx.now, cx.actions);
         } else {
             worker.retire(Why::Unhealthy, &self.config.stop, cx.now, cx.actions);
         }
         self.retiring.push(worker);
-        self.failed(index, Loss { id, subject, healthy, reason, failure: Failure::NotHealthy }, cx);
+        let (failure, said) = (Failure::NotHealthy, Vec::new());
+        self.failed(index, Loss { id, subject, healthy, reason, failure, said, stood_in }, cx);
     }
 
     /// A program ended, or could not be started.
-    fn ended(&mut self, id: WorkerId, status: String, cause: Cause, cx: &mut Context<'_>) {
+    fn ended(
+        &mut self,
+        id: WorkerId,
+        status: String,
+        cause: Cause,
+        said: Vec<String>,
+        cx: &mut Context<'_>,
+    ) {
         if let Some(worker) = self.retiring.iter_mut().find(|worker| worker.id == id) {
             if worker.phase == Phase::Ended {
                 return;
@@ -221,24 +252,25 @@ impl Service {
         let Some(mut worker) = self.slots[index].take(id) else { return };
         let (subject, healthy) = (note_of(&worker), worker.longest_health(cx.now));
         worker.ended(cx.now);
-        self.retiring.push(worker);
         self.slots[index].exits[cause as usize] += 1;
         let failure =
             if cause == Cause::NotStarted { Failure::NotStarted } else { Failure::Exited };
-        self.failed(index, Loss { id, subject, healthy, reason: status, failure }, cx);
+        let (reason, stood_in) = (status, worker.stands_in);
+        self.retiring.push(worker);
+        self.failed(index, Loss { id, subject, healthy, reason, failure, said, stood_in }, cx);
     }
 
     /// A slot lost its worker, or the replacement of it, by a failure.
     fn failed(&mut self, index: usize, loss: Loss, cx: &mut Context<'_>) {
-        let Loss { id, subject, healthy, reason, failure } = loss;
-        let open = self.is_open();
+        let Loss { id, subject, healthy, mut reason, failure, said, stood_in } = loss;
+        let is_filled = self.is_filled();
         let slot = &mut self.slots[index];
         if failure == Failure::NotStarted {
             // Perhaps somebody has the port that was asked for: try another one, if any will do.
             slot.last_port = slot.fixed_port;
         }
         slot.last_exit = Some(LastExit { status: reason.clone(), at: cx.now });
-        let restart_in = (open && slot.is_vacant()).then(|| {
+        let restart_in = (is_filled && slot.is_vacant()).then(|| {
             let delay = slot.backoff.failed(healthy, &self.config.restart, cx.shared.random.f64());
             slot.start_at = cx.now + delay;
             delay
@@ -250,12 +282,16 @@ impl Service {
             cx,
         );
         if self.rollout.as_ref().is_some_and(|rollout| rollout.waits_for(id)) {
+            if stood_in {
+                reason += STOOD_IN;
+            }
             self.recycling_failed(index, &reason, cx);
-            self.fail_rollout(format!("slot {}: {reason}", subject.slot), cx);
+            self.fail_rollout(index, &reason, &said, cx);
         }
     }
 
     fn last_probe_error(&self, id: WorkerId) -> Option<String> {
-        self.workers().find(|worker| worker.id == id)?.last_probe.as_ref()?.error.clone()
+        let worker = self.workers().find(|worker| worker.id == id)?;
+        worker.last_probe.as_ref()?.error().map(str::to_owned)
     }
 }

@@ -1,11 +1,12 @@
-//! Workers past `memory` or `max-age`: each is replaced as in a rolling restart, one at a time, at
-//! nobody's order. What somebody does order goes first.
+//! Workers that are replaced at nobody's order: past `memory` or `max-age`, unhealthy for too long, or
+//! on another port than their slot's. Each is replaced as in a rolling restart, one at a time. What
+//! somebody does order goes first.
 
 use std::time::{Duration, Instant};
 
 use super::{
     backoff::Backoff,
-    event::{Fact, WorkerId, Worn},
+    event::{Fact, Failure, ProbeOutcome, WorkerId, Worn},
     rollout::{Kind, Rollout},
     service::{Context, Service},
     slot::{Slot, note_of},
@@ -70,16 +71,32 @@ impl Worker {
         wear.outgrown = wear.over_memory(limits).and(wear.outgrown.or(Some(now)));
     }
 
-    /// Since when it is past one of the `limits`, or when it will be if nothing changes.
-    fn worn_at(&self, limits: &Limits) -> Option<Instant> {
-        if self.wear.over_memory(limits).is_some() {
-            return Some(self.started);
+    /// Since when it is to be replaced, or when it will be if nothing changes.
+    fn worn_at(&self, limits: &Limits, restart: &Restart) -> Option<Instant> {
+        match self.phase {
+            Phase::Healthy if self.stands_in || self.wear.over_memory(limits).is_some() => {
+                Some(self.started)
+            }
+            Phase::Healthy => {
+                limits.max_age.map(|age| self.started + age.mul_f64(1.0 - self.wear.early))
+            }
+            Phase::Unhealthy => Some(self.since + restart.unhealthy_after),
+            Phase::Launching
+            | Phase::Starting
+            | Phase::Draining { .. }
+            | Phase::Stopping { .. }
+            | Phase::Ended => None,
         }
-        limits.max_age.map(|age| self.started + age.mul_f64(1.0 - self.wear.early))
     }
 
-    /// Which of the `limits` it is past, once it is past one.
+    /// Why it is to be replaced, once it is.
     fn worn(&self, limits: &Limits, now: Instant) -> Option<Worn> {
+        if self.phase == Phase::Unhealthy {
+            return Some(Worn::Unhealthy { time: now.saturating_duration_since(self.since) });
+        }
+        if self.stands_in {
+            return Some(Worn::StandIn);
+        }
         let age = now.saturating_duration_since(self.started);
         let by_age = || limits.max_age.map(|limit| Worn::Age { age, limit });
         self.wear.over_memory(limits).or_else(by_age)
@@ -104,7 +121,21 @@ impl Service {
         let Some(worker) = &slot.current else { return false };
         let Some(worn) = worker.worn(&self.config.limits, cx.now) else { return false };
         let (number, subject) = (slot.number, note_of(worker));
-        self.note_of(subject, Fact::Recycling { worn }, cx);
+        let fact = match worn {
+            Worn::Memory { .. } | Worn::Age { .. } | Worn::StandIn => Fact::Recycling { worn },
+            Worn::Unhealthy { .. } => {
+                let shown = humantime::format_duration(self.config.restart.unhealthy_after);
+                let error = worker.last_probe.as_ref().and_then(ProbeOutcome::error);
+                let error = error.map_or_else(String::new, |error| format!(": {error}"));
+                Fact::Down {
+                    reason: format!("unhealthy for {shown}{error}"),
+                    restart_in: None,
+                    failures: slot.backoff.failures(),
+                    failure: Failure::NotHealthy,
+                }
+            }
+        };
+        self.note_of(subject, fact, cx);
         self.begin_rollout([number].into(), None, None, Kind::Recycle(worn), cx);
         true
     }
@@ -115,21 +146,28 @@ impl Service {
         let Some(slot) = self.slots.iter_mut().find(|slot| slot.holds(id)) else { return };
         let worker = slot.current.as_ref().filter(|worker| worker.id == id);
         match (worn, worker) {
-            (Some(Worn::Memory { .. }), Some(worker)) => {
+            (Some(Worn::Memory { .. } | Worn::Unhealthy { .. }), Some(worker)) => {
                 // Not the time for which it was put off: that would forgive every other one.
                 let until = worker.wear.outgrown.unwrap_or(cx.now);
-                let healthy = until.saturating_duration_since(worker.since);
+                let healthy = match worker.phase {
+                    Phase::Unhealthy => worker.longest_health(cx.now),
+                    _ => until.saturating_duration_since(worker.since),
+                };
                 let random = cx.shared.random.f64();
                 slot.recycling.put_off(healthy, &self.config.restart, cx.now, random);
             }
-            (Some(Worn::Age { .. }) | None, _) | (_, None) => slot.recycling = Recycling::default(),
+            (Some(Worn::Age { .. } | Worn::StandIn) | None, _) | (_, None) => {
+                slot.recycling = Recycling::default();
+            }
         }
     }
 
     /// The replacement in the slot at `index` failed: if it was for a limit, the old one stays until
     /// the next attempt.
     pub(super) fn recycling_failed(&mut self, index: usize, reason: &str, cx: &mut Context<'_>) {
-        if self.rollout.as_ref().and_then(Rollout::recycles).is_none() {
+        let stands_in = |worker: &Worker| worker.stands_in;
+        let is_stood_in_for = self.slots[index].current.as_ref().is_some_and(stands_in);
+        if !is_stood_in_for && self.rollout.as_ref().and_then(Rollout::recycles).is_none() {
             return;
         }
         let random = cx.shared.random.f64();
@@ -142,9 +180,8 @@ impl Service {
 
     /// When the worker in `slot` is to be replaced for a limit, by all that is known.
     fn recycling_due(&self, slot: &Slot) -> Option<Instant> {
-        let healthy = |worker: &&Worker| worker.phase == Phase::Healthy && !slot.drained;
-        let worker = slot.current.as_ref().filter(healthy)?;
-        let worn = worker.worn_at(&self.config.limits)?;
+        let worker = slot.current.as_ref().filter(|_| !slot.drained)?;
+        let worn = worker.worn_at(&self.config.limits, &self.config.restart)?;
         Some(slot.recycling.not_before.map_or(worn, |at| at.max(worn)))
     }
 }

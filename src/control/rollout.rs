@@ -1,32 +1,49 @@
 //! Replacing the workers of a service one at a time.
 //!
-//! Where the port allows it, the replacement is started beside the old worker and takes over when it
-//! is healthy; where it does not, the old worker is drained and stopped first. A replacement that
-//! fails ends the rollout: what still runs on the old settings stays, and what was already moved to
-//! the new ones is moved back.
+//! The replacement is started beside the old worker, and takes over when it has been healthy for
+//! `rollout.settle`. Where both would have to bind the same port, a *stand-in* on a free port is
+//! proven first and serves in the slot until the old worker has left the port; then the slot gets a
+//! worker on its own port in the same way. With `rollout.order = "stop-first"` the old worker is
+//! drained and stopped before the new one is started.
+//!
+//! A replacement that fails ends the rollout: what still runs on the old settings stays, and what
+//! was already moved to the new ones is moved back. But a slot that was down before says nothing
+//! about the new settings: it is started with them, and nobody waits for it as long as others serve.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use super::{
     event::{Action, Fact, Ticket, Why, WorkerId, Worn},
     ports::Outgoing,
-    service::{Context, Service},
+    service::{Context, Place, Service},
     slot::Slot,
-    worker::Phase,
 };
-use crate::config::{Slots, SocketMode, WorkerSpec};
+use crate::config::{Order, Slots, SocketMode, WorkerSpec};
 
 /// A rolling replacement under way.
 #[derive(Debug)]
 pub(super) struct Rollout {
     kind: Kind,
+    began: Instant,
     /// Who waits for its end.
     tickets: Vec<Ticket>,
     /// How many workers it replaces in all.
     workers: usize,
+    /// How many it has replaced.
+    replaced: usize,
     /// The numbers of the slots still to do.
     todo: VecDeque<u32>,
     step: Step,
+    /// The one that it has proven to serve until its slot's port is free.
+    stand_in: Option<WorkerId>,
+    /// What is not as it was to be, though the rollout goes on: a sentence each.
+    skipped: Vec<String>,
+    /// A slot that an operator had taken out of rotation, and wants back with a new worker.
+    undrains: Option<u32>,
 }
 
 /// Why workers are replaced.
@@ -47,30 +64,47 @@ enum Step {
     /// The next slot can be taken up.
     Ready,
     /// This slot's worker makes way; its successor is not started yet.
-    Vacating(u32),
+    Vacating { slot: u32, proof: Proof },
     /// This one must become healthy.
-    Proving(WorkerId),
+    Proving { id: WorkerId, proof: Proof },
+}
+
+/// What a new worker has to show, and what its failure means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Proof {
+    /// It is the first with these settings in its slot: it has to settle, and its failure is the
+    /// rollout's.
+    Settings,
+    /// The same of one in a slot that was down before: its failure is the rollout's only if no other
+    /// serves or is still to come.
+    Revival,
+    /// Its settings are proven by the stand-in, which stays if this one fails.
+    Port,
 }
 
 /// Whether a replacement can be started while the old worker serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Beside {
     Now,
+    /// On another port, since both need this one to themselves.
+    StandIn,
     /// When an earlier one, which is on its way out, has left the port.
     Later,
-    /// Both need the port to themselves, or the old one does not serve anyway.
+    /// The old one does not serve anyway, or is to be stopped first.
     Never,
 }
 
 impl Rollout {
     /// Tells that a worker was started in a vacant slot.
-    pub(super) fn filled(&mut self, slot: u32, id: WorkerId) {
-        if self.step == Step::Vacating(slot) {
-            self.step = Step::Proving(id);
+    pub(super) fn filled(&mut self, number: u32, id: WorkerId) {
+        if let Step::Vacating { slot, proof } = self.step
+            && slot == number
+        {
+            self.step = Step::Proving { id, proof };
         }
     }
 
-    /// The limit that a worker is replaced for, where it is that.
+    /// Why a worker is replaced at nobody's order, where it is that.
     pub(super) fn recycles(&self) -> Option<Worn> {
         match self.kind {
             Kind::Recycle(worn) => Some(worn),
@@ -80,7 +114,24 @@ impl Rollout {
 
     /// Whether it is up to this worker how the rollout goes on.
     pub(super) fn waits_for(&self, id: WorkerId) -> bool {
-        self.step == Step::Proving(id)
+        self.proving() == Some(id)
+    }
+
+    /// Whether the next worker of this slot is to be in rotation though the slot is drained.
+    pub(super) fn undrains(&self, slot: u32) -> bool {
+        self.undrains == Some(slot)
+    }
+
+    /// An operator wants this slot out of rotation after all.
+    pub(super) fn leave_drained(&mut self, slot: u32) {
+        self.undrains.take_if(|undrains| *undrains == slot);
+    }
+
+    fn proving(&self) -> Option<WorkerId> {
+        match self.step {
+            Step::Proving { id, .. } => Some(id),
+            Step::Ready | Step::Vacating { .. } => None,
+        }
     }
 }
 
@@ -96,15 +147,27 @@ impl Service {
         cx: &mut Context<'_>,
     ) {
         let workers = todo.len() + usize::from(proving.is_some());
-        let step = proving.map_or(Step::Ready, Step::Proving);
-        let tickets = Vec::from_iter(ticket);
+        let proof = Proof::Settings;
+        let step = proving.map_or(Step::Ready, |id| Step::Proving { id, proof });
         if workers > 0 && !matches!(kind, Kind::Recycle(_)) {
             self.note(Fact::RolloutBegun { workers }, cx);
         }
-        self.rollout = Some(Rollout { kind, tickets, workers, todo, step });
+        self.rollout = Some(Rollout {
+            kind,
+            began: cx.now,
+            tickets: Vec::from_iter(ticket),
+            workers,
+            replaced: 0,
+            todo,
+            step,
+            stand_in: None,
+            skipped: Vec::new(),
+            undrains: None,
+        });
     }
 
-    /// Replaces every worker, or that of one slot, by one with the same settings.
+    /// Replaces every worker, or that of one slot, by one with the same settings. A slot that is
+    /// restarted by itself is in rotation again with its new worker, if it was drained.
     pub(super) fn restart(&mut self, slot: Option<u32>, ticket: Ticket, cx: &mut Context<'_>) {
         let proving = if self.rollout.as_ref().and_then(Rollout::recycles).is_some() {
             let spec = Arc::clone(&self.config.worker);
@@ -122,6 +185,9 @@ impl Service {
         let chosen = |found: &&Slot| slot.is_none_or(|number| found.number == number);
         let todo = self.slots.iter().filter(chosen).filter(old).map(|slot| slot.number).collect();
         self.begin_rollout(todo, proving, Some(ticket), Kind::Restart, cx);
+        if let Some(rollout) = &mut self.rollout {
+            rollout.undrains = slot;
+        }
     }
 
     /// Answers a reload that changes nothing when the one under way is done.
@@ -131,66 +197,154 @@ impl Service {
                 tickets.extend(ticket);
             }
             Some(Rollout { kind: Kind::Restart | Kind::Recycle(_), .. }) | None => {
-                let answer = |ticket| Action::Answer { ticket, result: Ok(()) };
+                let answer = |ticket| Action::Answer { ticket, result: Ok(Vec::new()) };
                 cx.actions.extend(ticket.map(answer));
             }
         }
     }
 
-    /// Takes up the next slot where the one before is done. `outgoing` as in [`Self::settle`].
-    pub(super) fn advance_rollout(&mut self, outgoing: &Outgoing, cx: &mut Context<'_>) {
+    /// Takes up the next slot where the one before is done. Whether it is to be called again, with
+    /// the workers that are on their way out then. `outgoing` as in [`Self::settle`].
+    pub(super) fn advance_rollout(&mut self, outgoing: &Outgoing, cx: &mut Context<'_>) -> bool {
         while self.rollout.is_some() || self.begin_recycling(cx) {
-            let Some(rollout) = &mut self.rollout else { return };
+            let Some(rollout) = &mut self.rollout else { return false };
             match rollout.step {
-                Step::Vacating(_) => return,
-                Step::Proving(id) => {
-                    let proven = self
-                        .slots
-                        .iter()
-                        .flat_map(|slot| slot.workers())
-                        .find(|worker| worker.id == id)
-                        .is_none_or(|worker| worker.phase == Phase::Healthy);
-                    if !proven {
-                        return;
+                Step::Vacating { .. } => return false,
+                Step::Proving { id, .. } => {
+                    if self.proven_at().is_none_or(|at| at > cx.now) {
+                        return false;
                     }
-                    rollout.step = Step::Ready;
+                    self.promote(id, cx);
+                    // The old worker is on its way out now, and may be on the port that is wanted.
+                    return true;
                 }
                 Step::Ready => {
                     let Some(&number) = rollout.todo.front() else {
                         self.finish_rollout(cx);
                         continue;
                     };
-                    let slot = self.slots.iter().position(|slot| slot.number == number);
-                    let beside = slot.map(|index| self.beside(&self.slots[index], outgoing));
-                    if beside == Some(Beside::Later) {
-                        return;
+                    let Some(index) = self.slots.iter().position(|slot| slot.number == number)
+                    else {
+                        rollout.todo.pop_front();
+                        continue;
+                    };
+                    let beside = self.beside(&self.slots[index], outgoing);
+                    if beside == Beside::Later {
+                        return false;
                     }
-                    if let Some(rollout) = &mut self.rollout {
+                    // After a stand-in, the slot has another turn.
+                    if beside != Beside::StandIn
+                        && let Some(rollout) = &mut self.rollout
+                    {
                         rollout.todo.pop_front();
                     }
-                    if let (Some(index), Some(beside)) = (slot, beside) {
-                        self.replace(index, beside == Beside::Now, cx);
+                    match beside {
+                        Beside::Now => self.start_beside(index, Place::Beside, cx),
+                        Beside::StandIn => self.start_beside(index, Place::StandIn, cx),
+                        Beside::Never | Beside::Later => self.start_after(index, cx),
                     }
                 }
             }
         }
+        false
     }
 
-    /// The worker that the rollout waited for failed.
-    pub(super) fn fail_rollout(&mut self, reason: String, cx: &mut Context<'_>) {
-        let Some(rollout) = &mut self.rollout else { return };
-        let known_to_work = match rollout.kind {
-            Kind::Reload => self.fallback.is_none(),
-            Kind::Restart => false,
-            Kind::Rollback | Kind::Recycle(_) => true,
+    /// When the worker that the rollout waits for has shown what it has to, if nothing happens
+    /// before; `None` where it is not healthy, or none is waited for. In the past where it has left
+    /// its slot.
+    pub(super) fn proven_at(&self) -> Option<Instant> {
+        let Step::Proving { id, proof } = self.rollout.as_ref()?.step else { return None };
+        let mut workers = self.slots.iter().flat_map(Slot::workers);
+        let Some(worker) = workers.find(|worker| worker.id == id) else {
+            return self.rollout.as_ref().map(|rollout| rollout.began);
         };
-        if known_to_work {
+        worker.settled_at(match proof {
+            Proof::Settings | Proof::Revival => self.config.rollout.settle,
+            Proof::Port => Duration::ZERO,
+        })
+    }
+
+    /// The worker that the rollout waited for is proven: it takes over from the one that it was
+    /// started beside.
+    fn promote(&mut self, id: WorkerId, cx: &mut Context<'_>) {
+        let why = self.why_replaced();
+        let Some(rollout) = &mut self.rollout else { return };
+        rollout.step = Step::Ready;
+        let Some(slot) = self.slots.iter_mut().find(|slot| slot.holds(id)) else { return };
+        if rollout.undrains(slot.number) {
+            slot.drained = false;
+        }
+        if slot.workers().any(|worker| worker.id == id && worker.stands_in) {
+            rollout.stand_in = Some(id);
+        } else {
+            rollout.replaced += 1;
+        }
+        if slot.next.as_ref().is_none_or(|next| next.id != id) {
+            return;
+        }
+        if let Some(old) = slot.current.as_ref().map(|worker| worker.id) {
+            self.outgrown(old, cx);
+            self.retire(old, why, cx);
+        }
+        if let Some(slot) = self.slots.iter_mut().find(|slot| slot.holds(id)) {
+            slot.current = slot.next.take();
+        }
+        self.remember_port(id);
+    }
+
+    /// Why the worker whose turn it is makes way.
+    fn why_replaced(&self) -> Why {
+        match self.rollout.as_ref().and_then(Rollout::recycles) {
+            Some(Worn::Unhealthy { .. }) => Why::Unhealthy,
+            Some(Worn::Memory { .. } | Worn::Age { .. } | Worn::StandIn) | None => Why::Replaced,
+        }
+    }
+
+    /// The worker in the slot at `index`, which the rollout waited for, failed.
+    pub(super) fn fail_rollout(
+        &mut self,
+        index: usize,
+        reason: &str,
+        said: &[String],
+        cx: &mut Context<'_>,
+    ) {
+        let slot = &self.slots[index];
+        let number = slot.number;
+        let serving = self.serving();
+        let Some(rollout) = &mut self.rollout else { return };
+        let Step::Proving { proof, .. } = rollout.step else { return };
+        let goes_on = match (proof, rollout.kind) {
+            (Proof::Port, _) => {
+                let of = |port: Option<u16>| port.map_or_else(String::new, |port| port.to_string());
+                let stand_in = slot.current.as_ref().and_then(|worker| worker.port);
+                let (stand_in, own) = (of(stand_in), of(slot.fixed_port));
+                rollout.skipped.push(format!(
+                    "slot {number} serves on port {stand_in} until {own} is to be had: {reason}"
+                ));
+                true
+            }
+            (Proof::Revival, _) if serving > 0 || !rollout.todo.is_empty() => {
+                rollout.skipped.push(format!("slot {number} was down before, and is: {reason}"));
+                true
+            }
+            // These settings are known to work.
+            (_, Kind::Reload) => self.fallback.is_none(),
+            (_, Kind::Rollback | Kind::Recycle(_)) => true,
+            (_, Kind::Restart) => false,
+        };
+        if goes_on {
             // The slot's own backoff brings it back, the others go on.
             rollout.step = Step::Ready;
             return;
         }
-        let error = format!("{}: {reason}", self.name());
-        self.note(Fact::RolloutFailed { reason }, cx);
+        let outcome = outcome(rollout, serving);
+        let reason = format!("slot {number}: {reason}; {outcome}");
+        let mut error = format!("{}: {reason}", self.name());
+        if !said.is_empty() {
+            error = format!("{error}; it said last:");
+            said.iter().for_each(|line| error.extend(["\n    ", line]));
+        }
+        self.note(Fact::RolloutFailed { reason, said: said.to_vec() }, cx);
         self.end_rollout(Err(error), cx);
         self.realign();
         if let Some(mut old) = self.fallback.take() {
@@ -225,13 +379,13 @@ impl Service {
         wanted: Option<&Arc<WorkerSpec>>,
         cx: &mut Context<'_>,
     ) -> Option<WorkerId> {
-        let step = self.rollout.as_ref()?.step;
+        let waited_for = self.rollout.as_ref()?.proving();
         self.end_rollout(Err(reason.to_owned()), cx);
         let proving = self
             .slots
             .iter()
             .flat_map(Slot::workers)
-            .find(|worker| step == Step::Proving(worker.id) && wanted == Some(&worker.spec))
+            .find(|worker| waited_for == Some(worker.id) && wanted == Some(&worker.spec))
             .map(|worker| worker.id);
         let replacements = self.slots.iter().filter_map(|slot| slot.next.as_ref());
         let half_made = replacements.map(|next| next.id).find(|&id| proving != Some(id));
@@ -253,10 +407,13 @@ impl Service {
         }
     }
 
-    /// Whether the worker in `slot` can stay until its replacement is healthy.
+    /// Whether the worker in `slot` can stay until its replacement is proven.
     fn beside(&self, slot: &Slot, outgoing: &Outgoing) -> Beside {
-        let serving = slot.current.as_ref().filter(|worker| worker.phase == Phase::Healthy);
-        let Some(current) = serving else { return Beside::Never };
+        let staying = slot.current.as_ref().filter(|worker| worker.can_stay());
+        let Some(current) = staying else { return Beside::Never };
+        if self.config.rollout.order == Order::StopFirst {
+            return Beside::Never;
+        }
         let Some(port) = slot.fixed_port else { return Beside::Now };
         let target = &self.config.worker;
         let address = target.address(port);
@@ -265,7 +422,7 @@ impl Service {
         let shared = is_bound && current.address() == Some(address);
         let is_one_workers = [target, &current.spec].map(|spec| spec.socket == SocketMode::Bind);
         if shared && is_one_workers.contains(&true) {
-            Beside::Never
+            Beside::StandIn
         } else if outgoing.leave_room(address, target.socket, usize::from(shared)) {
             Beside::Now
         } else {
@@ -273,44 +430,96 @@ impl Service {
         }
     }
 
-    /// Replaces the worker in the slot at `index`: by one beside it, or by one after it.
-    fn replace(&mut self, index: usize, beside: bool, cx: &mut Context<'_>) {
-        let target = self.config.worker.clone();
+    /// Starts the replacement of the worker in the slot at `index`, which goes on meanwhile.
+    fn start_beside(&mut self, index: usize, place: Place, cx: &mut Context<'_>) {
+        self.renew(index);
+        let current = self.slots[index].current.as_ref().map(|worker| worker.id);
+        let stand_in = self.rollout.as_mut().and_then(|rollout| rollout.stand_in.take());
+        let proof = match current.is_some() && current == stand_in {
+            true => Proof::Port,
+            false => Proof::Settings,
+        };
+        let id = self.spawn(index, place, cx);
+        if let Some(rollout) = &mut self.rollout {
+            rollout.step = Step::Proving { id, proof };
+        }
+    }
+
+    /// Has the worker in the slot at `index` make way, if there is one, for its successor.
+    fn start_after(&mut self, index: usize, cx: &mut Context<'_>) {
+        let why = self.why_replaced();
+        self.renew(index);
         let slot = &mut self.slots[index];
-        slot.spec = target;
+        let number = slot.number;
+        slot.start_at = cx.now;
+        let was_down = slot.current.as_ref().is_none_or(|worker| !worker.can_stay());
+        if let Some(id) = slot.current.as_ref().map(|worker| worker.id) {
+            self.outgrown(id, cx);
+            self.retire(id, why, cx);
+        }
+        let serves = self.serving() > 0;
+        let Some(rollout) = &mut self.rollout else { return };
+        if was_down && serves {
+            rollout.skipped.push(format!(
+                "slot {number} was down before: it is started anew, and was not waited for"
+            ));
+            rollout.step = Step::Ready;
+        } else {
+            let proof = if was_down { Proof::Revival } else { Proof::Settings };
+            rollout.step = Step::Vacating { slot: number, proof };
+        }
+    }
+
+    /// What is started in the slot at `index` from now on has the settings in force.
+    fn renew(&mut self, index: usize) {
+        let slot = &mut self.slots[index];
+        slot.spec = Arc::clone(&self.config.worker);
         if self.rollout.as_ref().and_then(Rollout::recycles).is_none() {
             slot.backoff.reset();
         }
-        let number = slot.number;
-        let step = if beside {
-            Step::Proving(self.spawn(index, true, cx))
-        } else {
-            slot.start_at = cx.now;
-            if let Some(id) = slot.current.as_ref().map(|worker| worker.id) {
-                self.outgrown(id, cx);
-                self.retire(id, Why::Replaced, cx);
-            }
-            Step::Vacating(number)
-        };
-        if let Some(rollout) = &mut self.rollout {
-            rollout.step = step;
-        }
+    }
+
+    /// How many workers are in rotation.
+    fn serving(&self) -> usize {
+        let current = self.slots.iter().filter_map(|slot| slot.current.as_ref());
+        current.filter(|worker| worker.in_rotation()).count()
     }
 
     fn finish_rollout(&mut self, cx: &mut Context<'_>) {
         self.fallback = None;
-        let worth_a_line = |rollout: &Rollout| {
+        let worth_a_line = |rollout: &&Rollout| {
             rollout.workers > 0 && matches!(rollout.kind, Kind::Reload | Kind::Restart)
         };
-        if self.rollout.as_ref().is_some_and(worth_a_line) {
-            self.note(Fact::RolloutDone, cx);
+        if let Some(rollout) = self.rollout.as_ref().filter(worth_a_line) {
+            let skipped = rollout.skipped.clone();
+            self.note(Fact::RolloutDone { skipped }, cx);
         }
         self.end_rollout(Ok(()), cx);
     }
 
     pub(super) fn end_rollout(&mut self, result: Result<(), String>, cx: &mut Context<'_>) {
-        for ticket in self.rollout.take().into_iter().flat_map(|rollout| rollout.tickets) {
+        let Some(rollout) = self.rollout.take() else { return };
+        let name = &self.config.name;
+        let skipped = rollout.skipped.iter().map(|skipped| format!("{name}: {skipped}"));
+        let result = result.map(|()| skipped.collect::<Vec<_>>());
+        for ticket in rollout.tickets {
             cx.actions.push(Action::Answer { ticket, result: result.clone() });
         }
+    }
+}
+
+/// What a rollout that failed leaves, with so many workers in rotation: part of a sentence.
+fn outcome(rollout: &Rollout, serving: usize) -> String {
+    let replaced = rollout.replaced;
+    let stays = match rollout.kind {
+        Kind::Reload | Kind::Rollback | Kind::Recycle(_) => "go back to the old settings",
+        Kind::Restart => "stay",
+    };
+    match (serving, replaced) {
+        (0, _) => "no worker serves".to_owned(),
+        (1, 0) => "the old worker still serves, nothing changed".to_owned(),
+        (_, 0) => format!("the {serving} old workers still serve, nothing changed"),
+        (_, 1) => format!("{serving} workers serve; the one that was replaced before will {stays}"),
+        _ => format!("{serving} workers serve; the {replaced} replaced before will {stays}"),
     }
 }

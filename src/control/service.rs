@@ -66,6 +66,17 @@ pub enum Coming {
     Never,
 }
 
+/// Where in a slot a worker is started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Place {
+    /// In a vacant one.
+    Slot,
+    /// As the replacement of the one that fills it.
+    Beside,
+    /// The same, on a free port instead of the slot's own.
+    StandIn,
+}
+
 /// One service under supervision.
 #[derive(Debug)]
 pub struct Service {
@@ -127,7 +138,7 @@ impl Service {
             Coming::Never
         } else if slot.on_its_way() {
             Coming::Now
-        } else if slot.is_vacant() && self.is_open() {
+        } else if slot.is_vacant() && self.is_filled() {
             // A slot that waits for its predecessor to be gone is as good as starting.
             Coming::At(slot.start_at)
         } else {
@@ -144,6 +155,12 @@ impl Service {
     #[must_use]
     pub fn is_open(&self) -> bool {
         self.life == Life::Open
+    }
+
+    /// Whether its vacant slots are filled: while it is meant to be, and, when lbd stops, for as long
+    /// as clients are let in that may have to wait for a worker.
+    pub(super) fn is_filled(&self) -> bool {
+        matches!(self.life, Life::Open | Life::Closing(Why::Stopping))
     }
 
     /// The workers on their way out, and those that will be as soon as its listeners are empty.
@@ -229,15 +246,13 @@ impl Service {
 
     /// When [`Self::timeout`] wants to be called next; `outgoing` as in [`Self::settle`].
     pub(super) fn deadline(&self, outgoing: &Outgoing) -> Option<Instant> {
-        let unhealthy_after = self.config.restart.unhealthy_after;
-        let workers =
-            self.workers().filter_map(|w| w.deadline(&self.config.health, unhealthy_after));
+        let workers = self.workers().filter_map(|worker| worker.deadline(&self.config.health));
         let slots = self
             .slots
             .iter()
             .filter(|slot| self.may_fill(slot, outgoing))
             .map(|slot| slot.start_at);
-        workers.chain(slots).chain(self.recycling_deadline()).min()
+        workers.chain(slots).chain(self.recycling_deadline()).chain(self.proven_at()).min()
     }
 
     /// Starts what is due, and asks for publication where the rotation changed. Called after every
@@ -247,7 +262,7 @@ impl Service {
         for index in 0..self.slots.len() {
             let slot = &self.slots[index];
             if slot.start_at <= cx.now && self.may_fill(slot, outgoing) {
-                let id = self.spawn(index, false, cx);
+                let id = self.spawn(index, Place::Slot, cx);
                 if let Some(rollout) = &mut self.rollout {
                     rollout.filled(self.slots[index].number, id);
                 }
@@ -268,19 +283,24 @@ impl Service {
         cx.actions.push(Action::Note(Note { service: self.name(), worker: None, fact }));
     }
 
-    /// Starts a worker in the slot, as its replacement where `beside` the one that fills it.
-    pub(super) fn spawn(&mut self, index: usize, beside: bool, cx: &mut Context<'_>) -> WorkerId {
+    /// Starts a worker in the slot at `index`.
+    pub(super) fn spawn(&mut self, index: usize, place: Place, cx: &mut Context<'_>) -> WorkerId {
         cx.shared.ids += 1;
         let id = WorkerId(cx.shared.ids);
         let slot = &mut self.slots[index];
         slot.restarts += u64::from(slot.generation > 0);
         slot.generation += 1;
-        let port = if beside { slot.fixed_port } else { slot.wanted_port() };
+        let port = match place {
+            Place::Slot => slot.wanted_port(),
+            Place::Beside => slot.fixed_port,
+            Place::StandIn => None,
+        };
         let spec = Arc::clone(&slot.spec);
         let mut worker = Worker::new(id, spec, slot.number, slot.fixed_port, cx.now);
         worker.port = port;
         worker.wear = Wear::new(&mut cx.shared.random);
         worker.generation = slot.generation;
+        worker.stands_in = place == Place::StandIn;
         cx.actions.push(Action::Spawn(Spawn {
             id,
             service: Arc::clone(&self.config.name),
@@ -288,13 +308,15 @@ impl Service {
             port,
             spec: Arc::clone(&slot.spec),
         }));
-        if slot.drained {
+        let undrains = self.rollout.as_ref().is_some_and(|rollout| rollout.undrains(slot.number));
+        // With no worker beside it that is out of rotation, the slot itself is back.
+        slot.drained &= !(undrains && place == Place::Slot);
+        if slot.drained && !undrains {
             worker.set_aside(cx.now, cx.actions);
         }
-        if beside {
-            slot.next = Some(worker);
-        } else {
-            slot.current = Some(worker);
+        match place {
+            Place::Slot => slot.current = Some(worker),
+            Place::Beside | Place::StandIn => slot.next = Some(worker),
         }
         id
     }
@@ -310,7 +332,11 @@ impl Service {
     /// being replaced for a limit is kept.
     pub(super) fn drain(&mut self, number: u32, cx: &mut Context<'_>) {
         let Some(index) = self.slots.iter().position(|slot| slot.number == number) else { return };
-        if self.slots[index].drained {
+        if let Some(rollout) = &mut self.rollout {
+            rollout.leave_drained(number);
+        }
+        let is_in_rotation = |worker: &Worker| worker.aside.is_none();
+        if self.slots[index].drained && !self.slots[index].workers().any(is_in_rotation) {
             return;
         }
         self.slots[index].drained = true;
@@ -319,7 +345,7 @@ impl Service {
             self.abandon_rollout("an operator took the worker out of rotation", None, cx);
         }
         let slot = &mut self.slots[index];
-        for worker in slot.workers_mut() {
+        for worker in slot.workers_mut().filter(|worker| worker.aside.is_none()) {
             worker.set_aside(cx.now, cx.actions);
         }
         let subject = note_of_slot(slot);
@@ -331,7 +357,7 @@ impl Service {
         let slot = self.slots.iter_mut().find(|slot| slot.number == number && slot.drained);
         let Some(slot) = slot else { return };
         slot.drained = false;
-        for worker in slot.workers_mut() {
+        for worker in slot.workers_mut().filter(|worker| worker.aside.is_some()) {
             worker.bring_back(cx.now, cx.actions);
         }
         let subject = note_of_slot(slot);
@@ -350,7 +376,7 @@ impl Service {
     /// Whether the slot is to be filled, and workers on their way out leave it its port.
     fn may_fill(&self, slot: &Slot, outgoing: &Outgoing) -> bool {
         let room = |port| outgoing.leave_room(slot.spec.address(port), slot.spec.socket, 0);
-        self.is_open() && slot.is_vacant() && slot.wanted_port().is_none_or(room)
+        self.is_filled() && slot.is_vacant() && slot.wanted_port().is_none_or(room)
     }
 
     pub(super) fn note_worker(&self, id: WorkerId, fact: Fact, cx: &mut Context<'_>) {

@@ -17,10 +17,12 @@ use std::{
 };
 
 use super::{
-    Action, Coming, Event, Fact, Phase, ProbeOutcome, Service, Spawn, Supervisor, Ticket, WorkerId,
+    Action, Coming, Event, Fact, Phase, ProbeOutcome, Service, Spawn, Supervisor, Ticket, Verdict,
+    WorkerId,
 };
 use crate::config::{
-    self, DEFAULT_HOST, Drain, Output, Program, Restart, Slots, SocketMode, Stop, WorkerSpec,
+    self, DEFAULT_HOST, Drain, Output, Program, Restart, Rollout, Slots, SocketMode, Stop,
+    WorkerSpec,
 };
 
 const MS: fn(u64) -> Duration = Duration::from_millis;
@@ -45,7 +47,8 @@ pub(super) fn spec(command: &str) -> Arc<WorkerSpec> {
     })
 }
 
-/// A service with every default, but a restart delay that knows no jitter: always 100 ms.
+/// A service with every default, but a restart delay that knows no jitter, always 100 ms, and no
+/// time to settle.
 pub(super) fn service(name: &str, command: &str, slots: Slots) -> config::Service {
     config::Service {
         name: name.into(),
@@ -55,6 +58,7 @@ pub(super) fn service(name: &str, command: &str, slots: Slots) -> config::Servic
         routing: config::Routing::default(),
         health: config::Health::default(),
         restart: Restart { max_delay: MS(100), ..Restart::default() },
+        rollout: Rollout { settle: Duration::ZERO, ..Rollout::default() },
         stop: Stop::default(),
         limits: config::Limits::default(),
     }
@@ -127,7 +131,10 @@ impl World {
                 Action::Reinstate { id } => format!("reinstate {}", id.0),
                 Action::Close { service } => format!("close {service}"),
                 Action::Forget { service } => format!("forget {service}"),
-                Action::Answer { ticket, result: Ok(()) } => format!("answer {}", ticket.0),
+                Action::Answer { ticket, result: Ok(warnings) } => {
+                    let warnings = warnings.iter().map(|warning| format!(" ({warning})"));
+                    format!("answer {}{}", ticket.0, warnings.collect::<String>())
+                }
                 Action::Answer { ticket, result: Err(e) } => format!("answer {}: {e}", ticket.0),
                 Action::Restored(service) => format!("restored {}", service.name),
                 Action::Finished => "finished".to_owned(),
@@ -208,8 +215,13 @@ impl World {
     }
 
     fn answer_probe(&mut self, id: u64, error: Option<&str>) -> Vec<String> {
+        let verdict = error.map_or(Verdict::Passed, |error| Verdict::Failed(error.to_owned()));
+        self.judge_probe(id, verdict)
+    }
+
+    fn judge_probe(&mut self, id: u64, verdict: Verdict) -> Vec<String> {
         self.probing.remove(&id);
-        let outcome = ProbeOutcome { took: MS(1), error: error.map(str::to_owned) };
+        let outcome = ProbeOutcome { took: MS(1), verdict };
         self.event(Event::Probed { id: WorkerId(id), outcome })
     }
 
@@ -239,6 +251,7 @@ impl World {
             id: WorkerId(id),
             status: "exit status 1".to_owned(),
             by_signal: false,
+            said: Vec::new(),
         })
     }
 

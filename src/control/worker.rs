@@ -19,7 +19,7 @@ use std::{
 };
 
 use super::{
-    event::{Action, ProbeOutcome, Why, WorkerId},
+    event::{Action, ProbeOutcome, Verdict, Why, WorkerId},
     health::Tally,
     recycle::Wear,
 };
@@ -28,6 +28,10 @@ use crate::config::{Drain, Health, SocketMode, Stop, WorkerSpec};
 /// A new worker is probed again this soon after its first failure; the pause doubles up to
 /// `interval`, so that a program that listens quickly is in rotation quickly.
 const FIRST_PROBE_PAUSE: Duration = Duration::from_millis(20);
+
+/// A new worker that is not healthy for so long gets a line that says why: most are by then, and
+/// whoever waits in front of a terminal begins to wonder.
+const LATE: Duration = Duration::from_secs(5);
 
 /// One child's life.
 #[derive(Debug, Clone)]
@@ -56,8 +60,12 @@ pub struct Worker {
     pub last_probe: Option<ProbeOutcome>,
     /// How near it is to its limits.
     pub wear: Wear,
+    /// It fills its slot on a port of its own, while the slot's port is not to be had.
+    pub stands_in: bool,
     /// Since when an operator has it out of rotation, whatever its phase; see [`Slot::drained`](super::Slot::drained).
     pub aside: Option<Instant>,
+    /// It was said that it is not healthy yet.
+    late: bool,
     tally: Tally,
     probe: ProbeClock,
     pause: Duration,
@@ -122,10 +130,12 @@ pub enum Change {
         /// What the last probe showed.
         error: String,
     },
+    /// It is not healthy yet, and somebody may wonder why. Once.
+    Late,
     /// It did not become healthy in time.
     StartTimeout,
-    /// It has been unhealthy for too long.
-    UnhealthyTooLong,
+    /// It can't become healthy.
+    Hopeless,
     /// The time for its connections to end is over.
     DrainTimeout,
     /// The time to end by itself is over.
@@ -155,7 +165,9 @@ impl Worker {
             started: now,
             last_probe: None,
             wear: Wear::default(),
+            stands_in: false,
             aside: None,
+            late: false,
             tally: Tally::default(),
             probe: ProbeClock::Off,
             pause: FIRST_PROBE_PAUSE,
@@ -176,6 +188,18 @@ impl Worker {
     #[must_use]
     pub fn in_rotation(&self) -> bool {
         self.phase == Phase::Healthy && self.aside.is_none()
+    }
+
+    /// Whether it can go on while its replacement is started beside it.
+    #[must_use]
+    pub fn can_stay(&self) -> bool {
+        matches!(self.phase, Phase::Healthy | Phase::Unhealthy)
+    }
+
+    /// When it will have been healthy without a break for `settle`.
+    #[must_use]
+    pub fn settled_at(&self, settle: Duration) -> Option<Instant> {
+        (self.phase == Phase::Healthy).then(|| self.since + settle)
     }
 
     /// Whether it may yet become healthy by itself.
@@ -231,11 +255,18 @@ impl Worker {
             }
             ProbeClock::Off | ProbeClock::Due(_) => return Change::None,
         };
-        let passed = outcome.error.is_none();
-        let error = outcome.error.clone();
+        let verdict = outcome.verdict.clone();
+        let error = outcome.error().map(str::to_owned);
         self.last_probe = Some(outcome);
-        self.tally.count(passed);
+        let passed = verdict == Verdict::Passed;
+        match verdict {
+            Verdict::Passed => self.tally.count(true),
+            Verdict::Failed(_) | Verdict::Hopeless(_) => self.tally.count(false),
+            Verdict::Unknown(_) => {}
+        }
+        let hopeless = matches!(verdict, Verdict::Hopeless(_));
         let change = match self.phase {
+            Phase::Starting if hopeless => Change::Hopeless,
             Phase::Starting if self.tally.risen(health.rise) => {
                 self.enter(Phase::Healthy, now);
                 Change::Healthy { first: true }
@@ -247,6 +278,12 @@ impl Worker {
             Phase::Healthy if self.tally.fallen(health.fall) => {
                 self.enter(Phase::Unhealthy, now);
                 Change::Unhealthy { error: error.unwrap_or_default() }
+            }
+            Phase::Starting
+                if !passed && !self.late && now.duration_since(self.started) >= LATE =>
+            {
+                self.late = true;
+                Change::Late
             }
             Phase::Launching
             | Phase::Starting
@@ -279,9 +316,10 @@ impl Worker {
                 self.ask_to_stop(why, stop, now, actions);
             }
             Phase::Healthy | Phase::Unhealthy => {
-                // Where the worker ends its own connections, or has had its time to, the signal
-                // follows at once; retiring comes first so that no new one is on its way to it.
-                if stop.drain == Drain::Signal || why == Why::Unhealthy {
+                // Where the worker ends its own connections the signal follows at once; retiring comes
+                // first so that no new one is on its way to it. One whose probes fail may be busy with
+                // what it has: it is not to be cut off before it had its time.
+                if stop.drain == Drain::Signal && why != Why::Unhealthy {
                     actions.push(Action::Retire { id: self.id });
                     self.ask_to_stop(why, stop, now, actions);
                 } else {
@@ -370,10 +408,9 @@ impl Worker {
 
     /// When [`Self::timeout`] wants to be called next.
     #[must_use]
-    pub fn deadline(&self, health: &Health, unhealthy_after: Duration) -> Option<Instant> {
+    pub fn deadline(&self, health: &Health) -> Option<Instant> {
         let phase = match self.phase {
             Phase::Launching | Phase::Starting => Some(self.started + health.start_timeout),
-            Phase::Unhealthy if self.aside.is_none() => Some(self.since + unhealthy_after),
             Phase::Draining { until, .. } => Some(until),
             Phase::Stopping { kill_at, .. } => kill_at,
             Phase::Healthy | Phase::Unhealthy | Phase::Ended => None,
@@ -386,19 +423,10 @@ impl Worker {
     }
 
     /// Looks at the clock: tells which deadline has passed, or else asks for the probe that is due.
-    pub fn timeout(
-        &mut self,
-        health: &Health,
-        unhealthy_after: Duration,
-        now: Instant,
-        actions: &mut Vec<Action>,
-    ) -> Change {
+    pub fn timeout(&mut self, health: &Health, now: Instant, actions: &mut Vec<Action>) -> Change {
         let change = match self.phase {
             Phase::Launching | Phase::Starting if now >= self.started + health.start_timeout => {
                 Change::StartTimeout
-            }
-            Phase::Unhealthy if self.aside.is_none() && now >= self.since + unhealthy_after => {
-                Change::UnhealthyTooLong
             }
             Phase::Draining { until, .. } if now >= until => Change::DrainTimeout,
             Phase::Stopping { kill_at: Some(at), .. } if now >= at => Change::StopTimeout,

@@ -10,7 +10,7 @@ use std::{
 };
 
 use crate::{
-    control::ProbeOutcome,
+    control::{ProbeOutcome, Verdict},
     histogram::Durations,
     route::{Upstream, WorkerTally},
 };
@@ -60,9 +60,12 @@ impl Ledger {
     pub(super) fn probed(&mut self, service: &str, slot: u32, outcome: &ProbeOutcome) {
         let account = self.0.get_mut(service).and_then(|slots| slots.get_mut(&slot));
         if let Some(Account { probes, .. }) = account {
-            let passed = outcome.error.is_none();
-            probes.passed += u64::from(passed);
-            probes.failed += u64::from(!passed);
+            match outcome.verdict {
+                Verdict::Passed => probes.passed += 1,
+                Verdict::Failed(_) | Verdict::Hopeless(_) => probes.failed += 1,
+                // It says nothing of the worker.
+                Verdict::Unknown(_) => {}
+            }
             probes.took.count(outcome.took);
         }
     }
@@ -131,7 +134,7 @@ mod tests {
     #[test]
     fn slots_that_are_gone_are_forgotten() {
         let (mut ledger, web) = (Ledger::default(), Arc::from("web"));
-        let passed = ProbeOutcome { took: Duration::from_millis(1), error: None };
+        let passed = ProbeOutcome { took: Duration::from_millis(1), verdict: Verdict::Passed };
         for slot in 0..3 {
             ledger.open(&web, slot, upstream(slot.into()));
             ledger.probed("web", slot, &passed);

@@ -58,6 +58,10 @@ impl Notes {
             Fact::Unhealthy { error } => {
                 warn!(service, slot, port, pid, error, "worker unhealthy");
             }
+            Fact::NotYetHealthy { error, after } => {
+                let after = seconds(*after);
+                warn!(service, slot, port, pid, error, after, "worker not healthy yet");
+            }
             Fact::Down { reason, restart_in, failures, failure } => {
                 let Some(folded) = self.fold(note, reason, now) else { return };
                 let folded = (folded > 0).then_some(folded);
@@ -103,16 +107,29 @@ impl Notes {
                 let (age, limit) = (seconds(*age), seconds(*limit));
                 info!(service, slot, port, pid, why = "max-age", age, limit, "recycling");
             }
+            // That one is said as `Fact::Down`.
+            Fact::Recycling { worn: Worn::Unhealthy { .. } } => {}
+            Fact::Recycling { worn: Worn::StandIn } => {
+                info!(service, slot, port, pid, why = "port", "recycling");
+            }
             Fact::NotRecycled { reason, retry_in } => {
                 let retry_in = seconds(*retry_in);
                 warn!(service, slot, port, pid, error = reason, retry_in, "not recycled");
             }
             Fact::RolloutBegun { workers } => info!(service, workers, "replacing workers"),
-            Fact::RolloutDone => info!(service, "workers replaced"),
-            Fact::RolloutFailed { reason } => {
+            Fact::RolloutDone { skipped } if skipped.is_empty() => {
+                info!(service, "workers replaced");
+            }
+            Fact::RolloutDone { skipped } => {
+                let skipped = skipped.join("; ");
+                warn!(service, skipped, "workers replaced");
+            }
+            Fact::RolloutFailed { reason, said } => {
+                let said = (!said.is_empty()).then(|| said.join(" | "));
                 error!(
                     service,
                     error = reason,
+                    said,
                     "replacement failed, the old settings stay in force"
                 );
             }

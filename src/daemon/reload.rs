@@ -66,7 +66,7 @@ impl Daemon<'_> {
             Ok(Prepared { new, diff, bound, steerable }) => {
                 let (added, removed) = (diff.added.len(), diff.removed.len());
                 let changed = diff.changed.len();
-                let reloaded = Reloaded { added, removed, changed };
+                let reloaded = Reloaded { added, removed, changed, warnings: Vec::new() };
                 let ticket = self.requests.wait(Waiting::Reload { askers, reloaded });
                 self.loads.accepted(ticket);
                 let moved = self.fronts.detach(&bound);

@@ -13,7 +13,7 @@ use crate::{
 pub(super) struct Requests {
     tickets: u64,
     waiting: HashMap<Ticket, Waiting>,
-    finished: Vec<(Ticket, Result<(), String>)>,
+    finished: Vec<(Ticket, Result<Vec<String>, String>)>,
 }
 
 /// What is to be said at the end, and to whom.
@@ -53,7 +53,7 @@ impl Requests {
     }
 
     /// Takes note of control's answer, which [`Daemon::tell_askers`] passes on.
-    pub(super) fn finish(&mut self, ticket: Ticket, result: Result<(), String>) {
+    pub(super) fn finish(&mut self, ticket: Ticket, result: Result<Vec<String>, String>) {
         self.finished.push((ticket, result));
     }
 }
@@ -79,10 +79,10 @@ impl Loads {
     }
 
     /// Of several reloads only the last one says how it is.
-    fn rolled_out(&mut self, ticket: Ticket, result: &Result<(), String>) {
+    fn rolled_out(&mut self, ticket: Ticket, result: &Result<Vec<String>, String>) {
         let is_last = self.ticket == Some(ticket);
         match result {
-            Ok(()) => {
+            Ok(_) => {
                 self.ok += 1;
                 if is_last {
                     self.succeeded_at = self.loaded_at;
@@ -139,11 +139,13 @@ impl Daemon<'_> {
             match self.requests.waiting.remove(&ticket) {
                 Some(Waiting::Reload { askers, reloaded }) => {
                     self.loads.rolled_out(ticket, &result);
-                    let answer = result.map(|()| reloaded).map_err(Failure::Failed);
+                    let answer = result.map(|warnings| Reloaded { warnings, ..reloaded });
+                    let answer = answer.map_err(Failure::Failed);
                     tell(askers, &answer);
                 }
                 Some(Waiting::Restart { asker, restarted }) => {
-                    tell([asker], &result.map(|()| restarted).map_err(Failure::Failed));
+                    let answer = result.map(|warnings| Restarted { warnings, ..restarted });
+                    tell([asker], &answer.map_err(Failure::Failed));
                 }
                 // The start of the daemon, which nobody asked for.
                 None => {}
@@ -158,7 +160,7 @@ impl Daemon<'_> {
         };
         let workers = slot.map_or(service.slots.len(), |_| 1);
         let service = Some(Arc::clone(&service.config.name));
-        let restarted = Restarted { workers };
+        let restarted = Restarted { workers, warnings: Vec::new() };
         let ticket = self.requests.wait(Waiting::Restart { asker, restarted });
         self.handle(Event::Restart { service, slot, ticket });
     }

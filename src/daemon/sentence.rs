@@ -70,7 +70,7 @@ fn reason<'a>(service: &Service, slot: &'a Slot) -> Option<&'a str> {
     if slot.drained {
         return Some("drained by an operator");
     }
-    let probe = current.and_then(|worker| worker.last_probe.as_ref()?.error.as_deref());
+    let probe = current.and_then(|worker| worker.last_probe.as_ref()?.error());
     probe.or_else(|| Some(&*slot.last_exit.as_ref()?.status))
 }
 

@@ -96,9 +96,9 @@ impl Daemon<'_> {
             resident_bytes: None,
             cpu_seconds: None,
             last_probe: worker.last_probe.as_ref().map(|probe| Probe {
-                ok: probe.error.is_none(),
+                ok: probe.error().is_none(),
                 seconds: micros(probe.took),
-                error: probe.error.clone(),
+                error: probe.error().map(str::to_owned),
             }),
         }
     }

@@ -20,7 +20,7 @@ use tokio::{
 
 use crate::{
     config::{Probe, ProxyProtocol},
-    control::ProbeOutcome,
+    control::{ProbeOutcome, Verdict},
     proxy_protocol::{Ends, Header},
     sockets::{Endpoint, diag::Diag},
 };
@@ -55,7 +55,9 @@ pub async fn run(
         Err(_) if accepted && *probe == Probe::Tcp => Err(ProbeError::NotAccepted(limit)),
         Err(_) => Err(ProbeError::Timeout(limit)),
     };
-    ProbeOutcome { took: began.elapsed(), error: result.err().map(|error| error.to_string()) }
+    let verdict =
+        result.map_or_else(|error| Verdict::Failed(error.to_string()), |()| Verdict::Passed);
+    ProbeOutcome { took: began.elapsed(), verdict }
 }
 
 /// Why a probe failed.
@@ -196,7 +198,10 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let endpoint = Endpoint::from(address);
         let manner = Manner::default();
-        runtime.block_on(run(probe, &endpoint, endpoint.way_of_a_probe(), manner, limit)).error
+        runtime
+            .block_on(run(probe, &endpoint, endpoint.way_of_a_probe(), manner, limit))
+            .error()
+            .map(str::to_owned)
     }
 
     fn http(path: &str) -> Probe {
@@ -242,7 +247,11 @@ mod tests {
             let endpoint = Endpoint::from(address);
             let socket = endpoint.way_of_a_probe();
             let manner = Manner { accepted: true, ..Manner::default() };
-            runtime.unwrap().block_on(run(&Probe::Tcp, &endpoint, socket, manner, limit)).error
+            runtime
+                .unwrap()
+                .block_on(run(&Probe::Tcp, &endpoint, socket, manner, limit))
+                .error()
+                .map(str::to_owned)
         };
         let error = "a connection is not accepted within 50ms".to_owned();
         assert_eq!(probe(Duration::from_millis(50)), Some(error));

@@ -65,6 +65,7 @@ ports   = [9002, 9003, 9004, 9005]
                 rise: number(1),
                 fall: number(3),
                 start_timeout: 60 * second,
+                owner: Owner::Tree,
             },
             restart: Restart {
                 min_delay: second / 10,
@@ -72,6 +73,7 @@ ports   = [9002, 9003, 9004, 9005]
                 reset_after: 10 * second,
                 unhealthy_after: 30 * second,
             },
+            rollout: Rollout { order: Order::StartFirst, settle: second / 2 },
             stop: Stop {
                 signal: Signal::SIGTERM,
                 drain: Drain::Wait,
@@ -141,6 +143,10 @@ min-delay = "1s"
 max-delay = "1s"
 reset-after = "5s"
 unhealthy-after = "6s"
+
+[service."a.b_c-1".rollout]
+order = "stop-first"
+settle = "0s"
 
 [service."a.b_c-1".stop]
 signal = "SIGQUIT"
@@ -217,6 +223,7 @@ max-connections = 30
             rise: number(2),
             fall: number(5),
             start_timeout: 4 * second,
+            owner: Owner::Tree,
         },
         restart: Restart {
             min_delay: second,
@@ -224,6 +231,7 @@ max-connections = 30
             reset_after: 5 * second,
             unhealthy_after: 6 * second,
         },
+        rollout: Rollout { order: Order::StopFirst, settle: Duration::ZERO },
         stop: Stop {
             signal: Signal::SIGQUIT,
             drain: Drain::Signal,
@@ -246,7 +254,7 @@ max-connections = 30
     assert_eq!(config.services, [expected]);
     assert_eq!(
         config.refuse_process_limits("there is no cgroup").unwrap_err().to_string(),
-        "/srv/lb.toml:60: service.\"a.b_c-1\".limits.processes: there is no cgroup; remove it, or \
+        "/srv/lb.toml:64: service.\"a.b_c-1\".limits.processes: there is no cgroup; remove it, or \
          run lbd where it has a cgroup with the pids controller, such as systemd's Delegate=yes \
          gives it"
     );
@@ -326,6 +334,13 @@ fn addresses_that_do_not_meet_are_accepted() {
              [service.b]\nlisten = \"{other}\"\ncommand = [\"x\"]\nports = [9002]\nhost = \"::1\"\n"
         ));
         assert_eq!(config.services.len(), 2);
+    }
+}
+
+#[test]
+fn the_owner_of_a_listening_socket_is_believed_as_the_file_says() {
+    for (word, owner) in [("tree", Owner::Tree), ("user", Owner::User), ("any", Owner::Any)] {
+        assert_eq!(service(&format!("health.owner = \"{word}\"")).health.owner, owner);
     }
 }
 

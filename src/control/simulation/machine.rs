@@ -9,8 +9,8 @@ use std::{
 
 use super::{
     super::{
-        Action, Event, ProbeOutcome, Rotation, Spawn, Supervisor, Ticket, WORKERS_ON_A_PORT,
-        WorkerId,
+        Action, Event, ProbeOutcome, Rotation, Spawn, Supervisor, Ticket, Verdict,
+        WORKERS_ON_A_PORT, WorkerId,
     },
     MS,
     process::{Process, Told},
@@ -276,7 +276,12 @@ impl Machine {
             self.tell(
                 id,
                 delay,
-                Event::Exited { id, status: "exit status 1".to_owned(), by_signal: false },
+                Event::Exited {
+                    id,
+                    status: "exit status 1".to_owned(),
+                    by_signal: false,
+                    said: Vec::new(),
+                },
             );
         }
         let leaving = if self.random.bool() { 0 } else { LEAVING };
@@ -335,7 +340,8 @@ impl Machine {
                 let good = !process.ending && (calm || !(process.hung || process.bad));
                 let error = (!good).then(|| "timed out".to_owned());
                 let took = MS(self.random.u64(0..100));
-                let outcome = ProbeOutcome { took, error };
+                let verdict = error.map_or(Verdict::Passed, Verdict::Failed);
+                let outcome = ProbeOutcome { took, verdict };
                 self.later(self.now + took, Pending::Event(Event::Probed { id, outcome }));
             }
             Action::Publish { service } => {

@@ -197,7 +197,7 @@ impl Fleet {
     pub(super) fn probed(&mut self, id: WorkerId, outcome: &ProbeOutcome) {
         if let Some(member) = self.members.get_mut(&id) {
             member.probing = false;
-            let passed = outcome.error.is_none();
+            let passed = outcome.error().is_none();
             member.proven |= passed;
             if passed {
                 // It accepts in turn: nothing of the earlier ones waits any more.

@@ -221,7 +221,7 @@ async fn report(mut child: Child, id: WorkerId, events: mpsc::Sender<Event>) {
             Some(ChildEvent::Failed(reason)) => Event::Failed { id, reason },
             Some(ChildEvent::Exited(exit)) => {
                 let by_signal = !matches!(exit, Exit::Code(_));
-                Event::Exited { id, status: exit.to_string(), by_signal }
+                Event::Exited { id, status: exit.to_string(), by_signal, said: Vec::new() }
             }
             Some(ChildEvent::Gone) => Event::Gone { id },
             None => return,
