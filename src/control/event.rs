@@ -47,6 +47,9 @@ pub enum Event {
         status: String,
         /// A signal ended it.
         by_signal: bool,
+        /// The last lines that it wrote, oldest first, as far as they came through lbd: few, and
+        /// harmless to show.
+        said: Vec<String>,
     },
     /// No process of this incarnation is left. Always its last event.
     Gone {

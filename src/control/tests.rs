@@ -239,6 +239,7 @@ impl World {
             id: WorkerId(id),
             status: "exit status 1".to_owned(),
             by_signal: false,
+            said: Vec::new(),
         })
     }
 

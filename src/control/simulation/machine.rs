@@ -276,7 +276,12 @@ impl Machine {
             self.tell(
                 id,
                 delay,
-                Event::Exited { id, status: "exit status 1".to_owned(), by_signal: false },
+                Event::Exited {
+                    id,
+                    status: "exit status 1".to_owned(),
+                    by_signal: false,
+                    said: Vec::new(),
+                },
             );
         }
         let leaving = if self.random.bool() { 0 } else { LEAVING };

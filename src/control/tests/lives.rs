@@ -145,8 +145,12 @@ fn each_end_is_counted_once_and_by_its_cause() {
     counts(&world, Exit);
     world.wait(SEC(60));
     world.up(2);
-    let killed =
-        Event::Exited { id: WorkerId(2), status: "killed by SIGKILL".to_owned(), by_signal: true };
+    let killed = Event::Exited {
+        id: WorkerId(2),
+        status: "killed by SIGKILL".to_owned(),
+        by_signal: true,
+        said: Vec::new(),
+    };
     world.event(killed);
     world.gone(2);
     counts(&world, Signal);
