@@ -56,9 +56,19 @@ fn turn() -> MutexGuard<'static, ()> {
 
 /// Runs `script` with its output at `output`; its pid, and what was logged about `service`.
 fn run(service: &str, output: &Output, script: &str) -> (i32, Vec<Fields>) {
+    let (pid, logged, _) = run_to_the_last_word(service, output, script);
+    (pid, logged)
+}
+
+/// The same, and what it said last.
+fn run_to_the_last_word(
+    service: &str,
+    output: &Output,
+    script: &str,
+) -> (i32, Vec<Fields>, Vec<String>) {
     let outputs = Outputs::start().unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let pid = runtime.block_on(async {
+    let (pid, last_words) = runtime.block_on(async {
         let spawner = Spawner::with_guard(env!("CARGO_BIN_EXE_lbd").into()).unwrap();
         let worker = Identity { service, slot: 1, port: Some(9003) };
         let launch = Launch {
@@ -75,16 +85,18 @@ fn run(service: &str, output: &Output, script: &str) -> (i32, Vec<Fields>) {
             open_files: None,
             cgroup: None,
         };
+        let last_words = launch.streams.last_words();
         let mut child = spawner.spawn(launch).unwrap();
         let Some(ChildEvent::Started { pid }) = next(&mut child).await else { panic!() };
         assert_eq!(next(&mut child).await, Some(ChildEvent::Exited(Exit::Code(0))));
         assert_eq!(next(&mut child).await, Some(ChildEvent::Gone));
-        pid
+        last_words.complete(DEADLINE).await;
+        (pid, last_words.lines())
     });
     // Returns when all of it is logged.
     drop(outputs);
     let mut logged = LOGGED.lock().unwrap();
-    (pid, logged.extract_if(.., |fields| fields["service"] == service).collect())
+    (pid, logged.extract_if(.., |fields| fields["service"] == service).collect(), last_words)
 }
 
 async fn next(child: &mut Child) -> Option<ChildEvent> {
@@ -114,6 +126,20 @@ fn each_line_is_one_event_with_its_worker_and_stream() {
     ];
     let first = logged.iter().find(|fields| fields["line"] == "one").unwrap();
     assert_eq!(*first, Fields::from(expected.map(|(name, value)| (name, value.to_owned()))));
+}
+
+#[test]
+fn what_was_said_last_is_known_at_the_end_also_where_it_was_dropped() {
+    let _turn = turn();
+    let script =
+        "yes flood | head -n 100000; printf 'Error: \\033[31mno such module'; echo; exit 0";
+    let (_, logged, last) = run_to_the_last_word("last", &Output::Log, script);
+    assert!(logged.iter().any(|fields| fields["message"] == "output dropped"));
+    assert_eq!(last.len(), 20);
+    assert!(last[..19].iter().all(|line| line == "flood"), "{last:?}");
+    assert_eq!(last[19], "Error: ␛[31mno such module");
+    let (_, _, last) = run_to_the_last_word("silent", &Output::Null, "echo nobody hears it");
+    assert!(last.is_empty(), "{last:?}");
 }
 
 #[test]

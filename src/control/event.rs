@@ -47,7 +47,8 @@ pub enum Event {
         status: String,
         /// A signal ended it.
         by_signal: bool,
-        /// What it wrote last, line by line, as far as that came through lbd.
+        /// The last lines that it wrote, oldest first, as far as they came through lbd: few, and
+        /// harmless to show.
         said: Vec<String>,
     },
     /// No process of this incarnation is left. Always its last event.

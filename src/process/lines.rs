@@ -1,5 +1,7 @@
 //! Any bytes, in any pieces, as lines of text.
 
+use std::collections::VecDeque;
+
 /// The longest line, in bytes. A longer one is several.
 pub(super) const LONGEST: usize = 8 * 1024;
 
@@ -43,6 +45,36 @@ impl Lines {
         if !self.begun.is_empty() {
             emit(without_return(&self.begun), false);
         }
+    }
+}
+
+/// How many lines [`LastLines`] keeps …
+const LAST_LINES: usize = 20;
+/// … and how many bytes of them together.
+const LAST_BYTES: usize = 4 * 1024;
+
+/// The last lines of what somebody wrote, as [`text`].
+#[derive(Debug, Default)]
+pub(super) struct LastLines {
+    lines: VecDeque<String>,
+    bytes: usize,
+}
+
+impl LastLines {
+    /// Takes the next line; of a long one its beginning.
+    pub(super) fn add(&mut self, line: &[u8]) {
+        let mut line = text(&line[..line.len().min(LAST_BYTES)]);
+        line.truncate(line.floor_char_boundary(LAST_BYTES));
+        self.bytes += line.len();
+        self.lines.push_back(line);
+        while self.lines.len() > LAST_LINES || self.bytes > LAST_BYTES {
+            self.bytes -= self.lines.pop_front().map_or(0, |line| line.len());
+        }
+    }
+
+    /// Oldest first.
+    pub(super) fn all(&self) -> Vec<String> {
+        self.lines.iter().cloned().collect()
     }
 }
 
@@ -122,6 +154,23 @@ mod tests {
     fn text_is_harmless_whatever_the_bytes() {
         assert_eq!(text(b"\x1b[31mred\x1b[0m\tok\0\x7f"), "␛[31mred␛[0m\tok␀␡");
         assert_eq!(text(b"caf\xc3\xa9 \xff \xc2\x9b"), "café \u{fffd} \u{fffd}");
+    }
+
+    #[test]
+    fn the_last_lines_are_few_short_and_harmless() {
+        let mut last = LastLines::default();
+        assert!(last.all().is_empty());
+        for number in 0..30 {
+            last.add(format!("line {number}\x1b[2J").as_bytes());
+        }
+        let expected: Vec<_> = (10..30).map(|number| format!("line {number}␛[2J")).collect();
+        assert_eq!(last.all(), expected);
+        // A control character takes more room as a picture.
+        last.add(&[0; LAST_BYTES]);
+        assert_eq!(last.all().len(), 1, "there is no room for another");
+        assert!(last.bytes <= LAST_BYTES && last.all()[0].starts_with('␀'));
+        last.add(b"the end");
+        assert_eq!(last.all(), ["the end"]);
     }
 
     proptest! {

@@ -42,7 +42,7 @@ pub use environment::{Identity, environment, expand};
 pub use guard::exec_main;
 pub use init::stay_as_init;
 pub use memory::{MemoryGauge, Watched};
-pub use output::{Outputs, Streams};
+pub use output::{LastWords, Outputs, Streams};
 pub use spawn::{Child, ChildEvent, Controller, Launch, Spawner};
 
 use std::{fmt, os::unix::process::ExitStatusExt as _, process::ExitStatus};

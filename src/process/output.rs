@@ -9,7 +9,7 @@ use std::{
     fs::{File, OpenOptions},
     io::{self, ErrorKind, PipeReader},
     os::fd::{AsFd as _, OwnedFd},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     thread,
     time::Duration,
 };
@@ -17,7 +17,7 @@ use std::{
 use tokio::{
     net::unix::pipe::Receiver,
     runtime,
-    sync::{Notify, mpsc, oneshot},
+    sync::{Notify, mpsc, oneshot, watch},
     task::{LocalSet, spawn_local, yield_now},
     time::{Instant, sleep, timeout},
 };
@@ -25,7 +25,7 @@ use tracing::{info, warn};
 
 use super::{
     Identity,
-    lines::{Lines, text},
+    lines::{LastLines, Lines, text},
 };
 use crate::config::Output;
 
@@ -50,12 +50,57 @@ pub struct Streams {
     pub(super) stderr: OwnedFd,
     /// Who wants to know the worker's pid.
     pub(super) pid: Option<oneshot::Sender<i32>>,
+    last_words: LastWords,
 }
 
 impl Streams {
     /// Two open files.
     pub fn new(stdout: impl Into<OwnedFd>, stderr: impl Into<OwnedFd>) -> Self {
-        Self { stdout: stdout.into(), stderr: stderr.into(), pid: None }
+        let last_words = LastWords::default();
+        Self { stdout: stdout.into(), stderr: stderr.into(), pid: None, last_words }
+    }
+
+    /// What the worker said last, from now on until after its end.
+    #[must_use]
+    pub fn last_words(&self) -> LastWords {
+        self.last_words.clone()
+    }
+}
+
+/// The last lines that a worker wrote, as far as they came through lbd: none where its output is not
+/// [`Output::Log`].
+#[derive(Debug, Clone, Default)]
+pub struct LastWords {
+    lines: Arc<Mutex<LastLines>>,
+    /// Its sender is dropped when all of the output has been read; `None` where none of it comes
+    /// through lbd.
+    reading: Option<watch::Receiver<()>>,
+}
+
+impl LastWords {
+    /// Nothing yet, and what is dropped when there is nothing more to come.
+    fn new() -> (Self, watch::Sender<()>) {
+        let (sender, reading) = watch::channel(());
+        (Self { lines: Arc::default(), reading: Some(reading) }, sender)
+    }
+
+    /// The lines so far, oldest first, without control characters: twenty at most, and four KiB.
+    #[must_use]
+    pub fn lines(&self) -> Vec<String> {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner).all()
+    }
+
+    /// Returns when all that was written has been read, which takes until every process that can
+    /// write has ended; after `patience` in any case.
+    pub async fn complete(&self, patience: Duration) {
+        if let Some(mut reading) = self.reading.clone() {
+            // Nothing is ever sent: an error is the end.
+            let _ = timeout(patience, reading.changed()).await;
+        }
+    }
+
+    fn add(&self, line: &[u8]) {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner).add(line);
     }
 }
 
@@ -102,12 +147,21 @@ impl Outputs {
                 let (stdout, stdout_write) = io::pipe()?;
                 let (stderr, stderr_write) = io::pipe()?;
                 let (announce, pid) = oneshot::channel();
-                let service = worker.service.into();
-                let job =
-                    Job { service, slot: worker.slot, port: worker.port, pid, stdout, stderr };
+                let (last_words, reading) = LastWords::new();
+                let job = Job {
+                    service: worker.service.into(),
+                    slot: worker.slot,
+                    port: worker.port,
+                    pid,
+                    stdout,
+                    stderr,
+                    last_words: last_words.clone(),
+                    reading,
+                };
                 let jobs = self.jobs.as_ref().ok_or(ErrorKind::BrokenPipe)?;
                 jobs.send(job).map_err(|_| ErrorKind::BrokenPipe)?;
-                Ok(Streams { pid: Some(announce), ..Streams::new(stdout_write, stderr_write) })
+                let streams = Streams::new(stdout_write, stderr_write);
+                Ok(Streams { pid: Some(announce), last_words, ..streams })
             }
         }
     }
@@ -135,11 +189,14 @@ struct Job {
     pid: oneshot::Receiver<i32>,
     stdout: PipeReader,
     stderr: PipeReader,
+    last_words: LastWords,
+    /// Dropped when all has been read.
+    reading: watch::Sender<()>,
 }
 
 /// Reads a worker's output until nobody can write to it any more.
 async fn follow(job: Job) {
-    let Job { service, slot, port, pid, stdout, stderr } = job;
+    let Job { service, slot, port, pid, stdout, stderr, last_words, reading } = job;
     // Known as soon as it runs. One that never ran has no pid, and no output.
     let pid = pid.await.ok();
     let allowance = RefCell::new(Allowance { paid: Instant::now() });
@@ -147,6 +204,7 @@ async fn follow(job: Job) {
     let drop_noticed = Notify::new();
 
     let log = |stream: &'static str, line: &[u8], split: bool| {
+        last_words.add(line);
         if allowance.borrow_mut().admits(line, Instant::now()) {
             let split = split.then_some(true);
             let line = text(line);
@@ -182,6 +240,7 @@ async fn follow(job: Job) {
         () = reads => report(),
         () = reports => {}
     }
+    drop(reading);
 }
 
 /// Reads `pipe` to its end. A pipe that can't be read has ended, too.

@@ -6,10 +6,12 @@ mod rescue;
 mod start;
 
 use std::{
+    cell::Cell,
     collections::{HashMap, VecDeque},
     io,
     net::{Shutdown, SocketAddr},
     path::PathBuf,
+    rc::Rc,
     sync::Arc,
     time::Duration,
 };
@@ -26,7 +28,9 @@ use crate::{
     config::{Balance, Probe, ProxyProtocol},
     control::{Event, ProbeOutcome, WORKERS_ON_A_PORT, WorkerId},
     probe,
-    process::{Cgroups, ConnectionGauge, Controller, MemoryGauge, Outputs, Spawner, Watched},
+    process::{
+        Cgroups, ConnectionGauge, Controller, LastWords, MemoryGauge, Outputs, Spawner, Watched,
+    },
     route::Upstream,
     sockets::{self, Acceptor, Nameless, Port, Rescued, direct::Way},
 };
@@ -101,6 +105,10 @@ struct Member {
     /// Copies of the sockets of the probes since the last one that passed. As long as they are there
     /// nobody else has their ports, and what comes from those is no client.
     probes: VecDeque<Socket>,
+    /// What it said last.
+    last_words: LastWords,
+    /// A probe has passed: known to whoever tells of its end.
+    was_healthy: Rc<Cell<bool>>,
 }
 
 impl Member {
@@ -199,6 +207,7 @@ impl Fleet {
             member.probing = false;
             let passed = outcome.error().is_none();
             member.proven |= passed;
+            member.was_healthy.set(member.proven);
             if passed {
                 // It accepts in turn: nothing of the earlier ones waits any more.
                 member.probes.clear();
@@ -279,6 +288,12 @@ impl Fleet {
         let turn = |id: &WorkerId| Some((self.members.get(id)?.upstream.slot(), *id));
         let turns: Vec<_> = workers.iter().filter_map(turn).collect();
         self.publics.rotate(service, balance, &turns);
+    }
+
+    /// The last lines that the worker wrote, as far as they came through lbd.
+    #[allow(dead_code, reason = "for whoever says why a worker that still runs is given up")]
+    pub(super) fn last_words(&self, id: WorkerId) -> Vec<String> {
+        self.members.get(&id).map(|member| member.last_words.lines()).unwrap_or_default()
     }
 
     /// Reaps what killed guards left behind. To be called on SIGCHLD.

@@ -1,8 +1,16 @@
 //! A worker's start: its sockets, its process, and what is told of it from then on.
 
 use std::{
-    collections::VecDeque, io, net::SocketAddr, num::NonZeroU32, os::fd::AsFd, path::PathBuf,
-    sync::Arc, time::Instant,
+    cell::Cell,
+    collections::VecDeque,
+    io,
+    net::SocketAddr,
+    num::NonZeroU32,
+    os::fd::AsFd,
+    path::PathBuf,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
 };
 
 use tokio::{sync::mpsc, task::spawn_local};
@@ -11,10 +19,14 @@ use super::{Fleet, InheritedPort, InheritedUnix, Member};
 use crate::{
     config::{Program, SocketMode},
     control::{Event, Spawn, WorkerId},
-    process::{self, Cgroup, Child, ChildEvent, Exit, Identity, Launch},
+    process::{self, Cgroup, Child, ChildEvent, Exit, Identity, LastWords, Launch},
     route::{Upstream, Ways},
     sockets::{self, Endpoint, Nameless, Port},
 };
+
+/// How long the end of a worker that never was healthy is held back for the rest of its output: what
+/// it said last is why it ended.
+const LAST_WORDS: Duration = Duration::from_millis(100);
 
 /// A worker could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -130,6 +142,7 @@ impl Fleet {
         let number = port.map_or(order.slot, u32::from);
         let label: Arc<str> = format!("{}/{number}", order.service).into();
         let streams = self.outputs.open(&spec.output, identity).map_err(StartError::Output)?;
+        let last_words = streams.last_words();
         let (program, argv) = match &spec.program {
             Program::Command(argv) => (None, process::expand(argv, identity)),
             Program::Root(root) => {
@@ -181,6 +194,14 @@ impl Fleet {
         let (controller, guard) = (child.controller(), child.guard_pid());
         let service = Arc::clone(&order.service);
         self.ledger.open(&service, order.slot, Arc::clone(&upstream));
+        let was_healthy = Rc::new(Cell::new(false));
+        spawn_local(report(Reported {
+            child,
+            id,
+            last_words: last_words.clone(),
+            was_healthy: Rc::clone(&was_healthy),
+            events: self.events.clone(),
+        }));
         let member = Member {
             controller,
             guard,
@@ -191,9 +212,10 @@ impl Fleet {
             proven: false,
             way,
             probes: VecDeque::new(),
+            last_words,
+            was_healthy,
         };
         self.members.insert(id, member);
-        spawn_local(report(child, id, self.events.clone()));
         Ok(())
     }
 
@@ -213,15 +235,30 @@ impl Fleet {
     }
 }
 
+/// A child whose fate is told.
+struct Reported {
+    child: Child,
+    id: WorkerId,
+    last_words: LastWords,
+    /// A probe has passed.
+    was_healthy: Rc<Cell<bool>>,
+    events: mpsc::Sender<Event>,
+}
+
 /// Hands on what becomes of a child until nothing of it is left.
-async fn report(mut child: Child, id: WorkerId, events: mpsc::Sender<Event>) {
+async fn report(reported: Reported) {
+    let Reported { mut child, id, last_words, was_healthy, events } = reported;
     loop {
         let event = match child.next().await {
             Some(ChildEvent::Started { pid }) => Event::Started { id, pid },
             Some(ChildEvent::Failed(reason)) => Event::Failed { id, reason },
             Some(ChildEvent::Exited(exit)) => {
                 let by_signal = !matches!(exit, Exit::Code(_));
-                Event::Exited { id, status: exit.to_string(), by_signal, said: Vec::new() }
+                if !was_healthy.get() {
+                    last_words.complete(LAST_WORDS).await;
+                }
+                let said = last_words.lines();
+                Event::Exited { id, status: exit.to_string(), by_signal, said }
             }
             Some(ChildEvent::Gone) => Event::Gone { id },
             None => return,
