@@ -232,6 +232,8 @@ pub struct Spawn {
     pub slot: u32,
     /// The port it shall be on; the driver picks a free one where `None`.
     pub port: Option<u16>,
+    /// The port of its slot, where it stands in on another one for as long as that is not to be had.
+    pub stands_in_for: Option<u16>,
     /// What to start.
     pub spec: Arc<config::WorkerSpec>,
 }

@@ -306,6 +306,7 @@ impl Service {
             service: Arc::clone(&self.config.name),
             slot: slot.number,
             port,
+            stands_in_for: slot.fixed_port.filter(|_| place == Place::StandIn),
             spec: Arc::clone(&slot.spec),
         }));
         let undrains = self.rollout.as_ref().is_some_and(|rollout| rollout.undrains(slot.number));

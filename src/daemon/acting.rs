@@ -89,8 +89,7 @@ impl Daemon<'_> {
             .iter()
             .find(|service| service.workers().any(|worker| worker.id == id));
         if let Some(service) = service {
-            let health = &service.config.health;
-            self.fleet.probe(id, &health.probe, health.timeout);
+            self.fleet.probe(id, &service.config.health);
         }
     }
 

@@ -1,39 +1,124 @@
-//! The GET of an HTTP probe.
+//! The GET of an HTTP probe, and its answer: as much of it as tells the status.
 
-use http_body_util::Empty;
-use hyper::{Request, body::Bytes, client::conn::http1, header};
-use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, AsyncWrite};
+use std::io;
 
-use super::ProbeError;
+/// Read at once.
+pub(super) const BUFFER: usize = 16 * 1024;
 
-/// Sends one GET for `path` and gives back the status of the answer; the body is not read.
-pub(super) async fn get(
-    stream: impl AsyncRead + AsyncWrite + Unpin,
-    path: &str,
-    host: &str,
-) -> Result<u16, ProbeError> {
-    let failed = |source| ProbeError::Http { path: path.to_owned(), source };
-    let request = Request::get(path)
-        .header(header::HOST, host)
-        .header(header::USER_AGENT, concat!("lbd/", env!("CARGO_PKG_VERSION")))
-        .header(header::CONNECTION, "close")
-        .body(Empty::<Bytes>::new())
-        .map_err(|error| ProbeError::Request {
-            path: path.to_owned(),
-            reason: error.to_string(),
-        })?;
-    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(failed)?;
-    let mut answer = std::pin::pin!(sender.send_request(request));
-    let mut connection = std::pin::pin!(connection);
-    // The connection only moves while it is polled; it must not end the wait by finishing first.
-    let answer = tokio::select! {
-        biased;
-        answer = &mut answer => answer,
-        result = &mut connection => match result {
-            Ok(()) => answer.await,
-            Err(error) => Err(error),
-        },
-    };
-    answer.map(|answer| answer.status().as_u16()).map_err(failed)
+/// An answer's head is no longer than this, nor are all interim answers (RFC 9110, 15.2) before it.
+const MOST: usize = 256 * 1024;
+
+/// Fields that a head has at most.
+const FIELDS: usize = 128;
+
+/// So much of what is not HTTP is shown.
+const SHOWN: usize = 40;
+
+/// A GET for `path`.
+pub(super) fn request(path: &str, host: &str) -> String {
+    let version = env!("CARGO_PKG_VERSION");
+    format!(
+        "GET {path} HTTP/1.1\r\nhost: {host}\r\nuser-agent: lbd/{version}\r\n\
+         accept: */*\r\nconnection: close\r\n\r\n"
+    )
+}
+
+/// Why there is no status.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum NoAnswer {
+    #[error("{0}")]
+    Broken(io::Error),
+    #[error(
+        "it closed the connection without an answer; if it speaks TLS or another protocol, remove \
+         health.http: a bare connection does not care"
+    )]
+    Nothing,
+    #[error("it closed the connection before the head of its answer was complete")]
+    Cut,
+    #[error("its answer has no end: interim answers, or a head, of more than {MOST} bytes")]
+    Endless,
+    #[error(
+        "it answers in TLS: remove health.http, since a bare connection does not care, or have it \
+         speak plain HTTP to lbd"
+    )]
+    Tls,
+    #[error(
+        "it answers in HTTP/2 without being asked to (gRPC?): remove health.http, since a bare \
+         connection does not care"
+    )]
+    Http2,
+    #[error("it answered what is not HTTP: {0:?}; is that the right port, and protocol?")]
+    Foreign(String),
+}
+
+/// What has come of an answer.
+#[derive(Debug, Default)]
+pub(super) struct Reading {
+    /// What is not understood yet.
+    bytes: Vec<u8>,
+    /// How many there were in all.
+    total: usize,
+    /// What is still to come of the body, once the head is complete and if it says so.
+    left: Option<usize>,
+}
+
+impl Reading {
+    /// Takes the next piece.
+    pub(super) fn add(&mut self, piece: &[u8]) -> Result<(), NoAnswer> {
+        self.total += piece.len();
+        self.bytes.extend_from_slice(piece);
+        if self.total > MOST { Err(NoAnswer::Endless) } else { Ok(()) }
+    }
+
+    /// The status of the final answer, when its head is complete.
+    pub(super) fn status(&mut self) -> Result<Option<u16>, NoAnswer> {
+        loop {
+            let mut fields = [httparse::EMPTY_HEADER; FIELDS];
+            let mut response = httparse::Response::new(&mut fields);
+            match response.parse(&self.bytes) {
+                Ok(httparse::Status::Partial) => return Ok(None),
+                Ok(httparse::Status::Complete(head)) => {
+                    let status = response.code.unwrap_or_default();
+                    // 101 is the last one of its connection.
+                    if (100..200).contains(&status) && status != 101 {
+                        self.bytes.drain(..head);
+                        continue;
+                    }
+                    let length = response
+                        .headers
+                        .iter()
+                        .find(|field| field.name.eq_ignore_ascii_case("content-length"))
+                        .and_then(|field| str::from_utf8(field.value).ok()?.trim().parse().ok());
+                    let here = self.bytes.len() - head;
+                    self.left = length.map(|length: usize| length.saturating_sub(here));
+                    return Ok(Some(status));
+                }
+                Err(_) => return Err(foreign(&self.bytes)),
+            }
+        }
+    }
+
+    /// What it means that nothing more comes.
+    pub(super) fn ended(&self) -> NoAnswer {
+        if self.total == 0 { NoAnswer::Nothing } else { NoAnswer::Cut }
+    }
+
+    /// How much of the answer is still to be read, if that is known.
+    pub(super) fn left(&self) -> Option<usize> {
+        self.left
+    }
+}
+
+/// What begins like this, and not like HTTP/1.
+fn foreign(bytes: &[u8]) -> NoAnswer {
+    match bytes {
+        // A record of TLS: an alert or a handshake message, of version 3.x (RFC 8446, 5.1).
+        [0x15 | 0x16, 0x03, ..] => NoAnswer::Tls,
+        // A SETTINGS or GOAWAY frame of the stream 0, with which a server begins (RFC 9113, 3.4, 4.1).
+        [_, _, _, 0x04 | 0x07, _, 0, 0, 0, 0, ..] => NoAnswer::Http2,
+        _ => {
+            let shown = &bytes[..bytes.len().min(SHOWN)];
+            NoAnswer::Foreign(String::from_utf8_lossy(shown).trim_end().to_owned())
+        }
+    }
 }

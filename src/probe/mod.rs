@@ -1,217 +1,280 @@
-//! One probe of one worker: a bare TCP connect, or a GET and a look at the status.
+//! Probes of workers: a connection that the program has to accept, or a GET and a look at the status.
 //!
 //! A probe knows nothing of rise, fall or intervals, which are [`control`](crate::control)'s
 //! business; it only tells what it saw.
+//!
+//! - A connect proves nothing: the kernel answers it wherever there is a listening socket, whoever
+//!   runs and whatever they do. So a bare probe passes when the program has *accepted* its connection.
+//! - A worker that is busy accepts later. At most one unanswered connection of a probe is in its
+//!   queue: as long as one waits there, the next probe goes on with it.
+//! - A probe ends politely: it says that it will send nothing (a FIN), and reads what the worker says
+//!   before it closes. A program that greets its clients would else find its greeting refused.
 
+mod connection;
 mod http;
 
 use std::{
+    cell::RefCell,
     io,
-    net::SocketAddr,
+    rc::Rc,
     time::{Duration, Instant},
 };
 
-use socket2::Socket;
+use nix::errno::Errno;
+use socket2::{SockAddr, Socket};
 use tokio::{
-    io::{AsyncRead, AsyncWrite, AsyncWriteExt},
-    net::{TcpSocket, TcpStream, UnixStream},
-    time::timeout,
+    task::{AbortHandle, spawn_local},
+    time::{self, timeout_at},
 };
 
 use crate::{
     config::{Probe, ProxyProtocol},
     control::{ProbeOutcome, Verdict},
-    proxy_protocol::{Ends, Header},
-    sockets::{Endpoint, diag::Diag},
+    sockets::Endpoint,
 };
+use connection::Connection;
 
-/// Between two looks whether a connection has been accepted.
-const LONGEST_PAUSE: Duration = Duration::from_millis(20);
-
-/// What there is to a probe besides the question.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Manner {
+/// What is probed, and how.
+#[derive(Debug, Clone)]
+pub struct Target {
+    /// What a probe does.
+    pub probe: Probe,
+    /// Where the worker is.
+    pub endpoint: Endpoint,
     /// The header that the worker expects on every connection.
     pub proxy_protocol: Option<ProxyProtocol>,
-    /// A bare connect passes when the worker has accepted the connection, and not before: where lbd
-    /// made the listening socket, the kernel answers whether or not the program ever will. On TCP
-    /// alone.
-    pub accepted: bool,
+    /// How long one probe may take.
+    pub timeout: Duration,
 }
 
-/// Probes the worker at `endpoint` once, over this socket, which is not connected yet. Takes at most
-/// `limit`; dropping the future gives up.
-pub async fn run(
-    probe: &Probe,
-    endpoint: &Endpoint,
-    socket: io::Result<Socket>,
-    manner: Manner,
-    limit: Duration,
-) -> ProbeOutcome {
-    let began = Instant::now();
-    let accepted = manner.accepted;
-    let result = match timeout(limit, attempt(probe, endpoint, socket, manner)).await {
-        Ok(result) => result,
-        Err(_) if accepted && *probe == Probe::Tcp => Err(ProbeError::NotAccepted(limit)),
-        Err(_) => Err(ProbeError::Timeout(limit)),
-    };
-    let verdict =
-        result.map_or_else(|error| Verdict::Failed(error.to_string()), |()| Verdict::Passed);
-    ProbeOutcome { took: began.elapsed(), verdict }
+/// The probes of one worker: one at a time, and what is left of the one before.
+#[derive(Debug, Clone, Default)]
+pub struct Prober(Rc<RefCell<State>>);
+
+#[derive(Debug, Default)]
+struct State {
+    /// One that waits in the worker's accept queue.
+    waiting: Option<Connection>,
+    /// The polite end of the last one.
+    ending: Option<AbortHandle>,
 }
 
-/// Why a probe failed.
+impl Prober {
+    /// Whether a connection of an earlier probe waits to be accepted: then the next probe takes no
+    /// new socket.
+    #[must_use]
+    pub fn is_waiting(&self) -> bool {
+        self.0.borrow().waiting.is_some()
+    }
+
+    /// From where that one comes.
+    #[must_use]
+    pub fn waits_from(&self) -> Option<SockAddr> {
+        self.0.borrow().waiting.as_ref()?.local_address()
+    }
+
+    /// Gives it up: it was taken out of the queue, by somebody other than the worker.
+    pub fn forget(&self) {
+        self.0.borrow_mut().waiting = None;
+    }
+
+    /// Probes `target` once: over the connection that waits, or over this socket, which is not
+    /// connected yet. `answered` counts the clients that the worker has begun to answer. Takes at
+    /// most `target.timeout`; dropping the future gives up.
+    ///
+    /// To be called in a [`LocalSet`](tokio::task::LocalSet).
+    pub async fn probe(
+        &self,
+        target: &Target,
+        socket: io::Result<Socket>,
+        answered: impl Fn() -> u64,
+    ) -> ProbeOutcome {
+        let began = Instant::now();
+        let until = began + target.timeout;
+        let before = answered();
+        let mut connection = self.0.borrow_mut().waiting.take();
+        let asked = ask(target, socket, &mut connection);
+        let result = match timeout_at(until.into(), asked).await {
+            Ok(result) => result,
+            Err(_) => Err(late(target, &mut connection, answered() > before)),
+        };
+        let mut state = self.0.borrow_mut();
+        match (&result, connection) {
+            (Err(ProbeError::NotAccepted(_) | ProbeError::Busy), connection) => {
+                state.waiting = connection;
+            }
+            (_, Some(connection)) => {
+                // One at a time, however short the interval is.
+                let ending = spawn_local(time::timeout(target.timeout, connection.end()));
+                if let Some(before) = state.ending.replace(ending.abort_handle()) {
+                    before.abort();
+                }
+            }
+            (_, None) => {}
+        }
+        let verdict = match result {
+            Ok(()) => Verdict::Passed,
+            Err(error) if error.says_nothing() => Verdict::Unknown(error.to_string()),
+            Err(error) => Verdict::Failed(error.to_string()),
+        };
+        ProbeOutcome { took: began.elapsed(), verdict }
+    }
+}
+
+/// Why a probe did not pass.
 #[derive(Debug, thiserror::Error)]
 enum ProbeError {
     #[error("cannot connect to {0}: {1}")]
     Connect(String, io::Error),
+    #[error("lbd has nothing left to probe it with: {0}")]
+    Lacking(io::Error),
     #[error("its accept queue is full")]
     Full,
     /// A connect to a port inside the range of ephemeral ports can be given that very port as its
     /// source; TCP's simultaneous open (RFC 9293, 3.5) then connects the socket to itself.
     #[error("nobody listens on {0}: the connection was one to itself")]
-    SelfConnect(SocketAddr),
-    #[error("cannot send the PROXY header: {0}")]
-    Header(io::Error),
-    #[error("no answer within {}", humantime::format_duration(*.0))]
-    Timeout(Duration),
+    SelfConnect(String),
+    #[error("cannot send to it: {0}")]
+    Send(io::Error),
+    #[error("no connection within {}", humantime::format_duration(*.0))]
+    NotConnected(Duration),
     #[error("a connection is not accepted within {}", humantime::format_duration(*.0))]
     NotAccepted(Duration),
-    #[error("GET {path}: {source}")]
-    Http { path: String, source: hyper::Error },
+    #[error("it is busy: it answers others, and has not come to the probe yet")]
+    Busy,
+    #[error("no answer within {}", humantime::format_duration(*.0))]
+    NotAnswered(Duration),
     #[error("GET {path}: {reason}")]
-    Request { path: String, reason: String },
+    Http { path: String, reason: http::NoAnswer },
     #[error("GET {path}: status {status} is not expected")]
     Status { path: String, status: u16 },
 }
 
-async fn attempt(
-    probe: &Probe,
-    endpoint: &Endpoint,
-    socket: io::Result<Socket>,
-    Manner { proxy_protocol, accepted }: Manner,
-) -> Result<(), ProbeError> {
-    let failed = |error| ProbeError::Connect(endpoint.to_string(), error);
-    let socket = socket.map_err(failed)?;
-    let Some(address) = endpoint.inet() else {
-        // It is over when it returns, one way or the other (unix(7)).
-        socket.connect(endpoint.address()).map_err(|error| match error.kind() {
-            io::ErrorKind::WouldBlock => ProbeError::Full,
-            _ => failed(error),
-        })?;
-        let stream = UnixStream::from_std(socket.into()).map_err(failed)?;
-        return ask(probe, stream, "localhost", proxy_protocol, None).await;
-    };
-    let mut stream = connect(address, socket).await?;
-    // What follows a header must not wait until the worker's kernel has acknowledged it.
-    stream.set_nodelay(true).map_err(failed)?;
-    let ends = Ends {
-        client: stream.local_addr().map_err(failed)?,
-        server: stream.peer_addr().map_err(failed)?,
-    };
-    if accepted && *probe == Probe::Tcp {
-        introduce(&mut stream, proxy_protocol, Some(ends)).await?;
-        return until_accepted(&stream).await.map_err(failed);
+impl ProbeError {
+    /// Whether it is no fault of the worker's, as far as can be known.
+    fn says_nothing(&self) -> bool {
+        matches!(self, Self::Lacking(_) | Self::Busy)
     }
-    ask(probe, stream, &address.to_string(), proxy_protocol, Some(ends)).await
+
+    /// Why there is no connection to `endpoint`.
+    fn connect(endpoint: &Endpoint, error: io::Error) -> Self {
+        match error.raw_os_error().map(Errno::from_raw) {
+            // Of a TCP socket, connect(2) says EAGAIN for want of a free port; a unix listener's queue
+            // is full.
+            Some(Errno::EAGAIN) if endpoint.inet().is_none() => Self::Full,
+            Some(
+                Errno::EAGAIN
+                | Errno::EADDRNOTAVAIL
+                | Errno::EADDRINUSE
+                | Errno::EMFILE
+                | Errno::ENFILE
+                | Errno::ENOBUFS
+                | Errno::ENOMEM,
+            ) => Self::Lacking(error),
+            _ => Self::Connect(endpoint.to_string(), error),
+        }
+    }
 }
 
-/// Says who it is, where that is expected.
-async fn introduce(
-    mut stream: impl AsyncWrite + Unpin,
-    proxy_protocol: Option<ProxyProtocol>,
-    ends: Option<Ends>,
-) -> Result<(), ProbeError> {
-    let Some(version) = proxy_protocol else { return Ok(()) };
-    let header = Header::of_probe(version, ends);
-    stream.write_all(header.as_bytes()).await.map_err(ProbeError::Header)
-}
-
-/// What is done over a connection, which has these ends.
+/// Connects, unless that is done, and asks. When it is dropped, `connection` is as far as it has got.
 async fn ask(
-    probe: &Probe,
-    mut stream: impl AsyncRead + AsyncWrite + Unpin,
-    address: &str,
-    proxy_protocol: Option<ProxyProtocol>,
-    ends: Option<Ends>,
+    target: &Target,
+    socket: io::Result<Socket>,
+    connection: &mut Option<Connection>,
 ) -> Result<(), ProbeError> {
-    introduce(&mut stream, proxy_protocol, ends).await?;
-    match probe {
-        Probe::Tcp => Ok(()),
-        Probe::Http { path, host, expect } => {
-            let host = host.as_deref().unwrap_or(address);
-            let status = http::get(stream, path, host).await?;
-            if expect.contains(status) {
-                Ok(())
-            } else {
-                Err(ProbeError::Status { path: path.clone(), status })
+    let connection = match connection {
+        Some(connection) => connection,
+        None => {
+            let socket = socket.map_err(|error| ProbeError::connect(&target.endpoint, error))?;
+            let made = Connection::make(target, socket).await?;
+            connection.insert(made)
+        }
+    };
+    match &target.probe {
+        Probe::Tcp => {
+            connection.accepted().await;
+            Ok(())
+        }
+        Probe::Http { path, expect, .. } => {
+            let answer = connection.answer().await;
+            let status =
+                answer.map_err(|reason| ProbeError::Http { path: path.clone(), reason })?;
+            match expect.contains(status) {
+                true => Ok(()),
+                false => Err(ProbeError::Status { path: path.clone(), status }),
             }
         }
     }
 }
 
-async fn connect(address: SocketAddr, socket: Socket) -> Result<TcpStream, ProbeError> {
-    let failed = |error| ProbeError::Connect(address.to_string(), error);
-    let socket = TcpSocket::from_std_stream(socket.into());
-    let stream = socket.connect(address).await.map_err(failed)?;
-    not_to_itself(stream, address)
-}
-
-fn not_to_itself(stream: TcpStream, address: SocketAddr) -> Result<TcpStream, ProbeError> {
-    let failed = |error| ProbeError::Connect(address.to_string(), error);
-    if stream.local_addr().map_err(failed)? == stream.peer_addr().map_err(failed)? {
-        return Err(ProbeError::SelfConnect(address));
+/// What it means that the time is over. `progress`: somebody was answered meanwhile.
+fn late(target: &Target, connection: &mut Option<Connection>, progress: bool) -> ProbeError {
+    let limit = target.timeout;
+    let is_queued = connection.as_mut().map(Connection::is_queued);
+    match (is_queued, progress) {
+        (Some(false), _) => ProbeError::NotAnswered(limit),
+        // Clients queue in the order of coming: where one who came before is answered now, this one
+        // will be.
+        (Some(true) | None, true) => ProbeError::Busy,
+        (Some(true), false) => ProbeError::NotAccepted(limit),
+        (None, false) => ProbeError::NotConnected(limit),
     }
-    Ok(stream)
-}
-
-/// Returns when somebody has accepted the connection. Where the kernel does not tell, that is at
-/// once.
-async fn until_accepted(stream: &TcpStream) -> io::Result<()> {
-    let mut pause = Duration::from_millis(1);
-    let look = |diag: &mut Diag| diag.is_accepted(stream.peer_addr()?, stream.local_addr()?);
-    let Ok(mut diag) = Diag::open() else { return Ok(()) };
-    while let Ok(false) = look(&mut diag) {
-        // Whoever speaks or ends it has accepted it, and may have closed it by the next look.
-        match timeout(pause, stream.peek(&mut [0])).await {
-            Ok(heard) => return heard.map(drop),
-            Err(_) => pause = (pause * 2).min(LONGEST_PAUSE),
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use std::{
         io::{Read, Write},
-        net::{Ipv4Addr, TcpListener},
+        net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
         thread,
     };
+
+    use tokio::task::LocalSet;
 
     use super::*;
     use crate::config::StatusSet;
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    fn probe(probe: &Probe, address: SocketAddr, limit: Duration) -> Option<String> {
+    fn target(probe: Probe, address: SocketAddr, timeout: Duration) -> Target {
+        Target { probe, endpoint: address.into(), proxy_protocol: None, timeout }
+    }
+
+    fn run<T>(future: impl Future<Output = T>) -> T {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let endpoint = Endpoint::from(address);
-        let manner = Manner::default();
-        runtime
-            .block_on(run(probe, &endpoint, endpoint.way_of_a_probe(), manner, limit))
-            .error()
-            .map(str::to_owned)
+        LocalSet::new().block_on(&runtime, future)
+    }
+
+    async fn once(prober: &Prober, target: &Target) -> Verdict {
+        let socket = target.endpoint.way_of_a_probe();
+        prober.probe(target, socket, || 0).await.verdict
+    }
+
+    /// One probe, by a prober of its own.
+    fn probe(probe: Probe, address: SocketAddr, limit: Duration) -> Option<String> {
+        let verdict = run(once(&Prober::default(), &target(probe, address, limit)));
+        match verdict {
+            Verdict::Passed => None,
+            Verdict::Failed(error) => Some(error),
+            other => panic!("{other:?}"),
+        }
     }
 
     fn http(path: &str) -> Probe {
         Probe::Http { path: path.to_owned(), host: None, expect: StatusSet(vec![(200, 399)]) }
     }
 
-    /// Answers one connection with `answer`, and gives back what was asked.
-    fn server(answer: &'static str) -> (SocketAddr, thread::JoinHandle<String>) {
+    fn listener() -> (TcpListener, SocketAddr) {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let address = listener.local_addr().unwrap();
+        (listener, address)
+    }
+
+    /// Answers one connection with `answer`, and gives back what was asked and what came after the
+    /// answer: the bytes until the client's end.
+    fn server(answer: &[u8]) -> (SocketAddr, thread::JoinHandle<(String, io::Result<usize>)>) {
+        let (listener, address) = listener();
+        let answer = answer.to_vec();
         let asked = thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
             let mut asked = Vec::new();
@@ -220,90 +283,177 @@ mod tests {
                 let n = stream.read(&mut buffer).unwrap();
                 asked.extend_from_slice(&buffer[..n]);
             }
-            stream.write_all(answer.as_bytes()).unwrap();
-            String::from_utf8(asked).unwrap()
+            let wrote = stream.write_all(&answer);
+            _ = stream.shutdown(Shutdown::Write);
+            let rest = wrote.and_then(|()| stream.read(&mut buffer));
+            (String::from_utf8(asked).unwrap(), rest)
         });
         (address, asked)
     }
 
     #[test]
-    fn tcp_passes_where_somebody_listens_and_fails_where_nobody_does() {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-        let address = listener.local_addr().unwrap();
-        assert_eq!(probe(&Probe::Tcp, address, SECOND), None);
-        drop(listener);
+    fn a_connection_passes_when_it_is_accepted_and_not_before() {
+        let (listener, address) = listener();
+        let error = "a connection is not accepted within 50ms".to_owned();
+        assert_eq!(probe(Probe::Tcp, address, SECOND / 20), Some(error));
+        let accepts = thread::spawn(move || {
+            // The first one is the one that was given up.
+            let (mut first, mut second) =
+                (listener.accept().unwrap().0, listener.accept().unwrap().0);
+            assert_eq!(first.read(&mut [0]).unwrap(), 0);
+            second.write_all(b"220 ready\r\n").unwrap();
+            assert_eq!(second.read(&mut [0]).unwrap(), 0, "it ends, and is not reset");
+            drop(listener);
+        });
+        assert_eq!(probe(Probe::Tcp, address, 20 * SECOND), None);
+        accepts.join().unwrap();
         assert_eq!(
-            probe(&Probe::Tcp, address, SECOND),
+            probe(Probe::Tcp, address, SECOND),
             Some(format!("cannot connect to {address}: Connection refused (os error 111)"))
         );
     }
 
     #[test]
-    fn a_connection_that_is_to_be_accepted_fails_until_it_is() {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-        let address = listener.local_addr().unwrap();
-        let probe = |limit| {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-            let endpoint = Endpoint::from(address);
-            let socket = endpoint.way_of_a_probe();
-            let manner = Manner { accepted: true, ..Manner::default() };
-            runtime
-                .unwrap()
-                .block_on(run(&Probe::Tcp, &endpoint, socket, manner, limit))
-                .error()
-                .map(str::to_owned)
-        };
-        let error = "a connection is not accepted within 50ms".to_owned();
-        assert_eq!(probe(Duration::from_millis(50)), Some(error));
-        thread::spawn(move || while listener.accept().is_ok() {});
-        assert_eq!(probe(20 * SECOND), None);
+    fn one_probe_waits_in_a_queue_however_often_it_is_asked_for() {
+        let (listener, address) = listener();
+        let target = target(Probe::Tcp, address, SECOND / 20);
+        let prober = Prober::default();
+        run(async {
+            for _ in 0..5 {
+                let verdict = once(&prober, &target).await;
+                let Verdict::Failed(error) = verdict else { panic!("{verdict:?}") };
+                assert_eq!(error, "a connection is not accepted within 50ms");
+                assert!(prober.is_waiting());
+            }
+            let from = prober.waits_from().unwrap().as_socket();
+            let accepted = listener.accept().unwrap();
+            assert_eq!(Some(accepted.1), from);
+            listener.set_nonblocking(true).unwrap();
+            assert_eq!(listener.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+            let long = Target { timeout: 20 * SECOND, ..target };
+            assert_eq!(once(&prober, &long).await, Verdict::Passed);
+            assert!(!prober.is_waiting());
+        });
+    }
+
+    #[test]
+    fn a_worker_that_answers_others_meanwhile_is_busy_and_nothing_else() {
+        let (_listener, address) = listener();
+        let target = target(Probe::Tcp, address, SECOND / 20);
+        let prober = Prober::default();
+        let answered = std::cell::Cell::new(7);
+        run(async {
+            let counted = || answered.replace(answered.get() + 1);
+            let outcome = prober.probe(&target, target.endpoint.way_of_a_probe(), counted).await;
+            assert!(matches!(outcome.verdict, Verdict::Unknown(_)), "{outcome:?}");
+            assert!(prober.is_waiting());
+        });
+    }
+
+    #[test]
+    fn what_lbd_lacks_is_no_fault_of_the_worker() {
+        let (_listener, address) = listener();
+        for errno in [Errno::EMFILE, Errno::ENFILE, Errno::EADDRNOTAVAIL, Errno::EADDRINUSE] {
+            let target = target(Probe::Tcp, address, SECOND);
+            let socket = Err(io::Error::from(errno));
+            let outcome = run(Prober::default().probe(&target, socket, || 0));
+            assert!(matches!(outcome.verdict, Verdict::Unknown(_)), "{outcome:?}");
+        }
     }
 
     #[test]
     fn http_sends_path_and_host_and_judges_the_status() {
-        let (address, asked) = server("HTTP/1.1 204 No Content\r\n\r\n");
-        assert_eq!(probe(&http("/up?deep=1"), address, SECOND), None);
-        let asked = asked.join().unwrap().to_ascii_lowercase();
+        let (address, asked) = server(b"HTTP/1.1 204 No Content\r\n\r\n");
+        assert_eq!(probe(http("/up?deep=1"), address, SECOND), None);
+        let (asked, _) = asked.join().unwrap();
+        let asked = asked.to_ascii_lowercase();
         assert!(asked.starts_with("get /up?deep=1 http/1.1\r\n"), "{asked}");
         assert!(asked.contains(&format!("\r\nhost: {address}\r\n")), "{asked}");
 
-        let (address, _) = server("HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n");
+        let (address, _) = server(b"HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n");
         assert_eq!(
-            probe(&http("/up"), address, SECOND),
+            probe(http("/up"), address, SECOND),
             Some("GET /up: status 503 is not expected".to_owned())
         );
     }
 
     #[test]
-    fn a_server_that_accepts_but_never_answers_fails_in_time() {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-        let address = listener.local_addr().unwrap();
-        let began = Instant::now();
-        assert_eq!(
-            probe(&http("/"), address, Duration::from_millis(50)),
-            Some("no answer within 50ms".to_owned())
-        );
-        assert!(began.elapsed() < SECOND);
+    fn an_answer_is_read_to_its_end() {
+        let body = vec![b'x'; 900_000];
+        let head = format!("HTTP/1.0 200 OK\r\n\r\n");
+        let (address, asked) = server(&[head.as_bytes(), &body].concat());
+        run(async {
+            let prober = Prober::default();
+            let verdict = once(&prober, &target(http("/"), address, 20 * SECOND)).await;
+            assert_eq!(verdict, Verdict::Passed);
+            // What is left of it goes on beside everything else.
+            let asked = tokio::task::spawn_blocking(move || asked.join().unwrap());
+            let (_, rest) = asked.await.unwrap();
+            assert_eq!(rest.unwrap(), 0, "an end, and no reset");
+        });
     }
 
     #[test]
-    fn what_is_not_http_fails() {
-        let (address, _) = server("220 mail.example ESMTP\r\n");
-        let error = probe(&http("/"), address, SECOND).unwrap();
-        assert!(error.starts_with("GET /: "), "{error}");
+    fn interim_answers_are_passed_over_and_bounded() {
+        let hints = b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n";
+        let (address, _) = server(&[&hints.repeat(50)[..], b"HTTP/1.1 200 OK\r\n\r\n"].concat());
+        assert_eq!(probe(http("/"), address, 20 * SECOND), None);
+        let (address, _) = server(&hints.repeat(100_000));
+        let error = probe(http("/"), address, 20 * SECOND).unwrap();
+        assert!(error.contains("no end"), "{error}");
+    }
+
+    #[test]
+    fn a_server_that_accepts_but_never_answers_fails_in_time() {
+        let (listener, address) = listener();
+        let accepted = thread::spawn(move || listener.accept().unwrap());
+        let began = Instant::now();
+        assert_eq!(
+            probe(http("/"), address, SECOND / 5),
+            Some("no answer within 200ms".to_owned())
+        );
+        assert!(began.elapsed() < 10 * SECOND);
+        drop(accepted.join().unwrap());
+    }
+
+    #[test]
+    fn what_is_not_http_is_named() {
+        for (answer, part) in [
+            (&b"220 mail.example ESMTP\r\n"[..], "not HTTP: \"220 mail.example ESMTP"),
+            (b"\x15\x03\x03\x00\x02\x02\x46", "in TLS"),
+            (b"\x00\x00\x06\x04\x00\x00\x00\x00\x00\x00\x05\x00\x00@\x00", "in HTTP/2"),
+            (b"", "without an answer"),
+            (b"HTTP/1.1 200 OK\r\nx", "before the head"),
+        ] {
+            let (address, _) = server(answer);
+            let error = probe(http("/"), address, 20 * SECOND).unwrap();
+            assert!(error.starts_with("GET /: ") && error.contains(part), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_reset_tells_that_somebody_was_there() {
+        let (listener, address) = listener();
+        let resets = thread::spawn(move || {
+            let (stream, _) = listener.accept().unwrap();
+            let socket = Socket::from(stream);
+            socket.set_linger(Some(Duration::ZERO)).unwrap();
+        });
+        assert_eq!(probe(Probe::Tcp, address, 20 * SECOND), None);
+        resets.join().unwrap();
     }
 
     #[test]
     fn a_connection_to_itself_is_no_pass() {
         // Binding the source port to the target makes happen at once what chance does rarely.
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let error = runtime.block_on(async {
-            let socket = TcpSocket::new_v4().unwrap();
-            socket.bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
-            let address = socket.local_addr().unwrap();
-            let stream = socket.connect(address).await.unwrap();
-            not_to_itself(stream, address).unwrap_err().to_string()
-        });
+        let socket = Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        socket.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into()).unwrap();
+        let address = socket.local_addr().unwrap().as_socket().unwrap();
+        let target = target(Probe::Tcp, address, SECOND);
+        let outcome = run(Prober::default().probe(&target, Ok(socket), || 0));
+        let Verdict::Failed(error) = outcome.verdict else { panic!("{outcome:?}") };
         assert!(error.starts_with("nobody listens on 127.0.0.1:"), "{error}");
+        drop(TcpStream::connect(address));
     }
 }

@@ -5,7 +5,7 @@
 
 use std::{
     collections::{BTreeSet, HashSet},
-    fs, io,
+    io,
     net::SocketAddr,
     sync::mpsc::{self, RecvTimeoutError},
     thread,
@@ -14,7 +14,10 @@ use std::{
 
 use nix::time::ClockId;
 
-use super::tree::{below, processes};
+use super::{
+    holdings,
+    tree::{below, processes},
+};
 use crate::sockets::diag::Diag;
 
 /// Between two looks, where nobody waits for one.
@@ -123,10 +126,12 @@ fn look<T>(watch: &Watch<T>, diag: &mut Option<Diag>, report: &mut impl FnMut(&T
     };
     let all = if connections.is_empty() { Vec::new() } else { processes() };
     for worker in &watch.workers {
-        let mut own = HashSet::new();
-        let looked = below(&all, &[worker.guard])
-            .iter()
-            .try_for_each(|process| own_sockets(process.pid, &connections, &mut own));
+        let mut own: HashSet<u32> = HashSet::new();
+        let looked = below(&all, &[worker.guard]).iter().try_for_each(|process| {
+            holdings::sockets(process.pid, |inode| {
+                own.extend(connections.get(&inode));
+            })
+        });
         report(&worker.subject, looked.ok().map(|()| own.len() as u32));
     }
 }
@@ -145,30 +150,6 @@ fn connections(
         all.extend(diag.accepted(*address)?);
     }
     Ok(all)
-}
-
-/// Adds those of `wanted` that the process has. One that has ended has none.
-///
-/// # Errors
-/// Where lbd may not look: it is another user's, say.
-fn own_sockets(pid: i32, wanted: &HashSet<u32>, own: &mut HashSet<u32>) -> io::Result<()> {
-    let entries = match fs::read_dir(format!("/proc/{pid}/fd")) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        entries => entries?,
-    };
-    // Gone by now, or the process is.
-    let targets = entries.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
-    own.extend(
-        targets
-            .filter_map(|target| socket_inode(target.to_str()?))
-            .filter(|inode| wanted.contains(inode)),
-    );
-    Ok(())
-}
-
-/// `socket:[123]` (proc_pid_fd(5)).
-fn socket_inode(link: &str) -> Option<u32> {
-    link.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
 }
 
 #[cfg(test)]
@@ -207,12 +188,5 @@ mod tests {
         while counts.recv_timeout(DEADLINE).unwrap() != (7, Some(0)) {}
         drop((gauge, kept));
         while counts.recv_timeout(DEADLINE) != Err(RecvTimeoutError::Disconnected) {}
-    }
-
-    #[test]
-    fn links_of_other_kinds_are_none() {
-        assert_eq!(socket_inode("socket:[42]"), Some(42));
-        assert_eq!(socket_inode("pipe:[42]"), None);
-        assert_eq!(socket_inode("/tmp/socket:[42]"), None);
     }
 }

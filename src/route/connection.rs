@@ -223,6 +223,9 @@ impl Connection {
             self.down.pump_last_words(worker, client, buffer, sent);
         }
         lease.count_bytes(self.sent - before.0, self.received - before.1);
+        if before.0 == 0 && self.sent > 0 {
+            lease.count_answered();
+        }
         match (down, up) {
             (Err(Fault::Reading), _) | (_, Err(Fault::Writing)) => Err(End::WorkerReset),
             (Err(Fault::Writing), _) | (_, Err(Fault::Reading)) => Err(End::ClientReset),

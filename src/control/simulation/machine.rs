@@ -386,7 +386,7 @@ impl Machine {
     }
 
     fn spawn(&mut self, spawn: Spawn) {
-        let Spawn { id, service, slot: _, port, spec } = spawn;
+        let Spawn { id, service, slot: _, port, stands_in_for: _, spec } = spawn;
         let Program::Command(argv) = &spec.program else { panic!("{spec:?}") };
         let inherits = spec.socket == SocketMode::Inherit;
         let mut process = Process::new(service, port, inherits, self.now, &mut self.random);

@@ -2,18 +2,12 @@
 //! asks, and turns what becomes of them into events.
 
 mod gauges;
+mod listening;
 mod rescue;
 mod start;
 
 use std::{
-    cell::Cell,
-    collections::{HashMap, VecDeque},
-    io,
-    net::{Shutdown, SocketAddr},
-    path::PathBuf,
-    rc::Rc,
-    sync::Arc,
-    time::Duration,
+    cell::Cell, collections::HashMap, io, net::SocketAddr, path::PathBuf, rc::Rc, sync::Arc,
 };
 
 use nix::sys::signal::Signal;
@@ -25,20 +19,18 @@ use tokio::{
 
 use super::{descriptors::Descriptors, ledger::Ledger, publics::Publics};
 use crate::{
-    config::{Balance, Probe, ProxyProtocol},
-    control::{Event, ProbeOutcome, WORKERS_ON_A_PORT, WorkerId},
-    probe,
+    config::{Balance, Health, ProxyProtocol},
+    control::{Event, ProbeOutcome, Verdict, WORKERS_ON_A_PORT, WorkerId},
+    probe::{self, Prober},
     process::{
         Cgroups, ConnectionGauge, Controller, LastWords, MemoryGauge, Outputs, Spawner, Watched,
     },
     route::Upstream,
     sockets::{self, Acceptor, Nameless, Port, Rescued, direct::Way},
 };
+use listening::Listening;
 
 const _: () = assert!(WORKERS_ON_A_PORT == sockets::SHARERS);
-
-/// How many probes of a worker that fail one after the other are remembered.
-const PROBES: usize = 64;
 
 /// All worker processes of the daemon.
 #[derive(Debug)]
@@ -102,9 +94,12 @@ struct Member {
     proven: bool,
     /// How lbd reaches it, where the kernel hands it connections.
     way: Option<Way>,
-    /// Copies of the sockets of the probes since the last one that passed. As long as they are there
-    /// nobody else has their ports, and what comes from those is no client.
-    probes: VecDeque<Socket>,
+    prober: Prober,
+    /// Whose socket it is that answers there, where it binds its port itself.
+    listening: Option<Listening>,
+    /// A copy of the probe's socket while that may wait in the accept queue of a worker that has `way`:
+    /// nobody else has its port meanwhile, and what comes from there is no client.
+    probe: Option<Socket>,
     /// What it said last.
     last_words: LastWords,
     /// A probe has passed: known to whoever tells of its end.
@@ -112,19 +107,12 @@ struct Member {
 }
 
 impl Member {
-    fn remember_probe(&mut self, socket: &io::Result<Socket>) {
-        if let Ok(Ok(copy)) = socket.as_ref().map(Socket::try_clone) {
-            self.probes.truncate(PROBES - 1);
-            self.probes.push_front(copy);
-        }
-    }
-
-    /// Whether this connection, which waited for it, is one of its probes.
+    /// Whether this connection, which waited for it, is its probe's.
     fn is_probe(&self, accepted: &Socket) -> bool {
         let from = |probe: &Socket| {
             Some(probe.local_addr().ok()?.as_socket()? == accepted.peer_addr().ok()?.as_socket()?)
         };
-        self.probes.iter().any(|probe| from(probe) == Some(true))
+        self.probe.as_ref().and_then(from) == Some(true)
     }
 }
 
@@ -170,16 +158,15 @@ impl Fleet {
     }
 
     /// Probes once, beside everything else.
-    pub(super) fn probe(&mut self, id: WorkerId, probe: &Probe, limit: Duration) {
+    pub(super) fn probe(&mut self, id: WorkerId, health: &Health) {
         let Some(member) = self.members.get_mut(&id) else { return };
         member.probing = true;
         let endpoint = member.upstream.endpoint().clone();
         let inherited = endpoint.inet().and_then(|address| self.ports.get_mut(&address));
-        // A connect to a socket that lbd made succeeds before the program even looks at it, and the
-        // kernel would hand it clients from then on.
-        let is_direct = member.way.is_some();
-        // Where several listen, the connection has to reach the one that is meant.
+        // Where several listen, the connection has to reach the one that is meant. One that waits
+        // there already needs no other.
         let (socket, pass) = match (&member.way, inherited) {
+            _ if member.prober.is_waiting() => (Err(io::ErrorKind::NotConnected.into()), None),
             (Some(way), _) => match way.open() {
                 Ok((socket, pass)) => (Ok(socket), Some(pass)),
                 Err(error) => (Err(error), None),
@@ -187,15 +174,27 @@ impl Fleet {
             (None, Some(inherited)) => (inherited.port.way_to(id), None),
             (None, None) => (endpoint.way_of_a_probe(), None),
         };
-        if member.way.is_some() {
-            member.remember_probe(&socket);
+        if member.way.is_some()
+            && let Ok(socket) = &socket
+        {
+            member.probe = socket.try_clone().ok();
         }
-        let (probe, events) = (probe.clone(), self.events.clone());
-        let proxy_protocol = member.upstream.proxy_protocol();
-        let manner = probe::Manner { proxy_protocol, accepted: is_direct && !member.proven };
+        let target = probe::Target {
+            probe: health.probe.clone(),
+            endpoint,
+            proxy_protocol: member.upstream.proxy_protocol(),
+            timeout: health.timeout,
+        };
+        let (owner, is_new) = (health.owner, !member.proven);
+        let (prober, listening) = (member.prober.clone(), member.listening.clone());
+        let (upstream, events) = (Arc::clone(&member.upstream), self.events.clone());
         spawn_local(async move {
-            let outcome = probe::run(&probe, &endpoint, socket, manner, limit).await;
+            let answered = || upstream.answered();
+            let mut outcome = prober.probe(&target, socket, answered).await;
             drop(pass);
+            if let Some(listening) = listening {
+                listening.judge(&mut outcome, owner, is_new).await;
+            }
             // Fails only where the daemon has ended.
             let _ = events.send(Event::Probed { id, outcome }).await;
         });
@@ -205,15 +204,10 @@ impl Fleet {
     pub(super) fn probed(&mut self, id: WorkerId, outcome: &ProbeOutcome) {
         if let Some(member) = self.members.get_mut(&id) {
             member.probing = false;
-            let passed = outcome.error().is_none();
-            member.proven |= passed;
+            member.proven |= outcome.verdict == Verdict::Passed;
             member.was_healthy.set(member.proven);
-            if passed {
-                // It accepts in turn: nothing of the earlier ones waits any more.
-                member.probes.clear();
-            } else {
-                // Nobody reads an answer that comes now.
-                member.probes.iter().for_each(|probe| _ = probe.shutdown(Shutdown::Both));
+            if !member.prober.is_waiting() {
+                member.probe = None;
             }
             self.ledger.probed(&member.service, member.upstream.slot(), outcome);
         }

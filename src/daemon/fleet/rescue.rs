@@ -2,13 +2,13 @@
 //! queues, for others.
 
 use std::{
-    collections::{BTreeSet, HashSet},
+    collections::{BTreeSet, HashMap, HashSet},
     net::SocketAddr,
     sync::Arc,
     time::Instant,
 };
 
-use super::{Fleet, InheritedPort, InheritedUnix};
+use super::{Fleet, InheritedPort, InheritedUnix, Member};
 use crate::{control::WorkerId, sockets::Rescued};
 
 impl Fleet {
@@ -18,7 +18,7 @@ impl Fleet {
         let Some(member) = self.members.remove(&id) else { return };
         let address = member.upstream.endpoint().inet();
         if member.way.is_some() {
-            if !member.probes.is_empty() {
+            if member.probe.is_some() {
                 // Before the kernel moves what waits to somebody who would answer them too.
                 let waiting = self.publics.rescue(id, &mut self.acceptor).into_iter();
                 let clients = waiting.filter(|socket| !member.is_probe(socket));
@@ -57,6 +57,7 @@ impl Fleet {
             if member.way.is_some() && !member.probing && can_serve(&member.service) {
                 let waiting = publics.rescue(*id, acceptor).into_iter();
                 let clients = waiting.filter(|socket| !member.is_probe(socket)).map(client);
+                member.prober.forget();
                 rescued.extend(clients.map(|client| (Arc::clone(&member.service), client)));
             }
         }
@@ -90,6 +91,7 @@ impl Fleet {
                 let here = |id: &&WorkerId| port.socket(**id).is_some() && hangs(id);
                 for &id in ejected.iter().filter(here) {
                     sockets.extend(port.rescue(Some(id), acceptor));
+                    forget_probe(members, id);
                 }
             }
             rescued.extend(sockets.into_iter().map(|socket| (Arc::clone(service), socket)));
@@ -104,6 +106,7 @@ impl Fleet {
                 _ = socket.refuse();
             }
             if is_over || can_serve(service) && hangs(id) {
+                forget_probe(members, *id);
                 let connection = |socket| {
                     let proxy_protocol = *proxy_protocol;
                     (Arc::clone(service), Rescued { socket, proxy_protocol })
@@ -113,5 +116,12 @@ impl Fleet {
             !is_over
         });
         rescued
+    }
+}
+
+/// What was waiting for a worker was taken out of its queue, and a probe's connection with it.
+fn forget_probe(members: &HashMap<WorkerId, Member>, id: WorkerId) {
+    if let Some(member) = members.get(&id) {
+        member.prober.forget();
     }
 }

@@ -2,7 +2,6 @@
 
 use std::{
     cell::Cell,
-    collections::VecDeque,
     io,
     net::SocketAddr,
     num::NonZeroU32,
@@ -15,10 +14,11 @@ use std::{
 
 use tokio::{sync::mpsc, task::spawn_local};
 
-use super::{Fleet, InheritedPort, InheritedUnix, Member};
+use super::{Fleet, InheritedPort, InheritedUnix, Member, listening::Listening};
 use crate::{
     config::{Program, SocketMode},
     control::{Event, Spawn, WorkerId},
+    probe::Prober,
     process::{self, Cgroup, Child, ChildEvent, Exit, Identity, LastWords, Launch},
     route::{Upstream, Ways},
     sockets::{self, Endpoint, Nameless, Port},
@@ -195,6 +195,9 @@ impl Fleet {
         let service = Arc::clone(&order.service);
         self.ledger.open(&service, order.slot, Arc::clone(&upstream));
         let was_healthy = Rc::new(Cell::new(false));
+        let binds = spec.socket == SocketMode::Bind;
+        let bound = upstream.endpoint().inet().filter(|_| binds);
+        let listening = bound.map(|address| Listening::new(address, guard, order.stands_in_for));
         spawn_local(report(Reported {
             child,
             id,
@@ -211,7 +214,9 @@ impl Fleet {
             probing: false,
             proven: false,
             way,
-            probes: VecDeque::new(),
+            prober: Prober::default(),
+            listening,
+            probe: None,
             last_words,
             was_healthy,
         };

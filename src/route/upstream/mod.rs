@@ -56,6 +56,7 @@ pub struct Upstream {
     total: AtomicU64,
     sent: AtomicU64,
     received: AtomicU64,
+    answered: AtomicU64,
     counters: WorkerCounters,
     direct: Option<Direct>,
 }
@@ -134,6 +135,7 @@ impl Upstream {
             total: AtomicU64::new(0),
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
+            answered: AtomicU64::new(0),
             counters: WorkerCounters::default(),
             direct,
         }
@@ -350,6 +352,16 @@ impl Upstream {
 
     pub(super) fn count_end(&self, thread: usize, end: End, lasted: Duration) {
         self.counters.count_end(thread, end, lasted);
+    }
+
+    /// How many connections it has begun to answer: sent a first byte.
+    #[must_use]
+    pub fn answered(&self) -> u64 {
+        self.answered.load(Relaxed)
+    }
+
+    pub(super) fn count_answered(&self) {
+        self.answered.fetch_add(1, Relaxed);
     }
 
     pub(super) fn count_bytes(&self, sent: u64, received: u64) {

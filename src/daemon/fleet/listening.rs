@@ -1,0 +1,311 @@
+//! Whose socket it is that answers on a worker's port, and where the worker listens if not there.
+//!
+//! A program that binds its port itself may be preceded by somebody else: whoever is first answers
+//! probes, and would get the clients. So a probe that passed is believed only if the listening socket
+//! is the worker's own, as far as `health.owner` says and lbd may look.
+
+use std::{
+    cell::{Cell, RefCell},
+    fmt::Write as _,
+    io,
+    net::{IpAddr, SocketAddr},
+    rc::Rc,
+    time::{Duration, Instant},
+};
+
+use nix::unistd::{Uid, User};
+use tokio::task::spawn_blocking;
+
+use crate::{
+    config::Owner,
+    control::{ProbeOutcome, Verdict},
+    process::Holdings,
+    sockets::diag::{Diag, ListeningSocket},
+};
+
+/// A program that does not listen on its port by then gets a look at where it does: most would.
+const EARLY: Duration = Duration::from_millis(1500);
+/// Between two such looks.
+const PAUSE: Duration = Duration::from_secs(2);
+/// So many addresses are named at most.
+const NAMED: usize = 4;
+
+/// One worker that binds its port itself.
+#[derive(Debug, Clone)]
+pub(super) struct Listening(Rc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    /// Where it is to listen.
+    address: SocketAddr,
+    guard: i32,
+    /// The port of the worker that it stands in for.
+    stands_in_for: Option<u16>,
+    started: Instant,
+    /// The listening sockets that were found to be its own.
+    believed: RefCell<Vec<u32>>,
+    /// When it was last looked where else it listens.
+    looked: Cell<Option<Instant>>,
+}
+
+/// Why the listening socket is not believed to be the worker's.
+#[derive(Debug, thiserror::Error)]
+enum NotOwn {
+    #[error(
+        "the kernel does not tell who listens on port {0}: {1}; health.owner = \"any\" does without"
+    )]
+    Unknown(u16, io::Error),
+    #[error(
+        "nobody listens on {0} as far as lbd can see, though it answers (from another network namespace?): \
+         health.owner = \"any\" believes it"
+    )]
+    Invisible(SocketAddr),
+    #[error(
+        "port {port} is another program's, of user {user}, which answers in the worker's stead: it gets no \
+         client; if it listens for the worker, as a container engine does, set health.owner = \"any\""
+    )]
+    Strangers { port: u16, user: String },
+    #[error(
+        "port {port} is another program's, of the worker's own user: it gets no client; if it is to be \
+         believed, set health.owner = \"user\""
+    )]
+    Outside { port: u16 },
+    #[error(
+        "user {user} listens on port {port}, which is not the worker's user, and lbd may not look whose \
+         socket it is: if it is the worker's, set health.owner = \"any\""
+    )]
+    Unreadable { port: u16, user: String },
+}
+
+impl Listening {
+    pub(super) fn new(address: SocketAddr, guard: i32, stands_in_for: Option<u16>) -> Self {
+        Self(Rc::new(Inner {
+            address,
+            guard,
+            stands_in_for,
+            started: Instant::now(),
+            believed: RefCell::default(),
+            looked: Cell::new(None),
+        }))
+    }
+
+    /// Judges what a probe showed by who listens. Looks into `/proc` on a thread of its own, where
+    /// something is new.
+    pub(super) async fn judge(&self, outcome: &mut ProbeOutcome, owner: Owner, is_new: bool) {
+        match &outcome.verdict {
+            Verdict::Passed if owner != Owner::Any => {
+                if let Err(error) = self.check(owner).await {
+                    outcome.verdict = Verdict::Failed(error.to_string());
+                }
+            }
+            Verdict::Failed(error) if is_new && self.is_due() => {
+                if let Some(verdict) = self.look_elsewhere(error).await {
+                    outcome.verdict = verdict;
+                }
+            }
+            Verdict::Passed | Verdict::Failed(_) | Verdict::Hopeless(_) | Verdict::Unknown(_) => {}
+        }
+    }
+
+    /// Whether the listening socket is the worker's own.
+    async fn check(&self, owner: Owner) -> Result<(), NotOwn> {
+        let Inner { address, guard, .. } = *self.0;
+        let port = address.port();
+        let listeners = Diag::open().and_then(|mut diag| diag.listeners(port));
+        let listeners = listeners.map_err(|error| NotOwn::Unknown(port, error))?;
+        let listeners = reached_at(address, listeners);
+        if listeners.is_empty() {
+            return Err(NotOwn::Invisible(address));
+        }
+        let is_believed =
+            |listener: &ListeningSocket| self.0.believed.borrow().contains(&listener.inode);
+        if listeners.iter().all(is_believed) {
+            return Ok(());
+        }
+        let inodes: Vec<u32> = listeners.iter().map(|listener| listener.inode).collect();
+        let judged = spawn_blocking(move || {
+            let holdings = Holdings::of_worker(guard);
+            listeners.iter().try_for_each(|listener| is_own(listener, port, owner, &holdings))
+        });
+        // It is not cancelled, and does not panic.
+        judged.await.unwrap_or(Ok(()))?;
+        *self.0.believed.borrow_mut() = inodes;
+        Ok(())
+    }
+
+    fn is_due(&self) -> bool {
+        let Inner { stands_in_for, started, looked, .. } = &*self.0;
+        let is_due = stands_in_for.is_some()
+            || started.elapsed() >= EARLY && looked.get().is_none_or(|at| at.elapsed() >= PAUSE);
+        if is_due {
+            looked.set(Some(Instant::now()));
+        }
+        is_due
+    }
+
+    /// What becomes of a probe that failed with `error`, where the worker listens somewhere else.
+    async fn look_elsewhere(&self, error: &str) -> Option<Verdict> {
+        let Inner { address, guard, stands_in_for, .. } = *self.0;
+        let looked = spawn_blocking(move || elsewhere(guard));
+        let found = looked.await.ok()?.ok()?;
+        if found.contains(&address) {
+            return None;
+        }
+        if let Some(own) = stands_in_for
+            && found.iter().any(|listener| listener.port() == own)
+        {
+            return Some(Verdict::Hopeless(format!(
+                "it listens on port {own}, and not on {}, which it was given as $PORT",
+                address.port()
+            )));
+        }
+        let hint = hint(address, &found)?;
+        Some(Verdict::Failed(format!("{error}; {hint}")))
+    }
+}
+
+/// Which of the sockets on a port a connection to `address` reaches: those bound to it, or else to
+/// every address of its family, or else to every address of both (ipv6(7), `IPV6_V6ONLY`).
+fn reached_at(address: SocketAddr, listeners: Vec<ListeningSocket>) -> Vec<ListeningSocket> {
+    let rank = |listener: &ListeningSocket| match (listener.address.ip(), address.ip()) {
+        (bound, wanted) if bound.to_canonical() == wanted.to_canonical() => Some(0),
+        (IpAddr::V4(bound), IpAddr::V4(_)) if bound.is_unspecified() => Some(1),
+        (IpAddr::V6(bound), IpAddr::V6(_)) if bound.is_unspecified() => Some(1),
+        (IpAddr::V6(bound), IpAddr::V4(_)) if bound.is_unspecified() => Some(2),
+        _ => None,
+    };
+    let best = listeners.iter().filter_map(rank).min();
+    listeners.into_iter().filter(|listener| best.is_some() && rank(listener) == best).collect()
+}
+
+fn is_own(
+    listener: &ListeningSocket,
+    port: u16,
+    owner: Owner,
+    holdings: &Holdings,
+) -> Result<(), NotOwn> {
+    let is_users = holdings.users.contains(&listener.uid);
+    let is_held = holdings.sockets.contains(&listener.inode);
+    match owner {
+        Owner::Any => Ok(()),
+        Owner::Tree | Owner::User if is_held => Ok(()),
+        Owner::User if is_users => Ok(()),
+        // What may not be looked into has it, perhaps: the user decides.
+        Owner::Tree if holdings.is_partial && is_users => Ok(()),
+        Owner::Tree if is_users => Err(NotOwn::Outside { port }),
+        Owner::Tree | Owner::User if holdings.is_partial => {
+            Err(NotOwn::Unreadable { port, user: name(listener.uid) })
+        }
+        Owner::Tree | Owner::User => Err(NotOwn::Strangers { port, user: name(listener.uid) }),
+    }
+}
+
+fn name(uid: u32) -> String {
+    let user = User::from_uid(Uid::from_raw(uid)).ok().flatten();
+    user.map_or_else(|| uid.to_string(), |user| user.name)
+}
+
+/// Where the worker with this guard listens.
+fn elsewhere(guard: i32) -> io::Result<Vec<SocketAddr>> {
+    let listeners = Diag::open()?.all_listeners()?;
+    let holdings = Holdings::of_worker(guard);
+    let own = listeners.into_iter().filter(|listener| holdings.sockets.contains(&listener.inode));
+    let mut addresses: Vec<_> = own.map(|listener| listener.address).collect();
+    addresses.sort_unstable();
+    addresses.dedup();
+    Ok(addresses)
+}
+
+/// What to change, where a worker that is to listen on `address` listens on these.
+fn hint(address: SocketAddr, found: &[SocketAddr]) -> Option<String> {
+    let port = address.port();
+    if let Some(other) = found.iter().find(|listener| listener.port() == port) {
+        let ip = other.ip();
+        return Some(format!(
+            "it listens on {other}: set host = \"{ip}\", or have it listen on {}",
+            address.ip()
+        ));
+    }
+    let (first, others) = found.split_first()?;
+    let mut list = first.to_string();
+    for other in others.iter().take(NAMED - 1) {
+        // A String takes whatever it is given.
+        _ = write!(list, ", {other}");
+    }
+    Some(format!(
+        "it listens on {list}, and not on port {port}, which it was given as $PORT: have it listen \
+         there, or write {{port}} where its command has the port"
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    fn socket(address: &str, inode: u32, uid: u32) -> ListeningSocket {
+        ListeningSocket { address: address.parse().unwrap(), inode, uid }
+    }
+
+    #[test]
+    fn the_nearest_listener_is_the_one_that_is_reached() {
+        let all = ["127.0.0.1:80", "0.0.0.0:80", "[::]:80", "[::1]:80", "127.0.0.2:80"];
+        let reached = |address: &str, of: &[&str]| {
+            let listeners = of.iter().map(|address| socket(address, 1, 0)).collect();
+            let reached = reached_at(address.parse().unwrap(), listeners);
+            reached.iter().map(|listener| listener.address.to_string()).collect::<Vec<_>>()
+        };
+        assert_eq!(reached("127.0.0.1:80", &all), ["127.0.0.1:80"]);
+        assert_eq!(reached("127.0.0.3:80", &all), ["0.0.0.0:80"]);
+        assert_eq!(reached("127.0.0.1:80", &all[2..]), ["[::]:80"]);
+        assert_eq!(reached("[::1]:80", &all), ["[::1]:80"]);
+        assert_eq!(reached("[::2]:80", &all), ["[::]:80"]);
+        assert_eq!(reached("127.0.0.1:80", &["[::1]:80"]), Vec::<String>::new());
+        assert_eq!(reached("127.0.0.1:80", &["[::ffff:127.0.0.1]:80", "0.0.0.0:80"]).len(), 1);
+    }
+
+    #[test]
+    fn whose_it_is_decides_as_far_as_lbd_may_look() {
+        let holdings = |is_partial| Holdings {
+            sockets: BTreeSet::from([7]),
+            users: BTreeSet::from([1000]),
+            is_partial,
+        };
+        let (own, users, strangers) = ((7, 0), (8, 1000), (8, 1001));
+        for (owner, is_partial, (inode, uid), expected) in [
+            (Owner::Tree, false, own, Ok(())),
+            (Owner::Tree, false, users, Err("health.owner = \"user\"")),
+            (Owner::Tree, false, strangers, Err("health.owner = \"any\"")),
+            (Owner::Tree, true, users, Ok(())),
+            (Owner::Tree, true, strangers, Err("may not look")),
+            (Owner::User, false, users, Ok(())),
+            (Owner::User, false, strangers, Err("health.owner = \"any\"")),
+            (Owner::Any, false, strangers, Ok(())),
+        ] {
+            let listener = socket("127.0.0.1:80", inode, uid);
+            let judged = is_own(&listener, 80, owner, &holdings(is_partial));
+            match (judged, expected) {
+                (Ok(()), Ok(())) => {}
+                (Err(error), Err(part)) => assert!(error.to_string().contains(part), "{error}"),
+                (judged, expected) => panic!("{judged:?}, and not {expected:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_hint_names_what_to_change() {
+        let address: SocketAddr = "127.0.0.1:9002".parse().unwrap();
+        let hint = |found: &[&str]| {
+            let found: Vec<_> = found.iter().map(|address| address.parse().unwrap()).collect();
+            hint(address, &found)
+        };
+        assert_eq!(hint(&[]), None);
+        assert_eq!(
+            hint(&["[::1]:9002"]).unwrap(),
+            "it listens on [::1]:9002: set host = \"::1\", or have it listen on 127.0.0.1"
+        );
+        let other = hint(&["0.0.0.0:3000", "[::]:3001"]).unwrap();
+        assert!(other.starts_with("it listens on 0.0.0.0:3000, [::]:3001, and not"), "{other}");
+    }
+}

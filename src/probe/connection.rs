@@ -1,0 +1,219 @@
+//! The one connection of a probe: made, accepted or answered, and ended.
+
+use std::{
+    io,
+    net::{Shutdown, SocketAddr},
+    time::Duration,
+};
+
+use nix::libc;
+use socket2::{SockAddr, SockRef, Socket};
+use tokio::{
+    io::Interest,
+    net::{TcpStream, UnixStream},
+    time::timeout,
+};
+
+use super::{
+    ProbeError, Target,
+    http::{self, NoAnswer, Reading},
+};
+use crate::{
+    config::Probe,
+    proxy_protocol::{Ends, Header},
+    sockets::diag::{Diag, inode_of},
+};
+
+/// Between two looks whether a connection has been accepted: at first, and at most.
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+const LONGEST_PAUSE: Duration = Duration::from_millis(20);
+
+/// As much of what a worker says is read before its connection is closed.
+const MOST_READ: usize = 1 << 20;
+
+/// A connection to a worker, over which everything that a probe says has been said.
+#[derive(Debug)]
+pub(super) struct Connection {
+    stream: Stream,
+    /// Whether it is known to have left the accept queue.
+    is_accepted: bool,
+    /// What came of the answer to a GET.
+    reading: Reading,
+}
+
+#[derive(Debug)]
+enum Stream {
+    Tcp { stream: TcpStream, client: SocketAddr, server: SocketAddr },
+    Unix { stream: UnixStream, inode: u32 },
+}
+
+impl Connection {
+    /// Connects, and says what there is to say: the header that the worker expects, the GET, or else
+    /// at once that nothing will come. That FIN completes the handshake also where the listener waits
+    /// for a first byte (tcp(7), `TCP_DEFER_ACCEPT`): only a bare ACK is passed over then.
+    pub(super) async fn make(target: &Target, socket: Socket) -> Result<Self, ProbeError> {
+        let failed = |error| ProbeError::connect(&target.endpoint, error);
+        let connected = socket.connect(target.endpoint.address());
+        let stream = match target.endpoint.inet() {
+            None => {
+                // It is over when it returns, one way or the other (unix(7)).
+                connected.map_err(failed)?;
+                let inode = inode_of(&socket).map_err(failed)?;
+                Stream::Unix { stream: UnixStream::from_std(socket.into()).map_err(failed)?, inode }
+            }
+            Some(server) => {
+                match connected.as_ref().map_err(io::Error::raw_os_error) {
+                    Ok(()) | Err(Some(libc::EINPROGRESS)) => {}
+                    Err(_) => connected.map_err(failed)?,
+                }
+                let stream = TcpStream::from_std(socket.into()).map_err(failed)?;
+                stream.writable().await.map_err(failed)?;
+                stream.take_error().map_err(failed)?.map_or(Ok(()), Err).map_err(failed)?;
+                let client = stream.local_addr().map_err(failed)?;
+                if client == stream.peer_addr().map_err(failed)? {
+                    return Err(ProbeError::SelfConnect(target.endpoint.to_string()));
+                }
+                // What follows a header must not wait until it has been acknowledged.
+                stream.set_nodelay(true).map_err(failed)?;
+                Stream::Tcp { stream, client, server }
+            }
+        };
+        let connection = Self { stream, is_accepted: false, reading: Reading::default() };
+        connection.speak(target).await.map_err(ProbeError::Send)?;
+        Ok(connection)
+    }
+
+    /// Where it comes from.
+    pub(super) fn local_address(&self) -> Option<SockAddr> {
+        match &self.stream {
+            Stream::Tcp { client, .. } => Some((*client).into()),
+            Stream::Unix { stream, .. } => SockRef::from(stream).local_addr().ok(),
+        }
+    }
+
+    /// Whether it still waits in the worker's accept queue, as far as can be known.
+    pub(super) fn is_queued(&mut self) -> bool {
+        !self.look(&mut Diag::open().ok())
+    }
+
+    /// Returns when the worker has accepted it. Where the kernel does not tell, that is at once.
+    pub(super) async fn accepted(&mut self) {
+        let mut diag = Diag::open().ok();
+        let mut pause = FIRST_PAUSE;
+        while !self.look(&mut diag) {
+            // Whoever speaks, or ends it, or resets it, has accepted it, and may have closed it by
+            // the next look.
+            if timeout(pause, self.heard()).await.is_ok() {
+                self.is_accepted = true;
+                return;
+            }
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    /// The status of the answer to the GET.
+    pub(super) async fn answer(&mut self) -> Result<u16, NoAnswer> {
+        let mut buffer = vec![0; http::BUFFER];
+        loop {
+            if let Some(status) = self.reading.status()? {
+                return Ok(status);
+            }
+            let count = self.read(&mut buffer).await.map_err(NoAnswer::Broken)?;
+            self.is_accepted = true;
+            if count == 0 {
+                return Err(self.reading.ended());
+            }
+            self.reading.add(&buffer[..count])?;
+        }
+    }
+
+    /// Reads what the worker has to say, within bounds, and closes it.
+    pub(super) async fn end(self) {
+        // Fails only where there is nobody any more.
+        _ = self.shut();
+        let mut buffer = vec![0; http::BUFFER];
+        let mut left = self.reading.left().unwrap_or(MOST_READ).min(MOST_READ);
+        while left > 0 {
+            match self.read(&mut buffer).await {
+                Ok(0) | Err(_) => return,
+                Ok(count) => left = left.saturating_sub(count),
+            }
+        }
+    }
+
+    async fn speak(&self, target: &Target) -> io::Result<()> {
+        let ends = match &self.stream {
+            Stream::Tcp { client, server, .. } => Some(Ends { client: *client, server: *server }),
+            Stream::Unix { .. } => None,
+        };
+        let header = target.proxy_protocol.map(|version| Header::of_probe(version, ends));
+        let mut said = header.map_or_else(Vec::new, |header| header.as_bytes().to_vec());
+        if let Probe::Http { path, host, .. } = &target.probe {
+            let address = match &self.stream {
+                Stream::Tcp { server, .. } => server.to_string(),
+                Stream::Unix { .. } => "localhost".to_owned(),
+            };
+            let host = host.as_deref().unwrap_or(&address);
+            said.extend(http::request(path, host).into_bytes());
+        }
+        let mut rest = &said[..];
+        while !rest.is_empty() {
+            let count = self.write(rest).await?;
+            rest = &rest[count..];
+        }
+        match target.probe {
+            Probe::Tcp => self.shut(),
+            // There are servers that take the end of a request's stream for the end of its client.
+            Probe::Http { .. } => Ok(()),
+        }
+    }
+
+    /// Whether the kernel knows that it was accepted, or does not know at all.
+    fn look(&mut self, diag: &mut Option<Diag>) -> bool {
+        let Some(diag) = diag.as_mut().filter(|_| !self.is_accepted) else { return true };
+        let looked = match &self.stream {
+            Stream::Tcp { client, server, .. } => diag.is_accepted(*server, *client),
+            Stream::Unix { inode, .. } => diag.is_unix_accepted(*inode),
+        };
+        self.is_accepted = looked.unwrap_or(true);
+        self.is_accepted
+    }
+
+    /// Returns when something has come: bytes, an end or an error.
+    async fn heard(&self) {
+        // Whatever it is.
+        _ = match &self.stream {
+            Stream::Tcp { stream, .. } => stream.peek(&mut [0]).await.map(drop),
+            Stream::Unix { stream, .. } => stream.readable().await,
+        };
+    }
+
+    async fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        match &self.stream {
+            Stream::Tcp { stream, .. } => {
+                stream.async_io(Interest::READABLE, || stream.try_read(buffer)).await
+            }
+            Stream::Unix { stream, .. } => {
+                stream.async_io(Interest::READABLE, || stream.try_read(buffer)).await
+            }
+        }
+    }
+
+    async fn write(&self, bytes: &[u8]) -> io::Result<usize> {
+        match &self.stream {
+            Stream::Tcp { stream, .. } => {
+                stream.async_io(Interest::WRITABLE, || stream.try_write(bytes)).await
+            }
+            Stream::Unix { stream, .. } => {
+                stream.async_io(Interest::WRITABLE, || stream.try_write(bytes)).await
+            }
+        }
+    }
+
+    fn shut(&self) -> io::Result<()> {
+        match &self.stream {
+            Stream::Tcp { stream, .. } => SockRef::from(stream).shutdown(Shutdown::Write),
+            Stream::Unix { stream, .. } => SockRef::from(stream).shutdown(Shutdown::Write),
+        }
+    }
+}
