@@ -94,7 +94,7 @@ fn what_cannot_be_started_is_named_once_in_log_and_status() {
     file("denied", "#!/bin/sh\n", 0o644);
     file("interpreter", "#!/no/such/interpreter\n", 0o755);
     fs::create_dir(folder.path().join("gone")).unwrap();
-    let good = "command = [\"sleep\", \"1000\"]\nsocket = \"inherit\"";
+    let good = format!("{}\nsocket = \"inherit\"", command(&["http"]));
     let cases = [
         ("missing", "command = [\"no-such-program-anywhere\"]", "no-such-program-anywhere"),
         ("denied", "command = [\"./denied\"]", "permission denied"),

@@ -303,12 +303,39 @@ fn a_new_command_replaces_the_workers_one_by_one() {
         .filter(|l| matches!(&*l.message, "worker healthy" | "worker exited"))
         .map(|l| (&*l.message, l.number::<u16>("port")))
         .collect();
-    let expected: Vec<_> = ports
-        .all()
-        .into_iter()
-        .flat_map(|port| [("worker exited", port), ("worker healthy", port)])
+    // Each port is its worker's own, so that another one stands in while it is handed over.
+    assert_eq!(steps.len(), 3 * 4, "{steps:?}");
+    for (port, steps) in ports.all().into_iter().zip(steps.chunks(4)) {
+        let stand_in = steps[0].1;
+        assert!(!ports.all().contains(&stand_in), "{steps:?}");
+        let expected = [
+            ("worker healthy", stand_in),
+            ("worker exited", port),
+            ("worker healthy", port),
+            ("worker exited", stand_in),
+        ];
+        assert_eq!(steps, expected);
+    }
+}
+
+#[test]
+fn where_the_old_one_is_to_stop_first_it_does() {
+    let ports = Ports::take(2);
+    let keys = |argument: &str| {
+        format!("{}\nrollout.order = \"stop-first\"", command(&["http", argument]))
+    };
+    let daemon = Daemon::healthy(&ports.service(&keys("old")), 2);
+    let since = daemon.now();
+    daemon.must_reload(&ports.service(&keys("new")));
+    daemon.wait(since, "workers replaced", &[("service", "web")]);
+    let lines = daemon.log.lines(since);
+    let steps: Vec<_> = lines
+        .iter()
+        .filter(|l| matches!(&*l.message, "worker healthy" | "worker exited"))
+        .map(|l| (&*l.message, l.number::<u16>("port")))
         .collect();
-    assert_eq!(steps, expected);
+    let step = |port| [("worker exited", port), ("worker healthy", port)];
+    assert_eq!(steps, [step(ports.worker(0)), step(ports.worker(1))].concat());
 }
 
 #[test]
@@ -340,14 +367,14 @@ fn a_rollout_that_fails_leaves_the_old_settings() {
     let since = daemon.now();
     daemon.must_reload(&ports.service(&command(&["exit", "9"])));
     let line = daemon.wait(since, "replacement failed, the old settings stay in force", &[]);
-    assert!(line.get("error").unwrap().contains("exit status 9"), "{}", line.raw);
-    // The one slot that was tried is filled as before; the others were never touched.
-    daemon.wait_healthy(since, 1);
+    let error = line.get("error").unwrap();
+    assert!(error.contains("exit status 9") && error.contains("stop-first"), "{}", line.raw);
+    assert!(error.ends_with("the 3 old workers still serve, nothing changed"), "{}", line.raw);
     load.more(50);
     load.end_without_failure();
     assert_eq!(counts(&turns(ports.address(), 6)).len(), 3);
     let now = daemon.pids(&ports);
-    assert_eq!(pids.iter().zip(&now).filter(|(old, new)| old == new).count(), 2);
+    assert_eq!(now, pids, "none was touched");
     // Also for later restarts.
     let since = daemon.now();
     kill_hard(now[2]);

@@ -216,26 +216,29 @@ fn it_takes_fall_failures_in_a_row() {
 #[test]
 fn an_unhealthy_worker_is_replaced_after_a_while() {
     let ports = Ports::take(1);
-    let folder = tempfile::tempdir().unwrap();
-    let status = folder.path().join("status");
-    let words = ["http", "--status", status.to_str().unwrap()];
     let keys = format!(
-        "{}\nhealth = {{ http = \"/health\", interval = \"10ms\", fall = 1 }}\n\
-         restart = {{ unhealthy-after = \"300ms\", min-delay = \"10ms\" }}",
-        command(&words)
+        "{}\nhealth = {{ http = \"/health\", interval = \"10ms\", timeout = \"100ms\", fall = 1 }}\n\
+         restart = {{ unhealthy-after = \"300ms\" }}\nrollout.settle = \"20ms\"",
+        command(&["http"])
     );
-    let daemon = Daemon::start_in(folder, &ports.service(&keys));
-    daemon.wait_healthy(Mark::START, 1);
+    let daemon = Daemon::healthy(&ports.service(&keys), 1);
     let old = daemon.worker_pid(ports.worker(0));
     let since = daemon.now();
-    fs::write(&status, "500").unwrap();
-    daemon.wait(since, "worker unhealthy", &[]);
+    common::freeze(old);
+    daemon.wait(since, "worker unhealthy", &[("pid", &old.to_string())]);
     let line = daemon.wait(since, "worker given up", &[("pid", &old.to_string())]);
     assert!(line.get("error").unwrap().starts_with("unhealthy for 300ms"), "{}", line.raw);
+    // Another one is proven, on a port of its own, before the old one is asked to end.
+    let stand_in = daemon.wait(since, "worker healthy", &[]);
     daemon.wait(since, "worker exited", &[("pid", &old.to_string())]);
-    fs::write(&status, "200").unwrap();
-    let line = daemon.wait(since, "worker healthy", &[]);
-    assert_ne!(line.pid(), old);
+    let port = ports.worker(0).to_string();
+    let new = daemon.wait(since, "worker healthy", &[("port", &port)]);
+    assert!(new.pid() != old && new.pid() != stand_in.pid());
+    daemon.wait(since, "worker exited", &[("pid", &stand_in.pid().to_string())]);
+    let steps = daemon.log.lines(since).into_iter();
+    let steps = steps.filter(|l| matches!(&*l.message, "worker healthy" | "worker exited"));
+    let steps: Vec<_> = steps.map(|line| line.pid()).collect();
+    assert_eq!(steps, [stand_in.pid(), old, new.pid(), stand_in.pid()]);
     assert_eq!(turns(ports.address(), 1), [ports.worker(0)]);
 }
 
@@ -352,7 +355,7 @@ fn a_frozen_worker_is_seen_by_an_http_probe() {
     let pid = nix::unistd::Pid::from_raw(frozen);
     nix::sys::signal::kill(pid, Signal::SIGSTOP).unwrap();
     let line = daemon.wait(Mark::START, "worker unhealthy", &[("pid", &frozen.to_string())]);
-    assert_eq!(line.get("error"), Some("no answer within 100ms"));
+    assert_eq!(line.get("error"), Some("a connection is not accepted within 100ms"));
     for _ in 0..4 {
         try_get(ports.address(), "/index.html").unwrap();
     }

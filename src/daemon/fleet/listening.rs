@@ -6,7 +6,6 @@
 
 use std::{
     cell::{Cell, RefCell},
-    fmt::Write as _,
     io,
     net::{IpAddr, SocketAddr},
     rc::Rc,
@@ -17,7 +16,7 @@ use nix::unistd::{Uid, User};
 use tokio::task::spawn_blocking;
 
 use crate::{
-    config::Owner,
+    config::{Owner, SocketMode},
     control::{ProbeOutcome, Verdict},
     process::Holdings,
     sockets::diag::{Diag, ListeningSocket},
@@ -30,14 +29,15 @@ const PAUSE: Duration = Duration::from_secs(2);
 /// So many addresses are named at most.
 const NAMED: usize = 4;
 
-/// One worker that binds its port itself.
+/// Where one worker listens.
 #[derive(Debug, Clone)]
 pub(super) struct Listening(Rc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    /// Where it is to listen.
-    address: SocketAddr,
+    socket: SocketMode,
+    /// Where it is to listen; on unix nowhere that has an address.
+    address: Option<SocketAddr>,
     guard: i32,
     /// The port of the worker that it stands in for.
     stands_in_for: Option<u16>,
@@ -78,8 +78,14 @@ enum NotOwn {
 }
 
 impl Listening {
-    pub(super) fn new(address: SocketAddr, guard: i32, stands_in_for: Option<u16>) -> Self {
+    pub(super) fn new(
+        socket: SocketMode,
+        address: Option<SocketAddr>,
+        guard: i32,
+        stands_in_for: Option<u16>,
+    ) -> Self {
         Self(Rc::new(Inner {
+            socket,
             address,
             guard,
             stands_in_for,
@@ -93,8 +99,11 @@ impl Listening {
     /// something is new.
     pub(super) async fn judge(&self, outcome: &mut ProbeOutcome, owner: Owner, is_new: bool) {
         match &outcome.verdict {
-            Verdict::Passed if owner != Owner::Any => {
-                if let Err(error) = self.check(owner).await {
+            Verdict::Passed => {
+                if let Some(address) = self.0.address.filter(|_| self.0.socket == SocketMode::Bind)
+                    && owner != Owner::Any
+                    && let Err(error) = self.check(address, owner).await
+                {
                     outcome.verdict = Verdict::Failed(error.to_string());
                 }
             }
@@ -103,13 +112,13 @@ impl Listening {
                     outcome.verdict = verdict;
                 }
             }
-            Verdict::Passed | Verdict::Failed(_) | Verdict::Hopeless(_) | Verdict::Unknown(_) => {}
+            Verdict::Failed(_) | Verdict::Hopeless(_) | Verdict::Unknown(_) => {}
         }
     }
 
     /// Whether the listening socket is the worker's own.
-    async fn check(&self, owner: Owner) -> Result<(), NotOwn> {
-        let Inner { address, guard, .. } = *self.0;
+    async fn check(&self, address: SocketAddr, owner: Owner) -> Result<(), NotOwn> {
+        let guard = self.0.guard;
         let port = address.port();
         let listeners = Diag::open().and_then(|mut diag| diag.listeners(port));
         let listeners = listeners.map_err(|error| NotOwn::Unknown(port, error))?;
@@ -145,21 +154,33 @@ impl Listening {
 
     /// What becomes of a probe that failed with `error`, where the worker listens somewhere else.
     async fn look_elsewhere(&self, error: &str) -> Option<Verdict> {
-        let Inner { address, guard, stands_in_for, .. } = *self.0;
+        let Inner { socket, address, guard, stands_in_for, .. } = *self.0;
         let looked = spawn_blocking(move || elsewhere(guard));
         let found = looked.await.ok()?.ok()?;
-        if found.contains(&address) {
+        if address.is_some_and(|address| found.contains(&address)) {
             return None;
         }
-        if let Some(own) = stands_in_for
-            && found.iter().any(|listener| listener.port() == own)
-        {
-            return Some(Verdict::Hopeless(format!(
-                "it listens on port {own}, and not on {}, which it was given as $PORT",
-                address.port()
-            )));
-        }
-        let hint = hint(address, &found)?;
+        let hint = match (socket, address) {
+            (SocketMode::Bind, Some(address)) => {
+                if let Some(own) = stands_in_for
+                    && found.iter().any(|listener| listener.port() == own)
+                {
+                    return Some(Verdict::Hopeless(format!(
+                        "it listens on port {own}, and not on {}, which it was given as $PORT",
+                        address.port()
+                    )));
+                }
+                hint(address, &found)?
+            }
+            (SocketMode::Inherit | SocketMode::Unix, _) if !found.is_empty() => format!(
+                "it listens on {}, and not on the socket that it was given as descriptor 3: have it \
+                 accept from that one, or set socket = \"bind\" and have it listen on $PORT",
+                list(&found)
+            ),
+            (SocketMode::Bind | SocketMode::Inherit | SocketMode::Unix | SocketMode::Direct, _) => {
+                return None;
+            }
+        };
         Some(Verdict::Failed(format!("{error}; {hint}")))
     }
 }
@@ -226,16 +247,17 @@ fn hint(address: SocketAddr, found: &[SocketAddr]) -> Option<String> {
             address.ip()
         ));
     }
-    let (first, others) = found.split_first()?;
-    let mut list = first.to_string();
-    for other in others.iter().take(NAMED - 1) {
-        // A String takes whatever it is given.
-        _ = write!(list, ", {other}");
-    }
+    let list = (!found.is_empty()).then(|| list(found))?;
     Some(format!(
         "it listens on {list}, and not on port {port}, which it was given as $PORT: have it listen \
          there, or write {{port}} where its command has the port"
     ))
+}
+
+/// The first of them, for a message.
+fn list(addresses: &[SocketAddr]) -> String {
+    let shown: Vec<_> = addresses.iter().take(NAMED).map(ToString::to_string).collect();
+    shown.join(", ")
 }
 
 #[cfg(test)]

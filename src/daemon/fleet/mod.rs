@@ -95,8 +95,7 @@ struct Member {
     /// How lbd reaches it, where the kernel hands it connections.
     way: Option<Way>,
     prober: Prober,
-    /// Whose socket it is that answers there, where it binds its port itself.
-    listening: Option<Listening>,
+    listening: Listening,
     /// A copy of the probe's socket while that may wait in the accept queue of a worker that has `way`:
     /// nobody else has its port meanwhile, and what comes from there is no client.
     probe: Option<Socket>,
@@ -192,9 +191,7 @@ impl Fleet {
             let answered = || upstream.answered();
             let mut outcome = prober.probe(&target, socket, answered).await;
             drop(pass);
-            if let Some(listening) = listening {
-                listening.judge(&mut outcome, owner, is_new).await;
-            }
+            listening.judge(&mut outcome, owner, is_new).await;
             // Fails only where the daemon has ended.
             let _ = events.send(Event::Probed { id, outcome }).await;
         });

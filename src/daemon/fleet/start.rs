@@ -195,9 +195,8 @@ impl Fleet {
         let service = Arc::clone(&order.service);
         self.ledger.open(&service, order.slot, Arc::clone(&upstream));
         let was_healthy = Rc::new(Cell::new(false));
-        let binds = spec.socket == SocketMode::Bind;
-        let bound = upstream.endpoint().inet().filter(|_| binds);
-        let listening = bound.map(|address| Listening::new(address, guard, order.stands_in_for));
+        let address = upstream.endpoint().inet();
+        let listening = Listening::new(spec.socket, address, guard, order.stands_in_for);
         spawn_local(report(Reported {
             child,
             id,
