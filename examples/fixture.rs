@@ -9,10 +9,10 @@
 //! | `tell VERSION` | says the PROXY header (see `--proxy`) in a line of its own, then is `echo` |
 //! | `reset` | resets each connection after the first bytes |
 //! | `pour BYTES` | after the first bytes, sends so many and resets the connection |
-//! | `once` | answers the first connection, then listens no more and lives on |
+//! | `closing FILE` | accepts until FILE exists, then listens no more, makes FILE.done, and lives on |
 //! | `hear FILE` | says `bye` after the first bytes and ends its side; writes all it heard, or the error, to FILE |
 //! | `deaf` | accepts, and never reads |
-//! | `mute` | listens with a queue for one connection and never accepts: later ones hang |
+//! | `stalling FILE` | accepts until FILE exists, then never again: its queue is full when there is FILE.done, and whoever connects later hangs |
 //! | `silent` | never listens |
 //! | `exit STATUS` | ends at once |
 //! | `spam LINES` | writes that many lines to each of its streams, then is `http` |
@@ -112,8 +112,9 @@ fn main() {
                 }
             });
         }
-        "once" => {
-            let _ = listener().accept().unwrap();
+        "closing" => {
+            drop(accept_until(argument, 128));
+            done(argument);
             for_ever();
         }
         "hear" => {
@@ -121,7 +122,7 @@ fn main() {
             serve(move |stream| hear(&stream, &file));
         }
         "deaf" => serve(|_open| for_ever()),
-        "mute" => mute(),
+        "stalling" => stalling(argument),
         "silent" => for_ever(),
         "exit" => process::exit(argument.parse().unwrap()),
         "spam" => {
@@ -370,14 +371,33 @@ fn hear(mut stream: &TcpStream, file: &str) {
     fs::rename(whole, file).unwrap();
 }
 
-fn mute() {
+fn stalling(file: &str) {
+    let socket = accept_until(file, 0);
+    // A queue of zero holds one (listen(2) and `sk_acceptq_is_full` in the kernel's sock.h).
+    let _waiting = TcpStream::connect(socket.local_addr().unwrap().as_socket().unwrap()).unwrap();
+    done(file);
+    for_ever();
+}
+
+/// Listens on `$PORT` with such a queue, and accepts whoever comes until there is such a file.
+fn accept_until(file: &str, backlog: i32) -> Socket {
     let port: u16 = env::var("PORT").unwrap().parse().unwrap();
     let address = SocketAddr::from(([127, 0, 0, 1], port));
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
     socket.set_reuse_address(true).unwrap();
     socket.bind(&address.into()).unwrap();
-    socket.listen(0).unwrap();
-    for_ever();
+    socket.listen(backlog).unwrap();
+    socket.set_nonblocking(true).unwrap();
+    while !Path::new(file).exists() {
+        if socket.accept().is_err() {
+            thread::sleep(LOOK);
+        }
+    }
+    socket
+}
+
+fn done(file: &str) {
+    fs::write(format!("{file}.done"), "").unwrap();
 }
 
 fn for_ever() {

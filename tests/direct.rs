@@ -80,7 +80,8 @@ fn start(kind: Kind, config: &str, workers: usize) -> Option<Daemon> {
 
 /// Fixtures with sockets of their own. Ports are their names.
 fn service(ports: &Ports, words: &[&str], more: &str) -> String {
-    ports.service(&format!("{}\nroute = \"direct\"\n{more}", command(words)))
+    let settle = "rollout.settle = \"10ms\"";
+    ports.service(&format!("{}\nroute = \"direct\"\n{settle}\n{more}", command(words)))
 }
 
 fn http(ports: &Ports, more: &str) -> String {

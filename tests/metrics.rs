@@ -6,7 +6,7 @@ mod common;
 use std::{
     fs,
     io::{Read, Write},
-    net::{Shutdown, SocketAddr, TcpStream},
+    net::{Shutdown, SocketAddr},
     os::unix::net::UnixStream,
     thread,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -129,14 +129,13 @@ fn promtool_has_nothing_to_complain_about() {
 #[test]
 fn a_worker_that_refuses_is_counted_and_the_connection_is_not_lost() {
     let ports = Ports::take(3);
-    // It answers the one probe, then listens no more and lives on: only the connect tells.
+    // It listens until it is told not to, and lives on: only the connect tells.
     let keys = format!(
-        "command = [\"sh\", \"-c\", \"\"\"[ {{slot}} = 1 ] && exec {0} once || exec {0} http\"\"\"]\n{ONE_PROBE}",
+        "command = [\"sh\", \"-c\", \"\"\"[ {{slot}} = 1 ] && exec {0} closing stop || exec {0} http\"\"\"]\n{ONE_PROBE}",
         fixture()
     );
     let daemon = healthy(&ports.service(&keys), 3);
-    let refusing = SocketAddr::from(([127, 0, 0, 1], ports.worker(1)));
-    eventually("the port is closed", || TcpStream::connect(refusing).is_err());
+    daemon.tell_worker("stop");
     turns(ports.address(), 12);
     let metrics = Metrics::of(&daemon);
     assert_eq!(metrics.value("lbd_connect_failures_total{slot=\"1\",reason=\"refused\"}"), 6.0);
@@ -152,12 +151,12 @@ fn a_worker_that_refuses_is_counted_and_the_connection_is_not_lost() {
 fn a_worker_that_stalls_is_counted_by_its_timeout() {
     let ports = Ports::take(2);
     let keys = format!(
-        "command = [\"sh\", \"-c\", \"\"\"[ {{slot}} = 0 ] && exec {0} mute || exec {0} http\"\"\"]\n\
+        "command = [\"sh\", \"-c\", \"\"\"[ {{slot}} = 0 ] && exec {0} stalling stop || exec {0} http\"\"\"]\n\
          connect-timeout = \"50ms\"\n{ONE_PROBE}",
         fixture()
     );
-    // The probe fills its queue.
     let daemon = healthy(&ports.service(&keys), 2);
+    daemon.tell_worker("stop");
     turns(ports.address(), 3);
     let metrics = Metrics::of(&daemon);
     assert_eq!(metrics.value("lbd_connect_failures_total{slot=\"0\",reason=\"timeout\"}"), 3.0);

@@ -185,13 +185,12 @@ fn probes_begin_with_it_too() {
 fn a_worker_that_does_not_take_the_connection_costs_nothing_of_it() {
     let ports = Ports::take(2);
     let keys = format!(
-        "command = [\"sh\", \"-c\", \"\"\"[ {{slot}} = 0 ] && exec {0} once || exec {0} http --proxy v1\"\"\"]\n\
+        "command = [\"sh\", \"-c\", \"\"\"[ {{slot}} = 0 ] && exec {0} closing stop || exec {0} http --proxy v1\"\"\"]\n\
          proxy-protocol = \"v1\"\n{ONE_PROBE}",
         common::fixture()
     );
-    let _daemon = Daemon::healthy(&ports.service(&keys), 2);
-    let refused = SocketAddr::from(([127, 0, 0, 1], ports.worker(0)));
-    eventually("the port is closed", || TcpStream::connect(refused).is_err());
+    let daemon = Daemon::healthy(&ports.service(&keys), 2);
+    daemon.tell_worker("stop");
     for _ in 0..6 {
         let client = connect(ports.address());
         let header = header_of(&client);

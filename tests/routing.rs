@@ -127,14 +127,13 @@ fn source_hash_sticks() {
 #[test]
 fn a_worker_that_refuses_the_connect_is_skipped() {
     let ports = Ports::take(3);
-    // It answers the one probe, then listens no more and lives on: only the connect tells.
+    // It listens until it is told not to, and lives on: only the connect tells.
     let keys = format!(
-        "command = [\"sh\", \"-c\", \"\"\"[ {{slot}} = 1 ] && exec {0} once || exec {0} http\"\"\"]\n{ONE_PROBE}",
+        "command = [\"sh\", \"-c\", \"\"\"[ {{slot}} = 1 ] && exec {0} closing stop || exec {0} http\"\"\"]\n{ONE_PROBE}",
         common::fixture()
     );
     let daemon = Daemon::healthy(&ports.service(&keys), 3);
-    let refused = SocketAddr::from(([127, 0, 0, 1], ports.worker(1)));
-    eventually("the port is closed", || TcpStream::connect(refused).is_err());
+    daemon.tell_worker("stop");
     let others = counts(&turns(ports.address(), 12));
     assert_eq!(others.keys().copied().collect::<Vec<_>>(), [ports.worker(0), ports.worker(2)]);
     assert_eq!(others.values().sum::<usize>(), 12);
@@ -145,12 +144,12 @@ fn a_worker_that_refuses_the_connect_is_skipped() {
 fn a_worker_that_stalls_the_connect_is_skipped() {
     let ports = Ports::take(2);
     let keys = format!(
-        "command = [\"sh\", \"-c\", \"\"\"[ {{slot}} = 0 ] && exec {0} mute || exec {0} http\"\"\"]\n\
+        "command = [\"sh\", \"-c\", \"\"\"[ {{slot}} = 0 ] && exec {0} stalling stop || exec {0} http\"\"\"]\n\
          connect-timeout = \"50ms\"\n{ONE_PROBE}",
         common::fixture()
     );
-    // The probe fills its queue.
-    let _daemon = Daemon::healthy(&ports.service(&keys), 2);
+    let daemon = Daemon::healthy(&ports.service(&keys), 2);
+    daemon.tell_worker("stop");
     assert_eq!(turns(ports.address(), 6), [ports.worker(1); 6]);
 }
 

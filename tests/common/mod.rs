@@ -208,6 +208,12 @@ impl Daemon {
         self.folder.path().join(name)
     }
 
+    /// Makes a file that a worker of the fixture waits for, and waits until it has done what that says.
+    pub(crate) fn tell_worker(&self, file: &str) {
+        fs::write(self.path(file), "").unwrap();
+        eventually("the worker has done it", || self.path(&format!("{file}.done")).exists());
+    }
+
     pub(crate) fn now(&self) -> Mark {
         self.log.now()
     }
