@@ -106,7 +106,13 @@ if os.path.exists("broken"):
     sys.exit("ImportError: no module named app")
 while True:
     c, _ = s.accept()
-    if c.recv(4096):
+    data = b""
+    while not data.endswith(b"\r\n\r\n"):
+        piece = c.recv(4096)
+        if not piece:
+            break
+        data += piece
+    else:
         c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
     c.close()
 "#;
@@ -184,8 +190,15 @@ s.bind(("127.0.0.1", int(sys.argv[1])))
 s.listen(5)
 while True:
     c, _ = s.accept()
-    data = c.recv(4096)
-    if not data:
+    data = b""
+    while not data.endswith(b"\r\n\r\n"):
+        piece = c.recv(4096)
+        if not piece:
+            break
+        data += piece
+    else:
+        piece = data
+    if not piece:
         c.close()
         continue
     seconds = float(data.split(b" ")[1][1:] or b"0")
@@ -238,12 +251,13 @@ fn a_busy_worker_is_not_killed_with_its_request_in_its_hands() {
 #[test]
 fn a_worker_that_is_busy_with_many_is_not_taken_for_dead() {
     let ports = Ports::take(2);
-    // More than its queue holds, for far longer than it takes to fail.
-    let Some(daemon) = python(&ports, BUSY, QUICK) else { return };
+    // A probe waits far longer in their queues than it may take.
+    let keys = "health = { interval = \"50ms\", timeout = \"400ms\", fall = 1 }";
+    let Some(daemon) = python(&ports, BUSY, keys) else { return };
     daemon.wait_healthy(Mark::START, 2);
     let address = ports.address();
     let clients: Vec<_> =
-        (0..12).map(|_| std::thread::spawn(move || try_get(address, "/0.15"))).collect();
+        (0..12).map(|_| std::thread::spawn(move || try_get(address, "/0.2"))).collect();
     for client in clients {
         assert_eq!(client.join().unwrap().unwrap(), b"ok");
     }
@@ -269,7 +283,11 @@ fn a_worker_that_stops_accepting_is_seen_by_a_bare_probe() {
 /// Greets whoever comes, and has nobody who listens for errors.
 const GREETING: &str = "
 const net = require('node:net');
-net.createServer((socket) => { socket.write('220 ready\\r\\n'); }).listen(process.env.PORT, '127.0.0.1');
+let clients = 0;
+net.createServer((socket) => {
+  socket.write('220 ready\\r\\n');
+  if (++clients == 200) require('node:fs').writeFileSync('many', '');
+}).listen(process.env.PORT, '127.0.0.1');
 ";
 
 #[test]
@@ -283,11 +301,7 @@ fn a_server_that_speaks_first_survives_its_probes() {
     let keys = "command = [\"node\", \"server.js\"]\nhealth.interval = \"5ms\"";
     let daemon = Daemon::start_in(folder, &ports.service(keys));
     daemon.wait_healthy(Mark::START, 1);
-    let passed = || {
-        let metrics = common::metrics::Metrics::of(&daemon);
-        metrics.value("lbd_probes_total{slot=\"0\",result=\"pass\"}")
-    };
-    eventually("many probes have passed", || passed() > 200.0);
+    eventually("it was probed often", || daemon.path("many").exists());
     let mut greeting = [0; 11];
     connect(ports.address()).read_exact(&mut greeting).unwrap();
     assert_eq!(&greeting, b"220 ready\r\n");
@@ -380,8 +394,12 @@ s.listen(64)
 print("ready")
 while True:
     c, _ = s.accept()
-    if c.recv(4096):
+    while c.recv(4096):
         c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nstolen")
+        break
+    c.shutdown(socket.SHUT_WR)
+    while c.recv(4096):
+        pass
     c.close()
 "#
     );

@@ -44,8 +44,9 @@ struct Inner {
     started: Instant,
     /// The listening sockets that were found to be its own.
     believed: RefCell<Vec<u32>>,
-    /// When it was last looked where else it listens.
+    /// When it was last looked where else it listens, and what to change by that.
     looked: Cell<Option<Instant>>,
+    hint: RefCell<Option<String>>,
 }
 
 /// Why the listening socket is not believed to be the worker's.
@@ -92,6 +93,7 @@ impl Listening {
             started: Instant::now(),
             believed: RefCell::default(),
             looked: Cell::new(None),
+            hint: RefCell::new(None),
         }))
     }
 
@@ -107,9 +109,13 @@ impl Listening {
                     outcome.verdict = Verdict::Failed(error.to_string());
                 }
             }
-            Verdict::Failed(error) if is_new && self.is_due() => {
-                if let Some(verdict) = self.look_elsewhere(error).await {
-                    outcome.verdict = verdict;
+            Verdict::Failed(error) if is_new => {
+                if self.is_due()
+                    && let Some(error) = self.look_elsewhere().await
+                {
+                    outcome.verdict = Verdict::Hopeless(error);
+                } else if let Some(hint) = &*self.0.hint.borrow() {
+                    outcome.verdict = Verdict::Failed(format!("{error}; {hint}"));
                 }
             }
             Verdict::Failed(_) | Verdict::Hopeless(_) | Verdict::Unknown(_) => {}
@@ -152,36 +158,37 @@ impl Listening {
         is_due
     }
 
-    /// What becomes of a probe that failed with `error`, where the worker listens somewhere else.
-    async fn look_elsewhere(&self, error: &str) -> Option<Verdict> {
+    /// Looks where the worker listens, and keeps what to change by that. Why it will never do, if
+    /// it won't.
+    async fn look_elsewhere(&self) -> Option<String> {
         let Inner { socket, address, guard, stands_in_for, .. } = *self.0;
         let looked = spawn_blocking(move || elsewhere(guard));
         let found = looked.await.ok()?.ok()?;
-        if address.is_some_and(|address| found.contains(&address)) {
-            return None;
-        }
+        let is_there = address.is_some_and(|address| found.contains(&address));
         let hint = match (socket, address) {
+            _ if is_there => None,
             (SocketMode::Bind, Some(address)) => {
                 if let Some(own) = stands_in_for
                     && found.iter().any(|listener| listener.port() == own)
                 {
-                    return Some(Verdict::Hopeless(format!(
+                    return Some(format!(
                         "it listens on port {own}, and not on {}, which it was given as $PORT",
                         address.port()
-                    )));
+                    ));
                 }
-                hint(address, &found)?
+                hint(address, &found)
             }
-            (SocketMode::Inherit | SocketMode::Unix, _) if !found.is_empty() => format!(
+            (SocketMode::Inherit | SocketMode::Unix, _) if !found.is_empty() => Some(format!(
                 "it listens on {}, and not on the socket that it was given as descriptor 3: have it \
                  accept from that one, or set socket = \"bind\" and have it listen on $PORT",
                 list(&found)
-            ),
+            )),
             (SocketMode::Bind | SocketMode::Inherit | SocketMode::Unix | SocketMode::Direct, _) => {
-                return None;
+                None
             }
         };
-        Some(Verdict::Failed(format!("{error}; {hint}")))
+        *self.0.hint.borrow_mut() = hint;
+        None
     }
 }
 
