@@ -15,6 +15,7 @@ use std::{
 };
 
 use nix::sys::signal::Signal;
+use serde::{Deserialize, Serialize};
 
 use super::token::Token;
 
@@ -448,6 +449,8 @@ pub struct Stop {
     pub drain_timeout: Duration,
     /// From the signal to SIGKILL.
     pub timeout: Duration,
+    /// Who gets the signal.
+    pub to: StopTo,
 }
 
 impl Default for Stop {
@@ -457,8 +460,18 @@ impl Default for Stop {
             drain: Drain::Wait,
             drain_timeout: Duration::from_secs(30),
             timeout: Duration::from_secs(10),
+            to: StopTo::Group,
         }
     }
+}
+
+/// `stop.to`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StopTo {
+    /// The program and all in its process group.
+    Group,
+    /// The program alone, which ends its own children; what it leaves gets it at its end.
+    Main,
 }
 
 /// `drain`.

@@ -11,7 +11,7 @@ use std::{
 
 use super::{
     Balance, DEFAULT_HOST, Drain, Health, Limits, Listen, Output, Probe, Program, ProxyProtocol,
-    Restart, Route, Routing, Service, Slots, SocketMode, StatusSet, Stop, WorkerSpec,
+    Restart, Route, Routing, Service, Slots, SocketMode, StatusSet, Stop, StopTo, WorkerSpec,
     addresses::{Claim, Claimant, Claims},
     limits,
     reader::{Table, Value},
@@ -359,6 +359,7 @@ fn stop(mut table: Table<'_>, drain: Drain) -> Stop {
         drain: table.read("drain", |v| v.word(&DRAINS)).unwrap_or(drain),
         drain_timeout: table.duration("drain-timeout", default.drain_timeout),
         timeout: table.duration("timeout", default.timeout),
+        to: table.read("to", |v| v.word(&STOP_TO)).unwrap_or(default.to),
     };
     table.finish();
     stop
@@ -377,3 +378,5 @@ const BALANCES: [(&str, Balance); 3] = [
 ];
 
 const DRAINS: [(&str, Drain); 2] = [("wait", Drain::Wait), ("signal", Drain::Signal)];
+
+const STOP_TO: [(&str, StopTo); 2] = [("group", StopTo::Group), ("main", StopTo::Main)];

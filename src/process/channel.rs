@@ -9,6 +9,7 @@ use std::{
     fs::File,
     io::{self, IoSlice, IoSliceMut, Read as _, Seek as _, Write as _},
     os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+    time::Duration,
 };
 
 use nix::sys::{
@@ -21,7 +22,7 @@ use nix::sys::{
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::Exit;
-use crate::config::MAX_LISTENERS;
+use crate::config::{MAX_LISTENERS, StopTo};
 
 /// The program to start, all but its descriptors.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,6 +68,9 @@ impl Package {
 pub(super) enum Order {
     /// Send this signal to the program's process group.
     Signal(i32),
+    /// Ask the program to stop with this signal, and report its end when its whole tree has ended. It
+    /// is killed after that time.
+    Stop(i32, StopTo, Duration),
     /// Kill everything below the guard.
     Kill,
 }

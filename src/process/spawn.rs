@@ -32,8 +32,9 @@ use tokio::{
 use super::{
     Cgroup, Exit, Streams, cgroup,
     channel::{Description, Order, Report, hear, pair, start, tell},
-    tree::{Process, below, kill_all, processes, reap},
+    tree::{Process, below, identity, kill_all, processes, reap},
 };
+use crate::config::StopTo;
 
 /// How long the last event of a killed guard's worker is held back while the kernel, not lbd, keeps
 /// one of its processes from dying.
@@ -83,7 +84,8 @@ pub enum ChildEvent {
     },
     /// The program never ran, for this reason: a sentence.
     Failed(String),
-    /// The program ended. What it started may still be there for an instant.
+    /// The program ended. What it started may still be there for an instant, but not where the
+    /// worker was asked to stop.
     Exited(Exit),
     /// Nothing of it is left: always the last event.
     Gone,
@@ -218,11 +220,6 @@ impl Family {
     }
 }
 
-/// What tells a process from a later one of the same pid.
-fn identity(process: &Process) -> (i32, u64) {
-    (process.pid, process.start)
-}
-
 /// A started worker. Dropping it kills the worker, as the end of lbd would.
 #[derive(Debug)]
 pub struct Child {
@@ -326,6 +323,14 @@ impl Controller {
     /// started yet, as soon as it has. Continues a stopped one, so that it can act on the signal.
     pub fn signal(&self, signal: Signal) {
         self.order(Order::Signal(signal as i32));
+    }
+
+    /// Asks the worker to stop with `signal`, as [`signal`](Self::signal) sends it, or to the program
+    /// alone. From now on the end of the program is its end only when its whole tree has ended:
+    /// what is left of its process group is waited for without a bound, the rest gets the signal and
+    /// a short time after that. [`kill`](Self::kill) cuts it short, to be called after `timeout`.
+    pub fn stop(&self, signal: Signal, to: StopTo, timeout: Duration) {
+        self.order(Order::Stop(signal as i32, to, timeout));
     }
 
     /// Kills the program and everything that it started, whatever session that is in.

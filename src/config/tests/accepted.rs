@@ -77,6 +77,7 @@ ports   = [9002, 9003, 9004, 9005]
                 drain: Drain::Wait,
                 drain_timeout: 30 * second,
                 timeout: 10 * second,
+                to: StopTo::Group,
             },
             limits: Limits { memory: None, max_age: None },
         }],
@@ -147,6 +148,7 @@ signal = "SIGQUIT"
 drain = "signal"
 drain-timeout = "7s"
 timeout = "0s"
+to = "main"
 
 [service."a.b_c-1".limits]
 memory = "1.5GiB"
@@ -229,6 +231,7 @@ max-connections = 30
             drain: Drain::Signal,
             drain_timeout: 7 * second,
             timeout: Duration::ZERO,
+            to: StopTo::Main,
         },
         limits: Limits {
             memory: NonZeroU64::new(3 << 29),
@@ -246,7 +249,7 @@ max-connections = 30
     assert_eq!(config.services, [expected]);
     assert_eq!(
         config.refuse_process_limits("there is no cgroup").unwrap_err().to_string(),
-        "/srv/lb.toml:60: service.\"a.b_c-1\".limits.processes: there is no cgroup; remove it, or \
+        "/srv/lb.toml:61: service.\"a.b_c-1\".limits.processes: there is no cgroup; remove it, or \
          run lbd where it has a cgroup with the pids controller, such as systemd's Delegate=yes \
          gives it"
     );

@@ -25,7 +25,7 @@ use tokio::{
 
 use super::{descriptors::Descriptors, ledger::Ledger, publics::Publics};
 use crate::{
-    config::{Balance, Probe, ProxyProtocol},
+    config::{Balance, Probe, ProxyProtocol, StopTo},
     control::{Event, ProbeOutcome, WORKERS_ON_A_PORT, WorkerId},
     probe,
     process::{
@@ -157,9 +157,9 @@ impl Fleet {
         })
     }
 
-    pub(super) fn signal(&self, id: WorkerId, signal: Signal) {
+    pub(super) fn stop(&self, id: WorkerId, signal: Signal, to: StopTo, timeout: Duration) {
         if let Some(member) = self.members.get(&id) {
-            member.controller.signal(signal);
+            member.controller.stop(signal, to, timeout);
         }
     }
 
