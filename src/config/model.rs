@@ -58,7 +58,12 @@ pub struct Log {
     pub rotate: Rotate,
     /// How many rotated files are kept; all where `None`.
     pub keep: Option<NonZeroU32>,
+    /// How many lines a second each worker may write into it, with `output = "log"`.
+    pub output_rate: NonZeroU32,
 }
+
+/// The default of `log.output-rate`.
+pub const OUTPUT_RATE: NonZeroU32 = NonZeroU32::new(10_000).unwrap();
 
 impl Default for Log {
     fn default() -> Self {
@@ -69,6 +74,7 @@ impl Default for Log {
             file: None,
             rotate: Rotate::Never,
             keep: None,
+            output_rate: OUTPUT_RATE,
         }
     }
 }
@@ -300,7 +306,7 @@ pub enum Output {
     Inherit,
     /// Thrown away.
     Null,
-    /// Appended to this file (absolute).
+    /// Appended to this file (absolute), with `{slot}` and `{service}` still in it.
     File(PathBuf),
 }
 

@@ -14,7 +14,7 @@ use std::{
 
 use nix::time::ClockId;
 
-use super::tree::{below, processes};
+use super::tree::{processes, worker_of};
 use crate::sockets::diag::Diag;
 
 /// Between two looks, where nobody waits for one.
@@ -124,7 +124,7 @@ fn look<T>(watch: &Watch<T>, diag: &mut Option<Diag>, report: &mut impl FnMut(&T
     let all = if connections.is_empty() { Vec::new() } else { processes() };
     for worker in &watch.workers {
         let mut own = HashSet::new();
-        let looked = below(&all, &[worker.guard])
+        let looked = worker_of(&all, worker.guard)
             .iter()
             .try_for_each(|process| own_sockets(process.pid, &connections, &mut own));
         report(&worker.subject, looked.ok().map(|()| own.len() as u32));

@@ -33,6 +33,7 @@ use super::{
     exec::become_program,
     stop::{Rest, Stop},
     tree::{Process, Reaped, below, kill_all, processes, reap},
+    writer::Writer,
 };
 use crate::config::StopTo;
 
@@ -44,6 +45,9 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// The longest time between two looks while the rest of a worker that was asked to stop is waited for.
 /// As a rule the end of a child is told (SIGCHLD), and whoever has lost its parent is one.
 const LONGEST_LOOK: Duration = Duration::from_millis(250);
+
+/// How long what a worker wrote at its end may take to be written to its file.
+const WRITE: Duration = Duration::from_secs(2);
 
 /// A pause is at least so many times the look before it, which takes as long as there are processes
 /// on the machine.
@@ -81,13 +85,15 @@ fn guard(channel: BorrowedFd<'_>) -> io::Result<ExitCode> {
         &SigSet::from(Signal::SIGCHLD),
         SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK,
     )?;
+    let (package, writer) = Writer::fork(package)?;
+    let (writer, opened) = writer.unzip();
     let (outcome, errors) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
     let own = getpid();
     // SAFETY: this process has one thread, so the child may do whatever it could.
     match unsafe { fork() }? {
-        ForkResult::Child => become_program(package, errors, own),
+        ForkResult::Child => become_program(package, opened, errors, own),
         ForkResult::Parent { child } => {
-            drop(errors);
+            drop((errors, opened));
             let cgroup = package.into_cgroup();
             let start = Start::Pending(File::from(outcome));
             let channel = Some(channel);
@@ -97,6 +103,7 @@ fn guard(channel: BorrowedFd<'_>) -> io::Result<ExitCode> {
                 start,
                 program: child,
                 cgroup,
+                writer,
                 early: Vec::new(),
                 stop: None,
                 killed: false,
@@ -117,6 +124,8 @@ struct Guard<'a> {
     program: Pid,
     /// The folder of the program's cgroup, which the guard is not in.
     cgroup: Option<OwnedFd>,
+    /// The process that writes the output into a file. It is no part of the worker.
+    writer: Option<Writer>,
     /// Orders that came while the start was pending.
     early: Vec<Order>,
     /// That lbd has asked the worker to stop, and how far that is.
@@ -165,6 +174,7 @@ impl Guard<'_> {
         if let Start::Pending(outcome) = &self.start {
             fds.push(outcome.as_fd());
         }
+        fds.extend(self.writer.iter().map(|writer| writer.channel.as_fd()));
         let mut fds: Vec<PollFd<'_>> =
             fds.into_iter().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
         let _ = poll(&mut fds, poll_timeout(timeout));
@@ -191,8 +201,10 @@ impl Guard<'_> {
         }
     }
 
-    /// Does what lbd has ordered. The end of lbd is the order to kill.
+    /// Does what lbd has ordered, and passes on what the writer has to say. The end of lbd is the order
+    /// to kill.
     fn obey(&mut self) {
+        self.hear_writer();
         while let Some(channel) = self.channel {
             match hear(channel) {
                 Ok(Some(order)) => self.carry_out(order),
@@ -205,12 +217,24 @@ impl Guard<'_> {
         }
     }
 
+    fn hear_writer(&mut self) {
+        while let Some(writer) = &self.writer {
+            match hear::<String>(&writer.channel) {
+                Ok(Some(sentence)) => self.report(&Report::Output(sentence)),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+                // It is about to be reaped.
+                Ok(None) | Err(_) => return,
+            }
+        }
+    }
+
     fn carry_out(&mut self, order: Order) {
         match order {
             Order::Kill => {
                 self.killed = true;
                 self.kill();
             }
+            Order::Reopen => self.writer.iter().for_each(Writer::reopen),
             // The program's group is made by the fork, at some time before the program runs.
             order if matches!(self.start, Start::Pending(_)) => self.early.push(order),
             // Its number may be another group's by now.
@@ -241,12 +265,33 @@ impl Guard<'_> {
     /// Reaps whatever has ended below. How the program ended, once it has.
     fn reap(&mut self) -> Option<Exit> {
         while let Ok(Some(_)) = self.ends.read_signal() {}
-        while let Reaped::Ended(pid, status) = reap(None) {
-            if pid == self.program.as_raw() {
-                self.exit = Some(Exit::from_status(status));
+        self.reap_all();
+        self.exit
+    }
+
+    /// Reaps every child that has ended; whether there are others.
+    fn reap_all(&mut self) -> bool {
+        loop {
+            match reap(None) {
+                Reaped::Ended(pid, status) => {
+                    if pid == self.program.as_raw() {
+                        self.exit = self.exit.or(Some(Exit::from_status(status)));
+                    }
+                    self.writer.take_if(|writer| writer.pid.as_raw() == pid);
+                }
+                Reaped::Alive => return true,
+                Reaped::None => return false,
             }
         }
-        self.exit
+    }
+
+    /// Everything below this process that is the worker's.
+    fn left(&self) -> Vec<Process> {
+        let mut all = below(&processes(), &[getpid().as_raw()]);
+        if let Some(writer) = &self.writer {
+            all.retain(|process| process.pid != writer.pid.as_raw());
+        }
+        all
     }
 
     /// The program has ended. If it was asked to, it has not ended as a worker before all that it
@@ -256,11 +301,11 @@ impl Guard<'_> {
         let mut next = Instant::now();
         // Looks that children ask for by their end come no earlier than this.
         let mut soonest = next;
-        while reap_all() && !self.killed {
-            let Some(stop) = &mut self.stop else { return };
+        while self.reap_all() && !self.killed {
             let now = Instant::now();
             if now >= next {
-                let left = below(&processes(), &[getpid().as_raw()]);
+                let left = self.left();
+                let Some(stop) = &mut self.stop else { return };
                 soonest = now + now.elapsed() * REST;
                 next = soonest.max(now + pause);
                 pause = LONGEST_LOOK.min(pause * 2);
@@ -298,7 +343,7 @@ impl Guard<'_> {
             // An error says that the kernel is older than this: then the rest has to do.
             let _ = cgroup::kill(folder);
         }
-        let found = below(&processes(), &[getpid().as_raw()]);
+        let found = self.left();
         kill_all(&found);
         found
     }
@@ -307,16 +352,26 @@ impl Guard<'_> {
     ///
     /// What a killed process leaves becomes this one's child (it is a subreaper), so the end is certain:
     /// no child is left. A look at the process table may miss some: hence another, and another.
-    fn kill_the_rest(&self) {
+    ///
+    /// The writer ends by itself when nobody can write to it any more, and what it has is written.
+    fn kill_the_rest(&mut self) {
         let mut pause = PAUSE;
         let mut before: Vec<Process> = Vec::new();
-        while reap_all() {
+        let mut write_until = None;
+        while self.reap_all() {
             let found = self.kill();
             pause = if found == before { LONGEST_PAUSE.min(pause * 2) } else { PAUSE };
+            if let (true, Some(writer)) = (found.is_empty(), &self.writer) {
+                let now = Instant::now();
+                if now >= *write_until.get_or_insert(now + WRITE) {
+                    let _ = kill(writer.pid, Signal::SIGKILL);
+                }
+            }
             before = found;
 
             let next = Instant::now() + pause;
-            while reap_all() {
+            while self.reap_all() {
+                self.hear_writer();
                 let rest = next.saturating_duration_since(Instant::now());
                 let ends = PollFd::new(self.ends.as_fd(), PollFlags::POLLIN);
                 if poll(&mut [ends], poll_timeout(Some(rest))) == Ok(0) {
@@ -324,17 +379,6 @@ impl Guard<'_> {
                 }
                 while let Ok(Some(_)) = self.ends.read_signal() {}
             }
-        }
-    }
-}
-
-/// Reaps every child that has ended; whether there are others.
-fn reap_all() -> bool {
-    loop {
-        match reap(None) {
-            Reaped::Ended(..) => {}
-            Reaped::Alive => return true,
-            Reaped::None => return false,
         }
     }
 }

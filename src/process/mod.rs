@@ -38,6 +38,7 @@ mod output;
 mod spawn;
 mod stop;
 mod tree;
+mod writer;
 
 pub use cgroup::{Cgroup, Cgroups, NoCgroups};
 pub use connections::{ConnectionGauge, Counted};

@@ -60,6 +60,14 @@ pub(super) fn below(all: &[Process], roots: &[i32]) -> Vec<Process> {
     found
 }
 
+/// The worker's own processes, seen from lbd: those below its guard, but for what is in the guard's
+/// process group, which a worker can't join as it is in another session.
+pub(super) fn worker_of(all: &[Process], guard: i32) -> Vec<Process> {
+    let mut found = below(all, &[guard]);
+    found.retain(|process| process.group != guard);
+    found
+}
+
 /// Sends SIGKILL to the process groups of `processes`, other than this one's own, and to each of them.
 ///
 /// A group is killed in one step, so that one which forks as fast as it can does not get ahead. A

@@ -29,6 +29,7 @@ ports   = [9002, 9003, 9004, 9005]
             file: None,
             rotate: Rotate::Never,
             keep: None,
+            output_rate: number(10_000),
         },
         admin: Admin::default(),
         services: vec![Service {
@@ -101,6 +102,7 @@ access = false
 file = "log/lbd.log"
 rotate = "daily"
 keep = 7
+output-rate = "500/s"
 
 [admin]
 socket = "run/admin.sock"
@@ -166,6 +168,7 @@ max-connections = 30
         file: Some(PathBuf::from("/srv/log/lbd.log")),
         rotate: Rotate::Daily,
         keep: Some(number(7)),
+        output_rate: number(500),
     };
     assert_eq!(config.log, log);
     let admin = Admin {
@@ -249,7 +252,7 @@ max-connections = 30
     assert_eq!(config.services, [expected]);
     assert_eq!(
         config.refuse_process_limits("there is no cgroup").unwrap_err().to_string(),
-        "/srv/lb.toml:61: service.\"a.b_c-1\".limits.processes: there is no cgroup; remove it, or \
+        "/srv/lb.toml:62: service.\"a.b_c-1\".limits.processes: there is no cgroup; remove it, or \
          run lbd where it has a cgroup with the pids controller, such as systemd's Delegate=yes \
          gives it"
     );

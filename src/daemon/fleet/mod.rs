@@ -10,6 +10,7 @@ use std::{
     collections::{HashMap, VecDeque},
     io,
     net::{Shutdown, SocketAddr},
+    num::NonZeroU32,
     path::PathBuf,
     rc::Rc,
     sync::Arc,
@@ -135,10 +136,11 @@ impl Fleet {
         events: mpsc::Sender<Event>,
         idle: Arc<Notify>,
         folder: PathBuf,
+        output_rate: NonZeroU32,
     ) -> io::Result<Self> {
         Ok(Self {
             spawner: Spawner::new()?,
-            outputs: Outputs::start()?,
+            outputs: Outputs::start(output_rate)?,
             descriptors,
             events,
             idle,
@@ -167,6 +169,11 @@ impl Fleet {
         if let Some(member) = self.members.get(&id) {
             member.controller.kill();
         }
+    }
+
+    /// Has the files opened anew that workers' output goes to.
+    pub(super) fn reopen_outputs(&self) {
+        self.members.values().for_each(|member| member.controller.reopen_output());
     }
 
     /// Probes once, beside everything else.
