@@ -25,6 +25,7 @@
 //! | `--proxy VERSION` | `http` wants each connection to begin with a PROXY header, `v1` or `v2`, and resets others; `/proxy` is answered with it |
 //! | `--headers FILE` | appends each PROXY header to FILE |
 //! | `--ignore-term` | SIGTERM does nothing |
+//! | `--finish FILE` | on SIGTERM it ends, with status 0, when no request is being answered, and makes FILE |
 //! | `--fork` | has a child in a session of its own, which outlives it |
 //! | `--daemonize` | has a grandchild that has left it in every way, and ignores SIGTERM |
 //! | `--pour BYTES` | has a thread that writes so many bytes to standard output, no newline among them |
@@ -38,7 +39,10 @@ use std::{
     os::fd::{FromRawFd, OwnedFd},
     path::Path,
     process::{self, Command},
-    sync::LazyLock,
+    sync::{
+        LazyLock,
+        atomic::{AtomicUsize, Ordering},
+    },
     thread,
     time::Duration,
 };
@@ -65,6 +69,11 @@ fn main() {
     if option("--ignore-term").is_some() {
         // Blocked before there is another thread, so in all of them.
         SigSet::from(Signal::SIGTERM).thread_block().unwrap();
+    }
+    if let Some(file) = option("--finish") {
+        // Blocked before there is another thread, likewise.
+        SigSet::from(Signal::SIGTERM).thread_block().unwrap();
+        thread::spawn(move || finish(&file));
     }
     if option("--fork").is_some() {
         let mut child =
@@ -265,6 +274,7 @@ fn requests(stream: &TcpStream, header: &str, options: &Http) -> io::Result<()> 
             file.write_all(head.as_bytes())?;
         }
         let path = head.split(' ').nth(1).unwrap_or("/");
+        ANSWERING.fetch_add(1, Ordering::SeqCst);
         let (code, body) = match path {
             "/proxy" => (200, header.as_bytes().to_vec()),
             path => page(path, &head, &options.status),
@@ -275,11 +285,26 @@ fn requests(stream: &TcpStream, header: &str, options: &Http) -> io::Result<()> 
         let answer = format!(
             "HTTP/1.1 {code} -\r\nContent-Length: {length}\r\nConnection: {connection}\r\n\r\n"
         );
-        (&mut &*stream).write_all(&[answer.as_bytes(), &body].concat())?;
+        let written = (&mut &*stream).write_all(&[answer.as_bytes(), &body].concat());
+        ANSWERING.fetch_sub(1, Ordering::SeqCst);
+        written?;
         if !keep {
             return Ok(());
         }
     }
+}
+
+/// How many requests are being answered.
+static ANSWERING: AtomicUsize = AtomicUsize::new(0);
+
+/// What a server does that finishes its requests.
+fn finish(file: &str) {
+    SigSet::from(Signal::SIGTERM).wait().unwrap();
+    while ANSWERING.load(Ordering::SeqCst) > 0 {
+        thread::sleep(LOOK);
+    }
+    fs::write(file, "").unwrap();
+    process::exit(0);
 }
 
 /// What a GET of `path` is answered with.

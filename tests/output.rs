@@ -5,12 +5,13 @@
 use std::{
     collections::BTreeMap,
     fmt::Debug,
+    num::NonZeroU32,
     sync::{Mutex, MutexGuard, OnceLock},
     time::Duration,
 };
 
 use lbd::{
-    config::Output,
+    config::{OUTPUT_RATE, Output},
     process::{Child, ChildEvent, Exit, Identity, Launch, Outputs, Spawner},
 };
 use tokio::time::timeout;
@@ -18,6 +19,12 @@ use tracing::{Event, Subscriber, field::Field};
 use tracing_subscriber::{Layer, layer::Context, layer::SubscriberExt as _, registry};
 
 const DEADLINE: Duration = Duration::from_secs(60);
+
+/// A rate that a flood is far above, in lines a second.
+const FEW: NonZeroU32 = NonZeroU32::new(100).unwrap();
+
+/// The longest line that stays one.
+const LONGEST: usize = 64 * 1024;
 
 /// One event: its fields as text.
 type Fields = BTreeMap<&'static str, String>;
@@ -56,17 +63,18 @@ fn turn() -> MutexGuard<'static, ()> {
 
 /// Runs `script` with its output at `output`; its pid, and what was logged about `service`.
 fn run(service: &str, output: &Output, script: &str) -> (i32, Vec<Fields>) {
-    let (pid, logged, _) = run_to_the_last_word(service, output, script);
+    let (pid, logged, _) = run_to_the_last_word(service, output, script, OUTPUT_RATE);
     (pid, logged)
 }
 
-/// The same, and what it said last.
+/// The same with so many lines a second, and what it said last.
 fn run_to_the_last_word(
     service: &str,
     output: &Output,
     script: &str,
+    rate: NonZeroU32,
 ) -> (i32, Vec<Fields>, Vec<String>) {
-    let outputs = Outputs::start().unwrap();
+    let outputs = Outputs::start(rate).unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let (pid, last_words) = runtime.block_on(async {
         let spawner = Spawner::with_guard(env!("CARGO_BIN_EXE_lbd").into()).unwrap();
@@ -133,13 +141,27 @@ fn what_was_said_last_is_known_at_the_end_also_where_it_was_dropped() {
     let _turn = turn();
     let script =
         "yes flood | head -n 100000; printf 'Error: \\033[31mno such module'; echo; exit 0";
-    let (_, logged, last) = run_to_the_last_word("last", &Output::Log, script);
+    let (_, logged, last) = run_to_the_last_word("last", &Output::Log, script, FEW);
     assert!(logged.iter().any(|fields| fields["message"] == "output dropped"));
     assert_eq!(last.len(), 20);
     assert!(last[..19].iter().all(|line| line == "flood"), "{last:?}");
     assert_eq!(last[19], "Error: ␛[31mno such module");
-    let (_, _, last) = run_to_the_last_word("silent", &Output::Null, "echo nobody hears it");
+    let (_, _, last) = run_to_the_last_word("silent", &Output::Null, "echo nobody hears it", FEW);
     assert!(last.is_empty(), "{last:?}");
+}
+
+#[test]
+fn long_lines_stay_whole_and_what_is_written_in_a_hurry_is_not_dropped() {
+    let _turn = turn();
+    // As a JSON log with a stack trace in it, and an application that logs two thousand requests a
+    // second for a second.
+    let script = "head -c 65536 /dev/zero | tr '\\0' x; echo; yes request | head -n 2000";
+    let (_, logged) = run("hurry", &Output::Log, script);
+    let lines = lines(&logged, "stdout");
+    assert_eq!(lines.len(), 2001, "{:?}", logged.last());
+    assert_eq!(lines[0].len(), LONGEST);
+    assert!(lines[1..].iter().all(|line| *line == "request"));
+    assert!(logged.iter().all(|fields| fields["message"] == "output"));
 }
 
 #[test]
@@ -156,9 +178,10 @@ fn binary_and_a_closed_stdout_do_no_harm() {
 fn a_flood_without_a_newline_is_read_to_its_end_and_mostly_dropped() {
     let _turn = turn();
     // 64 MiB, in one line. A worker that has to wait for its reader would not end.
-    let (_, logged) = run("flood", &Output::Log, "head -c 67108864 /dev/zero; echo; echo >&2 end");
+    let script = "head -c 67108864 /dev/zero; echo; echo >&2 end";
+    let (_, logged, _) = run_to_the_last_word("flood", &Output::Log, script, FEW);
     let flood = lines(&logged, "stdout");
-    assert!(flood.iter().all(|line| line.chars().count() <= 8192));
+    assert!(flood.iter().all(|line| line.chars().count() <= LONGEST));
     let dropped: u64 = logged
         .iter()
         .filter(|fields| fields["message"] == "output dropped")
@@ -167,7 +190,7 @@ fn a_flood_without_a_newline_is_read_to_its_end_and_mostly_dropped() {
     assert!(dropped > 0, "all {} lines were logged", flood.len());
     // The flood is a whole number of the longest lines; and `end` is one more.
     let seen = u64::try_from(logged.iter().filter(|f| f["message"] == "output").count()).unwrap();
-    assert_eq!(seen + dropped, 67_108_864 / 8192 + 1);
+    assert_eq!(seen + dropped, 67_108_864 / LONGEST as u64 + 1);
 }
 
 #[test]

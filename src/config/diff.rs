@@ -62,6 +62,7 @@ pub fn diff(old: &Config, new: &Config) -> Result<Diff, NeedsRestart> {
         ("log.file", was.file != is.file),
         ("log.rotate", was.rotate != is.rotate),
         ("log.keep", was.keep != is.keep),
+        ("log.output-rate", was.output_rate != is.output_rate),
         ("admin.socket", old.admin.socket != new.admin.socket),
         ("admin.listen", old.admin.listen != new.admin.listen),
         ("admin.token-file", old.admin.token_file != new.admin.token_file),

@@ -13,6 +13,9 @@ pub(super) fn read(mut table: Table<'_>, base: &Path) -> Log {
         access: table.read("access", |v| v.boolean()).unwrap_or(default.access),
         file: table.read("file", |v| v.parsed(|text| values::path_in(base, text))),
         rotate: table.read("rotate", |v| v.word(&ROTATIONS)).unwrap_or(default.rotate),
+        output_rate: table
+            .read("output-rate", |v| v.parsed(values::rate))
+            .unwrap_or(default.output_rate),
         keep: table.read("keep", |v| v.integer(1..=u32::MAX)).and_then(NonZeroU32::new),
     };
     table.only_with("file", &["rotate", "keep"]);

@@ -15,6 +15,7 @@ use std::{
 };
 
 use nix::sys::signal::Signal;
+use serde::{Deserialize, Serialize};
 
 use super::token::Token;
 
@@ -57,7 +58,12 @@ pub struct Log {
     pub rotate: Rotate,
     /// How many rotated files are kept; all where `None`.
     pub keep: Option<NonZeroU32>,
+    /// How many lines a second each worker may write into it, with `output = "log"`.
+    pub output_rate: NonZeroU32,
 }
+
+/// The default of `log.output-rate`.
+pub const OUTPUT_RATE: NonZeroU32 = NonZeroU32::new(10_000).unwrap();
 
 impl Default for Log {
     fn default() -> Self {
@@ -68,6 +74,7 @@ impl Default for Log {
             file: None,
             rotate: Rotate::Never,
             keep: None,
+            output_rate: OUTPUT_RATE,
         }
     }
 }
@@ -301,7 +308,7 @@ pub enum Output {
     Inherit,
     /// Thrown away.
     Null,
-    /// Appended to this file (absolute).
+    /// Appended to this file (absolute), with `{slot}` and `{service}` still in it.
     File(PathBuf),
 }
 
@@ -489,6 +496,8 @@ pub struct Stop {
     pub drain_timeout: Duration,
     /// From the signal to SIGKILL.
     pub timeout: Duration,
+    /// Who gets the signal.
+    pub to: StopTo,
 }
 
 impl Default for Stop {
@@ -498,8 +507,18 @@ impl Default for Stop {
             drain: Drain::Wait,
             drain_timeout: Duration::from_secs(30),
             timeout: Duration::from_secs(10),
+            to: StopTo::Group,
         }
     }
+}
+
+/// `stop.to`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StopTo {
+    /// The program and all in its process group.
+    Group,
+    /// The program alone, which ends its own children; what it leaves gets it at its end.
+    Main,
 }
 
 /// `drain`.

@@ -12,7 +12,7 @@ use std::{
 use super::{
     Balance, DEFAULT_HOST, Drain, Health, Limits, Listen, Order, Output, Owner, Probe, Program,
     ProxyProtocol, Restart, Rollout, Route, Routing, Service, Slots, SocketMode, StatusSet, Stop,
-    WorkerSpec,
+    StopTo, WorkerSpec,
     addresses::{Claim, Claimant, Claims},
     limits,
     reader::{Table, Value},
@@ -384,6 +384,7 @@ fn stop(mut table: Table<'_>, drain: Drain) -> Stop {
         drain: table.read("drain", |v| v.word(&DRAINS)).unwrap_or(drain),
         drain_timeout: table.duration("drain-timeout", default.drain_timeout),
         timeout: table.duration("timeout", default.timeout),
+        to: table.read("to", |v| v.word(&STOP_TO)).unwrap_or(default.to),
     };
     table.finish();
     stop
@@ -408,3 +409,5 @@ const ORDERS: [(&str, Order); 2] =
     [("start-first", Order::StartFirst), ("stop-first", Order::StopFirst)];
 
 const DRAINS: [(&str, Drain); 2] = [("wait", Drain::Wait), ("signal", Drain::Signal)];
+
+const STOP_TO: [(&str, StopTo); 2] = [("group", StopTo::Group), ("main", StopTo::Main)];

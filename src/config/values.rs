@@ -143,6 +143,10 @@ pub(super) fn output(text: &str, base: &Path) -> Result<Output, String> {
         _ if !text.contains(['/', '.']) => {
             Err(unknown_word(text, &["log", "inherit", "null", "./a/path"]))
         }
+        _ if text.contains("{port}") => Err(format!(
+            "{} has {{port}} in it, which may differ from start to start; write {{slot}}",
+            quoted(text)
+        )),
         _ => Ok(Output::File(path_in(base, text)?)),
     }
 }
@@ -182,6 +186,19 @@ pub(super) fn size(text: &str) -> Result<NonZeroU64, String> {
             "{} is not a size; expected one such as \"512MiB\" or \"1.5GiB\"",
             quoted(text)
         )),
+    }
+}
+
+/// A number a second, such as `100/s`.
+pub(super) fn rate(text: &str) -> Result<NonZeroU32, String> {
+    let number = text
+        .strip_suffix("/s")
+        .filter(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()));
+    match number.map(str::parse::<u32>) {
+        Some(Ok(number)) => NonZeroU32::new(number).ok_or("must be more than zero".to_owned()),
+        Some(Err(_)) | None => {
+            Err(format!("{} is not a rate; expected one such as \"1000/s\"", quoted(text)))
+        }
     }
 }
 

@@ -160,12 +160,17 @@ pub enum Verdict {
 pub enum Action {
     /// Start a worker; answer with [`Event::Spawned`] or [`Event::Failed`] and [`Event::Gone`].
     Spawn(Spawn),
-    /// Send this signal to the worker's process group.
+    /// Ask the worker to stop with this signal. Its end is told when its whole tree has ended, or at
+    /// [`Action::Kill`].
     Signal {
         /// The incarnation.
         id: WorkerId,
         /// The signal.
         signal: Signal,
+        /// Who gets it.
+        to: config::StopTo,
+        /// How long until the worker is killed.
+        timeout: Duration,
     },
     /// SIGKILL to everything that the worker ever started.
     Kill {

@@ -120,7 +120,7 @@ impl World {
                     self.spawns.push(spawn);
                     text
                 }
-                Action::Signal { id, signal } => format!("{signal} {}", id.0),
+                Action::Signal { id, signal, .. } => format!("{signal} {}", id.0),
                 Action::Kill { id } => format!("kill {}", id.0),
                 Action::Probe { id } => {
                     assert!(self.probing.insert(id.0), "{} is probed twice at once", id.0);

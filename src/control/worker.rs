@@ -231,8 +231,9 @@ impl Worker {
                 self.enter(Phase::Starting, now);
                 self.probe = ProbeClock::Due(now);
             }
-            Phase::Stopping { kill_at: Some(_), .. } => {
-                actions.push(Action::Signal { id: self.id, signal: stop.signal });
+            Phase::Stopping { kill_at: Some(at), .. } => {
+                let timeout = at.saturating_duration_since(now);
+                actions.push(self.signal(stop, timeout));
             }
             Phase::Starting
             | Phase::Healthy
@@ -378,8 +379,12 @@ impl Worker {
         self.drained_from = None;
         self.enter(Phase::Stopping { why, kill_at: Some(now + stop.timeout) }, now);
         if self.pid.is_some() {
-            actions.push(Action::Signal { id: self.id, signal: stop.signal });
+            actions.push(self.signal(stop, stop.timeout));
         }
+    }
+
+    fn signal(&self, stop: &Stop, timeout: Duration) -> Action {
+        Action::Signal { id: self.id, signal: stop.signal, to: stop.to, timeout }
     }
 
     /// Kills it and everything it started, once.

@@ -44,7 +44,9 @@ impl Daemon<'_> {
     fn act(&mut self, action: Action) -> Vec<Event> {
         match action {
             Action::Spawn(order) => return self.fleet.spawn(&order),
-            Action::Signal { id, signal } => self.fleet.signal(id, signal),
+            Action::Signal { id, signal, to, timeout } => {
+                self.fleet.stop(id, signal, to, timeout);
+            }
             Action::Kill { id } => self.fleet.kill(id),
             Action::Probe { id } => self.probe(id),
             Action::Publish { service } => self.publish(&service),

@@ -224,7 +224,14 @@ impl<'a> Daemon<'a> {
         let passed = PassedSockets::choose(passed, &config.services);
         let mut daemon = Self {
             supervisor: Supervisor::new(seed()),
-            fleet: Fleet::new(descriptors, cgroups.ok(), sender, Arc::clone(&idle), folder)?,
+            fleet: Fleet::new(
+                descriptors,
+                cgroups.ok(),
+                sender,
+                Arc::clone(&idle),
+                folder,
+                config.log.output_rate,
+            )?,
             fronts: Fronts::new(Rc::clone(&plane), Arc::clone(&access), passed),
             plane,
             access,
@@ -317,7 +324,10 @@ impl<'a> Daemon<'a> {
             SIGHUP => self.reload(Vec::new()),
             SIGTERM | SIGINT if self.stage == Stage::Running => self.stop(),
             SIGTERM | SIGINT | SIGQUIT => self.abort(),
-            SIGUSR1 => self.logging.reopen(),
+            SIGUSR1 => {
+                self.logging.reopen();
+                self.fleet.reopen_outputs();
+            }
             SIGCHLD => self.fleet.reap(),
             _ => {}
         }

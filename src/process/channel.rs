@@ -7,8 +7,12 @@
 use std::{
     ffi::OsString,
     fs::File,
-    io::{self, IoSlice, IoSliceMut, Read as _, Seek as _, Write as _},
-    os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+    io::{self, IoSlice, IoSliceMut, Write as _},
+    os::{
+        fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+        unix::fs::FileExt as _,
+    },
+    time::Duration,
 };
 
 use nix::sys::{
@@ -21,7 +25,7 @@ use nix::sys::{
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::Exit;
-use crate::config::MAX_LISTENERS;
+use crate::config::{MAX_LISTENERS, StopTo};
 
 /// The program to start, all but its descriptors.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,6 +38,8 @@ pub(super) struct Description {
     pub(super) umask: Option<u32>,
     pub(super) user: Option<String>,
     pub(super) group: Option<String>,
+    /// The file that its output is written to, where a [`Writer`](super::writer::Writer) does that.
+    pub(super) output: Option<OsString>,
     /// Soft and hard `RLIMIT_NOFILE`.
     pub(super) open_files: Option<(u64, u64)>,
     /// The name (`LISTEN_FDNAMES`) of each listening socket that is passed.
@@ -47,6 +53,8 @@ pub(super) struct Package {
     pub(super) description: File,
     pub(super) stdout: OwnedFd,
     pub(super) stderr: OwnedFd,
+    /// Where its output can be read, for who writes it to a file.
+    pub(super) reader: Option<OwnedFd>,
     /// As many as the description names.
     pub(super) listeners: Vec<OwnedFd>,
     /// The folder of the worker's cgroup.
@@ -54,6 +62,11 @@ pub(super) struct Package {
 }
 
 impl Package {
+    /// Leaves the description alone, for a process that is to hold nothing that the program has.
+    pub(super) fn into_description(self) -> File {
+        self.description
+    }
+
     /// Closes all but the cgroup's folder: nothing but the program may hold its output and its
     /// sockets, which would outlive it by as long as the guard does.
     pub(super) fn into_cgroup(self) -> Option<OwnedFd> {
@@ -67,8 +80,13 @@ impl Package {
 pub(super) enum Order {
     /// Send this signal to the program's process group.
     Signal(i32),
+    /// Ask the program to stop with this signal, and report its end when its whole tree has ended. It
+    /// is killed after that time.
+    Stop(i32, StopTo, Duration),
     /// Kill everything below the guard.
     Kill,
+    /// Open the file anew that the output is written to.
+    Reopen,
 }
 
 /// From the guard to lbd: `Failed`, or `Started` and then `Exited`.
@@ -77,6 +95,8 @@ pub(super) enum Report {
     Started(i32),
     Failed(String),
     Exited(Exit),
+    /// What is wrong with the file that the output is written to, at any time between.
+    Output(String),
 }
 
 /// Longer than any message is: the longest is a [`Report::Failed`], cut to half of it.
@@ -84,7 +104,7 @@ pub(super) const MESSAGE: usize = 8 * 1024;
 
 /// How many descriptors there are at most: those of the listeners, and the [`Package`]'s others. That
 /// is far below what the kernel sends at once (`SCM_MAX_FD`, 253).
-const MAX_PASSED: usize = MAX_LISTENERS + 4;
+const MAX_PASSED: usize = MAX_LISTENERS + 5;
 
 /// Both ends of a new channel, close-on-exec and blocking.
 pub(super) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
@@ -119,20 +139,20 @@ pub(super) fn start(
     description: &Description,
     stdout: BorrowedFd<'_>,
     stderr: BorrowedFd<'_>,
+    reader: Option<BorrowedFd<'_>>,
     listeners: &[BorrowedFd<'_>],
     cgroup: Option<BorrowedFd<'_>>,
 ) -> io::Result<()> {
     let mut file = File::from(memfd_create(c"lbd-description", MFdFlags::MFD_CLOEXEC)?);
     file.write_all(&serde_json::to_vec(description)?)?;
-    file.rewind()?;
     let mut fds = vec![file.as_raw_fd(), stdout.as_raw_fd(), stderr.as_raw_fd()];
-    fds.extend(listeners.iter().chain(&cgroup).map(|fd| fd.as_raw_fd()));
+    fds.extend(reader.iter().chain(listeners).chain(&cgroup).map(|fd| fd.as_raw_fd()));
     let count = u8::try_from(listeners.len()).ok().filter(|_| listeners.len() <= MAX_LISTENERS);
     let count = count.ok_or_else(|| io::Error::other("too many listening sockets"))?;
     sendmsg::<()>(
         channel.as_fd().as_raw_fd(),
         // Never zero bytes, which would read as end of file.
-        &[IoSlice::new(&[count])],
+        &[IoSlice::new(&[count, reader.is_some().into()])],
         &[ControlMessage::ScmRights(&fds)],
         MsgFlags::MSG_NOSIGNAL,
         None,
@@ -142,8 +162,8 @@ pub(super) fn start(
 
 /// Receives what [`start`] sent, once it is there; `None` where lbd ended before.
 pub(super) fn started(channel: impl AsFd) -> io::Result<Option<Package>> {
-    let mut byte = [0];
-    let mut iov = [IoSliceMut::new(&mut byte)];
+    let mut bytes = [0; 2];
+    let mut iov = [IoSliceMut::new(&mut bytes)];
     let mut space = nix::cmsg_space!([i32; MAX_PASSED]);
     let message = recvmsg::<()>(
         channel.as_fd().as_raw_fd(),
@@ -162,13 +182,14 @@ pub(super) fn started(channel: impl AsFd) -> io::Result<Option<Package>> {
     if message.bytes == 0 {
         return Ok(None);
     }
-    let [count] = byte;
+    let [count, has_reader] = bytes;
     let mut fds = fds.into_iter();
     match (fds.next(), fds.next(), fds.next()) {
         (Some(description), Some(stdout), Some(stderr)) => Ok(Some(Package {
             description: File::from(description),
             stdout,
             stderr,
+            reader: fds.by_ref().take(has_reader.into()).next(),
             listeners: fds.by_ref().take(count.into()).collect(),
             cgroup: fds.next(),
         })),
@@ -177,17 +198,19 @@ pub(super) fn started(channel: impl AsFd) -> io::Result<Option<Package>> {
 }
 
 impl Description {
-    /// Reads a description that [`start`] wrote.
-    pub(super) fn read(mut file: File) -> io::Result<Self> {
-        let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes)?;
+    /// Reads a description that [`start`] wrote. It can be read more than once.
+    pub(super) fn read(file: &File) -> io::Result<Self> {
+        let length = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
+        let mut bytes = vec![0; length];
+        // From its beginning, wherever others who share it are (fork(2)).
+        file.read_exact_at(&mut bytes, 0)?;
         Ok(serde_json::from_slice(&bytes)?)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::ffi::OsStringExt as _;
+    use std::{io::Read as _, os::unix::ffi::OsStringExt as _};
 
     use super::*;
 
@@ -202,16 +225,20 @@ mod tests {
             umask: Some(0o27),
             user: None,
             group: None,
+            output: None,
             open_files: Some((1, 2)),
             listeners: vec!["web".into()],
         };
         let (mut read, write) = io::pipe().unwrap();
         let null = File::open("/dev/null").unwrap();
-        start(&lbd, &description, write.as_fd(), null.as_fd(), &[], Some(null.as_fd())).unwrap();
+        let cgroup = Some(null.as_fd());
+        start(&lbd, &description, write.as_fd(), null.as_fd(), None, &[], cgroup).unwrap();
         drop(write);
 
         let package = started(&guard).unwrap().unwrap();
-        assert_eq!(Description::read(package.description).unwrap(), description);
+        assert_eq!(Description::read(&package.description).unwrap(), description);
+        assert_eq!(Description::read(&package.description).unwrap(), description);
+        assert!(package.reader.is_none());
         assert!(package.listeners.is_empty() && package.cgroup.is_some());
         File::from(package.stdout).write_all(b"hello").unwrap();
         let mut text = String::new();

@@ -16,7 +16,7 @@ use nix::time::ClockId;
 
 use super::{
     holdings,
-    tree::{below, processes},
+    tree::{processes, worker_of},
 };
 use crate::sockets::diag::Diag;
 
@@ -127,7 +127,7 @@ fn look<T>(watch: &Watch<T>, diag: &mut Option<Diag>, report: &mut impl FnMut(&T
     let all = if connections.is_empty() { Vec::new() } else { processes() };
     for worker in &watch.workers {
         let mut own: HashSet<u32> = HashSet::new();
-        let looked = below(&all, &[worker.guard]).iter().try_for_each(|process| {
+        let looked = worker_of(&all, worker.guard).iter().try_for_each(|process| {
             holdings::sockets(process.pid, |inode| {
                 own.extend(connections.get(&inode));
             })

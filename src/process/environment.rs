@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     ffi::{OsStr, OsString},
+    path::{Path, PathBuf},
 };
 
 /// Which worker it is.
@@ -70,6 +71,19 @@ pub fn expand(argv: &[String], worker: Identity<'_>) -> Vec<String> {
     let slot = worker.slot.to_string();
     let values = [("{port}", port.as_str()), ("{slot}", &slot), ("{service}", worker.service)];
     argv.iter().map(|argument| expand_one(argument, &values)).collect()
+}
+
+/// `path` with `{slot}` and `{service}` replaced.
+pub(super) fn expand_path(path: &Path, worker: Identity<'_>) -> PathBuf {
+    let slot = worker.slot.to_string();
+    let values = [("{slot}", slot.as_str()), ("{service}", worker.service)];
+    // What is not UTF-8 comes from the folder of the configuration.
+    path.iter()
+        .map(|part| match part.to_str() {
+            Some(part) => expand_one(part, &values).into(),
+            None => part.to_owned(),
+        })
+        .collect()
 }
 
 fn expand_one(mut rest: &str, values: &[(&str, &str)]) -> String {

@@ -9,7 +9,7 @@ use std::{
     fs::{self, File},
     io::{self, Read as _, Write as _},
     os::{
-        fd::OwnedFd,
+        fd::{AsFd, OwnedFd},
         unix::{
             ffi::{OsStrExt as _, OsStringExt as _},
             fs::PermissionsExt as _,
@@ -40,6 +40,7 @@ use super::{
     cgroup,
     channel::{Description, MESSAGE, Package},
     environment::ABOUT_THE_USER,
+    writer::Opened,
 };
 use crate::config::MAX_LISTENERS;
 
@@ -54,7 +55,7 @@ const DEFAULT_PATH: &str = "/bin:/usr/bin";
 
 /// Why the program does not run, as one sentence with its cause in it: it crosses a pipe as text.
 #[derive(Debug, Error)]
-enum ExecError {
+pub(super) enum ExecError {
     #[error("cannot read what to run: {0}")]
     Description(io::Error),
     #[error("cannot run {0:?}: no such program in PATH ({path})", path = .1.display())]
@@ -83,6 +84,8 @@ enum ExecError {
     UnknownGroup(String),
     #[error("user {0:?} is in no user database: its group must be given too")]
     GroupOfUser(String),
+    #[error("{0}")]
+    Output(String),
     #[error("cannot enter its cgroup: {0}")]
     Cgroup(io::Error),
     #[error("cannot {0}: {cause}", cause = words(*.1))]
@@ -95,9 +98,14 @@ enum ExecError {
 ///
 /// Where that fails, the reason goes to `errors`, which is close-on-exec: its end with nothing in
 /// it says that the program runs.
-pub(super) fn become_program(package: Package, errors: OwnedFd, guard: Pid) -> ! {
+pub(super) fn become_program(
+    package: Package,
+    output: Option<Opened>,
+    errors: OwnedFd,
+    guard: Pid,
+) -> ! {
     let mut errors = File::from(aside(&errors).unwrap_or(errors));
-    let Err(error) = run(package, guard);
+    let Err(error) = run(package, output, guard);
     let mut sentence = error.to_string();
     sentence.truncate(sentence.floor_char_boundary(MESSAGE / 2));
     let _ = errors.write_all(sentence.as_bytes());
@@ -105,9 +113,10 @@ pub(super) fn become_program(package: Package, errors: OwnedFd, guard: Pid) -> !
     unsafe { libc::_exit(127) }
 }
 
-fn run(package: Package, guard: Pid) -> Result<Infallible, ExecError> {
-    let Package { description, stdout, stderr, listeners, cgroup: folder } = package;
-    let mut what = Description::read(description).map_err(ExecError::Description)?;
+fn run(package: Package, output: Option<Opened>, guard: Pid) -> Result<Infallible, ExecError> {
+    let Package { description, stdout, stderr, reader: _, listeners, cgroup: folder } = package;
+    let output = output.map(Opened::aside).transpose().map_err(step("set up descriptors"))?;
+    let mut what = Description::read(&description).map_err(ExecError::Description)?;
 
     setsid().map_err(step("begin a session"))?;
     if let Some(folder) = folder {
@@ -135,6 +144,9 @@ fn run(package: Package, guard: Pid) -> Result<Infallible, ExecError> {
     prctl::set_pdeathsig(Signal::SIGKILL).map_err(step("set the parent-death signal"))?;
     if getppid() != guard {
         return Err(ExecError::Step("outlive the guard", Errno::ESRCH));
+    }
+    if let Some(opened) = output {
+        opened.wait().map_err(ExecError::Output)?;
     }
 
     if !what.listeners.is_empty() {
@@ -170,7 +182,7 @@ fn descriptors(stdout: &OwnedFd, stderr: &OwnedFd, listeners: &[OwnedFd]) -> nix
 }
 
 /// Another, close-on-exec descriptor of `fd`, out of the way of those that the program gets.
-fn aside(fd: &OwnedFd) -> nix::Result<OwnedFd> {
+pub(super) fn aside(fd: impl AsFd) -> nix::Result<OwnedFd> {
     use std::os::fd::FromRawFd as _;
     let raw = fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(ASIDE))?;
     // SAFETY: the kernel has just made it, and nothing else knows its number.
@@ -193,7 +205,7 @@ fn default_signals() -> nix::Result<()> {
 }
 
 /// Changes user and group for good, and gives up what lbd may do beyond its user's rights.
-fn identity(
+pub(super) fn identity(
     user: Option<&str>,
     group: Option<&str>,
     env: &mut Vec<(OsString, OsString)>,
@@ -340,6 +352,6 @@ fn step(what: &'static str) -> impl FnOnce(Errno) -> ExecError {
 }
 
 /// The kernel's reason, as part of a sentence.
-fn words(errno: Errno) -> String {
+pub(super) fn words(errno: Errno) -> String {
     errno.desc().to_lowercase()
 }

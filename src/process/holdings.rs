@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, fs, io};
 
-use super::tree::{below, processes};
+use super::tree::{processes, worker_of};
 
 /// What was found of a worker, at one look.
 #[derive(Debug, Default)]
@@ -22,7 +22,7 @@ impl Holdings {
     #[must_use]
     pub fn of_worker(guard: i32) -> Self {
         let mut holdings = Self::default();
-        for process in below(&processes(), &[guard]) {
+        for process in worker_of(&processes(), guard) {
             holdings.users.extend(user(process.pid));
             let looked = sockets(process.pid, |inode| {
                 holdings.sockets.insert(inode);
@@ -71,7 +71,7 @@ mod tests {
 
     use nix::unistd::geteuid;
 
-    use super::*;
+    use super::{super::tree::below, *};
     use crate::sockets::diag::inode_of;
 
     #[test]

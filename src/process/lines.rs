@@ -3,7 +3,10 @@
 use std::collections::VecDeque;
 
 /// The longest line, in bytes. A longer one is several.
-pub(super) const LONGEST: usize = 8 * 1024;
+pub(super) const LONGEST: usize = 64 * 1024;
+
+/// A buffer that grew beyond this for a long line is given back after it.
+const KEPT: usize = 8 * 1024;
 
 /// Makes lines of a stream of bytes. Holds no more than one line.
 #[derive(Debug, Default)]
@@ -27,6 +30,7 @@ impl Lines {
                     self.begun.extend_from_slice(&piece[..end]);
                     emit(without_return(&self.begun), false);
                     self.begun.clear();
+                    self.begun.shrink_to(KEPT);
                 }
                 continue;
             }

@@ -10,7 +10,7 @@ use std::{
 
 use nix::unistd::{SysconfVar, sysconf};
 
-use super::tree::{below, processes};
+use super::tree::{processes, worker_of};
 
 /// Between two looks, at least.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -69,7 +69,7 @@ fn measure(subjects: &mpsc::Receiver<Vec<Watched>>, mut report: impl FnMut(u64, 
                 let begun = Instant::now();
                 let all = processes();
                 for Watched { id, guard, limit } in &watched {
-                    let pids: Vec<i32> = below(&all, &[*guard]).iter().map(|p| p.pid).collect();
+                    let pids: Vec<i32> = worker_of(&all, *guard).iter().map(|p| p.pid).collect();
                     report(*id, resident(&pids, *limit));
                 }
                 next = Instant::now() + PAUSE.max(begun.elapsed() * REST);

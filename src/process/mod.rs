@@ -9,10 +9,12 @@
 //! ```
 //!
 //! The guard ([`exec_main`]) is single-threaded, runs no runtime, and is a subreaper: whatever the
-//! program forks, however it daemonizes, stays below it. So one of three things ends a worker, and
+//! program forks, however it daemonizes, stays below it. So one of four things ends a worker, and
 //! none leaves a process behind:
 //!
-//! - the program ends: the guard reports it, kills what is left below itself, and ends;
+//! - the program ends unasked: the guard reports it, kills what is left below itself, and ends;
+//! - the program is asked to stop: the guard waits until all of its process group has ended, asks what
+//!   is left, kills what does not end then or when lbd says so, and reports the end;
 //! - lbd ends, however: the guard reads the end of the control channel, and kills it all;
 //! - the guard is killed: the kernel kills the program (its parent-death signal), and the rest is
 //!   handed to lbd, a subreaper too, which kills and reaps it ([`Spawner`]).
@@ -35,7 +37,9 @@ mod lines;
 mod memory;
 mod output;
 mod spawn;
+mod stop;
 mod tree;
+mod writer;
 
 pub use cgroup::{Cgroup, Cgroups, NoCgroups};
 pub use connections::{ConnectionGauge, Counted};

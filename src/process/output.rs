@@ -7,13 +7,16 @@
 use std::{
     cell::{Cell, RefCell},
     fs::{File, OpenOptions},
-    io::{self, ErrorKind, PipeReader},
+    io::{self, ErrorKind, PipeReader, PipeWriter},
+    num::NonZeroU32,
     os::fd::{AsFd as _, OwnedFd},
+    path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
     thread,
     time::Duration,
 };
 
+use nix::sys::stat::{Mode, fchmod};
 use tokio::{
     net::unix::pipe::Receiver,
     runtime,
@@ -25,17 +28,15 @@ use tracing::{info, warn};
 
 use super::{
     Identity,
+    environment::expand_path,
     lines::{LastLines, Lines, text},
 };
 use crate::config::Output;
 
-/// What one line costs a worker of what it may log, and each further [`UNIT`] bytes of it: so a
-/// thousand lines a second ...
-const COST: Duration = Duration::from_millis(1);
-/// ... of 1 KiB ...
+/// A line of what a worker may log is one of so many bytes; a longer one counts as several.
 const UNIT: usize = 1024;
-/// ... and five thousand at once.
-const BURST: Duration = Duration::from_secs(5);
+/// For how long it may log nothing, and then as much more at once.
+const BURST: Duration = Duration::from_secs(1);
 
 /// Between two reports of dropped lines.
 const REPORT: Duration = Duration::from_secs(1);
@@ -50,6 +51,8 @@ pub struct Streams {
     pub(super) stderr: OwnedFd,
     /// Who wants to know the worker's pid.
     pub(super) pid: Option<oneshot::Sender<i32>>,
+    /// Where both can be read, and the file that they are to be written to.
+    pub(super) file: Option<(OwnedFd, PathBuf)>,
     last_words: LastWords,
 }
 
@@ -57,7 +60,8 @@ impl Streams {
     /// Two open files.
     pub fn new(stdout: impl Into<OwnedFd>, stderr: impl Into<OwnedFd>) -> Self {
         let last_words = LastWords::default();
-        Self { stdout: stdout.into(), stderr: stderr.into(), pid: None, last_words }
+        let (stdout, stderr) = (stdout.into(), stderr.into());
+        Self { stdout, stderr, pid: None, file: None, last_words }
     }
 
     /// What the worker said last, from now on until after its end.
@@ -109,13 +113,15 @@ impl LastWords {
 /// Dropping it blocks until what has been written is logged; a second at most.
 #[derive(Debug)]
 pub struct Outputs {
+    /// How many lines a second each worker may log.
+    rate: NonZeroU32,
     jobs: Option<mpsc::UnboundedSender<Job>>,
     thread: Option<thread::JoinHandle<()>>,
 }
 
 impl Outputs {
-    /// Starts the thread.
-    pub fn start() -> io::Result<Self> {
+    /// Starts the thread. Each worker may log `rate` lines a second; what is more is dropped.
+    pub fn start(rate: NonZeroU32) -> io::Result<Self> {
         let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
         let (jobs, mut queue) = mpsc::unbounded_channel();
         let thread = thread::Builder::new().name("output".to_owned()).spawn(move || {
@@ -127,7 +133,7 @@ impl Outputs {
             });
             let _ = runtime.block_on(async { timeout(PATIENCE, readers).await });
         })?;
-        Ok(Self { jobs: Some(jobs), thread: Some(thread) })
+        Ok(Self { rate, jobs: Some(jobs), thread: Some(thread) })
     }
 
     /// Opens `output` for the worker that `worker` tells of.
@@ -142,13 +148,20 @@ impl Outputs {
                 io::stderr().as_fd().try_clone_to_owned()?,
             )),
             Output::Null => both(OpenOptions::new().write(true).open("/dev/null")?),
-            Output::File(path) => both(OpenOptions::new().append(true).create(true).open(path)?),
+            Output::File(path) => {
+                // One pipe for both, so that the file has in order what was written in order. It is
+                // opened by the worker's user, so not here.
+                let (reader, writer) = pipe()?;
+                let streams = Streams::new(writer.try_clone()?, writer);
+                Ok(Streams { file: Some((reader.into(), expand_path(path, worker))), ..streams })
+            }
             Output::Log => {
-                let (stdout, stdout_write) = io::pipe()?;
-                let (stderr, stderr_write) = io::pipe()?;
+                let (stdout, stdout_write) = pipe()?;
+                let (stderr, stderr_write) = pipe()?;
                 let (announce, pid) = oneshot::channel();
                 let (last_words, reading) = LastWords::new();
                 let job = Job {
+                    rate: self.rate,
                     service: worker.service.into(),
                     slot: worker.slot,
                     port: worker.port,
@@ -176,6 +189,15 @@ impl Drop for Outputs {
     }
 }
 
+/// One that a worker of another user can open again, as `/dev/stdout` and `/dev/stderr` do: that takes
+/// the right to write to it, while it is lbd's. Nobody else finds it: the way leads through
+/// `/proc/PID/fd` of a process that has it.
+fn pipe() -> io::Result<(PipeReader, PipeWriter)> {
+    let (reader, writer) = io::pipe()?;
+    fchmod(&writer, Mode::from_bits_truncate(0o622))?;
+    Ok((reader, writer))
+}
+
 fn both(file: File) -> io::Result<Streams> {
     Ok(Streams::new(file.try_clone()?, file))
 }
@@ -183,6 +205,7 @@ fn both(file: File) -> io::Result<Streams> {
 /// One worker to read from.
 #[derive(Debug)]
 struct Job {
+    rate: NonZeroU32,
     service: Arc<str>,
     slot: u32,
     port: Option<u16>,
@@ -196,10 +219,10 @@ struct Job {
 
 /// Reads a worker's output until nobody can write to it any more.
 async fn follow(job: Job) {
-    let Job { service, slot, port, pid, stdout, stderr, last_words, reading } = job;
+    let Job { rate, service, slot, port, pid, stdout, stderr, last_words, reading } = job;
     // Known as soon as it runs. One that never ran has no pid, and no output.
     let pid = pid.await.ok();
-    let allowance = RefCell::new(Allowance { paid: Instant::now() });
+    let allowance = RefCell::new(Allowance::new(rate, Instant::now()));
     let dropped = Cell::new(0_u64);
     let drop_noticed = Notify::new();
 
@@ -275,16 +298,22 @@ fn read_once(
 #[derive(Debug)]
 struct Allowance {
     paid: Instant,
+    /// What one line costs.
+    cost: Duration,
 }
 
 impl Allowance {
+    fn new(rate: NonZeroU32, now: Instant) -> Self {
+        Self { paid: now, cost: Duration::from_secs(1) / rate.get() }
+    }
+
     fn admits(&mut self, line: &[u8], now: Instant) -> bool {
         self.paid = self.paid.max(now);
         if self.paid - now >= BURST {
             return false;
         }
         let units = 1 + line.len() / UNIT;
-        self.paid += COST * u32::try_from(units).unwrap_or(u32::MAX);
+        self.paid += self.cost * u32::try_from(units).unwrap_or(u32::MAX);
         true
     }
 }
@@ -296,9 +325,9 @@ mod tests {
     #[test]
     fn a_worker_may_log_a_burst_and_then_a_line_each_millisecond() {
         let start = Instant::now();
-        let mut allowance = Allowance { paid: start };
+        let mut allowance = Allowance::new(NonZeroU32::new(1000).unwrap(), start);
         let admitted = (0..6000).filter(|_| allowance.admits(b"line", start)).count();
-        assert_eq!(admitted, 5000);
+        assert_eq!(admitted, 1000);
         let later = start + Duration::from_millis(10);
         let admitted = (0..100).filter(|_| allowance.admits(b"line", later)).count();
         assert_eq!(admitted, 10);
@@ -307,9 +336,9 @@ mod tests {
     #[test]
     fn a_long_line_counts_as_several() {
         let start = Instant::now();
-        let mut allowance = Allowance { paid: start };
+        let mut allowance = Allowance::new(NonZeroU32::new(1000).unwrap(), start);
         let line = [b'x'; 8 * UNIT - 1];
         let admitted = (0..6000).filter(|_| allowance.admits(&line, start)).count();
-        assert_eq!(admitted, 625);
+        assert_eq!(admitted, 125);
     }
 }

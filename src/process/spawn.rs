@@ -32,8 +32,9 @@ use tokio::{
 use super::{
     Cgroup, Exit, Streams, cgroup,
     channel::{Description, Order, Report, hear, pair, start, tell},
-    tree::{Process, below, kill_all, processes, reap},
+    tree::{Process, below, identity, kill_all, processes, reap},
 };
+use crate::config::StopTo;
 
 /// How long the last event of a killed guard's worker is held back while the kernel, not lbd, keeps
 /// one of its processes from dying.
@@ -83,8 +84,12 @@ pub enum ChildEvent {
     },
     /// The program never ran, for this reason: a sentence.
     Failed(String),
-    /// The program ended. What it started may still be there for an instant.
+    /// The program ended. What it started may still be there for an instant, but not where the
+    /// worker was asked to stop.
     Exited(Exit),
+    /// The file that its output goes to can't be written to, or opened anew, for this reason: a
+    /// sentence. It is tried again.
+    Output(String),
     /// Nothing of it is left: always the last event.
     Gone,
 }
@@ -145,13 +150,15 @@ impl Spawner {
             umask: launch.umask,
             user: launch.user,
             group: launch.group,
+            output: streams.file.as_ref().map(|(_, path)| path.clone().into_os_string()),
             open_files: launch.open_files,
             listeners: names,
         };
         let (ours, theirs) = pair()?;
         let (stdout, stderr) = (streams.stdout.as_fd(), streams.stderr.as_fd());
+        let reader = streams.file.as_ref().map(|(reader, _)| reader.as_fd());
         let folder = cgroup.as_ref().map(Cgroup::directory);
-        start(&ours, &description, stdout, stderr, &listeners, folder)?;
+        start(&ours, &description, stdout, stderr, reader, &listeners, folder)?;
         // SAFETY: `ours` is open, and its `AsyncFd` alone owns it, and never gives it back.
         let channel = unsafe { AsyncFd::register_with_interest(ours, Interest::READABLE) }?;
 
@@ -218,11 +225,6 @@ impl Family {
     }
 }
 
-/// What tells a process from a later one of the same pid.
-fn identity(process: &Process) -> (i32, u64) {
-    (process.pid, process.start)
-}
-
 /// A started worker. Dropping it kills the worker, as the end of lbd would.
 #[derive(Debug)]
 pub struct Child {
@@ -257,7 +259,8 @@ impl Child {
         Controller(Rc::downgrade(&self.line))
     }
 
-    /// The next event: `Started` and `Exited`, or `Failed`; then `Gone`; and `None` after that.
+    /// The next event: `Started` and `Exited`, or `Failed`; then `Gone`; and `None` after that. Before
+    /// `Exited`, there may be `Output`.
     ///
     /// Cancel safe. It does not end by itself while the program runs, and [`ChildEvent::Gone`] may
     /// take as long as the kernel keeps a killed process from dying.
@@ -301,6 +304,9 @@ impl Child {
 
     /// The event that `report` is; `None` is the end of the guard.
     fn take(&mut self, report: Option<Report>) -> ChildEvent {
+        if let Some(Report::Output(sentence)) = report {
+            return ChildEvent::Output(sentence);
+        }
         match (report, mem::replace(&mut self.phase, Phase::Ending)) {
             (Some(Report::Started(pid)), Phase::Starting(waiting)) => {
                 self.phase = Phase::Running;
@@ -326,6 +332,19 @@ impl Controller {
     /// started yet, as soon as it has. Continues a stopped one, so that it can act on the signal.
     pub fn signal(&self, signal: Signal) {
         self.order(Order::Signal(signal as i32));
+    }
+
+    /// Asks the worker to stop with `signal`, as [`signal`](Self::signal) sends it, or to the program
+    /// alone. From now on the end of the program is its end only when its whole tree has ended:
+    /// what is left of its process group is waited for without a bound, the rest gets the signal and
+    /// a short time after that. [`kill`](Self::kill) cuts it short, to be called after `timeout`.
+    pub fn stop(&self, signal: Signal, to: StopTo, timeout: Duration) {
+        self.order(Order::Stop(signal as i32, to, timeout));
+    }
+
+    /// Has the file opened anew that its output goes to, if it goes to one.
+    pub fn reopen_output(&self) {
+        self.order(Order::Reopen);
     }
 
     /// Kills the program and everything that it started, whatever session that is in.

@@ -19,10 +19,16 @@ pub(super) struct Process {
     pub(super) pid: i32,
     pub(super) parent: i32,
     pub(super) group: i32,
-    /// It has ended, and its parent has not asked how.
+    /// All of it has ended, and its parent has not asked how. (Where the first thread alone has, the
+    /// kernel calls it a zombie too.)
     pub(super) zombie: bool,
     /// In clock ticks since boot: with the pid, an identity that is not used twice.
     pub(super) start: u64,
+}
+
+/// What tells a process from a later one of the same pid.
+pub(super) fn identity(process: &Process) -> (i32, u64) {
+    (process.pid, process.start)
 }
 
 /// The process table. Processes that begin or end meanwhile may be in it or not.
@@ -51,6 +57,14 @@ pub(super) fn below(all: &[Process], roots: &[i32]) -> Vec<Process> {
         parents.extend(children.iter().map(|process| process.pid));
         found.extend(children);
     }
+    found
+}
+
+/// The worker's own processes, seen from lbd: those below its guard, but for what is in the guard's
+/// process group, which a worker can't join as it is in another session.
+pub(super) fn worker_of(all: &[Process], guard: i32) -> Vec<Process> {
+    let mut found = below(all, &[guard]);
+    found.retain(|process| process.group != guard);
     found
 }
 
@@ -101,11 +115,13 @@ fn parse_stat(pid: i32, stat: &[u8]) -> Option<Process> {
     // The second field is the program's name in parentheses, which may hold anything, `)` included.
     let end = stat.iter().rposition(|&byte| byte == b')')?;
     let mut fields = str::from_utf8(&stat[end + 1..]).ok()?.split_ascii_whitespace();
-    let zombie = matches!(fields.next()?, "Z" | "X");
+    let ended = matches!(fields.next()?, "Z" | "X");
     let parent = fields.next()?.parse().ok()?;
     let group = fields.next()?.parse().ok()?;
-    // `start` is field 22, and the fifth was the last one read.
-    let start = fields.nth(16)?.parse().ok()?;
+    // Field 20, and the fifth was the last one read; `start` is field 22.
+    let threads: u32 = fields.nth(14)?.parse().ok()?;
+    let start = fields.nth(1)?.parse().ok()?;
+    let zombie = ended && threads <= 1;
     Some(Process { pid, parent, group, zombie, start })
 }
 
@@ -122,6 +138,9 @@ mod tests {
             parse_stat(42, stat),
             Some(Process { pid: 42, parent: 7, group: 41, zombie: true, start: 12345 })
         );
+        // Its first thread has ended, another has not.
+        let stat = b"42 (a) Z 7 41 40 0 -1 4194560 0 0 0 0 0 0 0 0 20 0 2 0 12345 0 0";
+        assert!(!parse_stat(42, stat).unwrap().zombie);
         assert_eq!(parse_stat(42, b"42 (a"), None);
     }
 

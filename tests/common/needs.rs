@@ -13,7 +13,7 @@ pub(crate) const SYSTEMD: &str = "LBD_REQUIRE_SYSTEMD";
 /// The Debian package, and the programs that packages are for: man, shells, lintian.
 pub(crate) const PACKAGING: &str = "LBD_REQUIRE_PACKAGING";
 
-/// Programs that people run as workers: node, npm, python3, php, gunicorn.
+/// Programs that people run under lbd: node, npm, python3, gunicorn, php.
 pub(crate) const APPS: &str = "LBD_REQUIRE_APPS";
 
 /// Whether `program`, of Debian's `package`, is here.

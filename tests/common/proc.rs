@@ -49,6 +49,11 @@ pub(crate) fn parent(pid: i32) -> Option<i32> {
     status(pid, "PPid")?.parse().ok()
 }
 
+/// Whether it is there, and more than what its parent has not asked after.
+pub(crate) fn is_alive(pid: i32) -> bool {
+    status(pid, "State").is_some_and(|state| !state.starts_with(['Z', 'X']))
+}
+
 /// Those whose parent it is.
 pub(crate) fn children(pid: i32) -> Vec<i32> {
     let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();

@@ -29,6 +29,7 @@ ports   = [9002, 9003, 9004, 9005]
             file: None,
             rotate: Rotate::Never,
             keep: None,
+            output_rate: number(10_000),
         },
         admin: Admin::default(),
         services: vec![Service {
@@ -79,6 +80,7 @@ ports   = [9002, 9003, 9004, 9005]
                 drain: Drain::Wait,
                 drain_timeout: 30 * second,
                 timeout: 10 * second,
+                to: StopTo::Group,
             },
             limits: Limits { memory: None, max_age: None },
         }],
@@ -102,6 +104,7 @@ access = false
 file = "log/lbd.log"
 rotate = "daily"
 keep = 7
+output-rate = "500/s"
 
 [admin]
 socket = "run/admin.sock"
@@ -153,6 +156,7 @@ signal = "SIGQUIT"
 drain = "signal"
 drain-timeout = "7s"
 timeout = "0s"
+to = "main"
 
 [service."a.b_c-1".limits]
 memory = "1.5GiB"
@@ -170,6 +174,7 @@ max-connections = 30
         file: Some(PathBuf::from("/srv/log/lbd.log")),
         rotate: Rotate::Daily,
         keep: Some(number(7)),
+        output_rate: number(500),
     };
     assert_eq!(config.log, log);
     let admin = Admin {
@@ -237,6 +242,7 @@ max-connections = 30
             drain: Drain::Signal,
             drain_timeout: 7 * second,
             timeout: Duration::ZERO,
+            to: StopTo::Main,
         },
         limits: Limits {
             memory: NonZeroU64::new(3 << 29),
@@ -254,7 +260,7 @@ max-connections = 30
     assert_eq!(config.services, [expected]);
     assert_eq!(
         config.refuse_process_limits("there is no cgroup").unwrap_err().to_string(),
-        "/srv/lb.toml:64: service.\"a.b_c-1\".limits.processes: there is no cgroup; remove it, or \
+        "/srv/lb.toml:66: service.\"a.b_c-1\".limits.processes: there is no cgroup; remove it, or \
          run lbd where it has a cgroup with the pids controller, such as systemd's Delegate=yes \
          gives it"
     );

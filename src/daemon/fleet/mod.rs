@@ -7,7 +7,8 @@ mod rescue;
 mod start;
 
 use std::{
-    cell::Cell, collections::HashMap, io, net::SocketAddr, path::PathBuf, rc::Rc, sync::Arc,
+    cell::Cell, collections::HashMap, io, net::SocketAddr, num::NonZeroU32, path::PathBuf, rc::Rc,
+    sync::Arc, time::Duration,
 };
 
 use nix::sys::signal::Signal;
@@ -19,7 +20,7 @@ use tokio::{
 
 use super::{descriptors::Descriptors, ledger::Ledger, publics::Publics};
 use crate::{
-    config::{Balance, Health, ProxyProtocol},
+    config::{Balance, Health, ProxyProtocol, StopTo},
     control::{Event, ProbeOutcome, Verdict, WORKERS_ON_A_PORT, WorkerId},
     probe::{self, Prober},
     process::{
@@ -122,10 +123,11 @@ impl Fleet {
         events: mpsc::Sender<Event>,
         idle: Arc<Notify>,
         folder: PathBuf,
+        output_rate: NonZeroU32,
     ) -> io::Result<Self> {
         Ok(Self {
             spawner: Spawner::new()?,
-            outputs: Outputs::start()?,
+            outputs: Outputs::start(output_rate)?,
             descriptors,
             events,
             idle,
@@ -144,9 +146,9 @@ impl Fleet {
         })
     }
 
-    pub(super) fn signal(&self, id: WorkerId, signal: Signal) {
+    pub(super) fn stop(&self, id: WorkerId, signal: Signal, to: StopTo, timeout: Duration) {
         if let Some(member) = self.members.get(&id) {
-            member.controller.signal(signal);
+            member.controller.stop(signal, to, timeout);
         }
     }
 
@@ -154,6 +156,11 @@ impl Fleet {
         if let Some(member) = self.members.get(&id) {
             member.controller.kill();
         }
+    }
+
+    /// Has the files opened anew that workers' output goes to.
+    pub(super) fn reopen_outputs(&self) {
+        self.members.values().for_each(|member| member.controller.reopen_output());
     }
 
     /// Probes once, beside everything else.

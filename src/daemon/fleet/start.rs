@@ -200,6 +200,8 @@ impl Fleet {
         spawn_local(report(Reported {
             child,
             id,
+            service: Arc::clone(&order.service),
+            slot: order.slot,
             last_words: last_words.clone(),
             was_healthy: Rc::clone(&was_healthy),
             events: self.events.clone(),
@@ -243,6 +245,8 @@ impl Fleet {
 struct Reported {
     child: Child,
     id: WorkerId,
+    service: Arc<str>,
+    slot: u32,
     last_words: LastWords,
     /// A probe has passed.
     was_healthy: Rc<Cell<bool>>,
@@ -251,7 +255,7 @@ struct Reported {
 
 /// Hands on what becomes of a child until nothing of it is left.
 async fn report(reported: Reported) {
-    let Reported { mut child, id, last_words, was_healthy, events } = reported;
+    let Reported { mut child, id, service, slot, last_words, was_healthy, events } = reported;
     loop {
         let event = match child.next().await {
             Some(ChildEvent::Started { pid }) => Event::Started { id, pid },
@@ -263,6 +267,10 @@ async fn report(reported: Reported) {
                 }
                 let said = last_words.lines();
                 Event::Exited { id, status: exit.to_string(), by_signal, said }
+            }
+            Some(ChildEvent::Output(error)) => {
+                tracing::warn!(service = &*service, slot, error, "output not written");
+                continue;
             }
             Some(ChildEvent::Gone) => Event::Gone { id },
             None => return,
