@@ -20,6 +20,7 @@
 mod accept;
 pub mod diag;
 pub mod direct;
+pub mod pathname;
 mod port;
 mod steer;
 mod unix;
