@@ -697,7 +697,7 @@ fn full() -> (Nameless, UnixStream, Arc<Upstream>) {
     worker.socket().listen(0).unwrap();
     worker.socket().set_read_timeout(Some(DEADLINE)).unwrap();
     let client = worker.endpoint().unconnected().unwrap();
-    client.connect(worker.endpoint().address()).unwrap();
+    worker.endpoint().connect(&client).unwrap();
     let upstream =
         Upstream::new(7, 7, "web/7".into(), worker.endpoint().clone(), None, Arc::default());
     (worker, client.into(), upstream)

@@ -93,7 +93,7 @@ async fn attempt(
     let socket = socket.map_err(failed)?;
     let Some(address) = endpoint.inet() else {
         // It is over when it returns, one way or the other (unix(7)).
-        socket.connect(endpoint.address()).map_err(|error| match error.kind() {
+        endpoint.connect(&socket).map_err(|error| match error.kind() {
             io::ErrorKind::WouldBlock => ProbeError::Full,
             _ => failed(error),
         })?;

@@ -392,10 +392,11 @@ mod tests {
         time::Instant,
     };
 
-    use nix::{libc, unistd::getuid};
+    use nix::unistd::getuid;
     use socket2::{Domain, SockAddr, Socket, Type};
 
     use super::*;
+    use crate::sockets::options::TcpDeferAccept;
 
     #[test]
     fn a_connection_is_seen_from_accept_to_close() {
@@ -450,15 +451,7 @@ mod tests {
         let mut diag = Diag::open().unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        // Neither nix nor socket2 has it.
-        let seconds: libc::c_int = 30;
-        let size = size_of_val(&seconds) as libc::socklen_t;
-        // SAFETY: the kernel reads `size` bytes of `seconds`.
-        let result = unsafe {
-            let (fd, value) = (listener.as_raw_fd(), (&raw const seconds).cast());
-            libc::setsockopt(fd, libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT, value, size)
-        };
-        assert_eq!(result, 0);
+        setsockopt(&listener, TcpDeferAccept, &30).unwrap();
         for ends in [false, true] {
             let mut client = TcpStream::connect(address).unwrap();
             let peer = client.local_addr().unwrap();

@@ -65,7 +65,8 @@ impl Fleet {
         if started.is_err() {
             self.nameless.remove(&order.id);
             if let Some(inherited) = address.and_then(|address| self.ports.get_mut(&address)) {
-                inherited.port.abandon(order.id);
+                // No process has had it.
+                inherited.port.abandon(order.id, false);
             }
         }
         started.map(|()| address.map(|address| address.port()))
