@@ -20,6 +20,7 @@
 mod accept;
 pub mod diag;
 pub mod direct;
+mod holder;
 mod options;
 pub mod pathname;
 mod port;
@@ -27,6 +28,7 @@ mod steer;
 mod unix;
 
 pub use accept::{Acceptor, accept_nonblocking};
+pub use holder::Holder;
 pub use port::{Port, Rescued, SHARERS};
 pub use unix::{Endpoint, Nameless};
 
