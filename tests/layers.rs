@@ -26,7 +26,7 @@ const ALLOWED: [(&str, &[&str]); 14] = [
             "sockets",
         ],
     ),
-    ("admin", &["config", "histogram", "logging"]),
+    ("admin", &["config", "histogram", "logging", "sockets"]),
     ("probe", &["config", "control", "proxy_protocol", "sockets"]),
     ("process", &["config", "sockets"]),
     ("route", &["config", "histogram", "proxy_protocol", "sockets"]),

@@ -16,7 +16,7 @@ use std::{
 };
 
 use lbd::{
-    config::{Listen, Routing},
+    config::{Listen, Routing, UnixAccess},
     route::{DataPlane, Listener, ListenerId, Pool, ServiceRoute, Settings, Upstream},
     sockets::Nameless,
 };
@@ -68,7 +68,7 @@ impl Rig {
         let pool = Pool::new(upstreams.to_vec(), coming, Arc::new(routing));
         let route = plane.service("web".into(), pool, Arc::new(AtomicBool::new(false)));
         let mut address: SocketAddr = address.parse().unwrap();
-        let listener = Listener::bind(&Listen::Tcp(address)).unwrap();
+        let listener = Listener::bind(&Listen::Tcp(address), &UnixAccess::default()).unwrap();
         address.set_port(listener.port().unwrap());
         let listener = plane.open(&route, listener);
         Self { plane, route, listener, address }
@@ -697,7 +697,7 @@ fn full() -> (Nameless, UnixStream, Arc<Upstream>) {
     worker.socket().listen(0).unwrap();
     worker.socket().set_read_timeout(Some(DEADLINE)).unwrap();
     let client = worker.endpoint().unconnected().unwrap();
-    client.connect(worker.endpoint().address()).unwrap();
+    worker.endpoint().connect(&client).unwrap();
     let upstream =
         Upstream::new(7, 7, "web/7".into(), worker.endpoint().clone(), None, Arc::default());
     (worker, client.into(), upstream)
@@ -809,7 +809,7 @@ fn closing_a_unix_listener_resets_nobody() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("web.sock");
     let rig = Rig::new(Routing::default(), &[worker(echo)]);
-    let listener = Listener::bind(&Listen::Unix(path.clone())).unwrap();
+    let listener = Listener::bind(&Listen::Unix(path.clone()), &UnixAccess::default()).unwrap();
     let listener = rig.plane.open(&rig.route, listener);
     let served = AtomicUsize::new(0);
     thread::scope(|scope| {
@@ -910,7 +910,8 @@ fn each_connection_gets_one_line_at_its_end() {
     let worker = worker(echo);
     let pool = |all| Pool::new(all, None, Arc::new(Routing::default()));
     let route = plane.service("logged".into(), pool(upstreams(&[worker])), Arc::clone(&access));
-    let listener = Listener::bind(&Listen::Tcp(([127, 0, 0, 1], 0).into())).unwrap();
+    let listener =
+        Listener::bind(&Listen::Tcp(([127, 0, 0, 1], 0).into()), &UnixAccess::default()).unwrap();
     let address = SocketAddr::from(([127, 0, 0, 1], listener.port().unwrap()));
     plane.open(&route, listener);
 

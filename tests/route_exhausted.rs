@@ -12,7 +12,7 @@ use std::{
 };
 
 use lbd::{
-    config::{Listen, Routing},
+    config::{Listen, Routing, UnixAccess},
     route::{DataPlane, Listener, Pool, Settings, Upstream},
 };
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -41,7 +41,8 @@ fn without_descriptors_clients_wait_and_nothing_spins() {
     let plane = DataPlane::start(Settings { threads, max_held: NonZeroUsize::MAX }).unwrap();
     let access = Arc::new(AtomicBool::new(false));
     let route = plane.service("web".into(), pool(vec![], Some(Instant::now())), access);
-    let listener = Listener::bind(&Listen::Tcp(([127, 0, 0, 1], 0).into())).unwrap();
+    let listener =
+        Listener::bind(&Listen::Tcp(([127, 0, 0, 1], 0).into()), &UnixAccess::default()).unwrap();
     let address = SocketAddr::from(([127, 0, 0, 1], listener.port().unwrap()));
     let clients: Vec<_> = (0..10).map(|_| TcpStream::connect(address).unwrap()).collect();
 

@@ -4,10 +4,10 @@
 //! somebody listens on is the second, and goes.
 
 use std::{
-    fs::{self, DirBuilder, File, OpenOptions, Permissions},
+    fs::{self, DirBuilder, File, OpenOptions},
     io::{self, ErrorKind},
     os::unix::{
-        fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink},
+        fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, symlink},
         net::UnixListener,
     },
     path::{Path, PathBuf},
@@ -21,7 +21,10 @@ use nix::{
 use socket2::{Domain, SockAddr, Type};
 
 use super::place::{Instance, Place};
-use crate::config::Config;
+use crate::{
+    config::{Config, UnixAccess},
+    sockets::pathname::{SocketFile, listen_at},
+};
 
 /// Clients that may wait to be taken.
 const BACKLOG: i32 = 64;
@@ -29,9 +32,10 @@ const BACKLOG: i32 = 64;
 /// A unix socket that is listened on. Dropped, its file is removed.
 #[derive(Debug)]
 pub struct Socket {
+    /// Of the socket; removed before it is closed.
+    file: SocketFile,
     listener: UnixListener,
     path: PathBuf,
-    inode: (u64, u64),
     /// The folder where clients look, and the link there where the socket is elsewhere.
     folder: Option<File>,
     link: Option<PathBuf>,
@@ -96,22 +100,18 @@ impl Socket {
         };
         let failed = |source| ClaimError::Bind { path: path.clone(), source };
         // So that of two that start at once the one finds the other.
-        let (listener, link) = locked(folder.as_ref(), || {
+        let (listener, file, link) = locked(folder.as_ref(), || {
             for path in known.iter().chain([&path]) {
                 running(path)?;
             }
-            let listener = listen(&path).map_err(failed)?;
+            let (listener, file) = listen(&path).map_err(failed)?;
             let link = known.as_ref().filter(|known| **known != path);
             if let Some(link) = link {
-                remove_stale(link).and_then(|()| symlink(&path, link)).map_err(|error| {
-                    let _ = fs::remove_file(&path);
-                    failed(error)
-                })?;
+                remove_stale(link).and_then(|()| symlink(&path, link)).map_err(failed)?;
             }
-            Ok((listener, link.cloned()))
+            Ok((listener, file, link.cloned()))
         })?;
-        let inode = fs::symlink_metadata(&path).map(inode).map_err(failed)?;
-        Ok(Self { listener, path, inode, folder, link })
+        Ok(Self { file, listener, path, folder, link })
     }
 
     /// Where it is.
@@ -136,9 +136,7 @@ impl Drop for Socket {
             if let Some(link) = self.link.as_ref().filter(ours) {
                 let _ = fs::remove_file(link);
             }
-            if fs::symlink_metadata(&self.path).is_ok_and(|found| inode(found) == self.inode) {
-                let _ = fs::remove_file(&self.path);
-            }
+            self.file.remove();
         });
     }
 }
@@ -196,19 +194,11 @@ fn occupant(path: &Path) -> Option<Option<i32>> {
     }
 }
 
-fn listen(path: &Path) -> io::Result<UnixListener> {
-    let address = SockAddr::unix(path)?;
+fn listen(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
     remove_stale(path)?;
-    let socket = socket2::Socket::new(Domain::UNIX, Type::STREAM, None)?;
-    socket.bind(&address)?;
-    // Nobody can connect before it listens, so nobody ever could with another mode.
-    let ready = fs::set_permissions(path, Permissions::from_mode(0o600))
-        .and_then(|()| socket.listen(BACKLOG));
-    if let Err(error) = ready {
-        let _ = fs::remove_file(path);
-        return Err(error);
-    }
-    Ok(std::os::fd::OwnedFd::from(socket).into())
+    let access = UnixAccess { mode: 0o600, ..UnixAccess::default() };
+    let (socket, file) = listen_at(path, &access, BACKLOG)?;
+    Ok((std::os::fd::OwnedFd::from(socket).into(), file))
 }
 
 /// Removes a socket, or a link to one, that nobody listens on. Anything else was not made by lbd.
@@ -221,12 +211,10 @@ fn remove_stale(path: &Path) -> io::Result<()> {
     }
 }
 
-fn inode(found: fs::Metadata) -> (u64, u64) {
-    (found.dev(), found.ino())
-}
-
 #[cfg(test)]
 mod tests {
+    use std::{fs::Permissions, os::unix::fs::PermissionsExt};
+
     use super::*;
 
     #[test]

@@ -33,6 +33,8 @@ pub struct ServiceChange {
     pub listen_added: Vec<Listen>,
     /// Addresses not to listen on any more.
     pub listen_removed: Vec<Listen>,
+    /// Who may connect to its unix sockets changed.
+    pub access_changed: bool,
     /// Every worker has to be replaced: it would be started differently.
     pub worker_changed: bool,
     /// The number of workers or their ports changed.
@@ -107,8 +109,19 @@ fn find<'c>(config: &'c Config, name: &str) -> Option<&'c Service> {
 
 fn change(old: &Service, new: &Service) -> ServiceChange {
     // Taken apart in full: a new field of Service has to find its place here.
-    let Service { name, listen, slots, worker, routing, health, restart, rollout, stop, limits } =
-        new;
+    let Service {
+        name,
+        listen,
+        unix_access,
+        slots,
+        worker,
+        routing,
+        health,
+        restart,
+        rollout,
+        stop,
+        limits,
+    } = new;
     let without = |all: &[Listen], others: &[Listen]| -> Vec<Listen> {
         all.iter().filter(|address| !others.contains(address)).cloned().collect()
     };
@@ -116,6 +129,7 @@ fn change(old: &Service, new: &Service) -> ServiceChange {
         name: Arc::clone(name),
         listen_added: without(listen, &old.listen),
         listen_removed: without(&old.listen, listen),
+        access_changed: *unix_access != old.unix_access,
         worker_changed: *worker != old.worker,
         slots_changed: *slots != old.slots,
         policy_changed: *routing != old.routing
@@ -135,14 +149,15 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::config::{LogFormat, Rotate, Slots, from_command};
+    use crate::config::{LogFormat, Rotate, Slots, UnixAccess, from_command};
 
     const NAMES: [&str; 4] = ["a", "b", "c", "d"];
 
     /// Services differ in the size of each part; each of six addresses belongs to one or to none,
     /// so that addresses move.
     fn config() -> impl Strategy<Value = Config> {
-        let parts = prop::collection::vec((0..2_u64, 0..2_u32, 0..2_u64, 0..5_usize), NAMES.len());
+        let part = (0..2_u64, 0..2_u32, 0..2_u64, 0..5_usize, any::<bool>());
+        let parts = prop::collection::vec(part, NAMES.len());
         let owners = prop::collection::vec(prop::option::of(0..NAMES.len()), 6);
         let order = Just(NAMES).prop_shuffle();
         (parts, owners, order, any::<bool>(), any::<bool>()).prop_map(
@@ -151,10 +166,14 @@ mod tests {
                 let template = config.services.remove(0);
                 for name in order {
                     let index = NAMES.iter().position(|known| *known == name).unwrap();
-                    let (seconds, more, umask, policy) = parts[index];
+                    let (seconds, more, umask, policy, private) = parts[index];
                     let mut service = Service { name: name.into(), ..template.clone() };
                     service.listen = owned(&owners, index);
                     service.slots = Slots::Count(NonZeroU32::new(more + 1).unwrap());
+                    if private {
+                        let access = UnixAccess { mode: 0o600, ..UnixAccess::default() };
+                        service.unix_access.insert(PathBuf::from("/s"), access);
+                    }
                     Arc::make_mut(&mut service.worker).umask = u32::try_from(umask).ok();
                     let policies = [
                         &mut service.routing.idle_timeout,
@@ -196,6 +215,9 @@ mod tests {
             let new = change.new.clone();
             service.listen.retain(|address| !change.listen_removed.contains(address));
             service.listen.extend(change.listen_added.iter().cloned());
+            if change.access_changed {
+                service.unix_access = new.unix_access;
+            }
             if change.worker_changed {
                 service.worker = new.worker;
             }
@@ -257,6 +279,7 @@ mod tests {
         assert_eq!(moved, [("a", &two[..], &[][..]), ("b", &[][..], &two[..])]);
         for change in &diff.changed {
             assert!(!change.worker_changed && !change.slots_changed && !change.policy_changed);
+            assert!(!change.access_changed);
         }
     }
 

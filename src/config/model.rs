@@ -9,7 +9,7 @@ use std::{
     fmt,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     num::{NonZeroU32, NonZeroU64},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
@@ -127,6 +127,8 @@ pub struct Service {
     pub name: Arc<str>,
     /// Where clients connect. Never empty, no duplicates in the whole file.
     pub listen: Vec<Listen>,
+    /// Who may connect to the unix sockets among them; those that are not here have the default.
+    pub unix_access: BTreeMap<PathBuf, UnixAccess>,
     /// How many workers there are, and on which ports.
     pub slots: Slots,
     /// What each worker is started with.
@@ -164,6 +166,32 @@ impl fmt::Display for Listen {
             Self::Tcp(address) => address.fmt(f),
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
         }
+    }
+}
+
+/// Who may connect to a unix socket: it takes the right to write to its file (unix(7)).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UnixAccess {
+    /// The file's permission bits.
+    pub mode: u32,
+    /// The file's owner, a name or a number, resolved when it is bound; who lbd runs as where `None`.
+    pub owner: Option<String>,
+    /// Its group, likewise.
+    pub group: Option<String>,
+}
+
+impl Default for UnixAccess {
+    /// Whoever may search the folder may connect, as with a TCP port.
+    fn default() -> Self {
+        Self { mode: 0o666, owner: None, group: None }
+    }
+}
+
+impl Service {
+    /// Who may connect to its unix socket at `path`.
+    #[must_use]
+    pub fn access(&self, path: &Path) -> UnixAccess {
+        self.unix_access.get(path).cloned().unwrap_or_default()
     }
 }
 

@@ -163,7 +163,7 @@ impl<'a> Table<'a> {
 
     /// The table `key`; one without entries where there is none.
     pub(super) fn table(&mut self, key: &'static str) -> Self {
-        self.take(key).and_then(Value::table).unwrap_or_else(|| Self {
+        self.take(key).and_then(|value| value.table()).unwrap_or_else(|| Self {
             source: self.source,
             path: self.key(key),
             at: self.at,
@@ -300,6 +300,10 @@ impl<'a> Value<'a> {
         matches!(self.value, DeValue::Integer(_))
     }
 
+    pub(super) fn is_table(&self) -> bool {
+        matches!(self.value, DeValue::Table(_))
+    }
+
     /// A string that `parse` understands; its error is what would be right.
     pub(super) fn parsed<T>(&self, parse: impl FnOnce(&str) -> Result<T, String>) -> Option<T> {
         parse(self.string()?).map_or_else(|message| self.refuse(message), Some)
@@ -351,11 +355,11 @@ impl<'a> Value<'a> {
         }
     }
 
-    pub(super) fn table(self) -> Option<Table<'a>> {
+    pub(super) fn table(&self) -> Option<Table<'a>> {
         match self.value {
             DeValue::Table(entries) => Some(Table {
                 source: self.source,
-                path: self.key,
+                path: self.key.clone(),
                 at: self.at,
                 entries: Some(entries),
                 known: Vec::new(),

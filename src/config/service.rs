@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     net::{IpAddr, SocketAddr},
     num::NonZeroU32,
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
     thread,
 };
@@ -12,7 +12,7 @@ use std::{
 use super::{
     Balance, DEFAULT_HOST, Drain, Health, Limits, Listen, Order, Output, Owner, Probe, Program,
     ProxyProtocol, Restart, Rollout, Route, Routing, Service, Slots, SocketMode, StatusSet, Stop,
-    StopTo, WorkerSpec,
+    StopTo, UnixAccess, WorkerSpec,
     addresses::{Claim, Claimant, Claims},
     limits,
     reader::{Table, Value},
@@ -33,7 +33,7 @@ pub(super) fn read(
         route::refuse_keys(&mut table);
     }
 
-    let (listen, public) = listen(&mut table, base, route, claims).unzip();
+    let listen = listen(&mut table, base, route, claims);
     let socket = match route {
         Route::Proxy => table.read("socket", |v| v.word(&SOCKETS)),
         Route::Direct => Some(route::socket(&mut table)),
@@ -83,7 +83,7 @@ pub(super) fn read(
         host,
         socket,
         proxy_protocol,
-        public: public.unwrap_or_default(),
+        public: listen.as_ref().map(|listen| listen.public.clone()).unwrap_or_default(),
         env,
         user,
         group,
@@ -93,9 +93,11 @@ pub(super) fn read(
         open_files: limits.open_files,
         processes: limits.processes,
     };
+    let Listening { addresses, unix_access, .. } = listen?;
     Some(Service {
         name: name.into(),
-        listen: listen?,
+        listen: addresses,
+        unix_access,
         slots,
         worker: Arc::new(worker),
         routing,
@@ -118,6 +120,7 @@ pub(super) fn of_command(
     Service {
         name: name.into(),
         listen,
+        unix_access: BTreeMap::new(),
         slots: Slots::Count(workers.unwrap_or_else(cores)),
         worker: Arc::new(WorkerSpec {
             program: Program::Command(argv),
@@ -143,28 +146,70 @@ pub(super) fn of_command(
     }
 }
 
-/// The addresses, and those that workers get sockets on.
+/// `listen`.
+#[derive(Default)]
+struct Listening {
+    addresses: Vec<Listen>,
+    /// Of the unix sockets that have other rights than the default ones.
+    unix_access: BTreeMap<PathBuf, UnixAccess>,
+    /// The addresses that workers get sockets on.
+    public: Vec<SocketAddr>,
+}
+
 fn listen(
     table: &mut Table<'_>,
     base: &Path,
     route: Route,
     claims: &mut Claims,
-) -> Option<(Vec<Listen>, Vec<SocketAddr>)> {
+) -> Option<Listening> {
     let Some(value) = table.take("listen") else {
         table.missing("listen", "missing; write one such as listen = \"127.0.0.1:8080\"");
         return None;
     };
     let items = value.one_or_list("an address or a list of them")?;
-    let (mut addresses, mut public) = (Vec::new(), Vec::new());
+    let mut listening = Listening::default();
     for item in items {
-        let Some(address) = item.parsed(|text| values::listen(text, base)) else { continue };
+        let (address, access) = if item.is_table() {
+            let Some((path, access)) = unix_socket(&item, base) else { continue };
+            (Listen::Unix(path), access)
+        } else {
+            let Some(address) = item.parsed(|text| values::listen(text, base)) else { continue };
+            (address, UnixAccess::default())
+        };
         claims.push(claim(&item, address.clone(), Claimant::Listener));
         if route == Route::Direct {
-            public.extend(route::public(&address, public.len(), &item));
+            let others = listening.public.len();
+            listening.public.extend(route::public(&address, others, &item));
         }
-        addresses.push(address);
+        if let Listen::Unix(path) = &address
+            && access != UnixAccess::default()
+        {
+            listening.unix_access.insert(path.clone(), access);
+        }
+        listening.addresses.push(address);
     }
-    Some((addresses, public))
+    Some(listening)
+}
+
+/// `{ unix = "/run/x.sock", mode = "660", owner = "www", group = "www" }`.
+fn unix_socket(item: &Value<'_>, base: &Path) -> Option<(PathBuf, UnixAccess)> {
+    let mut table = item.table()?;
+    let path = match table.take("unix") {
+        Some(value) => value.parsed(|text| values::listen_path(text, base)),
+        None => {
+            table.missing("unix", "missing; write a path such as unix = \"/run/x.sock\"");
+            None
+        }
+    };
+    let access = UnixAccess {
+        mode: table
+            .read("mode", |v| v.parsed(values::socket_mode))
+            .unwrap_or(UnixAccess::default().mode),
+        owner: table.read("owner", account),
+        group: table.read("group", account),
+    };
+    table.finish();
+    Some((path?, access))
 }
 
 fn program(table: &mut Table<'_>, base: &Path, on_unix: bool) -> Option<Program> {

@@ -56,7 +56,7 @@ pub(super) fn one_of<T: Copy>(text: &str, words: &[(&str, T)]) -> Result<T, Stri
 /// `listen`: `127.0.0.1:80`, `[::1]:80`, or `unix:` and a path, relative to `base`.
 pub(super) fn listen(text: &str, base: &Path) -> Result<Listen, String> {
     if let Some(path) = text.strip_prefix("unix:") {
-        return socket_path(path, base).map(Listen::Unix);
+        return listen_path(path, base).map(Listen::Unix);
     }
     let address: SocketAddr = text.parse().map_err(|_| not_an_address(text))?;
     ip_itself(address.ip())?;
@@ -64,6 +64,69 @@ pub(super) fn listen(text: &str, base: &Path) -> Result<Listen, String> {
         return Err(format!("{address} has port 0; expected a port from 1 to 65535"));
     }
     Ok(Listen::Tcp(address))
+}
+
+/// The path of a unix socket that clients connect to. What other programs write behind it or before
+/// it would silently become a part of the file's name.
+pub(super) fn listen_path(text: &str, base: &Path) -> Result<PathBuf, String> {
+    if let Some(name) = text.strip_prefix('@') {
+        let path = quoted(&format!("unix:/run/{name}.sock"));
+        return Err(format!(
+            "{} would be an abstract socket, to which everybody on the machine may connect; write a \
+             path such as {path}",
+            quoted(text)
+        ));
+    }
+    if let Some((path, options)) = with_options(text) {
+        let mode = options
+            .split(|c: char| !c.is_ascii_alphanumeric())
+            .rfind(|word| word.len() >= 3 && word.bytes().all(|byte| matches!(byte, b'0'..=b'7')));
+        let mode = quoted(mode.unwrap_or("660"));
+        return Err(format!(
+            "{} has options in it; write a table: {{ unix = {}, mode = {mode} }}",
+            quoted(text),
+            quoted(path),
+        ));
+    }
+    socket_path(text, base)
+}
+
+/// A path and options behind it as socat (`,mode=660`), puma (`?umask=0111`), Caddy (`|0222`) and
+/// HAProxy (` mode 660`) write them.
+fn with_options(text: &str) -> Option<(&str, &str)> {
+    let is_option = |text: &str| {
+        let name = text.bytes().take_while(u8::is_ascii_alphabetic).count();
+        name > 0 && text[name..].starts_with('=')
+    };
+    let words = ["mode", "user", "uid", "owner", "group", "gid", "perm", "umask"];
+    let is_word = |text: &str| text.split_once(' ').is_some_and(|(word, _)| words.contains(&word));
+    let is_mode = |text: &str| text.len() >= 3 && text.bytes().all(|b| b.is_ascii_digit());
+    text.match_indices([',', '?', '|', ' ']).find_map(|(at, separator)| {
+        let (path, options) = (&text[..at], &text[at + 1..]);
+        let found = match separator {
+            " " => is_word(options),
+            "|" => is_mode(options),
+            _ => is_option(options),
+        };
+        found.then_some((path, options))
+    })
+}
+
+/// `mode` of a unix socket: octal digits.
+pub(super) fn socket_mode(text: &str) -> Result<u32, String> {
+    let digits = !text.is_empty() && text.bytes().all(|b| matches!(b, b'0'..=b'7'));
+    let mode = u32::from_str_radix(text, 8).ok().filter(|&mode| digits && mode <= 0o777);
+    match mode {
+        Some(mode) if mode & 0o222 == 0 => Err(format!(
+            "with {} nobody could connect, which takes the right to write; expected octal digits \
+             such as \"660\"",
+            quoted(text)
+        )),
+        Some(mode) => Ok(mode),
+        None => {
+            Err(format!("{} is not a mode; expected octal digits such as \"660\"", quoted(text)))
+        }
+    }
 }
 
 /// `[admin] listen`: only what is reached over TCP.
@@ -309,8 +372,9 @@ fn not_an_address(text: &str) -> String {
     if let Ok(v6) = text.trim_matches(['[', ']']).parse::<Ipv6Addr>() {
         return format!("{shown} has no port; write \"[{v6}]:8080\"");
     }
-    if text.starts_with(['/', '.']) {
-        let socket = quoted(&format!("unix:{text}"));
+    let path = text.strip_prefix("unix@").unwrap_or(text);
+    if path.starts_with(['/', '.']) {
+        let socket = quoted(&format!("unix:{path}"));
         return format!("{shown} is a path; write {socket} for a unix socket");
     }
     let (host, port) = text.rsplit_once(':').unwrap_or(("", text));
@@ -374,8 +438,54 @@ mod tests {
             ("", &format!("\"\" {not_one}")),
             ("[::ffff:127.0.0.1]:80", mapped),
             ("unix:", "the path is empty; write one, or remove it"),
+            (
+                "unix:@lbd",
+                "\"@lbd\" would be an abstract socket, to which everybody on the machine may connect; \
+                 write a path such as \"unix:/run/lbd.sock\"",
+            ),
+            (
+                "unix:/run/x,mode=660,user=www",
+                "\"/run/x,mode=660,user=www\" has options in it; write a table: \
+                 { unix = \"/run/x\", mode = \"660\" }",
+            ),
+            (
+                "unix:/run/x?umask=0111&mode=0640",
+                "\"/run/x?umask=0111&mode=0640\" has options in it; write a table: \
+                 { unix = \"/run/x\", mode = \"0640\" }",
+            ),
+            (
+                "unix:x|0222",
+                "\"x|0222\" has options in it; write a table: { unix = \"x\", mode = \"0222\" }",
+            ),
+            (
+                "unix:/x mode 600 user www",
+                "\"/x mode 600 user www\" has options in it; write a table: \
+                 { unix = \"/x\", mode = \"600\" }",
+            ),
+            (
+                "unix:/x,user=www",
+                "\"/x,user=www\" has options in it; write a table: { unix = \"/x\", mode = \"660\" }",
+            ),
+            ("unix@/x", "\"unix@/x\" is a path; write \"unix:/x\" for a unix socket"),
         ] {
             assert_eq!(listen(text, base()), Err(message.to_owned()), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_name_that_only_looks_like_options_is_a_name() {
+        for text in ["a,b", "a|b", "a?b", "my mode", "x,=1", "a b=c", "é,ü=1"] {
+            let path = base().join(text);
+            assert_eq!(listen(&format!("unix:{text}"), base()), Ok(Listen::Unix(path)), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_mode_lets_somebody_connect() {
+        assert_eq!(socket_mode("660"), Ok(0o660));
+        assert_eq!(socket_mode("0222"), Ok(0o222));
+        for text in ["", "8", "1777", "444", "000", "-1", "rw", "0o660", "99999999999999999"] {
+            assert!(socket_mode(text).is_err(), "{text}");
         }
     }
 

@@ -53,6 +53,7 @@ pub(super) fn service(name: &str, command: &str, slots: Slots) -> config::Servic
     config::Service {
         name: name.into(),
         listen: Vec::new(),
+        unix_access: Default::default(),
         slots,
         worker: spec(command),
         routing: config::Routing::default(),

@@ -12,8 +12,8 @@ use socket2::Socket;
 
 use super::{passed::PassedSockets, publics::Publics};
 use crate::{
-    config::{self, Listen},
-    route::{BindError, DataPlane, Listener, ListenerId, Pool, ServiceRoute},
+    config::{self, Listen, UnixAccess},
+    route::{AccessChange, BindError, DataPlane, Listener, ListenerId, Pool, ServiceRoute},
 };
 
 /// The public sides of all services, by name.
@@ -40,6 +40,8 @@ pub(super) struct Bound {
     new: Vec<(Arc<str>, Listener)>,
     /// Open listeners that go from one service to another.
     moving: Vec<Move>,
+    /// Who may connect to open unix sockets changes at once, and back if the reload is refused.
+    access: Vec<AccessChange>,
 }
 
 impl Bound {
@@ -80,6 +82,14 @@ impl Fronts {
         for service in services {
             for listen in &service.listen {
                 let name = Arc::clone(&service.name);
+                let access = match listen {
+                    Listen::Unix(path) => service.access(path),
+                    Listen::Tcp(_) => UnixAccess::default(),
+                };
+                if let Some(id) = self.id(listen) {
+                    let change = self.plane.set_access(id, &access);
+                    bound.access.extend(change.map_err(|error| (Arc::clone(&name), error))?);
+                }
                 match self.owner(listen) {
                     Some(owner) if *owner == service.name => {}
                     Some(owner) => bound.moving.push(Move {
@@ -87,7 +97,7 @@ impl Fronts {
                         from: Arc::clone(owner),
                         to: name,
                     }),
-                    None => match self.bind_one(listen, services, publics) {
+                    None => match self.bind_one(listen, &access, services, publics) {
                         Ok(listener) => bound.new.push((name, listener)),
                         Err(error) => return Err((name, error)),
                     },
@@ -119,6 +129,7 @@ impl Fronts {
     /// Takes clients on what was bound, and on what was detached for it. The services must have been
     /// published before.
     pub(super) fn open(&mut self, bound: Bound, moved: Vec<(Arc<str>, Listen, ListenerId)>) {
+        bound.access.into_iter().for_each(AccessChange::keep);
         for (name, listen, id) in moved {
             if let Some(front) = self.fronts.get_mut(&name) {
                 let socket = self.passed.find(&listen).map(|shared| shared.name());
@@ -138,6 +149,10 @@ impl Fronts {
         }
     }
 
+    fn id(&self, listen: &Listen) -> Option<ListenerId> {
+        self.fronts.values().find_map(|front| front.open.get(listen)).copied()
+    }
+
     fn owner(&self, listen: &Listen) -> Option<&Arc<str>> {
         let has = |front: &Front| front.open.contains_key(listen);
         self.fronts.iter().find(|(_, front)| has(front)).map(|(name, _)| name)
@@ -149,10 +164,11 @@ impl Fronts {
     fn bind_one(
         &self,
         listen: &Listen,
+        access: &UnixAccess,
         services: &[config::Service],
         publics: &Publics,
     ) -> Result<Listener, BindError> {
-        if let Some(listener) = self.passed.listener(listen) {
+        if let Some(listener) = self.passed.listener(listen, access) {
             return listener;
         }
         if let Listen::Tcp(address) = listen
@@ -171,10 +187,11 @@ impl Fronts {
         let open = self.fronts.values().flat_map(|front| &front.open);
         let replaced: Vec<_> =
             open.filter(|(open, _)| goes(open) && overlaps(open)).map(|(_, id)| *id).collect();
-        if replaced.is_empty() {
-            Listener::bind(listen)
-        } else {
-            self.plane.bind_beside(listen, &replaced)
+        match listen {
+            Listen::Tcp(address) if !replaced.is_empty() => {
+                self.plane.bind_beside(*address, &replaced)
+            }
+            Listen::Tcp(_) | Listen::Unix(_) => Listener::bind(listen, access),
         }
         .map_err(|error| self.passed.explain(listen, error))
     }

@@ -16,7 +16,7 @@ use socket2::{Socket, Type};
 use tracing::{info, warn};
 
 use crate::{
-    config::{self, Listen},
+    config::{self, Listen, UnixAccess},
     route::{BindError, Listener, Shared},
 };
 
@@ -120,9 +120,20 @@ impl PassedSockets {
         bound.or_else(|| self.sockets.get(*self.named.get(listen)?))
     }
 
-    /// A listener on the socket for `listen`, if one was passed.
-    pub(super) fn listener(&self, listen: &Listen) -> Option<Result<Listener, BindError>> {
-        self.find(listen).map(|shared| Listener::share(shared, listen))
+    /// A listener on the socket for `listen`, if one was passed. Who may connect to it is for whoever
+    /// made it to say.
+    pub(super) fn listener(
+        &self,
+        listen: &Listen,
+        access: &UnixAccess,
+    ) -> Option<Result<Listener, BindError>> {
+        let shared = self.find(listen)?;
+        if *access != UnixAccess::default() {
+            let (name, address) = (shared.name(), shared.address());
+            let hint = "write SocketMode=, SocketUser= and SocketGroup= in its unit instead";
+            warn!(name, %address, hint, "a passed socket keeps its mode and owner");
+        }
+        Some(Listener::share(shared, listen))
     }
 
     /// Says which of them `services` have no use for any more. They stay open, and clients who come

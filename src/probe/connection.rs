@@ -53,7 +53,7 @@ impl Connection {
     /// for a first byte (tcp(7), `TCP_DEFER_ACCEPT`): only a bare ACK is passed over then.
     pub(super) async fn make(target: &Target, socket: Socket) -> Result<Self, ProbeError> {
         let failed = |error| ProbeError::connect(&target.endpoint, error);
-        let connected = socket.connect(target.endpoint.address());
+        let connected = target.endpoint.connect(&socket);
         let stream = match target.endpoint.inet() {
             None => {
                 // It is over when it returns, one way or the other (unix(7)).

@@ -97,7 +97,11 @@ mod tests {
     use std::net::TcpListener;
 
     use super::*;
-    use crate::route::Listener;
+    use crate::{config::UnixAccess, route::Listener};
+
+    fn bind(listen: &Listen) -> Result<Listener, BindError> {
+        Listener::bind(listen, &UnixAccess::default())
+    }
 
     fn tcp(address: &str) -> Listen {
         Listen::Tcp(address.parse().unwrap())
@@ -107,7 +111,7 @@ mod tests {
     fn a_taken_port_names_who_to_look_for() {
         let holder = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = holder.local_addr().unwrap().port();
-        let error = Listener::bind(&tcp(&format!("127.0.0.1:{port}"))).unwrap_err();
+        let error = bind(&tcp(&format!("127.0.0.1:{port}"))).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
         let text = error.to_string();
         assert!(
@@ -124,7 +128,7 @@ mod tests {
 
     #[test]
     fn an_address_of_another_machine_is_explained() {
-        let text = Listener::bind(&tcp("192.0.2.1:9000")).unwrap_err().to_string();
+        let text = bind(&tcp("192.0.2.1:9000")).unwrap_err().to_string();
         assert!(text.contains("no interface has the address 192.0.2.1"), "{text}");
     }
 
@@ -141,7 +145,7 @@ mod tests {
     fn a_missing_folder_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("no/lbd.sock");
-        let text = Listener::bind(&Listen::Unix(path.clone())).unwrap_err().to_string();
+        let text = bind(&Listen::Unix(path.clone())).unwrap_err().to_string();
         assert!(
             text.ends_with(&format!(
                 "its folder {} doesn't exist",

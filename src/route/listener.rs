@@ -4,13 +4,9 @@
 //! one resets what is queued in it.
 
 use std::{
-    fs, io,
+    io,
     net::{IpAddr, SocketAddr},
-    os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
-        unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
-    },
-    path::{Path, PathBuf},
+    os::fd::{AsFd, BorrowedFd},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering::Relaxed},
@@ -18,10 +14,16 @@ use std::{
 };
 
 use nix::libc;
-use socket2::{Domain, SockAddr, Socket, Type};
+use socket2::{Domain, Socket, Type};
 
 use super::{binding::BindError, relay::Reach, shared::Shared};
-use crate::{config::Listen, sockets};
+use crate::{
+    config::{Listen, UnixAccess},
+    sockets::{
+        self,
+        pathname::{Rights, SocketFile, listen_at},
+    },
+};
 
 /// Asked for; the kernel caps it to `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
@@ -31,10 +33,11 @@ const BACKLOG: i32 = 4096;
 /// Dropped, it closes, and removes its path where that is a unix socket's and still its own.
 #[derive(Debug)]
 pub struct Listener {
+    /// Of a unix socket that lbd has bound. It is removed before the socket is closed, so that no
+    /// client finds a path that leads nowhere.
+    file: Option<SocketFile>,
     socket: Socket,
     listen: Listen,
-    /// The identity (device, inode) of a path to be removed.
-    path: Option<(PathBuf, u64, u64)>,
     /// Where the socket is somebody else's too: nothing is done to it that they would notice.
     shared: Option<Arc<Shared>>,
     /// It could not accept when it last tried.
@@ -82,16 +85,19 @@ impl Listener {
     /// Binds and listens; never blocks.
     ///
     /// An IPv6 address takes IPv6 clients only. A unix socket's file left behind by a dead process
-    /// is replaced; its mode is 0666, so that who may search its folder may connect, as with a TCP
-    /// port: restrict the folder to restrict it.
+    /// is replaced, and `access` says who may connect; it means nothing to an IP address.
     ///
     /// # Errors
     ///
     /// Where the address is taken, not this machine's, or not allowed.
-    pub fn bind(listen: &Listen) -> Result<Self, BindError> {
+    pub fn bind(listen: &Listen, access: &UnixAccess) -> Result<Self, BindError> {
         match listen {
             Listen::Tcp(address) => bind_tcp(*address).and_then(|s| Self::adopt(s, listen)),
-            Listen::Unix(path) => bind_unix(path).and_then(|s| Self::adopt(s, listen)),
+            Listen::Unix(path) => listen_at(path, access, BACKLOG).and_then(|(socket, file)| {
+                let mut listener = Self::over(socket, listen, None)?;
+                listener.file = Some(file);
+                Ok(listener)
+            }),
         }
         .map_err(|cause| BindError::new(listen, cause))
     }
@@ -100,14 +106,14 @@ impl Listener {
     ///
     /// `SO_REUSEPORT` lets sockets of one user share a port if all have it at the time of the bind
     /// (socket(7)); nobody needs it afterwards, and with it any program of that user could join.
-    pub(super) fn bind_beside(listen: &Listen, others: &[&Self]) -> Result<Self, BindError> {
-        let Listen::Tcp(address) = listen else { return Self::bind(listen) };
+    pub(super) fn bind_beside(address: SocketAddr, others: &[&Self]) -> Result<Self, BindError> {
+        let listen = &Listen::Tcp(address);
         let share = |yes| others.iter().try_for_each(|other| other.socket.set_reuse_port(yes));
         let bound = share(true)
-            .and_then(|()| tcp_socket(*address))
+            .and_then(|()| tcp_socket(address))
             .and_then(|socket| {
                 socket.set_reuse_port(true)?;
-                socket.bind(&(*address).into())?;
+                socket.bind(&address.into())?;
                 Ok(socket)
             })
             // The kernel looks for conflicts once more when it begins to listen.
@@ -119,19 +125,10 @@ impl Listener {
             .map_err(|cause| BindError::new(listen, cause))
     }
 
-    /// Takes over a bound stream socket, and listens.
+    /// Takes over a bound TCP socket, and listens.
     fn adopt(socket: Socket, listen: &Listen) -> io::Result<Self> {
         socket.listen(BACKLOG)?;
-        let path = match listen {
-            Listen::Tcp(_) => None,
-            Listen::Unix(path) => {
-                let file = fs::symlink_metadata(path)?;
-                Some((path.clone(), file.dev(), file.ino()))
-            }
-        };
-        let mut listener = Self::over(socket, listen, None)?;
-        listener.path = path;
-        Ok(listener)
+        Self::over(socket, listen, None)
     }
 
     /// Prepares a listening socket to be accepted from.
@@ -146,7 +143,7 @@ impl Listener {
             socket.set_tcp_nodelay(true)?;
         }
         let (listen, failing) = (listen.clone(), AtomicBool::new(false));
-        Ok(Self { socket, listen, path: None, shared, failing })
+        Ok(Self { file: None, socket, listen, shared, failing })
     }
 
     /// Takes over a socket that listens at `listen` already.
@@ -156,6 +153,25 @@ impl Listener {
     /// Where it is of an unexpected kind.
     pub fn again(socket: Socket, listen: &Listen) -> Result<Self, BindError> {
         Self::over(socket, listen, None).map_err(|cause| BindError::new(listen, cause))
+    }
+
+    /// Has `access` say who may connect, from now on, where it is a unix socket that lbd has bound.
+    /// Nobody who may still connect is refused meanwhile. Gives back what takes it back.
+    ///
+    /// # Errors
+    ///
+    /// Where there is no such user or group, or the file may not be given to them; nothing has
+    /// changed then.
+    pub fn set_access(&self, access: &UnixAccess) -> Result<Option<Rights>, BindError> {
+        let set = self.file.as_ref().map(|file| file.set_access(access)).transpose();
+        set.map_err(|cause| BindError::new(&self.listen, cause))
+    }
+
+    /// Takes [`Self::set_access`] back.
+    pub(super) fn restore(&self, rights: Rights) {
+        // They were in force a moment ago: that they can't be had again is not to be expected, and
+        // leaves the stricter of both.
+        _ = self.file.as_ref().map(|file| file.set(rights));
     }
 
     /// A copy of its socket, for somebody who is to steer what comes to it.
@@ -181,16 +197,7 @@ impl Listener {
 
     /// Takes the next waiting client, non-blocking and close-on-exec in the one call.
     pub(super) fn accept(&self) -> io::Result<(Socket, Peer)> {
-        // SAFETY: accept4 fills the storage with an address and the length with its size, or fails.
-        let (fd, address) = unsafe {
-            SockAddr::try_init(|storage, len| {
-                let flags = libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
-                let fd = libc::accept4(self.socket.as_raw_fd(), storage.cast(), len, flags);
-                if fd < 0 { Err(io::Error::last_os_error()) } else { Ok(fd) }
-            })?
-        };
-        // SAFETY: accept4 has just made it, and nobody else knows it.
-        let socket = Socket::from(unsafe { OwnedFd::from_raw_fd(fd) });
+        let (socket, address) = self.socket.accept4(libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC)?;
         Ok((socket, address.as_socket().map_or(Peer::Unix, Peer::Inet)))
     }
 
@@ -208,7 +215,9 @@ impl Listener {
         match self.listen {
             Listen::Tcp(_) => sockets::refuse_new(&self.socket),
             Listen::Unix(_) => {
-                self.remove_path();
+                if let Some(file) = &self.file {
+                    file.remove();
+                }
                 self.socket.shutdown(std::net::Shutdown::Read)
             }
         }
@@ -233,25 +242,11 @@ impl Listener {
     pub(super) fn recovers(&self) -> bool {
         self.failing.load(Relaxed) && self.failing.swap(false, Relaxed)
     }
-
-    fn remove_path(&self) {
-        let Some((path, dev, ino)) = &self.path else { return };
-        if fs::symlink_metadata(path).is_ok_and(|f| (f.dev(), f.ino()) == (*dev, *ino)) {
-            // Nobody to tell, and nothing lost but a stale file, which the next bind replaces.
-            _ = fs::remove_file(path);
-        }
-    }
 }
 
 impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
-    }
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        self.remove_path();
     }
 }
 
@@ -271,34 +266,12 @@ fn tcp_socket(address: SocketAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
-fn bind_unix(path: &Path) -> io::Result<Socket> {
-    let address = SockAddr::unix(path)?;
-    let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
-    match socket.bind(&address) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_stale(path, &address)? => {
-            fs::remove_file(path)?;
-            socket.bind(&address)?;
-        }
-        other => other?,
-    }
-    // Before listen(), so that nobody meets it with another mode.
-    fs::set_permissions(path, fs::Permissions::from_mode(0o666))?;
-    Ok(socket)
-}
-
-/// Whether `path` is a socket that nobody listens on.
-fn is_stale(path: &Path, address: &SockAddr) -> io::Result<bool> {
-    if !fs::symlink_metadata(path)?.file_type().is_socket() {
-        return Ok(false);
-    }
-    let probe = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
-    Ok(probe.connect(address).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused))
-}
-
 #[cfg(test)]
 mod tests {
     use std::{
+        fs,
         net::TcpStream,
+        os::unix::fs::PermissionsExt,
         os::unix::net::{UnixListener, UnixStream},
     };
 
@@ -311,7 +284,7 @@ mod tests {
     #[test]
     fn accepted_sockets_have_nodelay_without_asking() {
         for address in ["127.0.0.1:0", "[::1]:0"] {
-            let listener = Listener::bind(&tcp(address)).unwrap();
+            let listener = Listener::bind(&tcp(address), &UnixAccess::default()).unwrap();
             let bound = listener.socket.local_addr().unwrap().as_socket().unwrap();
             let client = TcpStream::connect(bound).unwrap();
             let (socket, peer) = listener.accept().unwrap();
@@ -325,7 +298,7 @@ mod tests {
     #[test]
     fn a_quiet_listener_keeps_its_queue_and_lets_nobody_in() {
         for address in ["127.0.0.1:0", "[::1]:0"] {
-            let listener = Listener::bind(&tcp(address)).unwrap();
+            let listener = Listener::bind(&tcp(address), &UnixAccess::default()).unwrap();
             let bound = listener.socket.local_addr().unwrap().as_socket().unwrap();
             let queued = TcpStream::connect(bound).unwrap();
             listener.quiesce().unwrap();
@@ -343,10 +316,10 @@ mod tests {
         let path = dir.path().join("lbd.sock");
         let listen = Listen::Unix(path.clone());
         let other = UnixListener::bind(&path).unwrap();
-        let text = Listener::bind(&listen).unwrap_err().to_string();
+        let text = Listener::bind(&listen, &UnixAccess::default()).unwrap_err().to_string();
         assert!(text.contains("; `ss -lxp src "), "{text}");
         drop(other);
-        let listener = Listener::bind(&listen).unwrap();
+        let listener = Listener::bind(&listen, &UnixAccess::default()).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o666);
         let _client = UnixStream::connect(&path).unwrap();
         assert_eq!(listener.accept().unwrap().1, Peer::Unix);
@@ -359,7 +332,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("precious");
         fs::write(&path, "data").unwrap();
-        let text = Listener::bind(&Listen::Unix(path.clone())).unwrap_err().to_string();
+        let text = Listener::bind(&Listen::Unix(path.clone()), &UnixAccess::default())
+            .unwrap_err()
+            .to_string();
         assert!(text.ends_with("; the file there is no socket: remove it or choose another path"));
         assert_eq!(fs::read(&path).unwrap(), b"data");
     }
@@ -368,7 +343,7 @@ mod tests {
     fn a_successors_path_is_left_alone() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("lbd.sock");
-        let listener = Listener::bind(&Listen::Unix(path.clone())).unwrap();
+        let listener = Listener::bind(&Listen::Unix(path.clone()), &UnixAccess::default()).unwrap();
         fs::rename(&path, dir.path().join("old")).unwrap();
         let _successor = UnixListener::bind(&path).unwrap();
         drop(listener);

@@ -71,7 +71,7 @@ mod upstream;
 pub use binding::BindError;
 pub use crew::ListenerId;
 pub use listener::Listener;
-pub use plane::{DataPlane, Settings};
+pub use plane::{AccessChange, DataPlane, Settings};
 pub use pool::Pool;
 pub use service::ServiceRoute;
 pub use shared::Shared;

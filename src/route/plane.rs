@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     io,
+    net::SocketAddr,
     num::NonZeroUsize,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -22,7 +23,7 @@ use super::{
     service::ServiceRoute,
     upstream::Upstream,
 };
-use crate::{config::Listen, proxy_protocol::Ends};
+use crate::{config::UnixAccess, proxy_protocol::Ends, sockets::pathname::Rights};
 
 /// How the data plane is run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,10 +101,28 @@ impl DataPlane {
     ///
     /// # Errors
     /// As [`Listener::bind`]: where anybody else is on that port too.
-    pub fn bind_beside(&self, listen: &Listen, open: &[ListenerId]) -> Result<Listener, BindError> {
+    pub fn bind_beside(
+        &self,
+        address: SocketAddr,
+        open: &[ListenerId],
+    ) -> Result<Listener, BindError> {
         let all = self.listeners();
         let beside: Vec<_> = open.iter().filter_map(|id| all.get(id)).map(|l| &**l).collect();
-        Listener::bind_beside(listen, &beside)
+        Listener::bind_beside(address, &beside)
+    }
+
+    /// As [`Listener::set_access`], until the change is dropped; `None` where nothing changed.
+    ///
+    /// # Errors
+    /// As [`Listener::set_access`].
+    pub fn set_access(
+        &self,
+        id: ListenerId,
+        access: &UnixAccess,
+    ) -> Result<Option<AccessChange>, BindError> {
+        let Some(listener) = self.listeners().get(&id).cloned() else { return Ok(None) };
+        let before = listener.set_access(access)?;
+        Ok(before.map(|before| AccessChange { listener, before: Some(before) }))
     }
 
     /// As [`Listener::socket`]; `None` where it is closed.
@@ -186,6 +205,29 @@ impl DataPlane {
 
     fn listeners(&self) -> MutexGuard<'_, BTreeMap<ListenerId, Arc<Listener>>> {
         lock(&self.listeners)
+    }
+}
+
+/// Who may connect to an open unix socket has changed. Dropped, it is as it was before.
+#[derive(Debug)]
+#[must_use]
+pub struct AccessChange {
+    listener: Arc<Listener>,
+    before: Option<Rights>,
+}
+
+impl AccessChange {
+    /// It stays so.
+    pub fn keep(mut self) {
+        self.before = None;
+    }
+}
+
+impl Drop for AccessChange {
+    fn drop(&mut self) {
+        if let Some(before) = self.before.take() {
+            self.listener.restore(before);
+        }
     }
 }
 

@@ -309,7 +309,7 @@ fn connect(upstream: &mut Lease, bytes_follow: bool) -> Result<(Socket, bool), E
         }
     }
     for _ in 0..2 {
-        match socket.connect(upstream.endpoint().address()).map_err(errno) {
+        match upstream.endpoint().connect(&socket).map_err(errno) {
             Ok(()) => return Ok((socket, true)),
             Err(Errno::EINPROGRESS) if upstream.is_local() => {}
             Err(Errno::EINPROGRESS | Errno::EALREADY) => break,

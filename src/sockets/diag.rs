@@ -17,7 +17,7 @@ use netlink_packet_sock_diag::{
         AF_INET, AF_INET6, IPPROTO_TCP, TCP_CLOSE, TCP_CLOSE_WAIT, TCP_CLOSING, TCP_ESTABLISHED,
         TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_LAST_ACK, TCP_SYN_RECV, TCP_SYN_SENT, TCP_TIME_WAIT,
     },
-    inet::{ExtensionFlags, InetRequest, InetResponse, InetResponseHeader, SocketId, StateFlags},
+    inet::{ExtensionFlags, InetRequest, InetResponseHeader, SocketId, StateFlags},
     unix::{ShowFlags, StateFlags as UnixStateFlags, UnixRequest, UnixResponse, nlas::Nla},
 };
 use nix::{
@@ -78,6 +78,15 @@ impl Connection {
     pub fn is_accepted(&self) -> bool {
         self.inode != 0
     }
+}
+
+/// One end of a connection, where it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct End {
+    pub(super) address: SocketAddr,
+    pub(super) connection: Connection,
+    /// When the timer that runs is over; with [`TcpState::TimeWait`], when it is forgotten.
+    pub(super) expires: Duration,
 }
 
 /// The states of a TCP connection (RFC 9293, section 3.3.2), as the kernel counts them
@@ -178,7 +187,7 @@ impl Diag {
             cookie: NO_COOKIE,
         };
         let mut connection = None;
-        let answer = |found: &InetResponse| {
+        let answer = |found: &Found| {
             let InetResponseHeader { state, inode, uid, .. } = found.header;
             // Where there is no such connection, the kernel finds who listens: that is no state of
             // one.
@@ -217,7 +226,27 @@ impl Diag {
         Ok(listeners)
     }
 
-    /// The same for all ports.
+    /// The ends of all connections that have this port, of both families.
+    pub(super) fn ends_at(&mut self, port: u16) -> io::Result<Vec<End>> {
+        let mut ends = Vec::new();
+        for family in [IpAddr::V4(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()] {
+            let mut id = any(family);
+            id.source_port = port;
+            self.ask_inet(id, StateFlags::all(), Extent::All, |found| {
+                let InetResponseHeader { state, inode, uid, socket_id: id, .. } = &found.header;
+                let address = SocketAddr::new(id.source_address, id.source_port);
+                let state = TcpState::of(*state);
+                ends.extend(state.map(|state| End {
+                    address,
+                    connection: Connection { state, inode: *inode, uid: *uid },
+                    expires: Duration::from_millis(found.expires.into()),
+                }));
+            })?;
+        }
+        Ok(ends)
+    }
+
+    /// As [`Self::listeners`], of all ports.
     ///
     /// # Errors
     /// Where the kernel does not tell.
@@ -268,9 +297,9 @@ impl Diag {
         let state_flags = UnixStateFlags::all();
         let request = UnixRequest { state_flags, inode, show_flags, cookie: NO_COOKIE };
         let request = SockDiagMessage::UnixRequest(request);
-        self.ask(request, Extent::Exact, |message| {
+        self.ask(request, Extent::Exact, |message, _| {
             if let SockDiagMessage::UnixResponse(found) = message {
-                answer(found);
+                answer(&found);
             }
         })
     }
@@ -280,14 +309,18 @@ impl Diag {
         socket_id: SocketId,
         states: StateFlags,
         extent: Extent,
-        mut answer: impl FnMut(&InetResponse),
+        mut answer: impl FnMut(&Found),
     ) -> io::Result<()> {
         let family = if socket_id.source_address.is_ipv4() { AF_INET } else { AF_INET6 };
         let extensions = ExtensionFlags::empty();
         let request = InetRequest { family, protocol: IPPROTO_TCP, extensions, states, socket_id };
-        self.ask(SockDiagMessage::InetRequest(request), extent, |message| {
+        self.ask(SockDiagMessage::InetRequest(request), extent, |message, bytes| {
             if let SockDiagMessage::InetResponse(found) = message {
-                answer(found);
+                // The crate drops it in TIME_WAIT: `idiag_expires` of struct inet_diag_msg
+                // (linux/inet_diag.h), behind the family and the socket's id.
+                let expires = bytes.get(NETLINK_HEADER + 52..).and_then(<[u8]>::first_chunk);
+                let expires = expires.map_or(0, |expires| u32::from_ne_bytes(*expires));
+                answer(&Found { header: found.header, expires });
             }
         })
     }
@@ -296,7 +329,7 @@ impl Diag {
         &mut self,
         request: SockDiagMessage,
         extent: Extent,
-        mut answer: impl FnMut(&SockDiagMessage),
+        mut answer: impl FnMut(SockDiagMessage, &[u8]),
     ) -> io::Result<()> {
         self.sequence = self.sequence.wrapping_add(1);
         let mut header = NetlinkHeader::default();
@@ -320,13 +353,14 @@ impl Diag {
                     .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
                 // Each is padded to a multiple of four (netlink(7), NLMSG_ALIGN).
                 let taken = (message.header.length as usize).next_multiple_of(4);
+                let bytes = rest;
                 rest = rest.get(taken.max(4)..).unwrap_or_default();
                 if message.header.sequence_number != self.sequence {
                     continue;
                 }
                 match message.payload {
                     NetlinkPayload::InnerMessage(found) => {
-                        answer(&found);
+                        answer(found, bytes);
                         if extent == Extent::Exact {
                             return Ok(());
                         }
@@ -352,6 +386,16 @@ pub fn inode_of(socket: &impl AsFd) -> io::Result<u32> {
 
 /// INET_DIAG_NOCOOKIE: whichever it is.
 const NO_COOKIE: [u8; 8] = [0xff; 8];
+
+/// The length of struct nlmsghdr (netlink(7)).
+const NETLINK_HEADER: usize = 16;
+
+/// What there is to say of one TCP socket.
+struct Found {
+    header: InetResponseHeader,
+    /// Of the timer that runs, in milliseconds.
+    expires: u32,
+}
 
 /// How much a question is about.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -392,10 +436,11 @@ mod tests {
         time::Instant,
     };
 
-    use nix::{libc, unistd::getuid};
+    use nix::unistd::getuid;
     use socket2::{Domain, SockAddr, Socket, Type};
 
     use super::*;
+    use crate::sockets::options::TcpDeferAccept;
 
     #[test]
     fn a_connection_is_seen_from_accept_to_close() {
@@ -450,15 +495,7 @@ mod tests {
         let mut diag = Diag::open().unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        // Neither nix nor socket2 has it.
-        let seconds: libc::c_int = 30;
-        let size = size_of_val(&seconds) as libc::socklen_t;
-        // SAFETY: the kernel reads `size` bytes of `seconds`.
-        let result = unsafe {
-            let (fd, value) = (listener.as_raw_fd(), (&raw const seconds).cast());
-            libc::setsockopt(fd, libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT, value, size)
-        };
-        assert_eq!(result, 0);
+        setsockopt(&listener, TcpDeferAccept, &30).unwrap();
         for ends in [false, true] {
             let mut client = TcpStream::connect(address).unwrap();
             let peer = client.local_addr().unwrap();

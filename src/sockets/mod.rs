@@ -20,22 +20,24 @@
 mod accept;
 pub mod diag;
 pub mod direct;
+mod holder;
+mod options;
+pub mod pathname;
 mod port;
 mod steer;
 mod unix;
 
 pub use accept::{Acceptor, accept_nonblocking};
+pub use holder::Holder;
 pub use port::{Port, Rescued, SHARERS};
 pub use unix::{Endpoint, Nameless};
 
 use std::{
     io,
-    mem::MaybeUninit,
     net::{IpAddr, SocketAddr},
-    os::fd::AsRawFd,
 };
 
-use nix::libc;
+use nix::{libc, sys::socket::getsockopt};
 use socket2::{Domain, SockFilter, Socket, Type};
 
 /// Asked for; the kernel caps it to `net.core.somaxconn`.
@@ -110,20 +112,8 @@ pub fn refuse_new(socket: &Socket) -> io::Result<()> {
 /// # Errors
 /// Where it is no such socket.
 fn queue_length(socket: &Socket) -> io::Result<u32> {
-    let mut info = MaybeUninit::<libc::tcp_info>::zeroed();
-    let mut size = size_of::<libc::tcp_info>() as libc::socklen_t;
-    // SAFETY: the kernel writes at most `size` bytes to where there is room for as many.
-    let result = unsafe {
-        let (fd, info) = (socket.as_raw_fd(), info.as_mut_ptr().cast());
-        libc::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, info, &raw mut size)
-    };
-    if result != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: all zeros are valid, and so is whatever the kernel wrote: it is plain numbers.
-    let info = unsafe { info.assume_init() };
     // Of a listening socket that is its backlog now (`tcp_get_info` in net/ipv4/tcp.c).
-    Ok(info.tcpi_unacked)
+    Ok(getsockopt(socket, options::TcpInfo)?.tcpi_unacked)
 }
 
 /// Everything that waits in the accept queue, until it is empty or the system has no descriptor

@@ -33,8 +33,32 @@ pub struct Port<Owner> {
 struct Member<Owner> {
     /// `None` where no process has the socket but lbd.
     owner: Option<Owner>,
+    /// The last one that had it has failed: whatever it did to the socket, no other is to have it.
+    spoilt: bool,
     proxy_protocol: Option<ProxyProtocol>,
     socket: Socket,
+}
+
+impl<Owner> Member<Owner> {
+    /// Whether the socket can be given to another worker. All who had it could do anything to it, and
+    /// what was done stays when they are gone: to end its listening (shutdown(2), or connect(2) to
+    /// `AF_UNSPEC`), or to filter what comes and lock the filter (socket(7), `SO_LOCK_FILTER`). What can
+    /// be mended is.
+    fn is_sound(&self) -> bool {
+        let mend = || {
+            if !self.socket.is_listener()? {
+                return Err(io::ErrorKind::NotConnected.into());
+            }
+            match self.socket.detach_filter() {
+                // There was none.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                detached => detached?,
+            }
+            self.socket.set_nonblocking(false)?;
+            self.socket.listen(BACKLOG)
+        };
+        !self.spoilt && mend().is_ok()
+    }
 }
 
 /// A connection that was taken out of a queue.
@@ -62,7 +86,7 @@ impl<Owner: Copy + PartialEq> Port<Owner> {
         socket.set_reuse_port(true)?;
         socket.listen(BACKLOG)?;
         let address = socket.local_addr()?.as_socket().unwrap_or(wanted);
-        let members = vec![Member { owner: Some(owner), proxy_protocol, socket }];
+        let members = vec![Member { owner: Some(owner), spoilt: false, proxy_protocol, socket }];
         let port = Self { address, members, selected: 0, probes: VecDeque::new() };
         port.steer(None)?;
         Ok(port)
@@ -81,13 +105,14 @@ impl<Owner: Copy + PartialEq> Port<Owner> {
     }
 
     /// Gives `owner` a socket: the one that nobody has, with all that is queued in it for such a
-    /// worker, or else a new one beside that of the worker it is to replace.
+    /// worker, if that is as it was made; or else a new one, beside that of the worker it is to
+    /// replace. Who still waits in one that is left so comes from [`tidy`](Self::tidy).
     ///
     /// # Errors
     /// Where the system refuses it, or two workers are on the port already.
     pub fn join(&mut self, owner: Owner, proxy_protocol: Option<ProxyProtocol>) -> io::Result<()> {
         let fits = |member: &&mut Member<Owner>| {
-            member.owner.is_none() && member.proxy_protocol == proxy_protocol
+            member.owner.is_none() && member.proxy_protocol == proxy_protocol && member.is_sound()
         };
         if let Some(orphan) = self.members.iter_mut().find(fits) {
             orphan.owner = Some(owner);
@@ -98,7 +123,7 @@ impl<Owner: Copy + PartialEq> Port<Owner> {
         }
         let socket = bound(self.address, Sharing::Now)?;
         socket.listen(BACKLOG)?;
-        self.members.push(Member { owner: Some(owner), proxy_protocol, socket });
+        self.members.push(Member { owner: Some(owner), spoilt: false, proxy_protocol, socket });
         Ok(())
     }
 
@@ -131,16 +156,20 @@ impl<Owner: Copy + PartialEq> Port<Owner> {
         let source = socket.local_addr()?.as_socket().map_or(0, |local| local.port());
         self.probes.truncate(PROBES - 1);
         self.probes.push_front(source);
-        if let Some(index) = self.position(owner).filter(|index| *index != self.selected) {
+        // Where it is alone, every program's answer leads to it. Where it is not, the program is put on
+        // anew each time: the workers have the group too, and could have taken it off or replaced it.
+        if let Some(index) = self.position(owner).filter(|_| self.members.len() > 1) {
             self.steer(Some((source, index as u32)))?;
         }
         Ok(socket)
     }
 
-    /// No process has the socket of `owner` any more, but lbd.
-    pub fn abandon(&mut self, owner: Owner) {
+    /// No process has the socket of `owner` any more, but lbd. One that has `failed`, and never was
+    /// healthy, leaves it to nobody.
+    pub fn abandon(&mut self, owner: Owner, failed: bool) {
         if let Some(index) = self.position(owner) {
             self.members[index].owner = None;
+            self.members[index].spoilt = failed;
         }
     }
 
@@ -203,7 +232,17 @@ impl<Owner: Copy + PartialEq> Port<Owner> {
 
     fn steer(&self, exception: Option<(u16, u32)>) -> io::Result<()> {
         let steering = Steering { default: self.selected as u32, exception };
-        steering.attach(&self.members[0].socket, self.address.ip())
+        let ip = self.address.ip();
+        // Whichever is asked, it is put on the group; not by one whose worker has locked it (socket(7),
+        // `SO_LOCK_FILTER`) or has ended its listening. The newest is the least likely to be such a one.
+        let mut attached = Err(io::ErrorKind::NotFound.into());
+        for member in self.members.iter().rev() {
+            attached = steering.attach(&member.socket, ip);
+            if attached.is_ok() {
+                break;
+            }
+        }
+        attached
     }
 }
 
@@ -212,10 +251,13 @@ mod tests {
     use std::{
         io::{Read, Write},
         net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpStream},
+        os::fd::AsRawFd,
     };
 
+    use nix::sys::socket::setsockopt;
+
     use super::*;
-    use crate::sockets::free;
+    use crate::sockets::{free, options::LockFilter};
 
     const V4: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
     const V6: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), 0);
@@ -259,7 +301,7 @@ mod tests {
                 let mut port = Port::open(V4, 1, None).unwrap();
                 port.join(2, None).unwrap();
                 port.select(selected).unwrap();
-                port.abandon(leaver);
+                port.abandon(leaver, false);
                 assert_eq!(port.tidy(&mut Acceptor::new().unwrap()).len(), 0);
                 let _clients = connect(&port, 50);
                 assert_eq!(waiting(&port, [stayer]), [50], "{leaver} left, {selected} selected");
@@ -280,7 +322,7 @@ mod tests {
             port.join(2, None).unwrap();
             port.select(stayer).unwrap();
             let _copy = port.socket(leaver).unwrap().try_clone().unwrap();
-            port.abandon(leaver);
+            port.abandon(leaver, false);
             port.tidy(&mut Acceptor::new().unwrap());
             let _clients = connect(&port, 50);
             assert_eq!(waiting(&port, [stayer]), [50], "{leaver} left");
@@ -297,7 +339,7 @@ mod tests {
         assert_eq!(port.rescue(None, &mut Acceptor::new().unwrap()).len(), 0);
         port.join(2, None).unwrap();
         port.select(2).unwrap();
-        port.abandon(1);
+        port.abandon(1, false);
         let rescued = port.tidy(&mut Acceptor::new().unwrap());
         assert_eq!(rescued.len(), 3);
         for (Rescued { socket: mut rescued, .. }, client) in rescued.into_iter().zip(&mut clients) {
@@ -331,7 +373,7 @@ mod tests {
     fn a_successor_takes_the_socket_over_with_what_waits_in_it() {
         let mut port = Port::open(V4, 1, None).unwrap();
         let _clients = connect(&port, 3);
-        port.abandon(1);
+        port.abandon(1, false);
         assert!(!port.is_owned());
         assert_eq!(port.tidy(&mut Acceptor::new().unwrap()).len(), 0, "the last socket stays");
         port.join(2, None).unwrap();
@@ -344,7 +386,7 @@ mod tests {
         let acceptor = &mut Acceptor::new().unwrap();
         let mut port = Port::open(V4, 1, v1).unwrap();
         let _clients = connect(&port, 3);
-        port.abandon(1);
+        port.abandon(1, false);
         assert_eq!(port.selected(), None);
         port.join(2, v2).unwrap();
         let rescued = port.tidy(acceptor);
@@ -355,8 +397,8 @@ mod tests {
 
         // Both of two die, and neither's socket is for the one that comes.
         port.join(3, v1).unwrap();
-        port.abandon(2);
-        port.abandon(3);
+        port.abandon(2, false);
+        port.abandon(3, false);
         let _clients = connect(&port, 3);
         let rescued = port.tidy(acceptor).len();
         port.join(4, None).unwrap();
@@ -389,5 +431,76 @@ mod tests {
         let mut port = Port::open(V4, 1, None).unwrap();
         port.join(2, None).unwrap();
         assert!(port.join(3, None).is_err());
+    }
+
+    /// Nobody is lost who waits in it, and nobody gets it.
+    #[test]
+    fn a_socket_that_was_spoilt_is_nobodys_again() {
+        type Spoil = fn(&Socket);
+        let shut: Spoil = |socket| socket.shutdown(Shutdown::Both).unwrap();
+        let dissolve: Spoil = |socket| {
+            let unspecified = [0_u8; 16]; // AF_UNSPEC is 0
+            // SAFETY: the kernel reads 16 bytes, as many as there are.
+            let result =
+                unsafe { nix::libc::connect(socket.as_raw_fd(), unspecified.as_ptr().cast(), 16) };
+            assert_eq!(result, 0);
+        };
+        let lock: Spoil = |socket| {
+            let drop_all = [socket2::SockFilter::new(nix::libc::BPF_RET as u16, 0, 0, 0)];
+            socket.attach_filter(&drop_all).unwrap();
+            setsockopt(socket, LockFilter, &true).unwrap();
+        };
+        let fail: Spoil = |_| {};
+        for (name, spoil, waits) in [
+            ("shut", shut, 0),
+            ("dissolved", dissolve, 0),
+            ("locked", lock, 2),
+            ("failed", fail, 2),
+        ] {
+            let mut port = Port::open(V4, 1, None).unwrap();
+            let _clients = connect(&port, 2);
+            let copy = port.socket(1).unwrap().try_clone().unwrap();
+            spoil(&copy);
+            port.abandon(1, std::ptr::fn_addr_eq(spoil, fail));
+            port.join(2, None).unwrap();
+            let inode = |socket: &Socket| crate::sockets::diag::inode_of(socket).unwrap();
+            assert_ne!(inode(port.socket(2).unwrap()), inode(&copy));
+            let rescued = port.tidy(&mut Acceptor::new().unwrap());
+            assert_eq!(rescued.len(), waits, "{name}");
+            assert_eq!(port.selected(), Some(2));
+            let _clients = connect(&port, 20);
+            assert_eq!(waiting(&port, [2]), [20]);
+            port.abandon(2, false);
+            port.join(3, None).unwrap();
+            let _clients = connect(&port, 20);
+            assert_eq!(waiting(&port, [3]), [20], "and it goes on as ever");
+        }
+    }
+
+    #[test]
+    fn a_successor_finds_the_socket_as_it_was_made() {
+        let mut port = Port::open(V4, 1, None).unwrap();
+        let socket = port.socket(1).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        socket.listen(0).unwrap();
+        port.abandon(1, false);
+        port.join(2, None).unwrap();
+        assert!(!port.socket(2).unwrap().nonblocking().unwrap());
+        let _clients = connect(&port, 50);
+        assert_eq!(waiting(&port, [2]), [50]);
+    }
+
+    #[test]
+    fn a_program_that_was_taken_off_is_put_on_again() {
+        let mut port = Port::open(V4, 1, None).unwrap();
+        port.join(2, None).unwrap();
+        port.select(2).unwrap();
+        let other = Steering { default: 0, exception: None };
+        other.attach(port.socket(1).unwrap(), port.address().ip()).unwrap();
+        let _clients = connect(&port, 20);
+        assert_eq!(waiting(&port, [1, 2]), [20, 0]);
+        let _probe = port.way_to(2).unwrap();
+        let _clients = connect(&port, 20);
+        assert_eq!(waiting(&port, [1, 2]), [0, 20]);
     }
 }

@@ -19,27 +19,26 @@ use std::{
         unix::fs::{OpenOptionsExt, PermissionsExt},
     },
     path::Path,
-    sync::Arc,
+    sync::{Arc, Weak},
 };
 
-use nix::libc;
+use nix::{errno::Errno, libc};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::{Acceptor, BACKLOG, accept_all};
 
-/// Where a worker is reached.
-///
-/// As long as one of its clones lives, it leads to that worker or to nobody.
+/// Where a worker is reached: that worker or nobody, however long this is kept.
 #[derive(Debug, Clone)]
 pub struct Endpoint {
     address: SockAddr,
-    /// What a path of `/proc/self/fd` in `address` leads through.
-    _file: Option<Arc<OwnedFd>>,
+    /// What a path of `/proc/self/fd` in `address` leads through, as long as its [`Nameless`] is
+    /// there. Counters and older pools outlive that one, and must keep no descriptor open.
+    file: Option<Weak<OwnedFd>>,
 }
 
 impl From<SocketAddr> for Endpoint {
     fn from(address: SocketAddr) -> Self {
-        Self { address: address.into(), _file: None }
+        Self { address: address.into(), file: None }
     }
 }
 
@@ -53,7 +52,19 @@ impl fmt::Display for Endpoint {
 }
 
 impl Endpoint {
-    /// What to connect to.
+    /// Connects `socket` to it. A non-blocking one may be on the way still when this returns, as
+    /// connect(2) says.
+    ///
+    /// # Errors
+    /// As connect(2); `ECONNREFUSED` where there is nobody any more.
+    pub fn connect(&self, socket: &Socket) -> io::Result<()> {
+        // Until the path has been looked up, the number of the descriptor must be nobody else's.
+        let file = self.file.as_ref().map(|file| file.upgrade().ok_or(Errno::ECONNREFUSED));
+        let _file = file.transpose()?;
+        socket.connect(&self.address)
+    }
+
+    /// Its address, to compare others with. To connect there, [`Self::connect`].
     #[must_use]
     pub fn address(&self) -> &SockAddr {
         &self.address
@@ -93,6 +104,8 @@ impl Endpoint {
 pub struct Nameless {
     socket: Socket,
     endpoint: Endpoint,
+    /// What the endpoint leads through.
+    _file: Arc<OwnedFd>,
 }
 
 impl Nameless {
@@ -116,8 +129,9 @@ impl Nameless {
         passage.close()?;
         let address = SockAddr::unix(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
         socket.listen(BACKLOG)?;
-        let endpoint = Endpoint { address, _file: Some(Arc::new(file.into())) };
-        Ok(Self { socket, endpoint })
+        let file = Arc::new(file.into());
+        let endpoint = Endpoint { address, file: Some(Arc::downgrade(&file)) };
+        Ok(Self { socket, endpoint, _file: file })
     }
 
     /// The socket itself.
@@ -155,9 +169,20 @@ mod tests {
 
     use super::*;
 
+    #[test]
+    fn what_is_kept_of_it_keeps_no_descriptor() {
+        let folder = tempfile::tempdir().unwrap();
+        let nameless = Nameless::open(folder.path()).unwrap();
+        let endpoint = nameless.endpoint().clone();
+        let file = endpoint.file.clone().unwrap();
+        drop(nameless);
+        assert!(file.upgrade().is_none());
+        assert_eq!(connected(&endpoint).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+    }
+
     fn connected(endpoint: &Endpoint) -> io::Result<Socket> {
         let socket = endpoint.unconnected()?;
-        socket.connect(endpoint.address())?;
+        endpoint.connect(&socket)?;
         Ok(socket)
     }
 
@@ -200,7 +225,7 @@ mod tests {
         let nameless = Nameless::open(folder.path()).unwrap();
         let clients = [(); 3].map(|()| connected(nameless.endpoint()).unwrap());
         let probe = nameless.endpoint().way_of_a_probe().unwrap();
-        probe.connect(nameless.endpoint().address()).unwrap();
+        nameless.endpoint().connect(&probe).unwrap();
         let mut acceptor = Acceptor::new().unwrap();
         assert_eq!(nameless.rescue(&mut acceptor).len(), 3);
         probe.set_nonblocking(false).unwrap();

@@ -35,6 +35,7 @@ ports   = [9002, 9003, 9004, 9005]
         services: vec![Service {
             name: "web".into(),
             listen: vec![Listen::Tcp(([127, 0, 0, 1], 44444).into())],
+            unix_access: BTreeMap::new(),
             slots: Slots::Ports(vec![9002, 9003, 9004, 9005]),
             worker: Arc::new(WorkerSpec {
                 program: Program::Command(vec!["node".to_owned(), "server.js".to_owned()]),
@@ -111,7 +112,10 @@ socket = "run/admin.sock"
 listen = ["127.0.0.1:9000", "[::1]:9000"]
 
 [service."a.b_c-1"]
-listen = ["[::]:80", "0.0.0.0:80", "unix:run//./x.sock"]
+listen = [
+    "[::]:80", "0.0.0.0:80", "unix:run//./x.sock",
+    { unix = "/y", mode = "640", owner = "www", group = 33 },
+]
 command = ["./server", "--port={port}", "{anything}"]
 workers = 3
 host = "::1"
@@ -192,7 +196,13 @@ max-connections = 30
             Listen::Tcp("[::]:80".parse().unwrap()),
             Listen::Tcp("0.0.0.0:80".parse().unwrap()),
             Listen::Unix(PathBuf::from("/srv/run/x.sock")),
+            Listen::Unix(PathBuf::from("/y")),
         ],
+        unix_access: [(
+            PathBuf::from("/y"),
+            UnixAccess { mode: 0o640, owner: Some("www".into()), group: Some("33".into()) },
+        )]
+        .into(),
         slots: Slots::Count(number(3)),
         worker: Arc::new(WorkerSpec {
             program: Program::Command(words.map(str::to_owned).to_vec()),
@@ -251,7 +261,7 @@ max-connections = 30
     };
     assert_eq!(
         describe(&expected),
-        "a.b_c-1: listen [::]:80, 0.0.0.0:80, unix:/srv/run/x.sock; 3 workers on free ports of \
+        "a.b_c-1: listen [::]:80, 0.0.0.0:80, unix:/srv/run/x.sock, unix:/y; 3 workers on free ports of \
          ::1; command ./server --port={port} {anything}; route proxy; proxy-protocol v2; \
          balance source-hash; \
          probe http /healthz?deep=1 expecting 204, 200-299, 304 every 2s; \
@@ -260,7 +270,7 @@ max-connections = 30
     assert_eq!(config.services, [expected]);
     assert_eq!(
         config.refuse_process_limits("there is no cgroup").unwrap_err().to_string(),
-        "/srv/lb.toml:66: service.\"a.b_c-1\".limits.processes: there is no cgroup; remove it, or \
+        "/srv/lb.toml:67: service.\"a.b_c-1\".limits.processes: there is no cgroup; remove it, or \
          run lbd where it has a cgroup with the pids controller, such as systemd's Delegate=yes \
          gives it"
     );

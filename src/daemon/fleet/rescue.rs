@@ -30,7 +30,7 @@ impl Fleet {
             self.publics.leave(id, Instant::now());
             self.count_connections();
         } else if let Some(inherited) = address.and_then(|address| self.ports.get_mut(&address)) {
-            inherited.port.abandon(id);
+            inherited.port.abandon(id, !member.proven);
             member.upstream.displace(true);
         }
     }

@@ -21,7 +21,7 @@ use crate::{
     probe::Prober,
     process::{self, Cgroup, Child, ChildEvent, Exit, Identity, LastWords, Launch},
     route::{Upstream, Ways},
-    sockets::{self, Endpoint, Nameless, Port},
+    sockets::{self, Endpoint, Holder, Nameless, Port},
 };
 
 /// How long the end of a worker that never was healthy is held back for the rest of its output: what
@@ -31,8 +31,8 @@ const LAST_WORDS: Duration = Duration::from_millis(100);
 /// A worker could not be started.
 #[derive(Debug, thiserror::Error)]
 enum StartError {
-    #[error("port {} of {} is taken by another program; `ss -ltnp 'sport = :{}'` shows which", .0.port(), .0.ip(), .0.port())]
-    PortTaken(SocketAddr),
+    #[error("port {} of {} is {}{}", .0.port(), .0.ip(), .1, taken_hint(.0.port(), .1))]
+    PortTaken(SocketAddr, Holder),
     #[error("cannot bind {0}: {1}")]
     Bind(SocketAddr, io::Error),
     #[error("cannot make a unix socket in {}: {}", .0.display(), .1)]
@@ -77,7 +77,8 @@ impl Fleet {
         if started.is_err() {
             self.nameless.remove(&order.id);
             if let Some(inherited) = address.and_then(|address| self.ports.get_mut(&address)) {
-                inherited.port.abandon(order.id);
+                // No process has had it.
+                inherited.port.abandon(order.id, false);
             }
         }
         started.map(|()| address.map(|address| address.port()))
@@ -281,10 +282,29 @@ async fn report(reported: Reported) {
     }
 }
 
+/// What would help against who has it.
+fn taken_hint(port: u16, holder: &Holder) -> String {
+    match holder {
+        Holder::Listener { process: Some(_), .. } => String::new(),
+        Holder::Listener { .. } | Holder::Unknown => {
+            format!("; `ss -ltnp 'sport = :{port}'` shows which")
+        }
+        Holder::Connection { .. } => format!(
+            "; `sysctl net.ipv4.ip_local_reserved_ports={port}` keeps it from being given to those \
+             that go out"
+        ),
+        Holder::TimeWait(_) => {
+            "; with socket = \"inherit\" nobody has to wait for it, or have the \
+             program set SO_REUSEADDR"
+                .to_owned()
+        }
+    }
+}
+
 /// Why `address` can't be had.
 fn port_error(address: SocketAddr, error: io::Error) -> StartError {
     if error.kind() == io::ErrorKind::AddrInUse {
-        StartError::PortTaken(address)
+        StartError::PortTaken(address, Holder::of(address))
     } else {
         StartError::Bind(address, error)
     }

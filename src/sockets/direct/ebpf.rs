@@ -19,7 +19,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::libc;
+use nix::sys::socket::setsockopt;
 use socket2::Socket;
 
 use super::{
@@ -35,6 +35,7 @@ use super::{
     steer::Steer,
     turns::{Choice, FOLD, Key, LAST, PARKING, STEPS, Turn, buckets, words},
 };
+use crate::sockets::options::{AttachReusePortEbpf, DetachReusePortBpf};
 
 /// How many sockets there can be in a group, the parking included; a power of two.
 pub(super) const KEYS: u32 = 4096;
@@ -378,23 +379,11 @@ fn hash(code: &mut Assembler, family: IpAddr) {
     code.alu32(Xor, R8, R1);
 }
 
-/// `SO_ATTACH_REUSEPORT_EBPF` (socket(7)), which nix and socket2 lack.
 fn attach(member: &Socket, program: &Program) -> io::Result<()> {
-    let fd = program.as_fd().as_raw_fd();
-    set_option(member, libc::SO_ATTACH_REUSEPORT_EBPF, fd)
+    Ok(setsockopt(member, AttachReusePortEbpf, &program.as_fd().as_raw_fd())?)
 }
 
-/// `SO_DETACH_REUSEPORT_BPF`: fails where there is none.
+/// Takes off what steers the group that `member` is in, if anything does.
 pub(super) fn detach(member: &Socket) {
-    _ = set_option(member, libc::SO_DETACH_REUSEPORT_BPF, 0);
-}
-
-fn set_option(socket: &Socket, option: i32, value: i32) -> io::Result<()> {
-    let size = size_of_val(&value) as libc::socklen_t;
-    // SAFETY: the value is an int, as these options want it, and outlives the call.
-    let result = unsafe {
-        let value = std::ptr::from_ref(&value).cast();
-        libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, option, value, size)
-    };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    _ = setsockopt(member, DetachReusePortBpf, &0);
 }
