@@ -40,7 +40,8 @@ impl Fleet {
         match self.start(order) {
             Ok(port) => vec![Event::Spawned { id, port }],
             Err(error) => {
-                vec![Event::Failed { id, reason: error.to_string() }, Event::Gone { id }]
+                let cheap = matches!(error, StartError::PortTaken(_));
+                vec![Event::Failed { id, reason: error.to_string(), cheap }, Event::Gone { id }]
             }
         }
     }
@@ -218,7 +219,7 @@ async fn report(mut child: Child, id: WorkerId, events: mpsc::Sender<Event>) {
     loop {
         let event = match child.next().await {
             Some(ChildEvent::Started { pid }) => Event::Started { id, pid },
-            Some(ChildEvent::Failed(reason)) => Event::Failed { id, reason },
+            Some(ChildEvent::Failed(reason)) => Event::Failed { id, reason, cheap: false },
             Some(ChildEvent::Exited(exit)) => {
                 let by_signal = !matches!(exit, Exit::Code(_));
                 Event::Exited { id, status: exit.to_string(), by_signal, said: Vec::new() }
