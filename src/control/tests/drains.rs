@@ -287,6 +287,16 @@ fn a_restart_of_the_slot_puts_it_back_with_its_new_worker() {
     assert_eq!(world.end(1), ["publish web", "spawn 3 a on 9002"]);
     assert_eq!(world.up(3), ["publish web", "answer 1"]);
     assert_eq!(world.rotation(), [3, 2]);
+    // Also when it takes a second one.
+    let mut world = World::healthy(stop_first(ports("a", &[9002, 9003])));
+    world.drain(0);
+    world.restart_slot(1, 0);
+    world.idle(1);
+    world.end(1);
+    world.fail_to_start(3);
+    assert_eq!(world.wait(MS(100)), ["publish web", "spawn 4 a on 9002"]);
+    assert_eq!(world.up(4), ["publish web"]);
+    assert_eq!(world.rotation(), [4, 2]);
     // And by way of a stand-in.
     let mut world = drained();
     world.restart_slot(1, 0);
