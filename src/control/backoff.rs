@@ -2,12 +2,17 @@
 
 use std::time::Duration;
 
+use super::event::Failure;
 use crate::config::Restart;
+
+/// The longest delay where nothing is started before it is known that it would be in vain.
+const SOON: Duration = Duration::from_secs(2);
 
 /// Counts the failures of one slot in a row.
 #[derive(Debug, Clone, Default)]
 pub struct Backoff {
     failures: u32,
+    doublings: u32,
 }
 
 impl Backoff {
@@ -15,21 +20,34 @@ impl Backoff {
     /// (zero where it never was), and tells how long to wait before the next start.
     ///
     /// After `reset-after` of health the count begins anew and the first restart is immediate.
-    /// Otherwise the delay doubles from `min-delay` to `max-delay`. `random` in `0.0..1.0` spreads
-    /// it over `1.0..1.25` of that (over `0.8..1.0` at the upper end), so that workers that fell
-    /// together don't return together; it is never under `min-delay` nor over `max-delay`.
-    pub fn failed(&mut self, healthy: Duration, settings: &Restart, random: f64) -> Duration {
+    /// Otherwise the delay doubles from `min-delay` to `max-delay`; where the attempt cost nothing,
+    /// to two seconds, unless that is out of these bounds. `random` in `0.0..1.0` spreads it over
+    /// `1.0..1.25` of that (over `0.8..1.0` at the upper end), so that workers that fell together
+    /// don't return together; it is never under `min-delay` nor over `max-delay`.
+    pub fn failed(
+        &mut self,
+        healthy: Duration,
+        failure: Failure,
+        settings: &Restart,
+        random: f64,
+    ) -> Duration {
         if !healthy.is_zero() && healthy >= settings.reset_after {
-            self.failures = 0;
+            *self = Self::default();
             return Duration::ZERO;
         }
-        let doublings = self.failures;
-        self.failures = self.failures.saturating_add(1);
+        let max = match failure {
+            Failure::NotTried => settings.max_delay.min(SOON.max(settings.min_delay)),
+            Failure::NotStarted | Failure::Exited | Failure::NotHealthy => settings.max_delay,
+        };
         let base = 2u32
-            .checked_pow(doublings)
+            .checked_pow(self.doublings)
             .and_then(|factor| settings.min_delay.checked_mul(factor))
-            .map_or(settings.max_delay, |delay| delay.min(settings.max_delay));
-        let high = base.mul_f64(1.25).min(settings.max_delay);
+            .map_or(max, |delay| delay.min(max));
+        self.failures = self.failures.saturating_add(1);
+        if base < max {
+            self.doublings += 1;
+        }
+        let high = base.mul_f64(1.25).min(max);
         let low = base.min(high.mul_f64(0.8)).max(settings.min_delay.min(high));
         low + (high - low).mul_f64(random.clamp(0.0, 1.0))
     }
@@ -42,13 +60,14 @@ impl Backoff {
 
     /// Forgets every failure: what is started next is another program.
     pub fn reset(&mut self) {
-        self.failures = 0;
+        *self = Self::default();
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use Failure::{Exited, NotTried};
 
     const MS: fn(u64) -> Duration = Duration::from_millis;
 
@@ -56,8 +75,9 @@ mod tests {
     fn doubles_from_min_to_max() {
         let settings = Restart::default();
         let mut backoff = Backoff::default();
-        let delays: Vec<_> =
-            (0..11).map(|_| backoff.failed(Duration::ZERO, &settings, 0.0).as_millis()).collect();
+        let delays: Vec<_> = (0..11)
+            .map(|_| backoff.failed(Duration::ZERO, Exited, &settings, 0.0).as_millis())
+            .collect();
         assert_eq!(
             delays,
             [100, 200, 400, 800, 1600, 3200, 6400, 12_800, 24_000, 24_000, 24_000],
@@ -65,8 +85,9 @@ mod tests {
         );
         assert_eq!(backoff.failures(), 11);
         let mut backoff = Backoff::default();
-        let delays: Vec<_> =
-            (0..10).map(|_| backoff.failed(Duration::ZERO, &settings, 1.0).as_millis()).collect();
+        let delays: Vec<_> = (0..10)
+            .map(|_| backoff.failed(Duration::ZERO, Exited, &settings, 1.0).as_millis())
+            .collect();
         assert_eq!(delays, [125, 250, 500, 1000, 2000, 4000, 8000, 16_000, 30_000, 30_000]);
     }
 
@@ -75,11 +96,15 @@ mod tests {
         let settings = Restart::default();
         let mut backoff = Backoff::default();
         for _ in 0..5 {
-            backoff.failed(Duration::ZERO, &settings, 0.0);
+            backoff.failed(Duration::ZERO, Exited, &settings, 0.0);
         }
-        assert_eq!(backoff.failed(MS(9_999), &settings, 0.0), MS(3200));
-        assert_eq!(backoff.failed(MS(10_000), &settings, 0.0), Duration::ZERO);
-        assert_eq!(backoff.failed(MS(50), &settings, 0.0), MS(100), "the second one is not");
+        assert_eq!(backoff.failed(MS(9_999), Exited, &settings, 0.0), MS(3200));
+        assert_eq!(backoff.failed(MS(10_000), Exited, &settings, 0.0), Duration::ZERO);
+        assert_eq!(
+            backoff.failed(MS(50), Exited, &settings, 0.0),
+            MS(100),
+            "the second one is not"
+        );
     }
 
     #[test]
@@ -89,10 +114,30 @@ mod tests {
             for random in [0.0, 0.5, 1.0] {
                 let mut backoff = Backoff::default();
                 for _ in 0..100 {
-                    let delay = backoff.failed(Duration::ZERO, &settings, random);
+                    let delay = backoff.failed(Duration::ZERO, Exited, &settings, random);
                     assert!(delay >= MS(min) && delay <= MS(max), "{delay:?} of {min}..{max}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn what_costs_nothing_is_tried_every_other_second() {
+        let settings = Restart::default();
+        let mut backoff = Backoff::default();
+        let delays: Vec<_> = (0..40)
+            .map(|_| backoff.failed(Duration::ZERO, NotTried, &settings, 1.0).as_millis())
+            .collect();
+        assert_eq!(delays[..5], [125, 250, 500, 1000, 2000]);
+        assert!(delays[5..].iter().all(|&delay| delay == 2000), "{delays:?}");
+        assert_eq!(backoff.failures(), 40);
+        let crash = backoff.failed(Duration::ZERO, Exited, &settings, 0.0);
+        assert_eq!(crash, MS(3200), "it is no longer free, and goes on where it was");
+        for (min, max, expected) in [(0, 500, 500), (3000, 30_000, 3000), (7, 7, 7)] {
+            let settings = Restart { min_delay: MS(min), max_delay: MS(max), ..settings.clone() };
+            let mut backoff = Backoff::default();
+            let last = (0..40).map(|_| backoff.failed(Duration::ZERO, NotTried, &settings, 1.0));
+            assert_eq!(last.last(), Some(MS(expected)), "{min}..{max}");
         }
     }
 }

@@ -38,6 +38,9 @@ pub enum Event {
         id: WorkerId,
         /// Why, as a sentence.
         reason: String,
+        /// Nothing was started, since what it needs (its port) is taken for now: to look again costs
+        /// next to nothing.
+        cheap: bool,
     },
     /// The program ended. [`Event::Gone`] follows when what it left behind is gone too.
     Exited {
@@ -318,13 +321,13 @@ pub enum Fact {
         /// Why.
         why: &'static str,
     },
-    /// It is past a limit and is being replaced; it serves until its successor is healthy, where
-    /// the port allows that.
+    /// It is past a limit and is being replaced; it serves until its successor is proven, unless it
+    /// is to be stopped first.
     Recycling {
         /// Which limit.
         worn: Worn,
     },
-    /// The successor of a worker past a limit failed: the worker stays for now.
+    /// The successor of a worker that was to be replaced failed: the worker stays for now.
     NotRecycled {
         /// Why.
         reason: String,
@@ -372,13 +375,15 @@ pub enum Worn {
         /// For how long.
         time: Duration,
     },
-    /// It stands in for one on the slot's own port, which is to be had again.
+    /// It stands in for one on the slot's own port, which may be to be had again.
     StandIn,
 }
 
 /// What went wrong with a worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Failure {
+    /// What it needs is taken for now: nothing was started.
+    NotTried,
     /// The program could not be started.
     NotStarted,
     /// The program ended.

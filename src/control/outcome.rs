@@ -14,6 +14,15 @@ use super::{
 const STOOD_IN: &str = " (started on a free port, to stand in while the port is handed over: for a \
     program that ignores $PORT or can't run twice set rollout.order = \"stop-first\")";
 
+/// How a program ended, or why it could not be started.
+struct End {
+    status: String,
+    cause: Cause,
+    failure: Failure,
+    /// What it wrote last.
+    said: Vec<String>,
+}
+
 /// How a slot lost a worker.
 struct Loss {
     id: WorkerId,
@@ -52,16 +61,20 @@ impl Service {
                 });
                 self.note_worker(id, Fact::Started, cx);
             }
-            Event::Failed { reason, .. } => {
-                self.ended(id, reason, Cause::NotStarted, Vec::new(), cx);
+            Event::Failed { reason, cheap, .. } => {
+                let failure = if cheap { Failure::NotTried } else { Failure::NotStarted };
+                let (cause, said) = (Cause::NotStarted, Vec::new());
+                self.ended(id, End { status: reason, cause, failure, said }, cx);
             }
             Event::Exited { status, by_signal, said, .. } => {
                 let cause = if by_signal { Cause::Signal } else { Cause::Exit };
-                self.ended(id, status, cause, said, cx);
+                self.ended(id, End { status, cause, failure: Failure::Exited, said }, cx);
             }
             Event::Gone { .. } => {
                 // A guard that died without a word says only this.
-                self.ended(id, "lost".to_owned(), Cause::Signal, Vec::new(), cx);
+                let (status, said) = ("lost".to_owned(), Vec::new());
+                let (cause, failure) = (Cause::Signal, Failure::Exited);
+                self.ended(id, End { status, cause, failure, said }, cx);
                 self.retiring.retain(|worker| worker.id != id);
             }
             Event::Probed { outcome, .. } => {
@@ -162,7 +175,7 @@ impl Service {
         }
     }
 
-    /// A worker is healthy, which may have been about to be replaced because it was not.
+    /// A worker is healthy. If it is being replaced because it was not, it is to stay.
     fn recovered(&mut self, id: WorkerId, cx: &mut Context<'_>) {
         let is_replaced = self.slots.iter().any(|slot| {
             slot.next.is_some() && slot.current.as_ref().is_some_and(|worker| worker.id == id)
@@ -173,20 +186,19 @@ impl Service {
         }
     }
 
-    /// A worker that was healthy, and had to be so for longer, is not.
+    /// A worker that was healthy, and had to stay so until it was proven, did not.
     fn not_proven(&mut self, id: WorkerId, reason: String, cx: &mut Context<'_>) {
         let Some(index) = self.slots.iter().position(|slot| slot.holds(id)) else { return };
         if self.slots[index].next.as_ref().is_some_and(|next| next.id == id) {
             self.replace_failed(id, reason, cx);
         } else {
             // There is no other in the slot: it stays, for it may come back.
-            self.recycling_failed(index, &reason, cx);
-            self.fail_rollout(index, &reason, &[], cx);
+            self.fail_rollout(index, &reason, Failure::NotHealthy, &[], cx);
         }
     }
 
     /// The slot's port is that of the worker that fills it, not of one that may yet fail to.
-    pub(super) fn remember_port(&mut self, id: WorkerId) {
+    fn remember_port(&mut self, id: WorkerId) {
         for slot in &mut self.slots {
             if let Some(worker) = slot.current.as_ref().filter(|worker| worker.id == id) {
                 slot.last_port = worker.port;
@@ -205,23 +217,17 @@ impl Service {
         let stood_in = worker.stands_in;
         if starting {
             worker.kill(Why::Unhealthy, cx.now, cx.actions);
+            self.retiring.push(worker);
         } else {
-            worker.retire(Why::Unhealthy, &self.config.stop, cx.now, cx.actions);
+            self.dismiss(worker, Why::Unhealthy, cx);
         }
-        self.retiring.push(worker);
         let (failure, said) = (Failure::NotHealthy, Vec::new());
         self.failed(index, Loss { id, subject, healthy, reason, failure, said, stood_in }, cx);
     }
 
     /// A program ended, or could not be started.
-    fn ended(
-        &mut self,
-        id: WorkerId,
-        status: String,
-        cause: Cause,
-        said: Vec<String>,
-        cx: &mut Context<'_>,
-    ) {
+    fn ended(&mut self, id: WorkerId, end: End, cx: &mut Context<'_>) {
+        let End { status, cause, failure, said } = end;
         if let Some(worker) = self.retiring.iter_mut().find(|worker| worker.id == id) {
             if worker.phase == Phase::Ended {
                 return;
@@ -253,8 +259,6 @@ impl Service {
         let (subject, healthy) = (note_of(&worker), worker.longest_health(cx.now));
         worker.ended(cx.now);
         self.slots[index].exits[cause as usize] += 1;
-        let failure =
-            if cause == Cause::NotStarted { Failure::NotStarted } else { Failure::Exited };
         let (reason, stood_in) = (status, worker.stands_in);
         self.retiring.push(worker);
         self.failed(index, Loss { id, subject, healthy, reason, failure, said, stood_in }, cx);
@@ -265,13 +269,14 @@ impl Service {
         let Loss { id, subject, healthy, mut reason, failure, said, stood_in } = loss;
         let is_filled = self.is_filled();
         let slot = &mut self.slots[index];
-        if failure == Failure::NotStarted {
+        if matches!(failure, Failure::NotTried | Failure::NotStarted) {
             // Perhaps somebody has the port that was asked for: try another one, if any will do.
             slot.last_port = slot.fixed_port;
         }
         slot.last_exit = Some(LastExit { status: reason.clone(), at: cx.now });
         let restart_in = (is_filled && slot.is_vacant()).then(|| {
-            let delay = slot.backoff.failed(healthy, &self.config.restart, cx.shared.random.f64());
+            let (settings, random) = (&self.config.restart, cx.shared.random.f64());
+            let delay = slot.backoff.failed(healthy, failure, settings, random);
             slot.start_at = cx.now + delay;
             delay
         });
@@ -285,8 +290,7 @@ impl Service {
             if stood_in {
                 reason += STOOD_IN;
             }
-            self.recycling_failed(index, &reason, cx);
-            self.fail_rollout(index, &reason, &said, cx);
+            self.fail_rollout(index, &reason, failure, &said, cx);
         }
     }
 

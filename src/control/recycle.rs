@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use super::{
     backoff::Backoff,
     event::{Fact, Failure, ProbeOutcome, WorkerId, Worn},
-    rollout::{Kind, Rollout},
+    ports::Outgoing,
+    rollout::{Beside, Kind, Rollout},
     service::{Context, Service},
     slot::{Slot, note_of},
     worker::{Phase, Worker},
@@ -30,11 +31,12 @@ impl Recycling {
     fn put_off(
         &mut self,
         healthy: Duration,
+        failure: Failure,
         restart: &Restart,
         now: Instant,
         random: f64,
     ) -> Duration {
-        let delay = self.backoff.failed(healthy, restart, random);
+        let delay = self.backoff.failed(healthy, failure, restart, random);
         self.not_before = Some(now + delay);
         delay
     }
@@ -105,16 +107,17 @@ impl Worker {
 
 impl Service {
     /// When [`Self::begin_recycling`] has something to do, if nothing happens before.
-    pub(super) fn recycling_deadline(&self) -> Option<Instant> {
+    pub(super) fn recycling_deadline(&self, outgoing: &Outgoing) -> Option<Instant> {
         // The end of a rollout looks for itself.
         let may = self.is_open() && self.rollout.is_none();
-        self.slots.iter().filter(|_| may).filter_map(|slot| self.recycling_due(slot)).min()
+        let due = |slot| self.recycling_due(slot, outgoing);
+        self.slots.iter().filter(|_| may).filter_map(due).min()
     }
 
     /// Begins to replace the first worker that is due; whether there was one. Not to be called while
     /// a rollout is under way.
-    pub(super) fn begin_recycling(&mut self, cx: &mut Context<'_>) -> bool {
-        let due = |slot: &&Slot| self.recycling_due(slot).is_some_and(|at| at <= cx.now);
+    pub(super) fn begin_recycling(&mut self, outgoing: &Outgoing, cx: &mut Context<'_>) -> bool {
+        let due = |slot: &&Slot| self.recycling_due(slot, outgoing).is_some_and(|at| at <= cx.now);
         let Some(slot) = self.slots.iter().filter(|_| self.is_open()).find(due) else {
             return false;
         };
@@ -140,7 +143,7 @@ impl Service {
         true
     }
 
-    /// The worker `id` makes way. If it was soon past its memory, so may its successor be.
+    /// The worker `id` makes way. If it was soon past its memory or unhealthy, so may its successor be.
     pub(super) fn outgrown(&mut self, id: WorkerId, cx: &mut Context<'_>) {
         let worn = self.rollout.as_ref().and_then(Rollout::recycles);
         let Some(slot) = self.slots.iter_mut().find(|slot| slot.holds(id)) else { return };
@@ -154,33 +157,38 @@ impl Service {
                     _ => until.saturating_duration_since(worker.since),
                 };
                 let random = cx.shared.random.f64();
-                slot.recycling.put_off(healthy, &self.config.restart, cx.now, random);
+                let (failure, restart) = (Failure::NotHealthy, &self.config.restart);
+                slot.recycling.put_off(healthy, failure, restart, cx.now, random);
             }
-            (Some(Worn::Age { .. } | Worn::StandIn) | None, _) | (_, None) => {
+            // It came in the stead of such a one, perhaps.
+            (Some(Worn::StandIn), Some(_)) => {}
+            (Some(Worn::Age { .. }) | None, _) | (_, None) => {
                 slot.recycling = Recycling::default();
             }
         }
     }
 
-    /// The replacement in the slot at `index` failed: if it was for a limit, the old one stays until
-    /// the next attempt.
-    pub(super) fn recycling_failed(&mut self, index: usize, reason: &str, cx: &mut Context<'_>) {
-        let stands_in = |worker: &Worker| worker.stands_in;
-        let is_stood_in_for = self.slots[index].current.as_ref().is_some_and(stands_in);
-        if !is_stood_in_for && self.rollout.as_ref().and_then(Rollout::recycles).is_none() {
-            return;
-        }
-        let random = cx.shared.random.f64();
+    /// The replacement in the slot at `index` failed: the old one stays until the next attempt.
+    pub(super) fn recycling_failed(
+        &mut self,
+        index: usize,
+        reason: &str,
+        failure: Failure,
+        cx: &mut Context<'_>,
+    ) {
+        let (restart, random) = (&self.config.restart, cx.shared.random.f64());
         let slot = &mut self.slots[index];
-        let retry_in = slot.recycling.put_off(Duration::ZERO, &self.config.restart, cx.now, random);
+        let retry_in = slot.recycling.put_off(Duration::ZERO, failure, restart, cx.now, random);
         if let Some(subject) = slot.current.as_ref().map(note_of) {
             self.note_of(subject, Fact::NotRecycled { reason: reason.to_owned(), retry_in }, cx);
         }
     }
 
-    /// When the worker in `slot` is to be replaced for a limit, by all that is known.
-    fn recycling_due(&self, slot: &Slot) -> Option<Instant> {
-        let worker = slot.current.as_ref().filter(|_| !slot.drained)?;
+    /// When the worker in `slot` is to be replaced at nobody's order, by all that is known.
+    fn recycling_due(&self, slot: &Slot, outgoing: &Outgoing) -> Option<Instant> {
+        // Others need not wait for one that itself has to wait.
+        let may = !slot.drained && self.beside(slot, outgoing) != Beside::Later;
+        let worker = slot.current.as_ref().filter(|_| may)?;
         let worn = worker.worn_at(&self.config.limits, &self.config.restart)?;
         Some(slot.recycling.not_before.map_or(worn, |at| at.max(worn)))
     }

@@ -17,10 +17,11 @@ use std::{
 };
 
 use super::{
-    event::{Action, Fact, Ticket, Why, WorkerId, Worn},
+    event::{Action, Fact, Failure, Ticket, Why, WorkerId, Worn},
     ports::Outgoing,
     service::{Context, Place, Service},
     slot::Slot,
+    worker::Phase,
 };
 use crate::config::{Order, Slots, SocketMode, WorkerSpec};
 
@@ -38,7 +39,7 @@ pub(super) struct Rollout {
     /// The numbers of the slots still to do.
     todo: VecDeque<u32>,
     step: Step,
-    /// The one that it has proven to serve until its slot's port is free.
+    /// The one that was proven for the slot whose turn is next, and serves until its port is free.
     stand_in: Option<WorkerId>,
     /// What is not as it was to be, though the rollout goes on: a sentence each.
     skipped: Vec<String>,
@@ -84,7 +85,8 @@ enum Proof {
 
 /// Whether a replacement can be started while the old worker serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Beside {
+pub(super) enum Beside {
+    /// It can.
     Now,
     /// On another port, since both need this one to themselves.
     StandIn,
@@ -206,7 +208,7 @@ impl Service {
     /// Takes up the next slot where the one before is done. Whether it is to be called again, with
     /// the workers that are on their way out then. `outgoing` as in [`Self::settle`].
     pub(super) fn advance_rollout(&mut self, outgoing: &Outgoing, cx: &mut Context<'_>) -> bool {
-        while self.rollout.is_some() || self.begin_recycling(cx) {
+        while self.rollout.is_some() || self.begin_recycling(outgoing, cx) {
             let Some(rollout) = &mut self.rollout else { return false };
             match rollout.step {
                 Step::Vacating { .. } => return false,
@@ -232,10 +234,7 @@ impl Service {
                     if beside == Beside::Later {
                         return false;
                     }
-                    // After a stand-in, the slot has another turn.
-                    if beside != Beside::StandIn
-                        && let Some(rollout) = &mut self.rollout
-                    {
+                    if let Some(rollout) = &mut self.rollout {
                         rollout.todo.pop_front();
                     }
                     match beside {
@@ -243,6 +242,7 @@ impl Service {
                         Beside::StandIn => self.start_beside(index, Place::StandIn, cx),
                         Beside::Never | Beside::Later => self.start_after(index, cx),
                     }
+                    return true;
                 }
             }
         }
@@ -274,10 +274,18 @@ impl Service {
         if rollout.undrains(slot.number) {
             slot.drained = false;
         }
-        if slot.workers().any(|worker| worker.id == id && worker.stands_in) {
-            rollout.stand_in = Some(id);
-        } else {
-            rollout.replaced += 1;
+        let stands_in = slot.workers().any(|worker| worker.id == id && worker.stands_in);
+        match rollout.kind {
+            // The slot has another turn, when the old worker has left the port.
+            Kind::Reload | Kind::Restart | Kind::Rollback if stands_in => {
+                rollout.stand_in = Some(id);
+                rollout.todo.push_front(slot.number);
+            }
+            // So it has here, but others that are due need not wait for that.
+            Kind::Recycle(_) if stands_in => {}
+            Kind::Reload | Kind::Restart | Kind::Rollback | Kind::Recycle(_) => {
+                rollout.replaced += 1;
+            }
         }
         if slot.next.as_ref().is_none_or(|next| next.id != id) {
             return;
@@ -287,9 +295,8 @@ impl Service {
             self.retire(old, why, cx);
         }
         if let Some(slot) = self.slots.iter_mut().find(|slot| slot.holds(id)) {
-            slot.current = slot.next.take();
+            slot.promote();
         }
-        self.remember_port(id);
     }
 
     /// Why the worker whose turn it is makes way.
@@ -305,39 +312,53 @@ impl Service {
         &mut self,
         index: usize,
         reason: &str,
+        failure: Failure,
         said: &[String],
         cx: &mut Context<'_>,
     ) {
+        let serving = self.serving();
         let slot = &self.slots[index];
         let number = slot.number;
-        let serving = self.serving();
         let Some(rollout) = &mut self.rollout else { return };
-        let Step::Proving { proof, .. } = rollout.step else { return };
+        let Step::Proving { id, proof } = rollout.step else { return };
+        let old = slot.current.as_ref().filter(|worker| worker.id != id);
+        let (kept, recycles) = (old.is_some(), rollout.recycles().is_some());
+        rollout.step = Step::Ready;
         let goes_on = match (proof, rollout.kind) {
-            (Proof::Port, _) => {
+            (Proof::Port, _) if old.is_some_and(|stand_in| stand_in.phase == Phase::Healthy) => {
                 let of = |port: Option<u16>| port.map_or_else(String::new, |port| port.to_string());
-                let stand_in = slot.current.as_ref().and_then(|worker| worker.port);
-                let (stand_in, own) = (of(stand_in), of(slot.fixed_port));
+                let (stand_in, own) = (of(old.and_then(|worker| worker.port)), of(slot.fixed_port));
                 rollout.skipped.push(format!(
                     "slot {number} serves on port {stand_in} until {own} is to be had: {reason}"
                 ));
                 true
             }
             (Proof::Revival, _) if serving > 0 || !rollout.todo.is_empty() => {
-                rollout.skipped.push(format!("slot {number} was down before, and is: {reason}"));
+                rollout
+                    .skipped
+                    .push(format!("slot {number} did not serve before either: {reason}"));
                 true
             }
-            // These settings are known to work.
-            (_, Kind::Reload) => self.fallback.is_none(),
+            // Nobody is served by it anyway, and perhaps the program can't run twice.
+            (_, Kind::Recycle(Worn::Unhealthy { .. })) if kept => {
+                self.start_after(index, cx);
+                return;
+            }
+            // These settings are known to work: the slot's own backoff brings it back.
+            (_, Kind::Reload) if self.fallback.is_none() => {
+                rollout.skipped.push(format!("slot {number}: {reason}"));
+                true
+            }
             (_, Kind::Rollback | Kind::Recycle(_)) => true,
-            (_, Kind::Restart) => false,
+            (_, Kind::Reload | Kind::Restart) => false,
         };
         if goes_on {
-            // The slot's own backoff brings it back, the others go on.
-            rollout.step = Step::Ready;
+            if kept && (proof == Proof::Port || recycles) {
+                self.recycling_failed(index, reason, failure, cx);
+            }
             return;
         }
-        let outcome = outcome(rollout, serving);
+        let outcome = outcome(rollout, kept, serving);
         let reason = format!("slot {number}: {reason}; {outcome}");
         let mut error = format!("{}: {reason}", self.name());
         if !said.is_empty() {
@@ -372,14 +393,15 @@ impl Service {
     }
 
     /// Ends a rollout whose purpose is gone. The worker that it waited for is handed on to the next
-    /// one where it runs on the settings that are `wanted` then; else a replacement makes way.
+    /// one where it runs on the settings that are `wanted` then; else a replacement makes way, unless
+    /// it serves in the stead of one that can't, or that has ended.
     pub(super) fn abandon_rollout(
         &mut self,
         reason: &str,
         wanted: Option<&Arc<WorkerSpec>>,
         cx: &mut Context<'_>,
     ) -> Option<WorkerId> {
-        let waited_for = self.rollout.as_ref()?.proving();
+        let (waited_for, why) = (self.rollout.as_ref()?.proving(), self.why_replaced());
         self.end_rollout(Err(reason.to_owned()), cx);
         let proving = self
             .slots
@@ -387,10 +409,19 @@ impl Service {
             .flat_map(Slot::workers)
             .find(|worker| waited_for == Some(worker.id) && wanted == Some(&worker.spec))
             .map(|worker| worker.id);
-        let replacements = self.slots.iter().filter_map(|slot| slot.next.as_ref());
-        let half_made = replacements.map(|next| next.id).find(|&id| proving != Some(id));
-        if let Some(id) = half_made {
-            self.retire(id, Why::Replaced, cx);
+        for index in 0..self.slots.len() {
+            let slot = &mut self.slots[index];
+            let next = slot.next.as_ref().map(|worker| worker.id);
+            let Some(next) = next.filter(|&id| proving != Some(id)) else { continue };
+            let serves = slot.serving().is_some_and(|worker| worker.id == next) && !slot.drained;
+            match slot.current.as_ref().map(|worker| worker.id) {
+                None => slot.promote(),
+                Some(old) if serves => {
+                    self.retire(old, why, cx);
+                    self.slots[index].promote();
+                }
+                Some(_) => self.retire(next, Why::Replaced, cx),
+            }
         }
         self.realign();
         proving
@@ -408,7 +439,7 @@ impl Service {
     }
 
     /// Whether the worker in `slot` can stay until its replacement is proven.
-    fn beside(&self, slot: &Slot, outgoing: &Outgoing) -> Beside {
+    pub(super) fn beside(&self, slot: &Slot, outgoing: &Outgoing) -> Beside {
         let staying = slot.current.as_ref().filter(|worker| worker.can_stay());
         let Some(current) = staying else { return Beside::Never };
         if self.config.rollout.order == Order::StopFirst {
@@ -447,27 +478,31 @@ impl Service {
 
     /// Has the worker in the slot at `index` make way, if there is one, for its successor.
     fn start_after(&mut self, index: usize, cx: &mut Context<'_>) {
-        let why = self.why_replaced();
-        self.renew(index);
+        let (why, serves) = (self.why_replaced(), self.serving() > 0);
         let slot = &mut self.slots[index];
         let number = slot.number;
+        let fails = slot.backoff.failures() > 0;
+        let is_down = slot.current.as_ref().is_none_or(|worker| !worker.can_stay());
         slot.start_at = cx.now;
-        let was_down = slot.current.as_ref().is_none_or(|worker| !worker.can_stay());
-        if let Some(id) = slot.current.as_ref().map(|worker| worker.id) {
+        let old = slot.current.as_ref().map(|worker| worker.id);
+        self.renew(index);
+        if let Some(id) = old {
             self.outgrown(id, cx);
             self.retire(id, why, cx);
         }
-        let serves = self.serving() > 0;
         let Some(rollout) = &mut self.rollout else { return };
-        if was_down && serves {
-            rollout.skipped.push(format!(
-                "slot {number} was down before: it is started anew, and was not waited for"
-            ));
-            rollout.step = Step::Ready;
-        } else {
-            let proof = if was_down { Proof::Revival } else { Proof::Settings };
-            rollout.step = Step::Vacating { slot: number, proof };
-        }
+        // Its stand-in may be what it lost, or it is all that this is about.
+        let was_down = is_down && rollout.stand_in.take().is_none() && rollout.workers > 1;
+        rollout.step = match (was_down, fails && serves) {
+            (true, true) => {
+                rollout.skipped.push(format!(
+                    "slot {number} was down before: it is started anew, and was not waited for"
+                ));
+                Step::Ready
+            }
+            (true, false) => Step::Vacating { slot: number, proof: Proof::Revival },
+            (false, _) => Step::Vacating { slot: number, proof: Proof::Settings },
+        };
     }
 
     /// What is started in the slot at `index` from now on has the settings in force.
@@ -481,8 +516,7 @@ impl Service {
 
     /// How many workers are in rotation.
     fn serving(&self) -> usize {
-        let current = self.slots.iter().filter_map(|slot| slot.current.as_ref());
-        current.filter(|worker| worker.in_rotation()).count()
+        self.slots.iter().filter_map(Slot::serving).count()
     }
 
     fn finish_rollout(&mut self, cx: &mut Context<'_>) {
@@ -508,18 +542,26 @@ impl Service {
     }
 }
 
-/// What a rollout that failed leaves, with so many workers in rotation: part of a sentence.
-fn outcome(rollout: &Rollout, serving: usize) -> String {
-    let replaced = rollout.replaced;
-    let stays = match rollout.kind {
-        Kind::Reload | Kind::Rollback | Kind::Recycle(_) => "go back to the old settings",
-        Kind::Restart => "stay",
-    };
-    match (serving, replaced) {
+/// What a rollout that failed leaves, with so many workers in rotation, and the old worker of the slot
+/// that failed still `kept` or not: part of a sentence.
+fn outcome(rollout: &Rollout, kept: bool, serving: usize) -> String {
+    let unchanged = kept && rollout.replaced == 0 && rollout.skipped.is_empty();
+    let serve = match (serving, unchanged) {
         (0, _) => "no worker serves".to_owned(),
-        (1, 0) => "the old worker still serves, nothing changed".to_owned(),
-        (_, 0) => format!("the {serving} old workers still serve, nothing changed"),
-        (_, 1) => format!("{serving} workers serve; the one that was replaced before will {stays}"),
-        _ => format!("{serving} workers serve; the {replaced} replaced before will {stays}"),
+        (1, true) => "the old worker still serves, nothing changed".to_owned(),
+        (_, true) => format!("the {serving} old workers still serve, nothing changed"),
+        (1, false) => "1 worker serves".to_owned(),
+        (_, false) => format!("{serving} workers serve"),
+    };
+    let (one, many) = match rollout.kind {
+        Kind::Reload | Kind::Rollback | Kind::Recycle(_) => {
+            ("goes back to the old settings", "go back to the old settings")
+        }
+        Kind::Restart => ("stays", "stay"),
+    };
+    match rollout.replaced {
+        0 => serve,
+        1 => format!("{serve}; the one that was replaced before {one}"),
+        replaced => format!("{serve}; the {replaced} that were replaced before {many}"),
     }
 }

@@ -122,23 +122,15 @@ impl Service {
     /// Who can be handed a connection now.
     #[must_use]
     pub fn rotation(&self) -> Rotation {
-        let workers = self
-            .slots
-            .iter()
-            .filter_map(|slot| slot.current.as_ref())
-            .filter(|worker| worker.in_rotation())
-            .map(|worker| worker.id)
-            .collect();
+        let workers = self.slots.iter().filter_map(Slot::serving).map(|worker| worker.id).collect();
         let coming = self.slots.iter().map(|slot| self.coming(slot)).min();
         Rotation { workers, coming: coming.unwrap_or(Coming::Never) }
     }
 
     fn coming(&self, slot: &Slot) -> Coming {
-        if slot.drained {
-            Coming::Never
-        } else if slot.on_its_way() {
+        if slot.on_its_way() {
             Coming::Now
-        } else if slot.is_vacant() && self.is_filled() {
+        } else if slot.is_vacant() && !slot.drained && self.is_filled() {
             // A slot that waits for its predecessor to be gone is as good as starting.
             Coming::At(slot.start_at)
         } else {
@@ -219,8 +211,8 @@ impl Service {
                 self.life = Life::Closing(why);
                 cx.actions.push(Action::Close { service: self.name() });
             }
-            Life::Closing(_) => self.life = Life::Closing(why),
-            Life::Closed => {}
+            // What was removed is not filled again because lbd stops as well.
+            Life::Closing(_) | Life::Closed => {}
         }
     }
 
@@ -252,7 +244,8 @@ impl Service {
             .iter()
             .filter(|slot| self.may_fill(slot, outgoing))
             .map(|slot| slot.start_at);
-        workers.chain(slots).chain(self.recycling_deadline()).chain(self.proven_at()).min()
+        let recycling = self.recycling_deadline(outgoing);
+        workers.chain(slots).chain(recycling).chain(self.proven_at()).min()
     }
 
     /// Starts what is due, and asks for publication where the rotation changed. Called after every
@@ -330,7 +323,7 @@ impl Service {
     }
 
     /// Takes a slot out of rotation at an operator's wish. Its worker is left alone: one that is
-    /// being replaced for a limit is kept.
+    /// being replaced at nobody's order is kept.
     pub(super) fn drain(&mut self, number: u32, cx: &mut Context<'_>) {
         let Some(index) = self.slots.iter().position(|slot| slot.number == number) else { return };
         if let Some(rollout) = &mut self.rollout {

@@ -17,7 +17,7 @@ use std::{
 use machine::Machine;
 
 use super::{Event, Phase, Ticket, tests};
-use crate::config::{Drain, Health, Limits, Restart, Service, Slots, SocketMode, Stop};
+use crate::config::{Drain, Health, Limits, Order, Restart, Service, Slots, SocketMode, Stop};
 
 const MS: fn(u64) -> Duration = Duration::from_millis;
 
@@ -79,9 +79,8 @@ fn apply(machine: &mut Machine) {
 fn restart(machine: &mut Machine) {
     let names = [None, Some("a"), Some("b"), Some("none")];
     let service = machine.random.choice(names).flatten().map(Into::into);
-    let ticket = machine.ticket();
     let slot = machine.random.bool().then(|| machine.random.u32(0..4));
-    machine.handle(Event::Restart { service, slot, ticket });
+    machine.restart(service, slot);
 }
 
 /// An operator takes a worker out of rotation, or puts it back.
@@ -140,12 +139,14 @@ fn vary(service: &mut Service, random: &mut fastrand::Rng) {
         reset_after: pick(&[0, 10, 5000]),
         unhealthy_after: pick(&[0, 2000]),
     };
+    service.rollout.settle = pick(&[0, 100, 1000]);
     service.stop = Stop {
         drain_timeout: pick(&[0, 500, 5000]),
         timeout: pick(&[0, 100, 3000]),
         drain: if random.bool() { Drain::Wait } else { Drain::Signal },
         ..Stop::default()
     };
+    service.rollout.order = if random.u8(..) < 170 { Order::StartFirst } else { Order::StopFirst };
     service.limits = Limits {
         memory: NonZeroU64::new(random.u64(0..2) * 100),
         max_age: random.bool().then(|| MS(random.u64(20_000..100_000))),
@@ -185,7 +186,12 @@ fn is_as_wanted(machine: &Machine) -> bool {
             && service.slots.iter().map(|slot| slot.fixed_port).eq(slots)
             && service.slots.iter().all(|slot| {
                 let healthy = |w: &super::Worker| {
-                    w.phase == Phase::Healthy && w.spec == wanted.worker && w.slot == slot.number
+                    let at_home = !w.stands_in && slot.fixed_port.is_none_or(|p| w.port == Some(p));
+                    w.phase == Phase::Healthy
+                        && w.spec == wanted.worker
+                        && w.slot == slot.number
+                        // An operator's own is left alone.
+                        && (at_home || slot.drained)
                 };
                 slot.next.is_none() && slot.current.as_ref().is_some_and(healthy)
             })

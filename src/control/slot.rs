@@ -26,7 +26,7 @@ pub struct Slot {
     pub drained: bool,
     /// The worker that fills it.
     pub current: Option<Worker>,
-    /// The one that replaces `current` as soon as it is healthy.
+    /// The one that replaces `current` once it is proven, and serves for it before where it can't.
     pub next: Option<Worker>,
     /// When a vacant slot is filled again.
     pub start_at: Instant,
@@ -93,10 +93,25 @@ impl Slot {
         self.current.is_none() && self.next.is_none()
     }
 
-    /// A worker in it is being started, or is a replacement that is.
+    /// The worker that clients are sent to: the one that fills it, or its replacement where that one
+    /// can't serve.
+    #[must_use]
+    pub fn serving(&self) -> Option<&Worker> {
+        self.workers().find(|worker| worker.in_rotation())
+    }
+
+    /// Whether a worker in it that clients will be sent to is being started.
     #[must_use]
     pub fn on_its_way(&self) -> bool {
-        self.workers().any(Worker::on_its_way)
+        self.workers().any(|worker| worker.on_its_way() && worker.aside.is_none())
+    }
+
+    /// The replacement fills it from now on.
+    pub fn promote(&mut self) {
+        if let Some(next) = self.next.take() {
+            self.last_port = next.port;
+            self.current = Some(next);
+        }
     }
 
     /// The workers in it: at most the one that fills it and its replacement.

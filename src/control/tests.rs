@@ -6,7 +6,11 @@ mod probes;
 mod recycling;
 mod reloads;
 mod rollouts;
+mod settling;
+mod skipped;
+mod stand_ins;
 mod stops;
+mod unhealthy;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,7 +25,7 @@ use super::{
     WorkerId,
 };
 use crate::config::{
-    self, DEFAULT_HOST, Drain, Output, Program, Restart, Rollout, Slots, SocketMode, Stop,
+    self, DEFAULT_HOST, Drain, Order, Output, Program, Restart, Rollout, Slots, SocketMode, Stop,
     WorkerSpec,
 };
 
@@ -73,6 +77,12 @@ fn ports(command: &str, ports: &[u16]) -> config::Service {
 /// The service "web" with that many workers on free ports.
 fn count(command: &str, workers: u32) -> config::Service {
     service("web", command, Slots::Count(NonZeroU32::new(workers).unwrap()))
+}
+
+/// `service`, whose old workers go before the new ones are started.
+fn stop_first(mut service: config::Service) -> config::Service {
+    service.rollout.order = Order::StopFirst;
+    service
 }
 
 /// A supervisor, the time, and what it asked for.
@@ -269,7 +279,15 @@ impl World {
 
     fn fail_to_start(&mut self, id: u64) -> Vec<String> {
         let reason = "no such file".to_owned();
-        let mut shown = self.event(Event::Failed { id: WorkerId(id), reason });
+        let mut shown = self.event(Event::Failed { id: WorkerId(id), reason, cheap: false });
+        shown.extend(self.gone(id));
+        shown
+    }
+
+    /// Nothing was started: the port is taken.
+    fn port_taken(&mut self, id: u64) -> Vec<String> {
+        let reason = "port 9002 is taken".to_owned();
+        let mut shown = self.event(Event::Failed { id: WorkerId(id), reason, cheap: true });
         shown.extend(self.gone(id));
         shown
     }

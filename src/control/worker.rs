@@ -29,8 +29,8 @@ use crate::config::{Drain, Health, SocketMode, Stop, WorkerSpec};
 /// `interval`, so that a program that listens quickly is in rotation quickly.
 const FIRST_PROBE_PAUSE: Duration = Duration::from_millis(20);
 
-/// A new worker that is not healthy for so long gets a line that says why: most are by then, and
-/// whoever waits in front of a terminal begins to wonder.
+/// A new worker that is not healthy after so long gets a line that says why: most are by then, and
+/// a user who waits in front of a terminal begins to wonder.
 const LATE: Duration = Duration::from_secs(5);
 
 /// One child's life.
@@ -130,7 +130,7 @@ pub enum Change {
         /// What the last probe showed.
         error: String,
     },
-    /// It is not healthy yet, and somebody may wonder why. Once.
+    /// It is not healthy for so long that a user may wonder why. Said once.
     Late,
     /// It did not become healthy in time.
     StartTimeout,
@@ -257,42 +257,44 @@ impl Worker {
             ProbeClock::Off | ProbeClock::Due(_) => return Change::None,
         };
         let verdict = outcome.verdict.clone();
-        let error = outcome.error().map(str::to_owned);
         self.last_probe = Some(outcome);
-        let passed = verdict == Verdict::Passed;
         match verdict {
             Verdict::Passed => self.tally.count(true),
             Verdict::Failed(_) | Verdict::Hopeless(_) => self.tally.count(false),
             Verdict::Unknown(_) => {}
         }
-        let hopeless = matches!(verdict, Verdict::Hopeless(_));
-        let change = match self.phase {
-            Phase::Starting if hopeless => Change::Hopeless,
-            Phase::Starting if self.tally.risen(health.rise) => {
+        let passed = verdict == Verdict::Passed;
+        let is_late = !self.late && now.duration_since(self.started) >= LATE;
+        let change = match (self.phase, verdict) {
+            (Phase::Starting, Verdict::Passed) if self.tally.risen(health.rise) => {
                 self.enter(Phase::Healthy, now);
                 Change::Healthy { first: true }
             }
-            Phase::Unhealthy if self.tally.risen(health.rise) => {
+            (Phase::Unhealthy, Verdict::Passed) if self.tally.risen(health.rise) => {
                 self.enter(Phase::Healthy, now);
                 Change::Healthy { first: false }
             }
-            Phase::Healthy if self.tally.fallen(health.fall) => {
-                self.enter(Phase::Unhealthy, now);
-                Change::Unhealthy { error: error.unwrap_or_default() }
-            }
-            Phase::Starting
-                if !passed && !self.late && now.duration_since(self.started) >= LATE =>
+            (Phase::Healthy, Verdict::Failed(error) | Verdict::Hopeless(error))
+                if self.tally.fallen(health.fall) =>
             {
+                self.enter(Phase::Unhealthy, now);
+                Change::Unhealthy { error }
+            }
+            (Phase::Starting, Verdict::Hopeless(_)) => Change::Hopeless,
+            (Phase::Starting, Verdict::Failed(_) | Verdict::Unknown(_)) if is_late => {
                 self.late = true;
                 Change::Late
             }
-            Phase::Launching
-            | Phase::Starting
-            | Phase::Healthy
-            | Phase::Unhealthy
-            | Phase::Draining { .. }
-            | Phase::Stopping { .. }
-            | Phase::Ended => Change::None,
+            (
+                Phase::Launching
+                | Phase::Starting
+                | Phase::Healthy
+                | Phase::Unhealthy
+                | Phase::Draining { .. }
+                | Phase::Stopping { .. }
+                | Phase::Ended,
+                Verdict::Passed | Verdict::Failed(_) | Verdict::Hopeless(_) | Verdict::Unknown(_),
+            ) => Change::None,
         };
         let next = if self.phase == Phase::Starting {
             // Fast at first, but a pass that only waits for `rise` needs no more patience.
@@ -318,8 +320,8 @@ impl Worker {
             }
             Phase::Healthy | Phase::Unhealthy => {
                 // Where the worker ends its own connections the signal follows at once; retiring comes
-                // first so that no new one is on its way to it. One whose probes fail may be busy with
-                // what it has: it is not to be cut off before it had its time.
+                // first so that no new one is on its way to it. One that is replaced for its failed
+                // probes may be busy with what it has, and gets the time that a drain is given.
                 if stop.drain == Drain::Signal && why != Why::Unhealthy {
                     actions.push(Action::Retire { id: self.id });
                     self.ask_to_stop(why, stop, now, actions);

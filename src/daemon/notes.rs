@@ -1,7 +1,8 @@
 //! The facts that control notes, as lines of the log.
 //!
 //! A worker that crashes many times a second for the same reason would flood the log with the same
-//! line: past ten in ten seconds, what is the same is folded into one line every ten seconds.
+//! line: past ten in ten seconds, what is the same is folded into one line every ten seconds. Where
+//! nothing is started before a port is free again, one line a minute says so.
 
 use std::{
     collections::HashMap,
@@ -13,10 +14,18 @@ use tracing::{error, info, warn};
 
 use crate::control::{Fact, Failure, Note, Why, Worn};
 
-/// So many failures of one slot for the same reason are all written …
-const UNFOLDED: u32 = 10;
-/// … in this time. After that, one in this time.
-const WINDOW: Duration = Duration::from_secs(10);
+/// So many failures of one slot for the same reason are all written in this time; after that, one in
+/// this time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Pace {
+    lines: u32,
+    window: Duration,
+}
+
+/// Of a program that was started.
+const STARTED: Pace = Pace { lines: 10, window: Duration::from_secs(10) };
+/// Of one that was not, since its port is taken.
+const NOT_TRIED: Pace = Pace { lines: 1, window: Duration::from_secs(60) };
 
 /// Writes notes, and remembers what it folds.
 #[derive(Debug, Default)]
@@ -28,6 +37,7 @@ pub(super) struct Notes {
 #[derive(Debug)]
 struct Fold {
     reason: String,
+    pace: Pace,
     /// When the window began.
     began: Instant,
     /// Lines that may still be written in it.
@@ -46,7 +56,9 @@ impl Notes {
         let pid = note.worker.and_then(|worker| worker.pid);
         match &note.fact {
             Fact::Started => {
-                if !self.is_folded(note) {
+                // The first start after a port was free again is news.
+                let is_folded = |fold: &Fold| fold.folded > 0 && fold.pace == STARTED;
+                if !self.folds.get(&key(note)).is_some_and(is_folded) {
                     info!(service, slot, port, pid, "worker started");
                 }
             }
@@ -63,13 +75,17 @@ impl Notes {
                 warn!(service, slot, port, pid, error, after, "worker not healthy yet");
             }
             Fact::Down { reason, restart_in, failures, failure } => {
-                let Some(folded) = self.fold(note, reason, now) else { return };
+                let pace = match failure {
+                    Failure::NotTried => NOT_TRIED,
+                    Failure::NotStarted | Failure::Exited | Failure::NotHealthy => STARTED,
+                };
+                let Some(folded) = self.fold(note, reason, pace, now) else { return };
                 let folded = (folded > 0).then_some(folded);
                 let restart_in = restart_in.map(seconds);
                 let failures = (*failures > 0).then_some(*failures);
                 let (error, status) = (reason, reason);
                 match failure {
-                    Failure::NotStarted => error!(
+                    Failure::NotTried | Failure::NotStarted => error!(
                         service,
                         slot, port, error, restart_in, failures, folded, "worker not started"
                     ),
@@ -110,11 +126,16 @@ impl Notes {
             // That one is said as `Fact::Down`.
             Fact::Recycling { worn: Worn::Unhealthy { .. } } => {}
             Fact::Recycling { worn: Worn::StandIn } => {
-                info!(service, slot, port, pid, why = "port", "recycling");
+                if !self.is_folded(note) {
+                    info!(service, slot, port, pid, why = "port", "recycling");
+                }
             }
             Fact::NotRecycled { reason, retry_in } => {
-                let retry_in = seconds(*retry_in);
-                warn!(service, slot, port, pid, error = reason, retry_in, "not recycled");
+                // Where the failure before was folded, so is what follows from it.
+                if !self.is_folded(note) {
+                    let retry_in = seconds(*retry_in);
+                    warn!(service, slot, port, pid, error = reason, retry_in, "not recycled");
+                }
             }
             Fact::RolloutBegun { workers } => info!(service, workers, "replacing workers"),
             Fact::RolloutDone { skipped } if skipped.is_empty() => {
@@ -137,17 +158,18 @@ impl Notes {
     }
 
     /// How many failures the line stands for besides its own; `None` where it is not to be written.
-    fn fold(&mut self, note: &Note, reason: &str, now: Instant) -> Option<u32> {
-        let new = || Fold { reason: reason.to_owned(), began: now, left: UNFOLDED, folded: 0 };
+    fn fold(&mut self, note: &Note, reason: &str, pace: Pace, now: Instant) -> Option<u32> {
+        let Pace { lines, window } = pace;
+        let new = || Fold { reason: reason.to_owned(), pace, began: now, left: lines, folded: 0 };
         let fold = self.folds.entry(key(note)).or_insert_with(new);
         if fold.reason != reason {
             let folded = fold.folded;
-            *fold = Fold { left: UNFOLDED - 1, ..new() };
+            *fold = Fold { left: lines - 1, ..new() };
             return Some(folded);
         }
-        if now >= fold.began + WINDOW {
+        if now >= fold.began + window {
             fold.began = now;
-            fold.left = if fold.folded > 0 { 1 } else { UNFOLDED };
+            fold.left = if fold.folded > 0 { 1 } else { lines };
         }
         if fold.left == 0 {
             fold.folded += 1;
@@ -186,7 +208,7 @@ mod tests {
         let down = Note { service: "web".into(), worker, fact: Fact::Started };
         let (mut notes, began) = (Notes::default(), Instant::now());
         let mut fold = |reason: &str, tenths: u32| {
-            notes.fold(&down, reason, began + Duration::from_millis(100) * tenths)
+            notes.fold(&down, reason, STARTED, began + Duration::from_millis(100) * tenths)
         };
         let written: Vec<_> =
             (1..=250).filter_map(|n| fold("exit status 1", n).map(|folded| (n, folded))).collect();
@@ -197,12 +219,25 @@ mod tests {
     }
 
     #[test]
+    fn a_port_that_stays_taken_is_told_once_and_then_every_minute() {
+        let worker = Some(NoteWorker { slot: 0, port: None, pid: None });
+        let down = Note { service: "web".into(), worker, fact: Fact::Started };
+        let (mut notes, began) = (Notes::default(), Instant::now());
+        let mut fold = |reason: &str, seconds: u64| {
+            notes.fold(&down, reason, NOT_TRIED, began + Duration::from_secs(seconds))
+        };
+        let written: Vec<_> =
+            (0..=90).filter_map(|n| Some((2 * n, fold("taken", 2 * n)?))).collect();
+        assert_eq!(written, [(0, 0), (60, 29), (120, 29), (180, 29)]);
+    }
+
+    #[test]
     fn an_exponential_backoff_is_never_folded() {
         let worker = Some(NoteWorker { slot: 0, port: None, pid: None });
         let down = Note { service: "web".into(), worker, fact: Fact::Started };
         let (mut notes, mut now) = (Notes::default(), Instant::now());
         for doubling in 0..20 {
-            assert_eq!(notes.fold(&down, "exit status 1", now), Some(0));
+            assert_eq!(notes.fold(&down, "exit status 1", STARTED, now), Some(0));
             now += Duration::from_millis(100 << doubling.min(8));
         }
         assert!(!notes.is_folded(&down));

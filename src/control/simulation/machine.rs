@@ -9,13 +9,13 @@ use std::{
 
 use super::{
     super::{
-        Action, Event, ProbeOutcome, Rotation, Spawn, Supervisor, Ticket, Verdict,
-        WORKERS_ON_A_PORT, WorkerId,
+        Action, Event, Fact, ProbeOutcome, Rotation, Spawn, Supervisor, Ticket, Verdict,
+        WORKERS_ON_A_PORT, Why, WorkerId,
     },
     MS,
     process::{Process, Told},
 };
-use crate::config::{Program, Service, SocketMode};
+use crate::config::{Order, Program, Service, SocketMode};
 
 /// From SIGKILL, or the end of a program, until nothing is left of it.
 const LEAVING: u64 = 2000;
@@ -49,6 +49,8 @@ pub(super) struct Machine {
     pub(super) steps: u64,
     /// What operators took out of rotation and did not put back, as long as it is there.
     drained: BTreeSet<(Arc<str>, u32)>,
+    /// Those of which it asked a restart since, and who waits for that: they may be put back.
+    restarted: BTreeMap<(Arc<str>, u32), Ticket>,
     seed: u64,
     /// Those that are not gone, as far as the core was told.
     processes: BTreeMap<WorkerId, Process>,
@@ -79,6 +81,7 @@ impl Machine {
             finished: false,
             steps: 0,
             drained: BTreeSet::new(),
+            restarted: BTreeMap::new(),
             seed,
             processes: BTreeMap::new(),
             published: BTreeMap::new(),
@@ -182,6 +185,19 @@ impl Machine {
         }
     }
 
+    pub(super) fn restart(&mut self, service: Option<Arc<str>>, slot: Option<u32>) {
+        let ticket = self.ticket();
+        let is_chosen = |name: &str| service.as_deref().is_none_or(|service| service == name);
+        let slots = self.supervisor.services().iter().filter(|found| is_chosen(&found.config.name));
+        let slots = slots.map(|found| Arc::clone(&found.config.name));
+        let chosen: Vec<_> = slots.filter_map(|name| Some((name, slot?))).collect();
+        for key in &chosen {
+            self.drained.remove(key);
+            self.restarted.insert(key.clone(), ticket);
+        }
+        self.handle(Event::Restart { service, slot, ticket });
+    }
+
     /// An operator's wish, which holds at once and for as long as the slot is there.
     pub(super) fn place(&mut self, service: Arc<str>, slot: u32, drain: bool) {
         let name = Arc::clone(&service);
@@ -196,6 +212,7 @@ impl Machine {
         let found = found.and_then(|s| s.slots.iter().find(|found| found.number == slot));
         assert!(found.is_none_or(|found| found.drained == drain), "the wish is not kept");
         if drain && found.is_some() {
+            self.restarted.remove(&(Arc::clone(&name), slot));
             self.drained.insert((name, slot));
         }
     }
@@ -235,9 +252,12 @@ impl Machine {
             Event::Started { id, .. } => Some((id, Told::Started)),
             Event::Failed { id, .. } | Event::Exited { id, .. } => Some((id, Told::Ended)),
             Event::Gone { id } => Some((id, Told::Gone)),
-            Event::Probed { id, .. } => {
+            Event::Probed { id, outcome } => {
                 if let Some(process) = self.processes.get_mut(id) {
                     process.probing = false;
+                    if let Some(service) = self.supervisor.service(&process.service) {
+                        process.book.enter(&outcome.verdict, &service.config.health, self.now);
+                    }
                 }
                 None
             }
@@ -299,6 +319,7 @@ impl Machine {
 
     fn perform(&mut self, actions: Vec<Action>) {
         self.steps += 1;
+        self.check_retirements(&actions);
         for action in actions {
             assert!(!self.finished, "{action:?} after the end");
             self.carry_out(action);
@@ -308,6 +329,7 @@ impl Machine {
             let service = services.service(name);
             service.is_some_and(|service| service.slots.iter().any(|s| s.number == *slot))
         });
+        self.restarted.retain(|_, ticket| self.tickets.contains(ticket));
         self.check();
     }
 
@@ -318,6 +340,8 @@ impl Machine {
                 let process = &self.processes[&id];
                 assert_eq!(process.told, Told::Started, "{id:?} is signalled: {process:?}");
                 assert!(process.retired, "{id:?} is signalled before it was retired");
+                let spared = process.spared_until.is_some_and(|until| self.now < until);
+                assert!(!spared || process.connections == 0, "{id:?} is cut off: {process:?}");
                 if self.calm || !process.ignores_signals {
                     self.end(id, 2 * PROMPT);
                 }
@@ -338,9 +362,14 @@ impl Machine {
                 assert!(!process.retired || aside, "{id:?} is probed");
                 process.probing = true;
                 let good = !process.ending && (calm || !(process.hung || process.bad));
-                let error = (!good).then(|| "timed out".to_owned());
                 let took = MS(self.random.u64(0..100));
-                let verdict = error.map_or(Verdict::Passed, Verdict::Failed);
+                let error = "timed out".to_owned();
+                let verdict = match self.random.u8(..) {
+                    0..20 if !calm => Verdict::Unknown(error),
+                    _ if good => Verdict::Passed,
+                    20..60 => Verdict::Hopeless(error),
+                    _ => Verdict::Failed(error),
+                };
                 let outcome = ProbeOutcome { took, verdict };
                 self.later(self.now + took, Pending::Event(Event::Probed { id, outcome }));
             }
@@ -377,7 +406,15 @@ impl Machine {
                 let old = self.wanted.iter_mut().find(|wanted| wanted.name == service.name);
                 *old.expect("nobody wants this service") = *service;
             }
-            Action::Note(_) => {}
+            Action::Note(note) => {
+                let pid = note.worker.and_then(|worker| worker.pid);
+                if let (Fact::Draining { why: Why::Unhealthy }, Some(pid)) = (note.fact, pid) {
+                    let service = self.supervisor.service(&note.service).unwrap();
+                    let until = self.now + service.config.stop.drain_timeout;
+                    let id = WorkerId(u64::try_from(pid).unwrap());
+                    self.processes.get_mut(&id).unwrap().spared_until = Some(until);
+                }
+            }
             Action::Finished => {
                 assert!(self.processes.is_empty());
                 self.finished = true;
@@ -386,12 +423,17 @@ impl Machine {
     }
 
     fn spawn(&mut self, spawn: Spawn) {
-        let Spawn { id, service, slot: _, port, stands_in_for: _, spec } = spawn;
+        let Spawn { id, port, spec, .. } = &spawn;
+        let (id, port) = (*id, *port);
         let Program::Command(argv) = &spec.program else { panic!("{spec:?}") };
         let inherits = spec.socket == SocketMode::Inherit;
-        let mut process = Process::new(service, port, inherits, self.now, &mut self.random);
+        let mut process = Process::new(&spawn, inherits, self.now, &mut self.random);
+        let slots = &self.supervisor.service(&spawn.service).unwrap().slots;
+        let slot = slots.iter().find(|slot| slot.number == spawn.slot);
+        process.fixed_port = slot.and_then(|slot| slot.fixed_port);
+        process.stands_in = process.fixed_port.is_some_and(|fixed| port != Some(fixed));
         process.bad |= argv[0] == "bad";
-        let fate = if process.bad && !self.calm { self.random.u8(0..4) } else { 4 };
+        let fate = if process.bad && !self.calm { self.random.u8(0..5) } else { 5 };
         let there = self.processes.values().filter(|other| port.is_some() && other.port == port);
         let others = there.clone().count();
         let share = inherits && there.clone().all(|other| other.inherits);
@@ -402,7 +444,8 @@ impl Machine {
         match fate {
             0 => {
                 self.processes.get_mut(&id).unwrap().ending = true;
-                self.tell(id, PROMPT, Event::Failed { id, reason: "no such file".to_owned() });
+                let (reason, cheap) = ("no such file".to_owned(), self.random.bool());
+                self.tell(id, PROMPT, Event::Failed { id, reason, cheap });
                 self.tell(id, PROMPT, Event::Gone { id });
             }
             1 => {} // stuck, until it is killed
@@ -410,9 +453,15 @@ impl Machine {
                 let port = port.unwrap_or_else(|| self.free_port());
                 self.processes.get_mut(&id).unwrap().port = Some(port);
                 self.tell(id, PROMPT, Event::Spawned { id, port: Some(port) });
-                self.tell(id, PROMPT, Event::Started { id, pid: 1 });
-                if fate == 2 {
-                    self.end(id, PROMPT);
+                self.tell(id, PROMPT, Event::Started { id, pid: i32::try_from(id.0).unwrap() });
+                match fate {
+                    2 => self.end(id, PROMPT),
+                    // It works at first, and ends while it is to settle.
+                    3 => {
+                        self.processes.get_mut(&id).unwrap().bad = false;
+                        self.end(id, 4 * PROMPT);
+                    }
+                    _ => {}
                 }
             }
         }
@@ -441,12 +490,43 @@ impl Machine {
             for slot in &service.slots {
                 let wish = (Arc::clone(&service.config.name), slot.number);
                 assert!(slot.drained || !self.drained.contains(&wish), "{wish:?} is forgotten");
-                for worker in slot.workers() {
-                    let id = worker.id;
-                    assert_eq!(self.processes[&id].retired, slot.drained, "{id:?} in {slot:?}");
-                    assert!(!slot.drained || !self.is_published(id), "{id:?} is in rotation");
+                // After a restart, the new worker of a drained slot is not.
+                let is_out = |current: bool| {
+                    slot.drained && (current || !self.restarted.contains_key(&wish))
+                };
+                let current = slot.current.as_ref().map(|worker| worker.id);
+                for id in slot.workers().map(|worker| worker.id) {
+                    let (out, retired) = (is_out(current == Some(id)), self.processes[&id].retired);
+                    assert!(retired || !out, "{id:?} in {slot:?}");
+                    assert!(!retired || slot.drained, "{id:?} in {slot:?}");
+                    assert!(!retired || !self.is_published(id), "{id:?} is in rotation");
                 }
             }
+        }
+    }
+
+    /// Where the new one comes first, no worker that serves makes way in its slot for one that has
+    /// not been healthy for `rollout.settle`. But a stand-in has proven what it is there for.
+    fn check_retirements(&self, actions: &[Action]) {
+        for action in actions {
+            let Action::Retire { id } = action else { continue };
+            let serves = |process: &&Process| !process.stands_in && self.is_published(*id);
+            let Some(process) = self.processes.get(id).filter(serves) else { continue };
+            let service = self.supervisor.service(&process.service).unwrap();
+            let settings = &service.config.rollout;
+            let Some(slot) = service.slots.iter().find(|slot| {
+                let same = slot.number == process.slot && slot.fixed_port == process.fixed_port;
+                same && !slot.drained
+            }) else {
+                continue;
+            };
+            if !service.is_open() || settings.order == Order::StopFirst {
+                continue;
+            }
+            let successor = slot.current.as_ref().and_then(|worker| self.processes.get(&worker.id));
+            let since = successor.and_then(|process| process.book.since);
+            let has_settled = since.is_some_and(|since| since + settings.settle <= self.now);
+            assert!(has_settled, "{id:?} makes way for {successor:?}: {actions:#?} {service:#?}");
         }
     }
 

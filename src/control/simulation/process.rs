@@ -2,11 +2,19 @@
 
 use std::{sync::Arc, time::Instant};
 
+use super::super::{Spawn, Verdict};
+use crate::config::Health;
+
 /// One started program, as it is outside.
 #[derive(Debug)]
 pub(super) struct Process {
     pub(super) service: Arc<str>,
+    pub(super) slot: u32,
+    /// That of its slot.
+    pub(super) fixed_port: Option<u16>,
     pub(super) port: Option<u16>,
+    /// It was started on any port though its slot has one.
+    pub(super) stands_in: bool,
     /// It shares its port with others that do.
     pub(super) inherits: bool,
     /// It ends without being asked, never gets healthy, or can't be started.
@@ -23,6 +31,9 @@ pub(super) struct Process {
     pub(super) connections: u32,
     pub(super) probing: bool,
     pub(super) killed: bool,
+    pub(super) book: HealthBook,
+    /// It was taken out of service for its failed probes, and has this long for its connections.
+    pub(super) spared_until: Option<Instant>,
     /// When the core gets to know the last thing that is known about it.
     pub(super) last: Instant,
 }
@@ -30,15 +41,17 @@ pub(super) struct Process {
 impl Process {
     /// One that was just ordered. A few are bad by chance.
     pub(super) fn new(
-        service: Arc<str>,
-        port: Option<u16>,
+        Spawn { service, slot, port, .. }: &Spawn,
         inherits: bool,
         now: Instant,
         random: &mut fastrand::Rng,
     ) -> Self {
         Self {
-            service,
-            port,
+            service: Arc::clone(service),
+            slot: *slot,
+            fixed_port: None,
+            port: *port,
+            stands_in: false,
             inherits,
             bad: random.u8(..) < 25,
             ignores_signals: random.u8(..) < 60,
@@ -50,7 +63,38 @@ impl Process {
             connections: 0,
             probing: false,
             killed: false,
+            book: HealthBook::default(),
+            spared_until: None,
             last: now,
+        }
+    }
+}
+
+/// What the core was told of its health, kept apart from the core's own books.
+#[derive(Debug, Default)]
+pub(super) struct HealthBook {
+    passes: u32,
+    failures: u32,
+    /// Since when it is healthy without a break.
+    pub(super) since: Option<Instant>,
+}
+
+impl HealthBook {
+    pub(super) fn enter(&mut self, verdict: &Verdict, health: &Health, now: Instant) {
+        match verdict {
+            Verdict::Passed => {
+                (self.passes, self.failures) = (self.passes + 1, 0);
+                if self.passes >= health.rise.get() {
+                    self.since = self.since.or(Some(now));
+                }
+            }
+            Verdict::Failed(_) | Verdict::Hopeless(_) => {
+                (self.passes, self.failures) = (0, self.failures + 1);
+                if self.failures >= health.fall.get() {
+                    self.since = None;
+                }
+            }
+            Verdict::Unknown(_) => {}
         }
     }
 }

@@ -74,8 +74,9 @@ fn an_unhealthy_worker_is_left_alone_and_has_its_time_again() {
     world.probing.clear();
     let all = world.supervisor.deadline().unwrap() - world.now;
     assert!(all <= SEC(30));
-    assert!(!world.wait(MS(29_000)).iter().any(|action| action.contains("TERM")));
-    assert!(world.wait(MS(1_000)).contains(&"SIGTERM 1".to_owned()));
+    let stand_in = "spawn 3 a on any".to_owned();
+    assert!(!world.wait(MS(29_000)).contains(&stand_in));
+    assert!(world.wait(MS(1_000)).contains(&stand_in));
     // Or it recovers.
     let mut world = drained();
     world.fall(1);
@@ -150,8 +151,8 @@ fn one_slot_is_restarted_like_all_but_alone() {
     assert_eq!(world.up(4), ["publish web", "retire 2", "answer 1"]);
     assert_eq!(world.rotation(), [1, 4, 3]);
     assert_eq!(world.restart_slot(3, 7), ["answer 3: there is no slot 7 in \"web\""]);
-    // One on a port of its own makes way first.
-    let mut world = World::healthy(ports("a", &[9002, 9003]));
+    // One that is to be stopped first makes way.
+    let mut world = World::healthy(stop_first(ports("a", &[9002, 9003])));
     assert_eq!(world.restart_slot(1, 1), ["publish web", "retire 2"]);
     assert_eq!(world.idle(2), ["SIGTERM 2"]);
     world.exit(2);
@@ -167,7 +168,8 @@ fn a_failed_restart_of_one_slot_changes_nothing() {
     let mut world = World::healthy(count("a", 2));
     world.restart_slot(1, 0);
     world.spawned(3);
-    assert_eq!(world.exit(3), ["publish web", "answer 1: web: slot 0: exit status 1"]);
+    let error = "web: slot 0: exit status 1; the 2 old workers still serve, nothing changed";
+    assert_eq!(world.exit(3), ["publish web".to_owned(), format!("answer 1: {error}")]);
     assert_eq!(world.rotation(), [1, 2]);
 }
 
@@ -192,12 +194,10 @@ fn a_limit_does_not_replace_it() {
 fn a_reload_keeps_the_wish() {
     let mut world = drained();
     // Other policies.
-    let mut config = ports("a", &[9002, 9003]);
-    config.stop.timeout = SEC(3);
-    world.apply(1, [config]);
+    world.apply(1, [stop_first(ports("a", &[9002, 9003]))]);
     assert_eq!(world.rotation(), [2]);
     // Another program: the slot is filled by another worker.
-    world.apply(2, [ports("b", &[9002, 9003])]);
+    world.apply(2, [stop_first(ports("b", &[9002, 9003]))]);
     world.idle(1);
     world.end(1);
     world.up(3);
@@ -267,4 +267,82 @@ fn what_is_not_there_cannot_be_drained() {
     let elsewhere = Event::Drain { service: "db".into(), slot: 0 };
     assert_eq!(world.event(elsewhere), [""; 0]);
     assert_eq!(world.rotation(), [1]);
+}
+
+#[test]
+fn a_restart_of_the_slot_puts_it_back_with_its_new_worker() {
+    let mut world = World::healthy(count("a", 2));
+    world.drain(0);
+    assert_eq!(world.coming(), Coming::Never);
+    assert_eq!(world.restart_slot(1, 0), ["publish web", "spawn 3 a on any"]);
+    assert_eq!((world.rotation(), world.coming()), (vec![2], Coming::Now));
+    assert_eq!(world.up(3), ["publish web", "retire 1", "answer 1"]);
+    assert_eq!(world.rotation(), [3, 2]);
+    assert!(!world.web().slots[0].drained);
+    // Where the old one is stopped first.
+    let mut world = World::healthy(stop_first(ports("a", &[9002, 9003])));
+    world.drain(0);
+    assert_eq!(world.restart_slot(1, 0), ["retire 1"]);
+    world.idle(1);
+    assert_eq!(world.end(1), ["publish web", "spawn 3 a on 9002"]);
+    assert_eq!(world.up(3), ["publish web", "answer 1"]);
+    assert_eq!(world.rotation(), [3, 2]);
+    // Also when it takes a second one.
+    let mut world = World::healthy(stop_first(ports("a", &[9002, 9003])));
+    world.drain(0);
+    world.restart_slot(1, 0);
+    world.idle(1);
+    world.end(1);
+    world.fail_to_start(3);
+    assert_eq!(world.wait(MS(100)), ["publish web", "spawn 4 a on 9002"]);
+    assert_eq!(world.up(4), ["publish web"]);
+    assert_eq!(world.rotation(), [4, 2]);
+    // And by way of a stand-in.
+    let mut world = drained();
+    world.restart_slot(1, 0);
+    assert_eq!(world.up(3), ["publish web", "retire 1"]);
+    assert_eq!(world.rotation(), [3, 2]);
+    world.idle(1);
+    world.end(1);
+    assert_eq!(world.up(4), ["publish web", "retire 3", "answer 1"]);
+    assert_eq!(world.rotation(), [4, 2]);
+}
+
+#[test]
+fn a_restart_that_fails_leaves_it_drained() {
+    let mut world = World::healthy(count("a", 2));
+    world.drain(0);
+    world.restart_slot(1, 0);
+    world.fail_to_start(3);
+    assert!(world.web().slots[0].drained && aside(&world, 1));
+    assert_eq!(world.rotation(), [2]);
+}
+
+#[test]
+fn a_drain_meanwhile_wins_over_a_restart() {
+    let mut world = World::healthy(count("a", 2));
+    world.drain(0);
+    world.restart_slot(1, 0);
+    world.started(3);
+    assert_eq!(world.drain(0), ["publish web", "retire 3"]);
+    assert_eq!(world.pass(3), ["retire 1", "answer 1"]);
+    assert_eq!((world.rotation(), aside(&world, 3)), (vec![2], true));
+    assert_eq!(world.resume(0), ["reinstate 3", "publish web"]);
+    // Also before the new one is there.
+    let mut world = World::healthy(stop_first(ports("a", &[9002, 9003])));
+    world.drain(0);
+    world.restart_slot(1, 0);
+    assert_eq!(world.drain(0), [""; 0]);
+    world.idle(1);
+    assert_eq!(world.end(1), ["spawn 3 a on 9002", "retire 3"]);
+}
+
+#[test]
+fn a_restart_of_all_leaves_it_drained() {
+    let mut world = World::healthy(count("a", 2));
+    world.drain(0);
+    assert_eq!(world.restart(1, Some("web")), ["spawn 3 a on any", "retire 3"]);
+    assert!(world.up(3).contains(&"retire 1".to_owned()));
+    world.up(4);
+    assert_eq!((world.rotation(), aside(&world, 3)), (vec![4], true));
 }

@@ -128,14 +128,18 @@ fn coming_tells_when_a_worker_can_be_there() {
     world.event(Event::Stop);
     assert_eq!(world.coming(), Coming::Now, "it may still become healthy");
     world.end(3);
-    assert_eq!(world.coming(), Coming::Never, "nothing is started any more");
+    assert!(
+        matches!(world.coming(), Coming::At(_)),
+        "clients are held until the listeners are empty"
+    );
+    assert_eq!(world.closed(), ["forget web", "finished"], "nothing is started any more");
 }
 
 #[test]
 fn each_end_is_counted_once_and_by_its_cause() {
     use crate::control::Cause::{self, Exit, NotStarted, Signal, Stopped, Unhealthy};
     let mut counted: Vec<Cause> = Vec::new();
-    let mut world = World::healthy(ports("a", &[9002]));
+    let mut world = World::healthy(stop_first(ports("a", &[9002])));
     let mut counts = |world: &World, cause: Cause| {
         counted.push(cause);
         let of = |cause: Cause| counted.iter().filter(|known| **known == cause).count() as u64;
@@ -177,4 +181,23 @@ fn each_end_is_counted_once_and_by_its_cause() {
     // While it drains, before it is asked to.
     world.end(7);
     counts(&world, Exit);
+}
+
+#[test]
+fn a_port_that_is_taken_is_looked_at_every_other_second() {
+    let mut config = ports("a", &[9002]);
+    config.restart = Restart::default();
+    let mut world = World::begin(config);
+    for id in 1..40 {
+        world.port_taken(id);
+        let Some(Fact::Down { restart_in: Some(delay), failures, failure, .. }) =
+            world.facts.last()
+        else {
+            panic!("{:?}", world.facts)
+        };
+        assert_eq!((u64::from(*failures), *failure), (id, crate::control::Failure::NotTried));
+        assert!(*delay <= SEC(2), "{delay:?}");
+        assert_eq!(world.wait(SEC(2)).last(), Some(&format!("spawn {} a on 9002", id + 1)));
+    }
+    assert_eq!(world.up(40), ["publish web"], "soon after it is free");
 }

@@ -129,20 +129,6 @@ fn fall_failures_in_a_row_take_a_worker_out_and_rise_passes_bring_it_back() {
 }
 
 #[test]
-fn a_worker_that_stays_unhealthy_is_replaced() {
-    let mut world = World::healthy(ports("a", &[9002]));
-    world.fall(1);
-    assert_eq!(world.coming(), Coming::Never, "nobody is on its way");
-    world.wait(MS(29_999));
-    assert_eq!(world.phase(1), Some(Phase::Unhealthy));
-    assert_eq!(world.wait(MS(1)), ["publish web", "retire 1", "SIGTERM 1"]);
-    assert!(matches!(world.coming(), Coming::At(_)));
-    assert_eq!(world.wait(SEC(9)), [""; 0], "its port is not free yet");
-    assert_eq!(world.wait(SEC(1)), ["kill 1"]);
-    assert_eq!(world.gone(1), ["publish web", "spawn 2 a on 9002"]);
-}
-
-#[test]
 fn health_before_a_worker_hung_counts_for_the_reset_of_its_backoff() {
     let mut world = World::healthy(ports("a", &[9002]));
     for _ in 0..9 {
@@ -157,15 +143,6 @@ fn health_before_a_worker_hung_counts_for_the_reset_of_its_backoff() {
     let Some(Fact::Down { restart_in, .. }) = world.facts.last() else { panic!() };
     assert_eq!(*restart_in, Some(MS(0)));
     assert_eq!(world.spawns.len(), 2);
-}
-
-#[test]
-fn a_worker_that_hung_after_long_health_is_replaced_with_no_delay() {
-    let mut world = World::healthy(count("a", 1));
-    world.wait(SEC(10));
-    world.fall(1);
-    let shown = world.wait(SEC(30));
-    assert_eq!(shown[1..], ["publish web", "retire 1", "SIGTERM 1", "spawn 2 a on any"]);
 }
 
 #[test]
@@ -208,4 +185,82 @@ fn a_probe_asked_for_before_a_drain_is_not_asked_for_again_and_does_not_count() 
     assert_eq!(world.wait(MS(0)), ["probe 2"]);
     assert_eq!(world.answer_probe(2, Some("refused")), ["publish web"]);
     assert_eq!(world.rotation(), [1]);
+}
+
+#[test]
+fn what_says_nothing_of_a_worker_changes_neither_rise_nor_fall() {
+    let unknown = || Verdict::Unknown("no descriptor is left".to_owned());
+    let mut config = ports("a", &[9002]);
+    config.health.rise = NonZeroU32::new(2).unwrap();
+    let mut world = World::begin(config.clone());
+    let judge = |world: &mut World, verdict| {
+        while !world.probing.contains(&1) {
+            let deadline = world.supervisor.deadline().unwrap();
+            world.wait(deadline.saturating_duration_since(world.now));
+        }
+        world.judge_probe(1, verdict)
+    };
+    world.started(1);
+    judge(&mut world, Verdict::Passed);
+    assert_eq!(judge(&mut world, unknown()), [""; 0]);
+    assert_eq!(world.phase(1), Some(Phase::Starting));
+    assert_eq!(judge(&mut world, Verdict::Passed), ["publish web"], "the second in a row");
+    for _ in 0..2 {
+        assert_eq!(world.fail(1), [""; 0]);
+        for _ in 0..10 {
+            assert_eq!(judge(&mut world, unknown()), [""; 0]);
+        }
+    }
+    // A stricter rule is for the next failure to meet.
+    config.health.fall = NonZeroU32::MIN;
+    world.apply(1, [config]);
+    assert_eq!(judge(&mut world, unknown()), [""; 0]);
+    assert_eq!(world.rotation(), [1]);
+    assert_eq!(world.fail(1), ["publish web"], "the third in a row");
+}
+
+#[test]
+fn a_start_that_is_hopeless_is_given_up_at_once() {
+    let hopeless = || Verdict::Hopeless("it listens on port 3000".to_owned());
+    let mut world = World::begin(ports("a", &[9002]));
+    world.started(1);
+    world.wait(MS(0));
+    assert_eq!(world.judge_probe(1, hopeless()), ["publish web", "kill 1"]);
+    let Some(Fact::Down { reason, restart_in: Some(_), failure, .. }) = world.facts.last() else {
+        panic!("{:?}", world.facts)
+    };
+    let expected = ("it listens on port 3000", crate::control::Failure::NotHealthy);
+    assert_eq!((&**reason, *failure), expected);
+    world.gone(1);
+    assert_eq!(world.wait(MS(100)), ["publish web", "spawn 2 a on 9002"]);
+    // One that was healthy once has as many failures as any other.
+    world.up(2);
+    for expected in [&[][..], &[], &["publish web".to_owned()]] {
+        world.wait(SEC(1));
+        assert_eq!(world.judge_probe(2, hopeless()), expected);
+    }
+    assert_eq!(world.phase(2), Some(Phase::Unhealthy));
+}
+
+#[test]
+fn a_worker_that_is_not_healthy_after_five_seconds_is_told_of_once() {
+    let mut world = World::begin(ports("a", &[9002]));
+    world.started(1);
+    let late = |world: &World| {
+        let is_late = |fact: &&Fact| matches!(fact, Fact::NotYetHealthy { .. });
+        world.facts.iter().filter(is_late).count()
+    };
+    let began = world.now;
+    while world.now - began < SEC(5) {
+        assert_eq!(late(&world), 0);
+        world.fail(1);
+    }
+    let Some(Fact::NotYetHealthy { error, after }) = world.facts.last() else {
+        panic!("{:?}", world.facts)
+    };
+    assert_eq!((&**error, *after), ("connection refused", world.now - began));
+    for _ in 0..30 {
+        world.fail(1);
+    }
+    assert_eq!(late(&world), 1);
 }

@@ -73,8 +73,8 @@ fn one_at_a_time_whatever_they_have() {
 }
 
 #[test]
-fn on_a_fixed_port_it_is_drained_first() {
-    let mut world = World::healthy(small(ports("a", &[9002, 9003])));
+fn stopped_first_it_is_drained_first() {
+    let mut world = World::healthy(stop_first(small(ports("a", &[9002, 9003]))));
     assert_eq!(world.memory(1, 200), ["publish web", "retire 1"]);
     assert_eq!(world.memory(2, 200), [""; 0]);
     assert_eq!(world.idle(1), ["SIGTERM 1"]);

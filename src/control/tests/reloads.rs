@@ -100,7 +100,7 @@ fn a_worker_on_a_fixed_port_does_not_resume_where_any_port_will_do() {
 fn a_worker_that_would_be_started_differently_does_not_resume() {
     let mut world = World::healthy(ports("a", &[9002, 9003]));
     world.apply(1, [ports("a", &[9003])]);
-    let shown = world.apply(2, [ports("b", &[9002, 9003])]);
+    let shown = world.apply(2, [stop_first(ports("b", &[9002, 9003]))]);
     assert_eq!(shown, ["publish web", "retire 2"], "slot 1 is replaced; slot 0 waits for its port");
     world.idle(1);
     assert_eq!(world.end(1), ["publish web", "spawn 3 b on 9002"]);
@@ -130,7 +130,8 @@ fn a_service_that_is_back_before_its_listeners_were_empty_lost_nothing() {
 #[test]
 fn a_service_that_is_back_later_resumes_its_workers() {
     let api = service("api", "b", Slots::Ports(vec![9100]));
-    let mut world = World::healthy(ports("a", &[9003, 9002]));
+    let web = || stop_first(ports("a", &[9003, 9002]));
+    let mut world = World::healthy(web());
     world.restart(1, None);
     let shown = world.apply(2, [api.clone()]);
     assert_eq!(
@@ -146,7 +147,7 @@ fn a_service_that_is_back_later_resumes_its_workers() {
     );
     assert_eq!(world.closed(), ["publish web", "retire 2"]);
     assert_eq!(world.restart(3, Some("web")), [r#"answer 3: there is no service "web""#]);
-    let shown = world.apply(4, [ports("a", &[9003, 9002]), api]);
+    let shown = world.apply(4, [web(), api]);
     assert_eq!(shown, ["reinstate 2", "publish web", "answer 4"]);
     assert_eq!(world.slots(), [(0, Some(9003), None), (1, Some(9002), Some(2))]);
     assert!(matches!(world.phase(1), Some(Phase::Draining { .. })), "replaced is not removed");
@@ -167,14 +168,15 @@ fn a_removed_service_is_forgotten_when_its_last_worker_is_gone() {
 #[test]
 fn a_new_policy_holds_at_once_and_restarts_nobody() {
     let mut world = World::healthy(ports("a", &[9002, 9003]));
-    let mut config = ports("a", &[9002, 9003]);
+    let mut config = stop_first(ports("a", &[9002, 9003]));
     config.health.fall = NonZeroU32::MIN;
     config.restart.unhealthy_after = SEC(1);
     config.stop.timeout = SEC(2);
     config.routing.hold_timeout = SEC(3);
     assert_eq!(world.apply(1, [config]), ["publish web", "answer 1"]);
     assert_eq!(world.fail(1), ["publish web"]);
-    assert_eq!(world.wait(SEC(1))[..3], ["publish web", "retire 1", "SIGTERM 1"]);
+    assert_eq!(world.wait(SEC(1))[..3], ["publish web", "probe 1", "retire 1"]);
+    assert_eq!(world.idle(1), ["SIGTERM 1"]);
     assert_eq!(world.wait(SEC(2)).last().map(|s| &**s), Some("kill 1"));
     assert_eq!(world.spawns.len(), 2);
 }

@@ -16,9 +16,10 @@ fn on_free_ports_the_new_one_is_healthy_before_the_old_one_goes() {
 }
 
 #[test]
-fn on_fixed_ports_the_old_one_is_gone_before_the_new_one_starts() {
+fn stopped_first_the_old_one_is_gone_before_the_new_one_starts() {
     let mut world = World::healthy(ports("a", &[9002, 9003]));
-    assert_eq!(world.apply(1, [ports("b", &[9002, 9003])]), ["publish web", "retire 1"]);
+    let shown = world.apply(1, [stop_first(ports("b", &[9002, 9003]))]);
+    assert_eq!(shown, ["publish web", "retire 1"]);
     assert_eq!(world.rotation(), [2]);
     assert!(matches!(world.coming(), Coming::At(_)), "as good as starting");
     assert_eq!(world.idle(1), ["SIGTERM 1"]);
@@ -38,14 +39,22 @@ fn a_replacement_that_fails_leaves_the_old_ones_as_they_were() {
     world.apply(1, [changed]);
     assert_eq!(
         world.fail_to_start(3),
-        ["publish web", "answer 1: web: slot 0: no such file", "restored web"]
+        [
+            "publish web",
+            "answer 1: web: slot 0: no such file; the 2 old workers still serve, nothing changed",
+            "restored web"
+        ]
     );
     assert_eq!(world.rotation(), [1, 2]);
     assert_eq!(world.web().config, count("a", 2), "the old settings are in force");
     world.end(1);
     assert_eq!(world.wait(MS(100))[1], "spawn 4 a on any", "also for later restarts");
     let shown = world.apply(2, [count("b", 2)]);
-    assert_eq!(shown, ["retire 4", "spawn 5 b on any"], "until the next reload");
+    let expected = ["retire 4", "spawn 5 b on any", "spawn 6 b on any"];
+    assert_eq!(
+        shown, expected,
+        "until the next reload, and nobody waits for the one that was down"
+    );
 }
 
 #[test]
@@ -56,7 +65,9 @@ fn a_slot_that_was_moved_already_is_moved_back() {
     world.idle(1);
     world.end(1);
     let shown = world.fail_to_start(4);
-    assert_eq!(shown, ["answer 1: web: slot 1: no such file", "restored web", "spawn 5 a on any"]);
+    let error = "web: slot 1: no such file; 2 workers serve; the one that was replaced before goes \
+        back to the old settings";
+    assert_eq!(shown, [&format!("answer 1: {error}"), "restored web", "spawn 5 a on any"]);
     assert_eq!(world.up(5), ["publish web", "retire 3"]);
     assert_eq!(world.rotation(), [5, 2]);
     assert_eq!(world.web().slots[0].spec, spec("a"));
@@ -64,15 +75,15 @@ fn a_slot_that_was_moved_already_is_moved_back() {
 
 #[test]
 fn a_vacated_slot_goes_back_to_what_worked_at_once() {
-    let mut world = World::healthy(ports("a", &[9002, 9003]));
-    world.apply(1, [ports("b", &[9002, 9003])]);
+    let mut world = World::healthy(stop_first(ports("a", &[9002, 9003])));
+    world.apply(1, [stop_first(ports("b", &[9002, 9003]))]);
     world.idle(1);
     world.end(1);
     world.started(3);
     world.wait(SEC(1));
     assert_eq!(
         world.exit(3),
-        ["publish web", "answer 1: web: slot 0: exit status 1", "restored web"]
+        ["publish web", "answer 1: web: slot 0: exit status 1; 1 worker serves", "restored web"]
     );
     assert_eq!(world.rotation(), [2]);
     assert_eq!(world.gone(3), ["publish web", "spawn 4 a on 9002"], "no backoff");
@@ -83,7 +94,7 @@ fn a_vacated_slot_goes_back_to_what_worked_at_once() {
 #[test]
 fn a_rollout_that_fails_brings_back_removed_ports_and_drops_new_ones() {
     let mut world = World::healthy(ports("a", &[9002, 9003]));
-    world.apply(1, [ports("b", &[9003, 9004])]);
+    world.apply(1, [stop_first(ports("b", &[9003, 9004]))]);
     assert_eq!(world.slots(), [(1, Some(9003), None), (2, Some(9004), Some(3))]);
     world.idle(2);
     world.end(2);
@@ -93,7 +104,7 @@ fn a_rollout_that_fails_brings_back_removed_ports_and_drops_new_ones() {
         [
             "reinstate 1",
             "publish web",
-            "answer 1: web: slot 1: no such file",
+            "answer 1: web: slot 1: no such file; no worker serves",
             "restored web",
             "retire 3",
             "publish web",
@@ -107,15 +118,15 @@ fn a_rollout_that_fails_brings_back_removed_ports_and_drops_new_ones() {
 fn a_rollback_does_not_take_a_port_back_from_another_service() {
     let api = service("api", "a", Slots::Ports(vec![9002]));
     let mut world = World::healthy(ports("a", &[9002, 9003]));
-    world.apply(1, [ports("b", &[9003]), api.clone()]);
+    world.apply(1, [stop_first(ports("b", &[9003])), api.clone()]);
     world.idle(2);
     world.end(2);
     assert!(world.fail_to_start(3).contains(&"restored web".to_owned()));
     assert_eq!(world.web().config, ports("a", &[9003]));
 
     let mut world = World::healthy(ports("a", &[9002]));
-    world.apply(1, [ports("b", &[9002, 9003])]);
-    world.apply(2, [ports("c", &[9003]), api]);
+    world.apply(1, [stop_first(ports("b", &[9002, 9003]))]);
+    world.apply(2, [stop_first(ports("c", &[9003])), api]);
     assert_eq!(world.fail_to_start(2), ["publish web", "spawn 3 c on 9003"]);
     assert!(world.fail_to_start(3).contains(&"restored web".to_owned()));
     assert_eq!(world.web().config, ports("a", &[9003]), "no port of its own is left");
@@ -142,15 +153,15 @@ fn so_does_a_reload_to_where_a_rollback_was_leading() {
     world.fail_to_start(6);
     assert_eq!(world.apply(2, [count("a", 4)]), ["spawn 8 a on any"]);
     assert_eq!(world.fail_to_start(7), ["spawn 9 a on any"]);
-    assert_eq!(world.up(9), ["publish web", "retire 5", "answer 2"]);
+    let shown = world.up(9);
+    assert_eq!(shown, ["publish web", "retire 5", "answer 2 (web: slot 0: no such file)"]);
 }
 
 #[test]
-fn a_worker_that_is_not_serving_makes_way_first() {
-    let mut world = World::healthy(count("a", 1));
-    world.fall(1);
-    let shown = world.restart(1, Some("web"));
-    assert_eq!(shown, ["publish web", "retire 1", "spawn 2 a on any"]);
+fn a_worker_that_was_not_proven_yet_makes_way_first() {
+    let mut world = World::begin(count("a", 1));
+    world.started(1);
+    assert_eq!(world.restart(1, Some("web")), ["retire 1", "SIGTERM 1", "spawn 2 a on any"]);
     assert_eq!(world.up(2), ["publish web", "answer 1"]);
 }
 
@@ -184,7 +195,8 @@ fn where_both_die_the_old_settings_come_back() {
     world.apply(1, [count("b", 1)]);
     world.end(1);
     let shown = world.fail_to_start(2);
-    assert_eq!(shown, ["answer 1: web: slot 0: no such file", "restored web", "spawn 3 a on any"]);
+    let error = "web: slot 0: no such file; no worker serves";
+    assert_eq!(shown, [&format!("answer 1: {error}"), "restored web", "spawn 3 a on any"]);
 }
 
 #[test]
@@ -221,7 +233,8 @@ fn a_restart_replaces_one_after_the_other() {
 fn a_restart_that_fails_stops_there() {
     let mut world = World::healthy(count("a", 2));
     world.restart(1, None);
-    assert_eq!(world.fail_to_start(3), ["publish web", "answer 1: web: slot 0: no such file"]);
+    let error = "web: slot 0: no such file; the 2 old workers still serve, nothing changed";
+    assert_eq!(world.fail_to_start(3), ["publish web".to_owned(), format!("answer 1: {error}")]);
     assert_eq!((world.rotation(), world.spawns.len()), (vec![1, 2], 3));
 }
 
@@ -235,8 +248,8 @@ fn one_answer_for_all_services() {
     assert_eq!(shown[2..], ["spawn 3 a on any", "spawn 4 a on any"]);
     assert_eq!(world.fail_to_start(4), ["publish api"]);
     let shown = world.fail_to_start(3);
-    let error = "answer 2: api: slot 0: no such file; web: slot 0: no such file";
-    assert_eq!(shown, ["publish web", error]);
+    let why = "slot 0: no such file; the old worker still serves, nothing changed";
+    assert_eq!(shown, ["publish web".to_owned(), format!("answer 2: api: {why}; web: {why}")]);
 }
 
 #[test]
@@ -258,20 +271,21 @@ fn another_reload_ends_the_rollout_under_way() {
         world.apply(2, [count("c", 2)]),
         ["answer 1: another change was applied", "retire 3", "spawn 4 c on any"]
     );
-    assert_eq!(world.fail_to_start(4)[1], "answer 2: web: slot 0: no such file");
+    let error = "web: slot 0: no such file; the 2 old workers still serve, nothing changed";
+    assert_eq!(world.fail_to_start(4)[1], format!("answer 2: {error}"));
     assert_eq!(world.web().config, count("a", 2), "what worked last, not what was tried last");
 }
 
 #[test]
 fn the_way_back_undoes_a_rollout_under_way() {
     let mut world = World::healthy(ports("a", &[9002, 9003]));
-    world.apply(1, [ports("b", &[9002, 9003])]);
+    world.apply(1, [stop_first(ports("b", &[9002, 9003]))]);
     world.idle(1);
     world.end(1);
     world.up(3);
     world.idle(2);
     assert_eq!(
-        world.apply(2, [ports("a", &[9002, 9003])])[1..],
+        world.apply(2, [stop_first(ports("a", &[9002, 9003]))])[1..],
         ["answer 1: another change was applied", "retire 3"]
     );
     assert_eq!(world.end(2), ["publish web", "spawn 4 a on 9003"]);
@@ -280,13 +294,14 @@ fn the_way_back_undoes_a_rollout_under_way() {
 #[test]
 fn a_reload_waits_for_what_the_one_before_left_unproven() {
     let mut world = World::healthy(ports("a", &[9002, 9003]));
-    world.apply(1, [ports("b", &[9002, 9003])]);
+    world.apply(1, [stop_first(ports("b", &[9002, 9003]))]);
     world.idle(1);
     world.end(1);
-    let shown = world.apply(2, [ports("b", &[9002, 9003, 9004])]);
+    let shown = world.apply(2, [stop_first(ports("b", &[9002, 9003, 9004]))]);
     assert_eq!(shown, ["answer 1: another change was applied", "spawn 4 b on 9004"]);
     assert_eq!(world.rotation(), [2], "9003 serves until 9002 is proven");
-    assert_eq!(world.fail_to_start(3)[1], "answer 2: web: slot 0: no such file");
+    let error = "web: slot 0: no such file; 1 worker serves";
+    assert_eq!(world.fail_to_start(3)[1], format!("answer 2: {error}"));
     assert_eq!(world.web().config, ports("a", &[9002, 9003]));
     assert_eq!(world.rotation(), [2]);
 }
@@ -342,9 +357,48 @@ fn a_hung_worker_on_an_inherited_port_is_replaced_before_it_is_gone() {
 }
 
 #[test]
-fn from_binding_to_inheriting_the_old_one_is_gone_first() {
+fn from_binding_to_inheriting_a_stand_in_serves_meanwhile() {
     let mut world = World::healthy(ports("a", &[9002]));
-    let shown = world.apply(1, [inherited("a", &[9002])]);
+    assert_eq!(world.apply(1, [inherited("a", &[9002])]), ["publish web", "spawn 2 a on any"]);
+    assert_eq!(world.up(2), ["publish web", "retire 1"]);
+    world.idle(1);
+    assert_eq!(world.end(1), ["publish web", "spawn 3 a on 9002"]);
+    assert_eq!(world.up(3), ["publish web", "retire 2", "answer 1"]);
+    // And where it is to be stopped first.
+    let mut world = World::healthy(ports("a", &[9002]));
+    let shown = world.apply(1, [stop_first(inherited("a", &[9002]))]);
     assert_eq!(shown, ["publish web", "retire 1"]);
     assert_eq!(world.end(1).last().map(String::as_str), Some("spawn 2 a on 9002"));
+}
+
+#[test]
+fn a_rollout_that_fails_tells_what_the_worker_said_last() {
+    let mut world = World::healthy(count("a", 2));
+    world.restart(1, None);
+    world.started(3);
+    let said = vec!["Error: Cannot find module './app'".to_owned(), "    at Module".to_owned()];
+    let shown = world.event(Event::Exited {
+        id: WorkerId(3),
+        status: "exit status 1".to_owned(),
+        by_signal: false,
+        said: said.clone(),
+    });
+    let reason = "slot 0: exit status 1; the 2 old workers still serve, nothing changed";
+    let answer = format!(
+        "answer 1: web: {reason}; it said last:\n    Error: Cannot find module './app'\n        at Module"
+    );
+    assert_eq!(shown, ["publish web".to_owned(), answer]);
+    let failed = Fact::RolloutFailed { reason: reason.to_owned(), said };
+    assert_eq!(world.facts.last(), Some(&failed));
+}
+
+#[test]
+fn what_was_replaced_before_a_restart_failed_stays() {
+    let mut world = World::healthy(count("a", 4));
+    world.restart(1, None);
+    world.up(5);
+    world.up(6);
+    let error = "web: slot 2: no such file; 4 workers serve; the 2 that were replaced before stay";
+    assert_eq!(world.fail_to_start(7)[1], format!("answer 1: {error}"));
+    assert_eq!(world.rotation(), [5, 6, 3, 4]);
 }

@@ -62,13 +62,55 @@ fn a_stop_first_empties_the_listeners() {
 }
 
 #[test]
-fn nothing_is_started_while_it_stops() {
+fn a_vacant_slot_is_filled_until_the_listeners_are_empty() {
+    // Clients that are held while none is healthy have been promised one that is due.
     let mut world = World::healthy(ports("a", &[9002]));
     world.event(Event::Stop);
     assert_eq!(world.end(1), ["publish web"]);
-    assert!(matches!(world.facts.last(), Some(Fact::Down { restart_in: None, .. })));
-    assert_eq!(world.wait(SEC(100)), [""; 0]);
+    assert!(matches!(world.facts.last(), Some(Fact::Down { restart_in: Some(_), .. })));
+    assert!(matches!(world.coming(), Coming::At(_)));
+    assert_eq!(world.wait(MS(100)), ["publish web", "spawn 2 a on 9002"]);
+    assert_eq!(world.up(2), ["publish web"]);
+    assert_eq!(world.rotation(), [2]);
+    assert_eq!(world.closed(), ["publish web", "retire 2"]);
+    world.idle(2);
+    assert_eq!(world.end(2), ["forget web", "finished"]);
+}
+
+#[test]
+fn nothing_is_started_once_the_listeners_are_empty() {
+    let mut world = World::healthy(ports("a", &[9002]));
+    world.event(Event::Stop);
+    world.end(1);
     assert_eq!(world.closed(), ["forget web", "finished"]);
+    assert_eq!(world.wait(SEC(100)), [""; 0]);
+}
+
+#[test]
+fn a_service_that_was_removed_is_not_filled_again_since_lbd_stops() {
+    let api = service("api", "a", Slots::Ports(vec![9002]));
+    let mut world = World::healthy(ports("a", &[9002]));
+    world.apply(1, [api]);
+    assert!(
+        world.end(1).ends_with(&["spawn 2 a on 9002".to_owned()]),
+        "the port is the other one's"
+    );
+    assert_eq!(world.coming(), Coming::Never);
+    world.event(Event::Stop);
+    assert_eq!(world.coming(), Coming::Never);
+    assert_eq!(world.wait(SEC(10)), [""; 0]);
+    assert_eq!(world.spawns.len(), 2);
+}
+
+#[test]
+fn a_replacement_is_kept_where_a_stop_finds_nothing_else() {
+    let mut world = World::healthy(count("a", 1));
+    world.restart(1, None);
+    world.end(1);
+    assert_eq!(world.event(Event::Stop), ["answer 1: lbd is stopping", "close web"]);
+    assert_eq!(world.coming(), Coming::Now);
+    assert_eq!(world.up(2), ["publish web"]);
+    assert_eq!(world.rotation(), [2]);
 }
 
 #[test]

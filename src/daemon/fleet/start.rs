@@ -52,7 +52,8 @@ impl Fleet {
         match self.start(order) {
             Ok(port) => vec![Event::Spawned { id, port }],
             Err(error) => {
-                vec![Event::Failed { id, reason: error.to_string() }, Event::Gone { id }]
+                let cheap = matches!(error, StartError::PortTaken(..));
+                vec![Event::Failed { id, reason: error.to_string(), cheap }, Event::Gone { id }]
             }
         }
     }
@@ -260,7 +261,7 @@ async fn report(reported: Reported) {
     loop {
         let event = match child.next().await {
             Some(ChildEvent::Started { pid }) => Event::Started { id, pid },
-            Some(ChildEvent::Failed(reason)) => Event::Failed { id, reason },
+            Some(ChildEvent::Failed(reason)) => Event::Failed { id, reason, cheap: false },
             Some(ChildEvent::Exited(exit)) => {
                 let by_signal = !matches!(exit, Exit::Code(_));
                 if !was_healthy.get() {
