@@ -621,3 +621,20 @@ fn a_worker_that_was_drained_is_back_when_it_was_restarted() {
     assert_eq!(daemon.lbd(&["restart", "web", "1"]).status.code(), Some(0));
     assert_eq!(daemon.workers("web")[1]["state"], "healthy");
 }
+
+#[test]
+fn a_program_that_says_nothing_gets_a_hint() {
+    let ports = Ports::take(1);
+    let keys = "command = [\"sh\", \"-c\", \"sleep 1000 & exit 0\"]";
+    let daemon = Daemon::start(&ports.service(keys));
+    let line = daemon.wait(Mark::START, "worker exited", &[("status", "exit status 0")]);
+    assert!(line.get("hint").unwrap().contains("background"), "{}", line.raw);
+    if !needs::has(needs::APPS, "python3", "python3") {
+        return;
+    }
+    let ports = Ports::take(1);
+    let keys = "command = [\"python3\", \"-c\", \"import time; print(1); time.sleep(1000)\"]";
+    let daemon = Daemon::start(&ports.service(keys));
+    let line = daemon.wait(Mark::START, "worker not healthy yet", &[]);
+    assert!(line.get("hint").unwrap().contains("PYTHONUNBUFFERED"), "{}", line.raw);
+}

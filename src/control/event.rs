@@ -301,6 +301,8 @@ pub enum Fact {
         failures: u32,
         /// What went wrong.
         failure: Failure,
+        /// It had been healthy before.
+        was_healthy: bool,
     },
     /// It ended after it was asked to.
     Stopped {

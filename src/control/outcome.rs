@@ -283,7 +283,13 @@ impl Service {
         let failures = slot.backoff.failures();
         self.note_of(
             subject,
-            Fact::Down { reason: reason.clone(), restart_in, failures, failure },
+            Fact::Down {
+                reason: reason.clone(),
+                restart_in,
+                failures,
+                failure,
+                was_healthy: !healthy.is_zero(),
+            },
             cx,
         );
         if self.rollout.as_ref().is_some_and(|rollout| rollout.waits_for(id)) {

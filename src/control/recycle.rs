@@ -135,6 +135,7 @@ impl Service {
                     restart_in: None,
                     failures: slot.backoff.failures(),
                     failure: Failure::NotHealthy,
+                    was_healthy: true,
                 }
             }
         };

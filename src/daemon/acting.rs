@@ -2,6 +2,7 @@
 
 use std::{
     collections::{HashSet, VecDeque},
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -10,8 +11,10 @@ use tracing::debug;
 
 use super::{Daemon, Stage};
 use crate::{
-    config::SocketMode,
-    control::{Action, Coming, Event, NoteWorker, Phase, Supervisor, Worker, WorkerId},
+    config::{Output, Program, SocketMode},
+    control::{
+        Action, Coming, Event, Fact, Failure, Note, NoteWorker, Phase, Supervisor, Worker, WorkerId,
+    },
     proxy_protocol,
     route::Pool,
     sockets::Rescued,
@@ -22,6 +25,13 @@ use crate::{
 const HEADER: Duration = Duration::from_millis(100);
 /// Between two looks at queues that may still grow without anybody telling.
 const RESCUE_PAUSE: Duration = Duration::from_millis(50);
+
+/// Of a program that ended well before it accepted a connection.
+const BACKGROUND: &str = "a program that goes into the background has to be told not to: daemon off, \
+    --foreground, --nodaemon";
+/// Of one in Python that wrote nothing.
+const UNBUFFERED: &str =
+    "it wrote nothing, for Python keeps its output back: set env.PYTHONUNBUFFERED = \"1\"";
 
 impl Daemon<'_> {
     /// Does what control asks for, and tells it what comes of that at once.
@@ -72,7 +82,8 @@ impl Daemon<'_> {
             }
             Action::Note(note) => {
                 let held = note.worker.and_then(|worker| self.connections(&note.service, worker));
-                self.notes.write(&note, held, Instant::now());
+                let hint = self.hint(&note);
+                self.notes.write(&note, held, hint, Instant::now());
             }
             Action::Finished => {
                 self.stage = Stage::Finished(match self.stage {
@@ -119,11 +130,37 @@ impl Daemon<'_> {
     }
 
     fn connections(&self, service: &str, noted: NoteWorker) -> Option<usize> {
+        self.fleet.upstream(self.noted(service, noted)?.id)?.connections()
+    }
+
+    fn noted(&self, service: &str, noted: NoteWorker) -> Option<&Worker> {
         let service = self.supervisor.service(service)?;
         // Its successor has the same slot.
-        let is_noted = |worker: &&Worker| (worker.slot, worker.pid) == (noted.slot, noted.pid);
-        let worker = service.workers().find(is_noted)?;
-        self.fleet.upstream(worker.id)?.connections()
+        service.workers().find(|worker| (worker.slot, worker.pid) == (noted.slot, noted.pid))
+    }
+
+    /// What an operator might look at where a new worker does not become healthy, and nothing that
+    /// it says tells why.
+    fn hint(&self, note: &Note) -> Option<&'static str> {
+        let (Fact::NotYetHealthy { .. } | Fact::Down { was_healthy: false, .. }) = &note.fact
+        else {
+            return None;
+        };
+        if let Fact::Down { failure: Failure::Exited, reason, .. } = &note.fact
+            && reason == "exit status 0"
+        {
+            return Some(BACKGROUND);
+        }
+        let worker = self.noted(&note.service, note.worker?)?;
+        let Program::Command(argv) = &worker.spec.program else { return None };
+        let name = Path::new(argv.first()?).file_name()?.to_str()?;
+        let is_silent =
+            worker.spec.output == Output::Log && self.fleet.last_words(worker.id).is_empty();
+        let keeps_back = name.starts_with("python")
+            && argv.iter().all(|argument| argument != "-u")
+            && !worker.spec.env.contains_key("PYTHONUNBUFFERED")
+            && std::env::var_os("PYTHONUNBUFFERED").is_none();
+        (is_silent && keeps_back).then_some(UNBUFFERED)
     }
 
     /// The connections that wait for a worker that will not take them, to be handed to another one;

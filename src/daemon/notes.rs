@@ -47,9 +47,15 @@ struct Fold {
 }
 
 impl Notes {
-    /// Writes one line, or folds it. `connections` is what the worker holds, where that is of
-    /// interest.
-    pub(super) fn write(&mut self, note: &Note, connections: Option<usize>, now: Instant) {
+    /// Writes one line, or folds it. `connections` is what the worker holds, and `hint` what an
+    /// operator might look at, where that is of interest.
+    pub(super) fn write(
+        &mut self,
+        note: &Note,
+        connections: Option<usize>,
+        hint: Option<&str>,
+        now: Instant,
+    ) {
         let service = &*note.service;
         let slot = note.worker.map(|worker| worker.slot);
         let port = note.worker.and_then(|worker| worker.port);
@@ -72,9 +78,9 @@ impl Notes {
             }
             Fact::NotYetHealthy { error, after } => {
                 let after = seconds(*after);
-                warn!(service, slot, port, pid, error, after, "worker not healthy yet");
+                warn!(service, slot, port, pid, error, after, hint, "worker not healthy yet");
             }
-            Fact::Down { reason, restart_in, failures, failure } => {
+            Fact::Down { reason, restart_in, failures, failure, .. } => {
                 let pace = match failure {
                     Failure::NotTried => NOT_TRIED,
                     Failure::NotStarted | Failure::Exited | Failure::NotHealthy => STARTED,
@@ -91,11 +97,27 @@ impl Notes {
                     ),
                     Failure::Exited => warn!(
                         service,
-                        slot, port, pid, status, restart_in, failures, folded, "worker exited"
+                        slot,
+                        port,
+                        pid,
+                        status,
+                        restart_in,
+                        failures,
+                        folded,
+                        hint,
+                        "worker exited"
                     ),
                     Failure::NotHealthy => warn!(
                         service,
-                        slot, port, pid, error, restart_in, failures, folded, "worker given up"
+                        slot,
+                        port,
+                        pid,
+                        error,
+                        restart_in,
+                        failures,
+                        folded,
+                        hint,
+                        "worker given up"
                     ),
                 }
             }

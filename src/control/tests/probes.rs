@@ -79,7 +79,7 @@ fn a_worker_that_is_not_healthy_in_time_is_killed_and_counts_as_failed() {
     world.fail(1);
     let shown = world.wait(SEC(60));
     assert_eq!(shown, ["probe 1", "publish web", "kill 1"]);
-    let Some(Fact::Down { reason, restart_in, failures, failure }) = world.facts.last() else {
+    let Some(Fact::Down { reason, restart_in, failures, failure, .. }) = world.facts.last() else {
         panic!("{:?}", world.facts)
     };
     assert_eq!(reason, "not healthy within 1m: connection refused");

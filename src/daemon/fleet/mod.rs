@@ -289,7 +289,6 @@ impl Fleet {
     }
 
     /// The last lines that the worker wrote, as far as they came through lbd.
-    #[allow(dead_code, reason = "for whoever says why a worker that still runs is given up")]
     pub(super) fn last_words(&self, id: WorkerId) -> Vec<String> {
         self.members.get(&id).map(|member| member.last_words.lines()).unwrap_or_default()
     }
