@@ -7,7 +7,7 @@
 //!
 //! ```text
 //! Supervisor ─ Service ─┬─ Slot ─┬─ current: Worker
-//!                       │        └─ next: Worker      (its replacement, until it is healthy)
+//!                       │        └─ next: Worker      (its replacement, until it is proven)
 //!                       ├─ retiring: Worker …         (on their way out)
 //!                       └─ Rollout                    (replacing one slot after the other)
 //! ```

@@ -189,10 +189,12 @@ impl Service {
     /// A worker that was healthy, and had to stay so until it was proven, did not.
     fn not_proven(&mut self, id: WorkerId, reason: String, cx: &mut Context<'_>) {
         let Some(index) = self.slots.iter().position(|slot| slot.holds(id)) else { return };
-        if self.slots[index].next.as_ref().is_some_and(|next| next.id == id) {
+        let slot = &mut self.slots[index];
+        if slot.current.as_ref().is_some_and(|worker| worker.id != id) {
             self.replace_failed(id, reason, cx);
         } else {
             // There is no other in the slot: it stays, for it may come back.
+            slot.promote();
             self.fail_rollout(index, &reason, Failure::NotHealthy, &[], cx);
         }
     }

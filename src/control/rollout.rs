@@ -1,14 +1,17 @@
 //! Replacing the workers of a service one at a time.
 //!
 //! The replacement is started beside the old worker, and takes over when it has been healthy for
-//! `rollout.settle`. Where both would have to bind the same port, a *stand-in* on a free port is
-//! proven first and serves in the slot until the old worker has left the port; then the slot gets a
-//! worker on its own port in the same way. With `rollout.order = "stop-first"` the old worker is
-//! drained and stopped before the new one is started.
+//! `rollout.settle`; before that it serves only if the old one can't. Where both would have to bind
+//! the same port, a *stand-in* on a free port is proven first and serves in the slot until the old
+//! worker has left the port; then the slot gets a worker on its own port in the same way. If that one
+//! fails, the stand-in stays, and the port is tried again later. With `rollout.order = "stop-first"`
+//! the old worker is drained and stopped before the new one is started.
 //!
 //! A replacement that fails ends the rollout: what still runs on the old settings stays, and what
 //! was already moved to the new ones is moved back. But a slot that was down before says nothing
 //! about the new settings: it is started with them, and nobody waits for it as long as others serve.
+//! And a worker that is replaced because it hangs makes way all the same, in case the program can't
+//! run twice.
 
 use std::{
     collections::VecDeque,
@@ -70,7 +73,7 @@ enum Step {
     Proving { id: WorkerId, proof: Proof },
 }
 
-/// What a new worker has to show, and what its failure means.
+/// What a new worker has to show, and what follows if it does not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Proof {
     /// It is the first with these settings in its slot: it has to settle, and its failure is the
@@ -271,10 +274,10 @@ impl Service {
         let Some(rollout) = &mut self.rollout else { return };
         rollout.step = Step::Ready;
         let Some(slot) = self.slots.iter_mut().find(|slot| slot.holds(id)) else { return };
-        if rollout.undrains(slot.number) {
-            slot.drained = false;
-        }
-        let stands_in = slot.workers().any(|worker| worker.id == id && worker.stands_in);
+        let proven = slot.workers().find(|worker| worker.id == id);
+        let stands_in = proven.is_some_and(|worker| worker.stands_in);
+        // A new worker that an operator wants in rotation brings its slot back.
+        slot.drained &= proven.is_none_or(|worker| worker.aside.is_some());
         match rollout.kind {
             // The slot has another turn, when the old worker has left the port.
             Kind::Reload | Kind::Restart | Kind::Rollback if stands_in => {

@@ -1,5 +1,5 @@
-//! One place for a worker in a service: who fills it, who is to take over, and when the next one
-//! is started.
+//! One place for a worker in a service: which worker fills it, which one is to take over, which of
+//! them serves, and when the next one is started.
 
 use std::{sync::Arc, time::Instant};
 

@@ -9,8 +9,10 @@
 //!                   Draining ─▶ Stopping ─▶ Ended ─▶ (gone)
 //! ```
 //!
-//! Any state may go to `Ended` by the program's own end. This module decides when to probe and when
-//! a deadline of this one worker has passed; what follows for the slot is the service's business.
+//! Any state may go to `Ended` by the program's own end, and a worker that drains goes back to where
+//! it was if it is wanted again. This module decides when to probe, what the probes add up to, and when
+//! a deadline of this one worker has passed; what follows for the slot is the service's business: also
+//! when an unhealthy worker has been so for too long, and when a healthy one is proven.
 
 use std::{
     net::SocketAddr,

@@ -9,7 +9,7 @@ use std::{
 
 use super::{
     super::{
-        Action, Event, Fact, ProbeOutcome, Rotation, Spawn, Supervisor, Ticket, Verdict,
+        Action, Event, Fact, ProbeOutcome, Rotation, Slot, Spawn, Supervisor, Ticket, Verdict,
         WORKERS_ON_A_PORT, Why, WorkerId,
     },
     MS,
@@ -49,8 +49,8 @@ pub(super) struct Machine {
     pub(super) steps: u64,
     /// What operators took out of rotation and did not put back, as long as it is there.
     drained: BTreeSet<(Arc<str>, u32)>,
-    /// Those of which it asked a restart since, and who waits for that: they may be put back.
-    restarted: BTreeMap<(Arc<str>, u32), Ticket>,
+    /// Those of which a restart was asked since: they may be put back.
+    restarted: BTreeSet<(Arc<str>, u32)>,
     seed: u64,
     /// Those that are not gone, as far as the core was told.
     processes: BTreeMap<WorkerId, Process>,
@@ -81,7 +81,7 @@ impl Machine {
             finished: false,
             steps: 0,
             drained: BTreeSet::new(),
-            restarted: BTreeMap::new(),
+            restarted: BTreeSet::new(),
             seed,
             processes: BTreeMap::new(),
             published: BTreeMap::new(),
@@ -191,11 +191,16 @@ impl Machine {
         let slots = self.supervisor.services().iter().filter(|found| is_chosen(&found.config.name));
         let slots = slots.map(|found| Arc::clone(&found.config.name));
         let chosen: Vec<_> = slots.filter_map(|name| Some((name, slot?))).collect();
-        for key in &chosen {
-            self.drained.remove(key);
-            self.restarted.insert(key.clone(), ticket);
+        let before = (self.drained.clone(), self.restarted.clone());
+        for key in chosen {
+            self.drained.remove(&key);
+            self.restarted.insert(key);
         }
         self.handle(Event::Restart { service, slot, ticket });
+        if !self.tickets.contains(&ticket) {
+            // It was refused, or there is no such slot.
+            (self.drained, self.restarted) = before;
+        }
     }
 
     /// An operator's wish, which holds at once and for as long as the slot is there.
@@ -325,11 +330,12 @@ impl Machine {
             self.carry_out(action);
         }
         let services = &self.supervisor;
-        self.drained.retain(|(name, slot)| {
+        let is_there = |(name, slot): &(Arc<str>, u32)| {
             let service = services.service(name);
             service.is_some_and(|service| service.slots.iter().any(|s| s.number == *slot))
-        });
-        self.restarted.retain(|_, ticket| self.tickets.contains(ticket));
+        };
+        self.drained.retain(is_there);
+        self.restarted.retain(is_there);
         self.check();
     }
 
@@ -491,9 +497,8 @@ impl Machine {
                 let wish = (Arc::clone(&service.config.name), slot.number);
                 assert!(slot.drained || !self.drained.contains(&wish), "{wish:?} is forgotten");
                 // After a restart, the new worker of a drained slot is not.
-                let is_out = |current: bool| {
-                    slot.drained && (current || !self.restarted.contains_key(&wish))
-                };
+                let is_out =
+                    |current: bool| slot.drained && (current || !self.restarted.contains(&wish));
                 let current = slot.current.as_ref().map(|worker| worker.id);
                 for id in slot.workers().map(|worker| worker.id) {
                     let (out, retired) = (is_out(current == Some(id)), self.processes[&id].retired);
@@ -510,7 +515,9 @@ impl Machine {
     fn check_retirements(&self, actions: &[Action]) {
         for action in actions {
             let Action::Retire { id } = action else { continue };
-            let serves = |process: &&Process| !process.stands_in && self.is_published(*id);
+            let serves = |process: &&Process| {
+                !process.stands_in && process.book.since.is_some() && self.is_published(*id)
+            };
             let Some(process) = self.processes.get(id).filter(serves) else { continue };
             let service = self.supervisor.service(&process.service).unwrap();
             let settings = &service.config.rollout;
@@ -523,11 +530,37 @@ impl Machine {
             if !service.is_open() || settings.order == Order::StopFirst {
                 continue;
             }
-            let successor = slot.current.as_ref().and_then(|worker| self.processes.get(&worker.id));
+            let filler = slot.current.as_ref().map(|worker| worker.id);
+            let successor = filler.and_then(|filler| self.processes.get(&filler));
             let since = successor.and_then(|process| process.book.since);
-            let has_settled = since.is_some_and(|since| since + settings.settle <= self.now);
-            assert!(has_settled, "{id:?} makes way for {successor:?}: {actions:#?} {service:#?}");
+            // A replacement that served meanwhile makes way for one that is healthy again.
+            let is_newer = filler.is_some_and(|filler| filler > *id);
+            let settle = if is_newer { settings.settle } else { Duration::ZERO };
+            let has_settled = since.is_some_and(|since| since + settle <= self.now);
+            assert!(has_settled, "{id:?} makes way for {successor:?}");
         }
+    }
+
+    /// Who is healthy by what the probes showed, and nobody else, is in rotation. (What one that was
+    /// retired once showed meanwhile does not count.)
+    fn check_health(&self) {
+        let slots = self.supervisor.services().iter().flat_map(|service| &service.slots);
+        for worker in slots.flat_map(Slot::workers) {
+            let process = &self.processes[&worker.id];
+            if process.turns > 0 {
+                continue;
+            }
+            let (healthy, serves) = (process.book.since.is_some(), self.is_published(worker.id));
+            // A replacement serves only where the one that it replaces does not.
+            assert!(healthy || !serves, "{worker:?} is in rotation");
+            let fills = process.told == Told::Started && !self.is_replacement(worker.id);
+            assert!(!healthy || serves || !fills, "{worker:?} is not in rotation");
+        }
+    }
+
+    fn is_replacement(&self, id: WorkerId) -> bool {
+        let mut slots = self.supervisor.services().iter().flat_map(|service| &service.slots);
+        slots.any(|slot| slot.next.as_ref().is_some_and(|next| next.id == id))
     }
 
     /// What must hold after every step.
@@ -546,6 +579,7 @@ impl Machine {
             assert_eq!(known, self.processes.values().filter(alive).count(), "lost a worker");
         }
         self.check_wishes();
+        self.check_health();
         for id in self.published.values().flat_map(|rotation| &rotation.workers) {
             let process = &self.processes[id];
             assert!(process.told == Told::Started && !process.retired, "{id:?} is in rotation");

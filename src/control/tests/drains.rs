@@ -346,3 +346,14 @@ fn a_restart_of_all_leaves_it_drained() {
     world.up(4);
     assert_eq!((world.rotation(), aside(&world, 3)), (vec![4], true));
 }
+
+#[test]
+fn a_reload_that_takes_the_restarted_worker_over_puts_it_back_too() {
+    let mut world = World::healthy(count("a", 2));
+    world.drain(0);
+    world.restart_slot(1, 0);
+    assert_eq!(world.apply(2, [count("a", 3)])[0], "answer 1: another change was applied");
+    world.up(3);
+    assert_eq!(world.rotation(), [3, 2]);
+    assert!(!world.web().slots[0].drained);
+}

@@ -120,3 +120,20 @@ fn stopped_first_it_settles_before_the_next_one_goes() {
     assert!(!world.wait(MS(999)).contains(&"retire 2".to_owned()));
     assert!(world.wait(MS(1)).contains(&"retire 2".to_owned()));
 }
+
+#[test]
+fn one_that_is_unhealthy_stays_where_there_is_no_other() {
+    let mut config = settling(count("a", 1));
+    config.health.fall = NonZeroU32::MIN;
+    config.rollout.settle = SEC(10);
+    let mut world = World::healthy(config);
+    world.restart(1, None);
+    world.end(1);
+    world.up(2);
+    let shown = world.fail(2);
+    let answer = "answer 1: web: slot 0: unhealthy again: connection refused; no worker serves";
+    assert_eq!(shown, ["publish web", answer]);
+    assert_eq!(world.slots(), [(0, None, Some(2))]);
+    assert_eq!(world.pass(2), ["publish web"]);
+    assert_eq!(world.rotation(), [2]);
+}
