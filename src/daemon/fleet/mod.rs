@@ -11,7 +11,7 @@ use std::{
     net::{Shutdown, SocketAddr},
     path::PathBuf,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use nix::sys::signal::Signal;
@@ -55,6 +55,8 @@ pub(super) struct Fleet {
     folder: PathBuf,
     /// The public addresses that workers have sockets on.
     pub(super) publics: Publics,
+    /// When they are looked after again.
+    watch_at: Instant,
     /// Clients that waited for workers which are gone, to be handed over.
     left: Vec<(Arc<str>, Rescued)>,
     acceptor: Acceptor,
@@ -140,6 +142,7 @@ impl Fleet {
             nameless: HashMap::new(),
             folder,
             publics: Publics::default(),
+            watch_at: Instant::now(),
             left: Vec::new(),
             acceptor: Acceptor::new()?,
             cgroups,
