@@ -28,6 +28,7 @@
 //! | `--finish FILE` | on SIGTERM it ends, with status 0, when no request is being answered, and makes FILE |
 //! | `--fork` | has a child in a session of its own, which outlives it |
 //! | `--daemonize` | has a grandchild that has left it in every way, and ignores SIGTERM |
+//! | `--spoil FILE` | does what FILE says to the socket that is descriptor 3, as soon as there is one, and removes it: `shutdown`, `dissolve` or `lock` it and end, `detach` the program of its group, or `steal` all connections |
 //! | `--pour BYTES` | has a thread that writes so many bytes to standard output, no newline among them |
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails where its fixture does")]
 
@@ -36,7 +37,7 @@ use std::{
     fs::{self, OpenOptions},
     io::{self, BufRead, BufReader, Read, Write},
     net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
-    os::fd::{FromRawFd, OwnedFd},
+    os::fd::{BorrowedFd, FromRawFd, OwnedFd},
     path::Path,
     process::{self, Command},
     sync::{
@@ -48,13 +49,15 @@ use std::{
 };
 
 use nix::{
+    libc, setsockopt_impl, sockopt_impl,
     sys::{
         signal::{SigSet, Signal},
+        socket::{setsockopt, sockopt::AttachReusePortCbpf},
         stat::{Mode, umask},
     },
     unistd::{getsid, setsid},
 };
-use socket2::{Domain, SockRef, Socket, Type};
+use socket2::{Domain, SockFilter, SockRef, Socket, Type};
 
 /// Between two looks at a file that somebody is to make.
 const LOOK: Duration = Duration::from_millis(5);
@@ -87,6 +90,9 @@ fn main() {
     if let Some(bytes) = option("--pour") {
         let bytes = bytes.parse().unwrap();
         thread::spawn(move || pour(io::stdout(), bytes));
+    }
+    if let Some(file) = option("--spoil") {
+        thread::spawn(move || spoil(&file));
     }
     if let Some(gate) = option("--gate") {
         while !Path::new(&gate).exists() {
@@ -155,6 +161,66 @@ fn main() {
         mode => panic!("no mode {mode}"),
     }
 }
+
+/// What a hostile worker can do to the socket that it was given.
+fn spoil(file: &str) -> ! {
+    // SAFETY: with this option there is such a socket, and nobody closes it.
+    let fd = unsafe { BorrowedFd::borrow_raw(3) };
+    let socket = SockRef::from(&fd);
+    loop {
+        let word = fs::read_to_string(file).unwrap_or_default();
+        if word.is_empty() || fs::remove_file(file).is_err() {
+            thread::sleep(LOOK);
+            continue;
+        }
+        match word.as_str() {
+            "shutdown" => socket.shutdown(Shutdown::Both).unwrap(),
+            "dissolve" => {
+                let unspecified = [0_u8; 16]; // AF_UNSPEC is 0
+                // SAFETY: the kernel reads 16 bytes, as many as there are.
+                let result = unsafe { libc::connect(3, unspecified.as_ptr().cast(), 16) };
+                assert_eq!(result, 0);
+            }
+            "lock" => {
+                let drop_all = [SockFilter::new(libc::BPF_RET as u16, 0, 0, 0)];
+                socket.attach_filter(&drop_all).unwrap();
+                setsockopt(&fd, LockFilter, &true).unwrap();
+            }
+            "detach" => {
+                setsockopt(&fd, DetachReusePortBpf, &0).unwrap();
+                continue;
+            }
+            "steal" => {
+                // The kernel's list: lbd's two sockets, then those of the workers as they came.
+                let code = (libc::BPF_RET | libc::BPF_K) as u16;
+                let mut program = [libc::sock_filter { code, jt: 0, jf: 0, k: 2 }];
+                let program = libc::sock_fprog { len: 1, filter: program.as_mut_ptr() };
+                setsockopt(&fd, AttachReusePortCbpf, &program).unwrap();
+                continue;
+            }
+            word => panic!("no such thing as {word}"),
+        }
+        process::exit(1);
+    }
+}
+
+sockopt_impl!(
+    /// `SO_LOCK_FILTER` (socket(7)).
+    LockFilter,
+    SetOnly,
+    libc::SOL_SOCKET,
+    libc::SO_LOCK_FILTER,
+    bool
+);
+
+sockopt_impl!(
+    /// `SO_DETACH_REUSEPORT_BPF` (socket(7)).
+    DetachReusePortBpf,
+    SetOnly,
+    libc::SOL_SOCKET,
+    libc::SO_DETACH_REUSEPORT_BPF,
+    i32
+);
 
 fn listener() -> Socket {
     if env::var_os("LISTEN_FDS").is_some() {

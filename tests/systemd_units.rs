@@ -85,3 +85,18 @@ fn the_service_is_exposed_to_little() {
     }
     assert!(levels[1] < levels[0], "hardening.conf hardens nothing: {levels:?}");
 }
+
+#[test]
+fn the_runtime_folder_is_lbds_alone_and_it_has_no_more_rights_than_it_needs() {
+    let unit = fs::read_to_string(source().join("lbd.service")).unwrap();
+    let lines = |key: &str| -> Vec<&str> {
+        unit.lines().filter_map(|line| line.strip_prefix(key)).collect()
+    };
+    assert_eq!(lines("RuntimeDirectoryMode="), ["0700"]);
+    let families = "AF_UNIX AF_INET AF_INET6 AF_NETLINK";
+    assert_eq!(lines("RestrictAddressFamilies="), [families]);
+    assert_eq!(lines("CapabilityBoundingSet="), ["CAP_NET_BIND_SERVICE CAP_BPF"]);
+    let root = fs::read_to_string(source().join("lbd.service.d/per-worker-user.conf")).unwrap();
+    let capabilities = "CapabilityBoundingSet=CAP_SETUID CAP_SETGID CAP_KILL";
+    assert!(root.lines().any(|line| line == capabilities), "{root}");
+}

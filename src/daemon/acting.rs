@@ -196,7 +196,8 @@ impl Daemon<'_> {
         self.hand_over(rescued);
         // The kernel may have given it a connection whose handshake ends only now.
         let again = self.fleet.is_direct(&ejected) || self.fleet.publics.is_untidy();
-        self.rescue_at = again.then(|| now + RESCUE_PAUSE);
+        let again = again.then(|| now + RESCUE_PAUSE);
+        self.rescue_at = again.into_iter().chain(self.fleet.watch_at()).min();
     }
 
     fn workers_in(&self, wanted: impl Fn(Phase) -> bool) -> Vec<WorkerId> {

@@ -10,7 +10,7 @@ use std::{
     io,
     net::SocketAddr,
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use socket2::Socket;
@@ -21,7 +21,7 @@ use crate::{
     route::Ways,
     sockets::{
         Acceptor,
-        direct::{Choice, Public, Steering},
+        direct::{Choice, Public, Steering, Watched},
     },
 };
 
@@ -39,6 +39,12 @@ pub struct SteerError {
 #[derive(Debug, Default)]
 pub(super) struct Publics(HashMap<SocketAddr, Entry>);
 
+/// How often it is looked whether connections are still steered as lbd has said.
+pub(super) const WATCH_PAUSE: Duration = Duration::from_secs(1);
+
+/// What was said of an address is said again after this long at the earliest.
+const TOLD_PAUSE: Duration = Duration::from_secs(60);
+
 #[derive(Debug)]
 struct Entry {
     public: Public<WorkerId>,
@@ -48,6 +54,8 @@ struct Entry {
     closed: bool,
     /// Whose workers have sockets here, and are not gone.
     workers: BTreeSet<WorkerId>,
+    /// When it was last said that somebody else had steered.
+    told: Option<Instant>,
 }
 
 /// Addresses that can be steered from now on, and aren't yet.
@@ -91,7 +99,8 @@ impl Publics {
             let Steering { kind, why } = public.steering();
             let (service, address) = (Arc::clone(&service.name), public.address());
             tracing::info!(service = &*service, %address, %kind, why, "steering");
-            let entry = Entry { public, service, closed: false, workers: BTreeSet::new() };
+            let workers = BTreeSet::new();
+            let entry = Entry { public, service, closed: false, workers, told: None };
             self.0.insert(address, entry);
         }
         for (address, entry) in &mut self.0 {
@@ -233,6 +242,36 @@ impl Publics {
             wanted.contains(address) || !entry.workers.is_empty() || entry.public.is_untidy()
         });
         rescued
+    }
+
+    /// Sees to it that connections are steered as lbd has said: every worker has the group by its
+    /// socket, and can take the program off or put on its own. To be called every [`WATCH_PAUSE`]. Gives
+    /// back the clients that were given to nobody meanwhile, with whose they are.
+    pub(super) fn watch(
+        &mut self,
+        now: Instant,
+        acceptor: &mut Acceptor,
+    ) -> Vec<(Arc<str>, Socket)> {
+        let mut left = Vec::new();
+        for (address, entry) in &mut self.0 {
+            let Watched { clients, is_foreign, renewed } = entry.public.watch(acceptor);
+            left.extend(clients.into_iter().map(|client| (Arc::clone(&entry.service), client)));
+            let is_due = entry.told.is_none_or(|told| now >= told + TOLD_PAUSE);
+            let service = &*entry.service;
+            if (is_foreign || renewed.is_err()) && is_due {
+                entry.told = Some(now);
+                let error = renewed.err().map(|error| error.to_string());
+                let hint = "a worker has replaced the program or taken it off, by its socket; until \
+                            now it may have got connections out of turn";
+                tracing::warn!(service, %address, error, hint, "somebody else steered connections");
+            }
+        }
+        left
+    }
+
+    /// Whether there is something to [watch](Self::watch).
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 
     /// Whether [`tidy`](Self::tidy) is to be called again soon.

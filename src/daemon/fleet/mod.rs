@@ -7,8 +7,15 @@ mod rescue;
 mod start;
 
 use std::{
-    cell::Cell, collections::HashMap, io, net::SocketAddr, num::NonZeroU32, path::PathBuf, rc::Rc,
-    sync::Arc, time::Duration,
+    cell::Cell,
+    collections::HashMap,
+    io,
+    net::SocketAddr,
+    num::NonZeroU32,
+    path::PathBuf,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
 };
 
 use nix::sys::signal::Signal;
@@ -52,6 +59,8 @@ pub(super) struct Fleet {
     folder: PathBuf,
     /// The public addresses that workers have sockets on.
     pub(super) publics: Publics,
+    /// When they are looked after again.
+    watch_at: Instant,
     /// Clients that waited for workers which are gone, to be handed over.
     left: Vec<(Arc<str>, Rescued)>,
     acceptor: Acceptor,
@@ -137,6 +146,7 @@ impl Fleet {
             nameless: HashMap::new(),
             folder,
             publics: Publics::default(),
+            watch_at: Instant::now(),
             left: Vec::new(),
             acceptor: Acceptor::new()?,
             cgroups,

@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{Fleet, InheritedPort, InheritedUnix, Member};
-use crate::{control::WorkerId, sockets::Rescued};
+use crate::{control::WorkerId, daemon::publics::WATCH_PAUSE, sockets::Rescued};
 
 impl Fleet {
     /// Forgets a worker of which nothing is left. Its socket stays, with what waits in it, until
@@ -35,6 +35,11 @@ impl Fleet {
         }
     }
 
+    /// When [`Self::rescue_direct`] is to be called again at the latest.
+    pub(in crate::daemon) fn watch_at(&self) -> Option<Instant> {
+        (!self.publics.is_empty()).then_some(self.watch_at)
+    }
+
     /// As [`Self::rescue`], of workers that the kernel hands connections to: those that are `ejected`
     /// and those that are gone. Addresses that are not `wanted` and that no worker has
     /// a socket on are let go.
@@ -45,10 +50,15 @@ impl Fleet {
         can_serve: impl Fn(&str) -> bool,
         now: Instant,
     ) -> Vec<(Arc<str>, Rescued)> {
-        let Self { members, acceptor, publics, left: waiting, .. } = self;
+        let Self { members, acceptor, publics, watch_at, left: waiting, .. } = self;
         // Nothing was put in front of what the kernel gave to them.
         let client = |socket| Rescued { socket, proxy_protocol: None };
-        let left = publics.tidy(wanted, now, acceptor).into_iter();
+        let mut left = publics.tidy(wanted, now, acceptor);
+        if *watch_at <= now {
+            *watch_at = now + WATCH_PAUSE;
+            left.extend(publics.watch(now, acceptor));
+        }
+        let left = left.into_iter();
         let left = left.map(|(service, socket)| (service, client(socket)));
         let mut rescued: Vec<_> = std::mem::take(waiting).into_iter().chain(left).collect();
         for id in ejected {

@@ -142,6 +142,14 @@ impl Steer for Classic {
         false
     }
 
+    fn renew(&self, _parking: &Socket) -> io::Result<()> {
+        self.attach(&self.state())
+    }
+
+    fn except_renews(&self) -> bool {
+        true
+    }
+
     fn end(&self, parking: &Socket) {
         // In this order: whoever drops its pass now attaches nothing any more.
         self.state().parking = None;

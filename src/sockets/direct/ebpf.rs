@@ -92,7 +92,7 @@ pub(super) struct Ebpf {
     memory: Memory,
     sockets: Map,
     exceptions: Map,
-    _program: Program,
+    program: Program,
     /// What the rotation is now.
     turns: Mutex<Vec<Turn>>,
 }
@@ -122,7 +122,7 @@ impl Ebpf {
         }
         attach(parking, &program).map_err(failed)?;
         let turns = Mutex::default();
-        Ok(Self { memory, sockets, exceptions, _program: program, turns })
+        Ok(Self { memory, sockets, exceptions, program, turns })
     }
 }
 
@@ -181,6 +181,14 @@ impl Steer for Ebpf {
     fn close(&self) -> bool {
         self.memory.word(ROTATION).store(CLOSED, Release);
         true
+    }
+
+    fn renew(&self, parking: &Socket) -> io::Result<()> {
+        attach(parking, &self.program)
+    }
+
+    fn except_renews(&self) -> bool {
+        false
     }
 
     fn end(&self, parking: &Socket) {

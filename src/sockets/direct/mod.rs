@@ -17,6 +17,11 @@
 //! it outlives the worker, and reaches one worker in particular by a [`Way`]: a connection from a
 //! source port that the program knows, as a probe needs it.
 //!
+//! Each worker has the group by its socket, and can replace the program or take it off (socket(7)). So
+//! there is one socket more, the *sentinel*, which never has a turn: lbd connects to it now and then, as
+//! it would to a worker, and where that does not arrive, the program in force is not its own
+//! ([`Public::watch`]).
+//!
 //! There are two kinds of programs behind one interface (`steer`): [`Kind::Ebpf`] where lbd may load
 //! it, else [`Kind::Classic`]. [`Public::open`] tells which, and why not the better one.
 
@@ -36,6 +41,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nix::libc;
 use socket2::{Domain, Socket, Type};
 
 use super::{Acceptor, BACKLOG, accept_all, queue_length, refuse_new, unconnected};
@@ -45,8 +51,8 @@ use steer::Steer;
 pub use turns::Choice;
 use turns::{Key, PARKING, Turn};
 
-/// The socket that makes a group of the parking, and leaves it at once.
-const SECOND: Key = PARKING + 1;
+/// The socket that makes a group of the parking.
+const SENTINEL: Key = PARKING + 1;
 
 /// How long a socket without turns stays open where the kernel does not move what waits in it: for
 /// handshakes whose last segment is still on its way.
@@ -86,12 +92,68 @@ pub struct Public<Owner> {
     inside: SocketAddr,
     /// A copy of lbd's own.
     parking: Socket,
+    sentinel: Socket,
+    /// A test whose connection will be made by the next [`watch`](Self::watch), and one whose was.
+    prepared: Option<Test>,
+    sent: Option<Test>,
     steer: Arc<dyn Steer>,
     steering: Steering,
     closed: Option<Closed>,
     members: Vec<Member<Owner>>,
     /// Sockets whose workers are gone, and since when.
     leaving: Vec<(Instant, Key, Socket)>,
+}
+
+/// A connection to the sentinel.
+#[derive(Debug)]
+struct Test {
+    socket: Socket,
+    /// Until it is made.
+    pass: Option<Pass>,
+}
+
+impl Test {
+    /// `None` where lbd itself lacks what it takes.
+    fn send(mut self, to: SocketAddr) -> Option<Self> {
+        match self.socket.connect(&to.into()) {
+            // On loopback it is made as a rule when this returns.
+            Ok(()) => self.pass = None,
+            Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {
+                if self.socket.peer_addr().is_ok() {
+                    self.pass = None;
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
+            Err(_) => return None,
+        }
+        Some(self)
+    }
+
+    /// Whether it is among the `clients` that came to the sentinel, from which it is taken out. True
+    /// also where it is on its way still, which says nothing.
+    fn arrived(self, clients: &mut Vec<Socket>) -> bool {
+        let own = self.socket.local_addr().ok().and_then(|local| local.as_socket());
+        let is_own = |client: &Socket| {
+            own.is_some() && client.peer_addr().ok().and_then(|peer| peer.as_socket()) == own
+        };
+        let found = clients.iter().position(is_own).map(|index| clients.swap_remove(index));
+        // No TIME_WAIT each second.
+        _ = self.socket.set_linger(Some(Duration::ZERO));
+        let is_under_way =
+            matches!(self.socket.take_error(), Ok(None)) && self.socket.peer_addr().is_err();
+        found.is_some() || is_under_way
+    }
+}
+
+/// What [`Public::watch`] found.
+#[derive(Debug)]
+pub struct Watched {
+    /// Clients that were given to nobody, to be handed on.
+    pub clients: Vec<Socket>,
+    /// Somebody had replaced the program or taken it off.
+    pub is_foreign: bool,
+    /// Whether it could be put on anew.
+    pub renewed: io::Result<()>,
 }
 
 /// How new clients are kept from the workers.
@@ -123,17 +185,25 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
         let inside = inside(address);
         parking.set_reuse_port(true)?;
         // The kernel makes a group of a socket that listens already when a second one joins it, and
-        // a program can only be attached then. Whom that one gets before is taken from it as it leaves.
-        let second = beside(&parking, address)?;
-        second.listen(BACKLOG)?;
+        // a program can only be attached then. Whom that one gets before comes from the first `watch`.
+        let sentinel = beside(&parking, address)?;
+        sentinel.listen(BACKLOG)?;
         let (steer, steering) = Self::steer(&parking, inside)?;
         let (members, leaving) = (Vec::new(), Vec::new());
-        let closed = None;
-        let mut public =
-            Self { address, inside, parking, steer, steering, closed, members, leaving };
-        public.steer.join(SECOND, &second)?;
-        public.dismiss(SECOND, second, Instant::now());
-        Ok(public)
+        steer.join(SENTINEL, &sentinel)?;
+        Ok(Self {
+            address,
+            inside,
+            parking,
+            sentinel,
+            prepared: None,
+            sent: None,
+            steer,
+            steering,
+            closed: None,
+            members,
+            leaving,
+        })
     }
 
     /// A socket without turns leaves: at once where the kernel moves what waits in it.
@@ -180,7 +250,7 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
             let leaving = self.leaving.iter().map(|(_, key, _)| key);
             self.members.iter().map(|member| &member.key).chain(leaving).any(|other| other == key)
         };
-        let free = (PARKING + 1..KEYS).find(|key| !taken(key));
+        let free = (SENTINEL + 1..KEYS).find(|key| !taken(key));
         let key = free.ok_or_else(|| io::Error::other("too many workers on this address"))?;
         let socket = beside(&self.parking, self.address)?;
         socket.listen(BACKLOG)?;
@@ -215,6 +285,28 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
         // The same as nobody, and at no cost for each connection.
         let all_parked = turns.iter().all(|turn| turn.key == PARKING);
         self.steer.rotate(choice, if all_parked { &[] } else { &turns })
+    }
+
+    /// Looks whether the program in force is lbd's own, and puts it on anew. To be called about once
+    /// a second: what it finds is about the time since the last call.
+    pub fn watch(&mut self, acceptor: &mut Acceptor) -> Watched {
+        let mut clients = accept_all(&self.sentinel, acceptor);
+        let is_foreign = self.sent.take().is_some_and(|test| !test.arrived(&mut clients));
+        // Before the program is put on anew, so that it is the one in force which is asked.
+        let test = self.prepared.take().or_else(|| self.prepare_test());
+        self.sent = test.and_then(|test| test.send(self.inside));
+        let renewed = self.steer.renew(&self.parking);
+        if self.steer.except_renews() {
+            self.prepared = self.prepare_test();
+        }
+        Watched { clients, is_foreign, renewed }
+    }
+
+    fn prepare_test(&self) -> Option<Test> {
+        let steer = Arc::clone(&self.steer);
+        let way = Way { inside: self.inside, key: SENTINEL, routed_before: 0, steer };
+        let (socket, pass) = way.open().ok()?;
+        Some(Test { socket, pass: Some(pass) })
     }
 
     /// How lbd reaches `owner`, and nobody else.
@@ -335,6 +427,7 @@ impl<Owner> Drop for Public<Owner> {
         for (key, socket) in members.chain(leaving) {
             self.steer.leave(key, &socket);
         }
+        self.steer.leave(SENTINEL, &self.sentinel);
         self.steer.end(&self.parking);
         // Else any program of the same user could join.
         _ = self.parking.set_reuse_port(false);

@@ -35,6 +35,12 @@ pub(super) trait Steer: fmt::Debug + Send + Sync {
     /// had, which is told, or else goes to the parking.
     fn close(&self) -> bool;
 
+    /// Puts the program on anew, whatever is in force instead. `parking` is in the group.
+    fn renew(&self, parking: &Socket) -> io::Result<()>;
+
+    /// Whether [`except`](Self::except) does so too.
+    fn except_renews(&self) -> bool;
+
     /// Lets go of its copies of sockets: nobody is steered any more.
     fn end(&self, parking: &Socket);
 

@@ -15,12 +15,10 @@ fn group(address: &str, kind: Kind, choice: Choice, count: u8) -> Option<Public<
     parking.listen(BACKLOG).unwrap();
     let mut public = Public::open(&parking).unwrap();
     if kind == Kind::Classic && public.steering.kind == Kind::Ebpf {
-        // The one that made it a group has left.
         public.steer = Arc::new(Classic::start(&parking, public.inside).unwrap());
+        public.steer.join(SENTINEL, &public.sentinel).unwrap();
         public.steering.kind = Kind::Classic;
     }
-    // What made it a group has had its time.
-    public.tidy(Instant::now() + HANDSHAKE, &mut Acceptor::new().unwrap());
     if public.steering.kind != kind {
         let why = public.steering.why.as_deref();
         assert!(std::env::var(REQUIRED).unwrap_or_default().is_empty(), "no eBPF: {why:?}");
@@ -377,4 +375,54 @@ fn what_belongs_to_no_connection_takes_no_turn() {
         _ = io::Write::write(&mut &client, b"x");
     }
     assert!(order.chunks(4).all(|round| round == [1, 2, 3, 4]), "{order:?}");
+}
+
+/// A worker puts on its own program, or takes lbd's off, by its socket.
+#[test]
+fn steering_by_somebody_else_is_seen_and_ended() {
+    both(|group, kind| {
+        let Some(mut public) = group(Choice::Rotation, 3) else { return };
+        let acceptor = &mut Acceptor::new().unwrap();
+        public.rotate(Choice::Rotation, [(1, 1), (2, 2)]).unwrap();
+        // Nothing is wrong, however often it is looked.
+        for _ in 0..5 {
+            let watched = public.watch(acceptor);
+            watched.renewed.unwrap();
+            assert!(!watched.is_foreign && watched.clients.is_empty(), "{kind}");
+            goes_to(&public, &[1, 2], 20);
+        }
+        let of_three = public.socket(3).unwrap().try_clone().unwrap();
+        let everything_to = |index| {
+            let ret = crate::sockets::steer::instruction(libc::BPF_RET | libc::BPF_K, 0, 0, index);
+            crate::sockets::steer::attach(&of_three, &mut [ret]).unwrap();
+        };
+        // The kernel's order: the parking, the sentinel, 1, 2, 3.
+        everything_to(4);
+        let clients = connect(&public, 20);
+        assert_eq!(waiting(&public), each([3], 20));
+        drop(clients);
+        public.watch(acceptor).renewed.unwrap();
+        // The test, which went there too.
+        waiting(&public);
+        // From here on it is right again; and said so the next time.
+        goes_to(&public, &[1, 2], 20);
+        assert!(public.watch(acceptor).is_foreign, "{kind}");
+        waiting(&public);
+        assert!(!public.watch(acceptor).is_foreign, "{kind}");
+
+        // What comes to the socket that nobody serves is handed on.
+        everything_to(1);
+        let clients = connect(&public, 3);
+        assert_eq!(public.watch(acceptor).clients.len(), 3, "{kind}");
+        drop(clients);
+        goes_to(&public, &[1, 2], 20);
+
+        ebpf::detach(&of_three);
+        let clients = connect(&public, 100);
+        assert!(waiting(&public).contains_key(&3), "{kind}: by a hash it gets some");
+        drop(clients);
+        public.watch(acceptor).renewed.unwrap();
+        waiting(&public);
+        goes_to(&public, &[1, 2], 20);
+    });
 }
