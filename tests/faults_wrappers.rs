@@ -15,7 +15,7 @@ use std::{
 use common::{
     Daemon, Line, Mark, Ports,
     client::{KeepAlive, turns},
-    command, eventually, fixture, kill_hard,
+    eventually, fixture, kill_hard,
     needs::{APPS, has},
     proc::{children, is_alive},
 };
