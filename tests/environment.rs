@@ -3,9 +3,43 @@
 
 mod common;
 
-use std::{fs, path::Path};
+use std::{fs, os::unix::fs::symlink, path::Path};
 
-use common::{Daemon, Mark, Ports, client::get, command};
+use common::{Daemon, Mark, Ports, client::get, command, named};
+
+#[test]
+fn an_argument_may_be_empty() {
+    let ports = Ports::take(1);
+    let config = ports.service(&command(&["http", "--save", "", "end"]));
+    let _daemon = Daemon::healthy(&config, 1);
+    assert_eq!(get(ports.address(), "/argv"), "http\n--save\n\nend");
+}
+
+#[test]
+fn a_folder_that_is_not_there_is_that_services_backoff_and_looked_for_again() {
+    let (web, other) = (Ports::take(1), Ports::take(1));
+    let keys = "directory = \"current/app\"\nrestart.max-delay = \"200ms\"";
+    let keys = format!("{}\n{keys}", command(&["http"]));
+    let config =
+        format!("{}{}", web.service(&keys), named("other", &other.service(&command(&["http"]))));
+    let daemon = Daemon::start(&config);
+    daemon.wait(Mark::START, "worker healthy", &[("service", "other")]);
+    let line = daemon.wait(Mark::START, "worker not started", &[("service", "web")]);
+    assert!(line.get("error").unwrap().contains("current/app"), "{}", line.raw);
+    // Released: a folder, and a link that is moved later.
+    for release in ["one", "two"] {
+        fs::create_dir_all(daemon.path(&format!("{release}/app"))).unwrap();
+    }
+    symlink("one", daemon.path("current")).unwrap();
+    daemon.wait(Mark::START, "worker healthy", &[("service", "web")]);
+    let folder = daemon.folder.path().canonicalize().unwrap();
+    assert_eq!(Path::new(&get(web.address(), "/directory")), folder.join("one/app"));
+    symlink("two", daemon.path("next")).unwrap();
+    fs::rename(daemon.path("next"), daemon.path("current")).unwrap();
+    fs::remove_dir_all(daemon.path("one")).unwrap();
+    assert_eq!(daemon.lbd(&["restart", "web"]).status.code(), Some(0));
+    assert_eq!(Path::new(&get(web.address(), "/directory")), folder.join("two/app"));
+}
 
 #[test]
 fn a_worker_gets_its_name_its_port_and_nothing_it_should_not() {

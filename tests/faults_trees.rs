@@ -4,7 +4,13 @@
 mod common;
 
 use std::{
+    fs,
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    os::unix::{
+        fs::{MetadataExt, PermissionsExt},
+        process::CommandExt,
+    },
+    process::Command,
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
     thread,
     time::{Duration, Instant},
@@ -13,10 +19,13 @@ use std::{
 use common::{
     Daemon, Mark, Ports,
     client::{KeepAlive, turns},
-    command, eventually, kill_hard, named,
-    proc::parent,
+    command, eventually, freeze, kill_hard, named,
+    proc::{children, parent},
 };
-use nix::{sys::signal::Signal, unistd::geteuid};
+use nix::{
+    sys::signal::Signal,
+    unistd::{User, geteuid},
+};
 
 /// Deaf to SIGTERM, with children that have left its session, its group and its parentage.
 fn stubborn() -> String {
@@ -109,6 +118,59 @@ fn lbd_killed_ten_times_under_load_leaves_nothing_and_starts_again() {
             }
         }
     });
+}
+
+#[test]
+fn a_guard_that_was_stopped_before_lbd_was_killed_still_ends_its_worker() {
+    let ports = Ports::take(2);
+    let daemon = Daemon::healthy(&ports.service(&stubborn()), 2);
+    eventually("all run", || daemon.processes().len() == 1 + 2 * EACH);
+    for pid in daemon.slot_pids() {
+        freeze(parent(pid).unwrap());
+        freeze(pid);
+    }
+    kill_hard(daemon.pid());
+    let begun = Instant::now();
+    eventually("nothing is left", || daemon.processes().is_empty());
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+}
+
+/// Whether a process can be traced by others of its user: `/proc/PID` belongs to that (proc(5)).
+fn owner(pid: i32) -> u32 {
+    fs::metadata(format!("/proc/{pid}/environ")).unwrap().uid()
+}
+
+#[test]
+fn lbd_and_its_guards_cannot_be_traced_by_their_own_user_and_workers_can() {
+    if !geteuid().is_root() {
+        println!("NOT TESTED: only root may change the user");
+        return;
+    }
+    let ports = Ports::take(1);
+    let folder = tempfile::tempdir().unwrap();
+    let nobody = User::from_name("nobody").unwrap().expect("there is a user nobody");
+    std::os::unix::fs::chown(folder.path(), Some(nobody.uid.as_raw()), None).unwrap();
+    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let script = "command = [\"sleep\", \"1000\"]\nsocket = \"inherit\"\noutput = \"./out\"";
+    fs::write(folder.path().join("lb.toml"), ports.service(script)).unwrap();
+    // Readable for that user, wherever the tests were built.
+    let lbd = folder.path().join("lbd");
+    fs::copy(env!("CARGO_BIN_EXE_lbd"), &lbd).unwrap();
+    let mut command = Command::new(lbd);
+    command.args(["--config", "lb.toml"]).uid(nobody.uid.as_raw()).gid(nobody.gid.as_raw());
+    command.env("XDG_RUNTIME_DIR", folder.path());
+    let mut daemon = Daemon::run(folder, command);
+    daemon.wait_healthy(Mark::START, 1);
+    let worker = daemon.wait(Mark::START, "worker started", &[]).pid();
+    let guard = parent(worker).unwrap();
+    let all = children(guard);
+    assert_eq!(all.len(), 2, "the program and the writer of its output");
+    assert_eq!(owner(worker), nobody.uid.as_raw());
+    for pid in all.into_iter().filter(|pid| *pid != worker).chain([daemon.pid(), guard]) {
+        assert_eq!(owner(pid), 0, "{pid}");
+    }
+    daemon.signal(Signal::SIGTERM);
+    daemon.wait_stopped();
 }
 
 /// Also where the test fails: its clients would go on for ever.

@@ -207,6 +207,9 @@ async fn a_program_that_cannot_run_is_told_in_one_sentence() {
         |launch: &mut Launch<'_>| launch.env = vec![("PATH".into(), path.as_os_str().into())];
     let no_folder = |launch: &mut Launch<'_>| launch.directory = "/nosuch".into();
     let no_user = |launch: &mut Launch<'_>| launch.user = Some("no such user".to_owned());
+    let no_id = |launch: &mut Launch<'_>| launch.user = Some("4294967295".to_owned());
+    let no_gid = |launch: &mut Launch<'_>| launch.group = Some("4294967295".to_owned());
+    let signed = |launch: &mut Launch<'_>| launch.user = Some("+0".to_owned());
     let no_group = |launch: &mut Launch<'_>| launch.group = Some("no such group".to_owned());
     let nul = |launch: &mut Launch<'_>| launch.argv.push("\0".to_owned());
 
@@ -255,6 +258,9 @@ async fn a_program_that_cannot_run_is_told_in_one_sentence() {
             "cannot change to the folder \"/nosuch\": no such file or directory".to_owned(),
         ),
         (sentence(&["./fine"], &no_user).await, "unknown user \"no such user\"".to_owned()),
+        (sentence(&["./fine"], &no_id).await, "unknown user \"4294967295\"".to_owned()),
+        (sentence(&["./fine"], &no_gid).await, "unknown group \"4294967295\"".to_owned()),
+        (sentence(&["./fine"], &signed).await, "unknown user \"+0\"".to_owned()),
         (sentence(&["./fine"], &no_group).await, "unknown group \"no such group\"".to_owned()),
         (
             sentence(&["./fine"], &nul).await,

@@ -7,6 +7,7 @@ use std::{
     fs::{self, File},
     io::{ErrorKind, Read},
     net::{TcpListener, TcpStream},
+    process::Command,
     time::{Duration, Instant},
 };
 
@@ -219,11 +220,53 @@ fn at_once(signals: &[Signal]) {
         daemon.signal(*signal);
         if *signal != SIGQUIT {
             daemon.wait(Mark::START, "stopping", &[]);
+            // Or it would be taken for the same wish.
+            std::thread::sleep(Duration::from_millis(250));
         }
     }
     daemon.wait_stopped();
     assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
     assert_free(&ports);
+}
+
+#[test]
+fn timeout_which_sends_two_signals_at_once_does_not_cut_the_stop_short() {
+    let ports = Ports::take(1);
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("lb.toml"), ports.service(&command(&["http"]))).unwrap();
+    // To lbd, and then to the group that both are in.
+    let mut timeout = Command::new("timeout");
+    timeout.args(["1", env!("CARGO_BIN_EXE_lbd"), "--config", "lb.toml"]);
+    let mut daemon = Daemon::run(folder, timeout);
+    daemon.wait_healthy(Mark::START, 1);
+    let mut client = KeepAlive::new(ports.address());
+    client.get("/").unwrap();
+    client.send(&format!("/when{}", daemon.path("answer").display())).unwrap();
+    daemon.wait(Mark::START, "draining", &[]);
+    // The second one comes at once.
+    std::thread::sleep(Duration::from_millis(250));
+    fs::write(daemon.path("answer"), "").unwrap();
+    assert_eq!(client.answer().unwrap().0, 200);
+    drop(client);
+    assert_eq!(daemon.wait_exit().code(), Some(124), "timed out, says timeout(1)");
+    assert!(daemon.said(Mark::START, "stopping at once").is_empty());
+    assert_eq!(daemon.said(Mark::START, "stopped").len(), 1);
+}
+
+#[test]
+fn two_signals_at_once_are_one_and_a_later_one_cuts_short() {
+    let ports = Ports::take(1);
+    let mut daemon = Daemon::healthy(&ports.service(&command(&["echo"])), 1);
+    let _client = connect(ports.address());
+    daemon.wait_many(Mark::START, "worker healthy", &[], 1);
+    daemon.signal(SIGTERM);
+    daemon.wait(Mark::START, "stopping", &[]);
+    daemon.signal(SIGINT);
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(daemon.said(Mark::START, "stopping at once").is_empty());
+    daemon.signal(SIGTERM);
+    daemon.wait(Mark::START, "stopping at once", &[]);
+    daemon.wait_stopped();
 }
 
 #[test]

@@ -19,9 +19,10 @@ use tokio::{
 };
 
 use super::{
-    Failure, Placed, Process, Reloaded, Request, Restarted, Status, dashboard,
+    Failure, Placed, Reloaded, Request, Restarted, Status, dashboard,
     events::{Watched, events},
     metrics,
+    usage::Trees,
 };
 
 /// How long the main thread may take to tell how everything is.
@@ -92,7 +93,7 @@ async fn status(State(context): State<Context>) -> Result<Json<Status>, Error> {
 async fn metrics(State(context): State<Context>) -> Result<impl IntoResponse, Error> {
     let snapshot = context.daemon.ask_soon(Request::Metrics).await?;
     let mut cpu = context.cpu.lock().unwrap_or_else(PoisonError::into_inner);
-    let page = metrics::page(&snapshot, &mut cpu);
+    let page = metrics::page(&snapshot, &context.daemon.trees, &mut cpu);
     Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], page))
 }
 
@@ -139,26 +140,33 @@ fn number(slot: &str) -> Result<u32, Error> {
 async fn stop(
     State(daemon): State<Daemon>,
 ) -> Result<(StatusCode, Json<serde_json::Value>), Error> {
-    daemon.0.send(Request::Stop).await.map_err(|_| Error::gone())?;
+    daemon.requests.send(Request::Stop).await.map_err(|_| Error::gone())?;
     Ok((StatusCode::ACCEPTED, Json(json!({ "stopping": true }))))
 }
 
 /// The main thread, to be asked.
 #[derive(Debug, Clone)]
-pub(super) struct Daemon(mpsc::Sender<Request>);
+pub(super) struct Daemon {
+    requests: mpsc::Sender<Request>,
+    /// What was seen of the workers' processes.
+    trees: Arc<Trees>,
+}
 
 impl Daemon {
     pub(super) fn new(requests: mpsc::Sender<Request>) -> Self {
-        Self(requests)
+        Self { requests, trees: Arc::default() }
     }
 
     /// How everything is, with what `/proc` knows.
     pub(super) async fn look(&self) -> Result<Status, Error> {
         let mut status = self.status().await?;
+        let guards: Vec<i32> = status.workers().filter_map(|worker| worker.guard).collect();
+        let trees = self.trees.look(&guards);
         for worker in status.services.iter_mut().flat_map(|service| service.all_mut()) {
-            let process = worker.pid.and_then(Process::look);
-            worker.resident_bytes = process.map(|process| process.resident_bytes);
-            worker.cpu_seconds = process.map(|process| process.cpu_seconds);
+            let tree =
+                worker.guard.and_then(|guard| trees.get(&guard)).filter(|_| worker.pid.is_some());
+            worker.resident_bytes = worker.resident_bytes.or(tree.map(|tree| tree.resident_bytes));
+            worker.cpu_seconds = tree.map(|tree| tree.cpu_seconds);
         }
         Ok(status)
     }
@@ -168,7 +176,7 @@ impl Daemon {
         request: impl FnOnce(oneshot::Sender<T>) -> Request,
     ) -> Result<T, Error> {
         let (sender, answer) = oneshot::channel();
-        self.0.send(request(sender)).await.map_err(|_| Error::gone())?;
+        self.requests.send(request(sender)).await.map_err(|_| Error::gone())?;
         answer.await.map_err(|_| Error::gone())
     }
 

@@ -7,9 +7,16 @@
 mod page;
 mod process;
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::{
+    collections::HashMap,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
-use super::{Process, status::State};
+use super::{
+    Process,
+    status::State,
+    usage::{Tree, Trees},
+};
 use crate::histogram::Durations;
 use page::{Labels, Page};
 pub(super) use process::CpuTimes;
@@ -77,8 +84,12 @@ pub struct Slot {
     pub state: Option<State>,
     /// The process id of the worker that fills it.
     pub pid: Option<i32>,
-    /// The process ids of all its workers, those that come and go included.
-    pub pids: Vec<i32>,
+    /// The process id of its guard.
+    pub guard: Option<i32>,
+    /// What it has in RAM, where that is measured for its limit.
+    pub resident: Option<u64>,
+    /// The guards of all its workers, those that come and go included.
+    pub guards: Vec<i32>,
     /// Workers started after the first.
     pub restarts: u64,
     /// How often in a row a worker failed.
@@ -114,13 +125,14 @@ pub struct Slot {
 }
 
 /// The page: `snapshot`, and what `/proc` tells of the processes in it, and of lbd.
-pub(super) fn page(snapshot: &Snapshot, cpu: &mut CpuTimes) -> String {
+pub(super) fn page(snapshot: &Snapshot, trees: &Trees, cpu: &mut CpuTimes) -> String {
     let slots = Slots::of(snapshot);
     let mut page = Page::default();
     connections(&mut page, snapshot, &slots);
     workers(&mut page, &slots);
     let booted = booted();
-    processes(&mut page, &slots, booted, cpu);
+    let guards: Vec<i32> = slots.0.iter().flat_map(|(_, slot)| slot.guards.clone()).collect();
+    processes(&mut page, &slots, booted, &trees.look(&guards), cpu);
     probes(&mut page, &slots);
     configuration(&mut page, snapshot);
     own(&mut page, booted);
@@ -243,7 +255,13 @@ fn workers(page: &mut Page, slots: &Slots<'_>) {
     );
 }
 
-fn processes(page: &mut Page, slots: &Slots<'_>, booted: Option<f64>, cpu: &mut CpuTimes) {
+fn processes(
+    page: &mut Page,
+    slots: &Slots<'_>,
+    booted: Option<f64>,
+    trees: &HashMap<i32, Tree>,
+    cpu: &mut CpuTimes,
+) {
     let look = |slot: &Slot| slot.pid.and_then(Process::look).filter(|process| !process.ended);
     let processes: Vec<_> =
         slots.each(look).filter_map(|(labels, process)| Some((labels, process?))).collect();
@@ -257,14 +275,18 @@ fn processes(page: &mut Page, slots: &Slots<'_>, booted: Option<f64>, cpu: &mut 
     );
     page.gauge(
         "lbd_worker_resident_memory_bytes",
-        "Memory that the worker's program has in RAM, without what it has started.",
-        processes.iter().map(|(labels, process)| (labels.clone(), process.resident_bytes as f64)),
+        "Memory that the worker has in RAM, with all that it has started.",
+        slots.each_known(|slot| {
+            let tree =
+                slot.guard.filter(|_| slot.pid.is_some()).and_then(|guard| trees.get(&guard));
+            slot.resident.or(tree.map(|tree| tree.resident_bytes))
+        }),
     );
-    let pids = slots.0.iter().map(|(labels, slot)| (labels.clone(), &slot.pids[..]));
+    let guards = slots.0.iter().map(|(labels, slot)| (labels.clone(), &slot.guards[..]));
     page.counter(
         "lbd_worker_cpu_seconds_total",
-        "CPU time, user and system, that the programs of the slot's workers used.",
-        cpu.look(pids),
+        "CPU time, user and system, of the slot's workers with all that they started.",
+        cpu.look(guards, trees),
     );
 }
 

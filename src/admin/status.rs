@@ -100,9 +100,12 @@ pub struct Worker {
     pub connections: Connections,
     /// What passed through them.
     pub bytes: Bytes,
-    /// The program's resident memory.
+    /// The process id of its guard: the worker is all that is below.
+    #[serde(skip)]
+    pub guard: Option<i32>,
+    /// The resident memory of the program and all that it started.
     pub resident_bytes: Option<u64>,
-    /// The CPU time that the program used, user and system.
+    /// The CPU time that they have used, user and system, those that have ended too.
     pub cpu_seconds: Option<f64>,
     /// What the last probe showed; `None` before the first.
     pub last_probe: Option<Probe>,

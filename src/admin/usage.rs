@@ -1,6 +1,11 @@
-//! What a process uses, from `/proc/PID/stat` (proc_pid_stat(5)).
+//! What a process uses, and what a worker does with all that it started, from `/proc/PID/stat`
+//! (proc_pid_stat(5)).
 
-use std::fs;
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs,
+    sync::{Mutex, PoisonError},
+};
 
 use nix::unistd::{SysconfVar, sysconf};
 
@@ -19,6 +24,10 @@ pub struct Process {
     pub began: u64,
     /// It has ended, and waits for its parent to take note.
     pub ended: bool,
+    /// CPU time of the children that it has taken note of, with theirs.
+    reaped_seconds: f64,
+    parent: i32,
+    group: i32,
 }
 
 impl Process {
@@ -55,7 +64,87 @@ fn parse(stat: &str, ticks_a_second: u64, page_size: u64) -> Option<Process> {
         cpu_seconds: ticks as f64 / ticks_a_second as f64,
         began: field(22)?,
         ended: matches!(*fields.first()?, "Z" | "X"),
+        reaped_seconds: (field(16)? + field(17)?) as f64 / ticks_a_second as f64,
+        parent: fields.get(1)?.parse().ok()?,
+        group: fields.get(2)?.parse().ok()?,
     })
+}
+
+/// A worker: the program and everything that it started.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Tree {
+    /// When its guard began: with the guard's pid it names one worker for ever.
+    pub(super) began: u64,
+    /// Memory that is in RAM, in bytes; pages that several processes share count for each of them.
+    pub(super) resident_bytes: u64,
+    /// CPU time, user and system, of those that have ended too.
+    pub(super) cpu_seconds: f64,
+}
+
+/// Looks at workers, each named by its guard's pid.
+#[derive(Debug, Default)]
+pub(super) struct Trees {
+    /// The most CPU time that was seen of each that is there.
+    most: Mutex<HashMap<(i32, u64), f64>>,
+}
+
+impl Trees {
+    /// What each of these uses that is there. CPU time never falls, though no look is at one moment:
+    /// a process may have ended in the middle of it, or be one whose parent takes no note.
+    pub(super) fn look(&self, guards: &[i32]) -> HashMap<i32, Tree> {
+        if guards.is_empty() {
+            return HashMap::new();
+        }
+        let mut found = trees(&processes(), guards);
+        let mut most = self.most.lock().unwrap_or_else(PoisonError::into_inner);
+        for (guard, tree) in &mut found {
+            let most = most.entry((*guard, tree.began)).or_default();
+            *most = most.max(tree.cpu_seconds);
+            tree.cpu_seconds = *most;
+        }
+        // Who asks for some of them only does not lose the others.
+        most.retain(|(guard, began), _| {
+            found.get(guard).map_or_else(
+                || Process::look(*guard).is_some_and(|process| process.began == *began),
+                |tree| tree.began == *began,
+            )
+        });
+        found
+    }
+}
+
+fn trees(processes: &BTreeMap<i32, Process>, guards: &[i32]) -> HashMap<i32, Tree> {
+    let mut children: BTreeMap<i32, Vec<i32>> = BTreeMap::new();
+    for (pid, process) in processes {
+        children.entry(process.parent).or_default().push(*pid);
+    }
+    let mut of = |guard: i32| {
+        let own = processes.get(&guard)?;
+        // What the guard used itself is not the worker's.
+        let (mut resident_bytes, mut cpu_seconds) = (0, own.reaped_seconds);
+        let mut parents = vec![guard];
+        while let Some(parent) = parents.pop() {
+            // Taken out, so that a table which is not of one moment cannot send this in circles.
+            for pid in children.remove(&parent).unwrap_or_default() {
+                let process = &processes[&pid];
+                // What is in the guard's process group is the guard's: who writes the output.
+                if process.group != guard {
+                    resident_bytes += process.resident_bytes;
+                    cpu_seconds += process.cpu_seconds + process.reaped_seconds;
+                    parents.push(pid);
+                }
+            }
+        }
+        Some((guard, Tree { began: own.began, resident_bytes, cpu_seconds }))
+    };
+    guards.iter().copied().filter_map(&mut of).collect()
+}
+
+/// The process table.
+fn processes() -> BTreeMap<i32, Process> {
+    let entries = fs::read_dir("/proc").into_iter().flatten();
+    let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    pids.filter_map(|pid: i32| Some((pid, Process::look(pid)?))).collect()
 }
 
 #[cfg(test)]
@@ -73,11 +162,50 @@ mod tests {
             cpu_seconds: 1.75,
             began: 8765,
             ended: false,
+            reaped_seconds: 0.11,
+            parent: 1,
+            group: 7,
         };
         assert_eq!(parse(STAT, 100, 4096), Some(expected));
         let ended = STAT.replace(") S", ") Z");
         assert_eq!(parse(&ended, 100, 4096), Some(Process { ended: true, ..expected }));
         assert_eq!(parse("7 (a) S 1", 100, 4096), None);
+    }
+
+    #[test]
+    fn a_worker_is_all_below_its_guard_and_what_has_ended() {
+        let process = |parent, group, cpu_seconds, reaped_seconds| Process {
+            resident_bytes: 1 << 20,
+            virtual_bytes: 0,
+            threads: 1,
+            cpu_seconds,
+            began: 5,
+            ended: false,
+            reaped_seconds,
+            parent,
+            group,
+        };
+        let table = BTreeMap::from([
+            (10, process(1, 10, 64.0, 0.5)),
+            (11, process(10, 11, 1.0, 2.0)),
+            (12, process(11, 12, 4.0, 0.0)),
+            (13, process(10, 10, 128.0, 0.0)),
+            (20, process(1, 20, 256.0, 0.0)),
+        ]);
+        let tree = Tree { began: 5, resident_bytes: 2 << 20, cpu_seconds: 7.5 };
+        assert_eq!(trees(&table, &[10, 30]), HashMap::from([(10, tree)]));
+    }
+
+    #[test]
+    fn cpu_time_of_a_worker_never_falls() {
+        let own = i32::try_from(std::process::id()).unwrap();
+        let looked = Trees::default();
+        let began = looked.look(&[own])[&own].began;
+        looked.most.lock().unwrap().insert((own, began), 1e9);
+        looked.most.lock().unwrap().insert((own, began + 1), 2e9);
+        looked.look(&[]);
+        assert_eq!(looked.look(&[own])[&own].cpu_seconds, 1e9);
+        assert_eq!(looked.most.lock().unwrap().len(), 1, "another's is forgotten");
     }
 
     #[test]

@@ -236,6 +236,7 @@ mod tests {
                 per_second: None,
             },
             bytes: Bytes { sent: Some(5_000_000), received: Some(12) },
+            guard: None,
             resident_bytes: Some(10 << 20),
             cpu_seconds: Some(1.25),
             last_probe: Some(Probe { ok: true, seconds: 0.00042, error: None }),

@@ -113,8 +113,11 @@ pub fn from_command(
     if argv.is_empty() {
         refuse("the command", "missing; write one such as -- node server.js".to_owned());
     }
-    for error in argv.iter().filter_map(|word| values::argument(word).err()) {
-        refuse("the command", error);
+    for (number, word) in argv.iter().enumerate() {
+        let read = if number == 0 { values::program } else { values::argument };
+        if let Err(error) = read(word) {
+            refuse("the command", error);
+        }
     }
     problems.extend(claims.conflicts());
     if !problems.is_empty() {

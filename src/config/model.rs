@@ -238,7 +238,8 @@ pub struct WorkerSpec {
     pub group: Option<String>,
     /// The file mode creation mask; lbd's own where `None`.
     pub umask: Option<u32>,
-    /// The working folder, absolute.
+    /// The working folder, absolute, with its links: it is looked for at each start, and may not be
+    /// there now.
     pub directory: PathBuf,
     /// Where the worker's standard output and error go.
     pub output: Output,

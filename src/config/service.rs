@@ -67,7 +67,8 @@ pub(super) fn read(
     let user = table.read("user", account);
     let group = table.read("group", account);
     let umask = table.read("umask", |v| v.parsed(values::umask));
-    let directory = table.read("directory", |v| v.parsed(|text| values::folder_in(base, text)));
+    // Looked for at each start, as it may be a link to the release that is due: see `WorkerSpec`.
+    let directory = table.read("directory", |v| v.parsed(|text| values::path_in(base, text)));
     let output = table.read("output", |v| v.parsed(|text| values::output(text, base)));
     let mut routing = routing(&mut table, route);
     let health = health(table.table("health"), built_in, socket);
@@ -220,8 +221,9 @@ fn program(table: &mut Table<'_>, base: &Path, on_unix: bool) -> Option<Program>
         (Some(root), None) => root.parsed(|text| values::folder_in(base, text)).map(Program::Root),
         (None, Some(command)) => {
             let argv = command.list("an array such as [\"node\", \"server.js\"]")?;
-            let word = |item: &Value<'_>| {
-                let word = item.parsed(values::argument)?;
+            let word = |(number, item): (usize, &Value<'_>)| {
+                let word =
+                    item.parsed(if number == 0 { values::program } else { values::argument })?;
                 if on_unix && word.contains("{port}") {
                     return item.refuse(
                         "a worker on a unix socket has no port, but the socket as descriptor 3; \
@@ -230,7 +232,7 @@ fn program(table: &mut Table<'_>, base: &Path, on_unix: bool) -> Option<Program>
                 }
                 Some(word)
             };
-            Some(Program::Command(argv.iter().filter_map(word).collect()))
+            Some(Program::Command(argv.iter().enumerate().filter_map(word).collect()))
         }
         (None, None) => {
             table.lacks(
@@ -299,8 +301,7 @@ fn variable(name: &str, value: &Value<'_>) -> Option<String> {
 
 fn account(value: Value<'_>) -> Option<String> {
     if value.is_integer() {
-        // -1, as an unsigned number, means "leave as it is" to setresuid(2).
-        return value.integer(0..=u32::MAX - 1).map(|number| number.to_string());
+        return value.integer(0..=values::MAX_ID).map(|number| number.to_string());
     }
     value.parsed(values::account)
 }

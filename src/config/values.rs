@@ -169,11 +169,16 @@ pub(super) fn workers(count: u32) -> Result<NonZeroU32, String> {
         .ok_or_else(|| format!("expected a number from 1 to {MAX_WORKERS}, found {count}"))
 }
 
-/// argv of a program.
-pub(super) fn argument(text: &str) -> Result<String, String> {
+/// The first word of argv: what is run.
+pub(super) fn program(text: &str) -> Result<String, String> {
     if text.is_empty() {
-        return Err("an argument is empty; remove it".to_owned());
+        return Err("the program is empty; write its name or path".to_owned());
     }
+    argument(text)
+}
+
+/// Any other word of it, which may be empty.
+pub(super) fn argument(text: &str) -> Result<String, String> {
     no_nul(text)?;
     Ok(text.to_owned())
 }
@@ -184,7 +189,20 @@ pub(super) fn account(text: &str) -> Result<String, String> {
         return Err("empty; expected a name or a number".to_owned());
     }
     no_nul(text)?;
+    // Also where it is a name: no system has one like that, and getpwnam(3) finds a number for some.
+    if text.bytes().all(|byte| byte.is_ascii_digit()) && !text.parse().is_ok_and(is_id) {
+        let text = quoted(text);
+        return Err(format!("{text} is no user or group; expected one from 0 to {MAX_ID}"));
+    }
     Ok(text.to_owned())
+}
+
+/// The largest number of a user or group: to the next one, as -1, setresuid(2) leaves everything as it
+/// is.
+pub(super) const MAX_ID: u32 = u32::MAX - 1;
+
+fn is_id(number: u32) -> bool {
+    number <= MAX_ID
 }
 
 /// `umask`: octal digits.

@@ -38,7 +38,11 @@ impl Daemon<'_> {
             services,
         };
         for service in &mut snapshot.services {
+            let known = self.supervisor.service(&service.name);
             for slot in &mut service.slots {
+                let workers = known.into_iter().flat_map(control::Service::workers);
+                let workers = workers.filter(|worker| worker.slot == slot.number);
+                slot.guards = workers.filter_map(|worker| self.fleet.guard(worker.id)).collect();
                 let entry = self.fleet.ledger.read(&service.name, slot.number);
                 slot.active = entry.active.map(|active| active as u64);
                 slot.total = slot.total.and(Some(entry.tally.total));
@@ -97,11 +101,8 @@ fn slot(service: &control::Service, shown: &status::Worker, now: Instant) -> met
         number: shown.slot,
         state: Some(shown.state),
         pid: shown.pid,
-        pids: service
-            .workers()
-            .filter(|worker| worker.slot == shown.slot)
-            .filter_map(|worker| worker.pid)
-            .collect(),
+        guard: shown.guard,
+        resident: shown.resident_bytes,
         restarts: shown.restarts,
         failures_in_a_row: slot.map_or(0, |slot| slot.backoff.failures()),
         backoff: backoff.unwrap_or(Duration::ZERO),

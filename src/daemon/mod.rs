@@ -34,7 +34,10 @@ use std::{
 };
 
 use futures_util::StreamExt;
-use nix::libc::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
+use nix::{
+    libc::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1},
+    sys::prctl,
+};
 use signal_hook_tokio::Signals;
 use tokio::{
     sync::{Notify, mpsc, watch},
@@ -69,6 +72,9 @@ const QUEUED_REQUESTS: usize = 16;
 
 /// What the service manager grants on top of the longest time that lbd's own deadlines allow.
 const SLACK: Duration = Duration::from_secs(10);
+
+/// A second SIGTERM or SIGINT that comes this soon after the first is the same wish.
+const TWICE: Duration = Duration::from_millis(200);
 
 /// How long a stop at once may take before lbd ends anyway; its guards then finish the work.
 const ABORT_PATIENCE: Duration = Duration::from_secs(5);
@@ -119,6 +125,10 @@ pub fn run(config: Config, passed: Passed) -> Result<(), DaemonError> {
 }
 
 fn supervise(config: Config, passed: Passed) -> Result<(), DaemonError> {
+    // What has lbd's user, as a worker without a user of its own, can't trace it, nor read or change its
+    // memory (ptrace(2)); and no core of it has anybody's data in it. Where the kernel refuses it, that
+    // is no reason not to run.
+    let _ = prctl::set_dumpable(false);
     // First of all: of two daemons with one configuration the second must not touch a thing.
     let socket = match admin::Socket::claim(&config) {
         Err(error) if !matches!(error, ClaimError::NoFolder(_)) => return Err(error.into()),
@@ -323,6 +333,7 @@ impl<'a> Daemon<'a> {
         match signal {
             SIGHUP => self.reload(Vec::new()),
             SIGTERM | SIGINT if self.stage == Stage::Running => self.stop(),
+            SIGTERM | SIGINT if self.is_one_of_two(Instant::now()) => {}
             SIGTERM | SIGINT | SIGQUIT => self.abort(),
             SIGUSR1 => {
                 self.logging.reopen();
@@ -331,6 +342,16 @@ impl<'a> Daemon<'a> {
             SIGCHLD => self.fleet.reap(),
             _ => {}
         }
+    }
+
+    /// Whether a stop has just begun: timeout(1) sends the signal to the process and then to its group,
+    /// which is no second wish.
+    fn is_one_of_two(&self, now: Instant) -> bool {
+        let began = match self.stage {
+            Stage::Stopping(since) | Stage::Finished(Some(since)) => Some(since),
+            Stage::Running | Stage::Aborting(_) | Stage::Finished(None) => None,
+        };
+        began.is_some_and(|since| now.saturating_duration_since(since) < TWICE)
     }
 
     fn handle(&mut self, event: Event) {

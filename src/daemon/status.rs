@@ -93,7 +93,9 @@ impl Daemon<'_> {
                 per_second: None,
             },
             bytes: Bytes { sent: traffic.sent, received: traffic.received },
-            resident_bytes: None,
+            guard: self.fleet.guard(worker.id),
+            // As its limit takes it, where it has one.
+            resident_bytes: worker.wear.resident,
             cpu_seconds: None,
             last_probe: worker.last_probe.as_ref().map(|probe| Probe {
                 ok: probe.error().is_none(),
@@ -126,6 +128,7 @@ fn vacant(slot: &Slot, now: Instant) -> Worker {
             ..Connections::default()
         },
         bytes: Bytes { sent: none.sent, received: none.received },
+        guard: None,
         resident_bytes: None,
         cpu_seconds: None,
         last_probe: None,

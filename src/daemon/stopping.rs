@@ -124,7 +124,9 @@ impl Daemon<'_> {
                 }
                 Some(request) = asked.recv() => self.request(request),
                 Some(signal) = signals.next() => {
-                    if matches!(signal, SIGTERM | SIGINT | SIGQUIT) {
+                    let again =
+                        matches!(signal, SIGTERM | SIGINT) && !self.is_one_of_two(Instant::now());
+                    if again || signal == SIGQUIT {
                         return;
                     }
                 }

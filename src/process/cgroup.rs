@@ -17,10 +17,7 @@ use std::{
     fs::{self, File},
     io::{self, Write as _},
     num::NonZeroU32,
-    os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::ffi::OsStrExt as _,
-    },
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     process, thread,
     time::{Duration, Instant},
@@ -28,7 +25,6 @@ use std::{
 
 use nix::{
     fcntl::{OFlag, openat},
-    libc,
     sys::stat::Mode,
 };
 
@@ -190,16 +186,9 @@ fn member(cgroup: &str) -> Option<PathBuf> {
 }
 
 fn is_delegated(path: &Path) -> bool {
-    let mut path = path.as_os_str().as_bytes().to_vec();
-    path.push(0);
-    let Ok(path) = CStr::from_bytes_with_nul(&path) else { return false };
     MARKS.iter().any(|mark| {
         let mut value = [0_u8; 1];
-        // SAFETY: both strings end with NUL, and the kernel writes one byte at most to `value`.
-        let length = unsafe {
-            libc::getxattr(path.as_ptr(), mark.as_ptr(), value.as_mut_ptr().cast(), value.len())
-        };
-        length == 1 && value == *b"1"
+        rustix::fs::getxattr(path, *mark, &mut value) == Ok(1) && value == *b"1"
     })
 }
 

@@ -82,6 +82,10 @@ pub(super) enum ExecError {
     UnknownUser(String),
     #[error("unknown group {0:?}")]
     UnknownGroup(String),
+    #[error("user {0:?} has the number -1 in the user database, or its group has, which is none")]
+    UserOfAll(String),
+    #[error("group {0:?} has the number -1 in the group database, which is none")]
+    GroupOfAll(String),
     #[error("user {0:?} is in no user database: its group must be given too")]
     GroupOfUser(String),
     #[error("{0}")]
@@ -220,10 +224,9 @@ pub(super) fn identity(
 
     // A capability that lbd was given (to bind port 80, say) is not for its workers. Those of root
     // are untouched by this: they come and go with the user.
-    // SAFETY: no pointers are passed.
-    let cleared =
-        unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) };
-    Errno::result(cleared).map_err(step("drop the ambient capabilities"))?;
+    rustix::thread::clear_ambient_capability_set()
+        .map_err(|error| Errno::from_raw(error.raw_os_error()))
+        .map_err(step("drop the ambient capabilities"))?;
 
     if account.is_some() {
         // Needs no privilege where there is nothing to drop.
@@ -254,19 +257,33 @@ pub(super) fn identity(
 fn find_user(user: &str) -> Result<(Uid, Option<User>), ExecError> {
     let look_up = step("look up the user");
     if let Some(entry) = User::from_name(user).map_err(look_up)? {
+        // Of a file that anybody may edit, or of a server on the network.
+        id(entry.uid.as_raw()).ok_or_else(|| ExecError::UserOfAll(user.to_owned()))?;
+        id(entry.gid.as_raw()).ok_or_else(|| ExecError::UserOfAll(user.to_owned()))?;
         return Ok((entry.uid, Some(entry)));
     }
-    let uid = user.parse().map_err(|_| ExecError::UnknownUser(user.to_owned()))?;
+    let uid = number(user).ok_or_else(|| ExecError::UnknownUser(user.to_owned()))?;
     let uid = Uid::from_raw(uid);
     Ok((uid, User::from_uid(uid).map_err(step("look up the user"))?))
 }
 
 fn find_group(group: &str) -> Result<Gid, ExecError> {
     if let Some(entry) = Group::from_name(group).map_err(step("look up the group"))? {
+        id(entry.gid.as_raw()).ok_or_else(|| ExecError::GroupOfAll(group.to_owned()))?;
         return Ok(entry.gid);
     }
-    let gid = group.parse().map_err(|_| ExecError::UnknownGroup(group.to_owned()))?;
+    let gid = number(group).ok_or_else(|| ExecError::UnknownGroup(group.to_owned()))?;
     Ok(Gid::from_raw(gid))
+}
+
+/// A user or group that is a number: digits, and nothing else that Rust would take.
+fn number(text: &str) -> Option<u32> {
+    text.parse().ok().filter(|_| text.bytes().all(|byte| byte.is_ascii_digit())).and_then(id)
+}
+
+/// Not -1: to setresuid(2) that is the user that there is, so root would stay root.
+fn id(number: u32) -> Option<u32> {
+    Some(number).filter(|number| *number != u32::MAX)
 }
 
 /// Runs the program: found as execvp(3) does, but in the worker's own `PATH` and folder, and a file

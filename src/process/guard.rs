@@ -77,8 +77,16 @@ fn guard(channel: BorrowedFd<'_>) -> io::Result<ExitCode> {
     SigSet::all().thread_block()?;
     setsid()?;
     prctl::set_name(c"lbd-guard")?;
+    // What has lbd's user, as a worker without a user of its own, can't trace it, nor read or change its
+    // memory (ptrace(2)). The program is not affected: execve(2) takes it back.
+    prctl::set_dumpable(false)?;
     prctl::set_child_subreaper(true)?;
     close_inherited()?;
+    // Whoever has stopped the guard, and then killed lbd: the end of lbd continues it.
+    prctl::set_pdeathsig(Signal::SIGCONT)?;
+    if has_ended(channel) {
+        return Ok(ExitCode::SUCCESS);
+    }
     let Some(package) = started(channel)? else { return Ok(ExitCode::SUCCESS) };
 
     let ends = SignalFd::with_flags(
@@ -381,6 +389,13 @@ impl Guard<'_> {
             }
         }
     }
+}
+
+/// Whether lbd has ended: it alone has the other end.
+fn has_ended(channel: BorrowedFd<'_>) -> bool {
+    // The end of the other side is told whatever is asked for (poll(2), POLLHUP).
+    let mut ends = [PollFd::new(channel, PollFlags::empty())];
+    poll(&mut ends, PollTimeout::ZERO) != Ok(0)
 }
 
 /// Rounded up, so that nobody looks again and again in the last millisecond.

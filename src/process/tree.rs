@@ -8,10 +8,10 @@ use std::{
 };
 
 use nix::{
-    libc,
     sys::signal::{Signal, kill, killpg},
     unistd::{Pid, getpgrp},
 };
+use rustix::process::{WaitOptions, wait, waitpid};
 
 /// One line of the process table: the fields of `/proc/PID/stat` (proc_pid_stat(5)) used here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -102,12 +102,16 @@ pub(super) enum Reaped {
 ///
 /// Not by nix, whose `waitpid` reaps a child that a real-time signal killed, and then fails.
 pub(super) fn reap(pid: Option<i32>) -> Reaped {
-    let mut status = 0;
-    // SAFETY: `status` is a valid place for the kernel to write to.
-    match unsafe { libc::waitpid(pid.unwrap_or(-1), &raw mut status, libc::WNOHANG) } {
-        0 => Reaped::Alive,
-        pid if pid > 0 => Reaped::Ended(pid, ExitStatus::from_raw(status)),
-        _ => Reaped::None,
+    let ended = match pid {
+        None => wait(WaitOptions::NOHANG),
+        Some(_) => waitpid(pid.and_then(rustix::process::Pid::from_raw), WaitOptions::NOHANG),
+    };
+    match ended {
+        Ok(None) => Reaped::Alive,
+        Ok(Some((pid, status))) => {
+            Reaped::Ended(pid.as_raw_nonzero().get(), ExitStatus::from_raw(status.as_raw()))
+        }
+        Err(_) => Reaped::None,
     }
 }
 

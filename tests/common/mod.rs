@@ -343,7 +343,8 @@ impl Daemon {
     }
 
     /// Every process that it or anything below it started, itself included: known by the variable
-    /// they inherit, or, those that give their environment away, by the folder they are in.
+    /// they inherit, or, those that give their environment away, by the folder they are in. Of itself
+    /// and its guards, root alone may see either.
     pub(crate) fn processes(&self) -> Vec<i32> {
         let folder = self.folder.path().canonicalize().unwrap();
         let wanted = format!("{MARK}={}", self.mark);
@@ -353,6 +354,8 @@ impl Daemon {
             let file = fs::File::open(format!("/proc/{pid}/environ"));
             let _ = file.and_then(|mut file| file.read_to_end(&mut environment));
             environment.split(|byte| *byte == 0).any(|v| v == wanted.as_bytes())
+                || proc::is_alive(*pid)
+                    && (*pid == self.pid() || proc::parent(*pid) == Some(self.pid()))
                 || fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|at| at.starts_with(&folder))
         };
         let entries = fs::read_dir("/proc").unwrap();

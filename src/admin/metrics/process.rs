@@ -5,7 +5,10 @@ use std::{collections::HashMap, fs};
 
 use nix::sys::resource::{Resource, getrlimit};
 
-use super::{super::Process, page::Labels};
+use super::{
+    super::{Process, usage::Tree},
+    page::Labels,
+};
 
 /// lbd's own process. What can't be read is missing.
 #[derive(Debug, Default)]
@@ -43,7 +46,7 @@ pub(super) fn booted() -> Option<f64> {
     stat.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()
 }
 
-/// The CPU time of each slot's workers, those that are gone included, as far as they were seen: what
+/// The CPU time of each slot's workers with all that they started, those that are gone included, as far as they were seen: what
 /// one used after the last look is lost with it.
 #[derive(Debug, Default)]
 pub(in crate::admin) struct CpuTimes(HashMap<Labels, CpuTime>);
@@ -52,26 +55,25 @@ pub(in crate::admin) struct CpuTimes(HashMap<Labels, CpuTime>);
 struct CpuTime {
     /// Of processes that are gone.
     gone: f64,
-    /// Of the others, by what names a process for ever: its id and when it began.
+    /// Of the others, by what names a worker for ever: its guard's process id, and when that began.
     there: HashMap<(i32, u64), f64>,
 }
 
 impl CpuTimes {
-    /// Looks at the processes of these slots and forgets all other slots. A slot of which no
-    /// process was ever seen is left out.
+    /// Takes what was seen in `trees` of the guards of these slots, and forgets all other slots. A slot
+    /// of which none was ever seen is left out.
     pub(super) fn look<'a>(
         &mut self,
         slots: impl Iterator<Item = (Labels, &'a [i32])>,
+        trees: &HashMap<i32, Tree>,
     ) -> Vec<(Labels, f64)> {
         let mut before = std::mem::take(&mut self.0);
-        for (labels, pids) in slots {
+        for (labels, guards) in slots {
             let known = before.remove(&labels);
             let was_seen = known.is_some();
             let mut time = known.unwrap_or_default();
-            let processes = pids.iter().filter_map(|&pid| Some((pid, Process::look(pid)?)));
-            time.update(
-                processes.map(|(pid, process)| ((pid, process.began), process.cpu_seconds)),
-            );
+            let seen = guards.iter().filter_map(|&guard| Some((guard, trees.get(&guard)?)));
+            time.update(seen.map(|(guard, tree)| ((guard, tree.began), tree.cpu_seconds)));
             // Also where it has used less than the kernel counts in: a series that is there stays.
             if was_seen || !time.there.is_empty() {
                 self.0.insert(labels, time);
@@ -101,7 +103,7 @@ impl CpuTime {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::super::usage::Trees, *};
 
     #[test]
     fn cpu_time_never_falls() {
@@ -128,12 +130,13 @@ mod tests {
         let pid = [std::process::id().cast_signed()];
         let slots = [(labels("1"), &[][..]), (labels("0"), &pid[..])];
         let mut times = CpuTimes::default();
-        assert!(
-            matches!(&times.look(slots.into_iter())[..], [(slot, 0.0..)] if *slot == labels("0"))
-        );
+        let trees = Trees::default().look(&pid);
+        let seen = times.look(slots.into_iter(), &trees);
+        assert!(matches!(&seen[..], [(slot, 0.0..)] if *slot == labels("0")));
         // Between two processes it is still told.
-        assert_eq!(times.look([(labels("0"), &[][..])].into_iter()).len(), 1);
-        assert!(times.look([].into_iter()).is_empty());
+        let none = HashMap::new();
+        assert_eq!(times.look([(labels("0"), &[][..])].into_iter(), &none).len(), 1);
+        assert!(times.look([].into_iter(), &none).is_empty());
         assert!(times.0.is_empty());
     }
 }

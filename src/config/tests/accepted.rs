@@ -407,9 +407,12 @@ fn a_command_line_makes_a_service() {
         "--listen: \"*:80\" has no address; write \"127.0.0.1:80\", or \"0.0.0.0:80\" for every \
          interface\n\
          --workers: expected a number from 1 to 1024, found 0\n\
-         the command: an argument is empty; remove it\n\
          --listen: 0.0.0.0:80 overlaps 127.0.0.1:80 (--listen): a wildcard takes the port of every \
          address; keep one of them"
+    );
+    assert_eq!(
+        from_command(&listen[..1], None, vec![String::new()]).unwrap_err().to_string(),
+        "the command: the program is empty; write its name or path"
     );
     assert_eq!(
         from_command(&[], None, Vec::new()).unwrap_err().to_string(),

@@ -9,6 +9,11 @@ use crate::{
 };
 
 impl Fleet {
+    /// The process id of its guard, while there is one.
+    pub(in crate::daemon) fn guard(&self, id: WorkerId) -> Option<i32> {
+        self.members.get(&id).map(|member| member.guard)
+    }
+
     /// Has the connections counted of those that have them without lbd.
     pub(super) fn count_connections(&mut self) {
         let direct = self.members.values().filter(|member| member.way.is_some());
