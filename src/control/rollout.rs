@@ -70,6 +70,11 @@ impl Rollout {
         }
     }
 
+    /// Whether this slot's worker makes way for one that is not started yet.
+    pub(super) fn vacates(&self, slot: u32) -> bool {
+        self.step == Step::Vacating(slot)
+    }
+
     /// The limit that a worker is replaced for, where it is that.
     pub(super) fn recycles(&self) -> Option<Worn> {
         match self.kind {

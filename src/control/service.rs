@@ -273,7 +273,10 @@ impl Service {
         cx.shared.ids += 1;
         let id = WorkerId(cx.shared.ids);
         let slot = &mut self.slots[index];
-        slot.restarts += u64::from(slot.generation > 0);
+        // One that is replaced on purpose is no sign of trouble.
+        let wanted =
+            beside || self.rollout.as_ref().is_some_and(|rollout| rollout.vacates(slot.number));
+        slot.restarts += u64::from(slot.generation > 0 && !wanted);
         slot.generation += 1;
         let port = if beside { slot.fixed_port } else { slot.wanted_port() };
         let spec = Arc::clone(&slot.spec);
