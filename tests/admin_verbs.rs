@@ -374,7 +374,7 @@ fn a_restart_that_fails_says_so_too() {
     let ports = Ports::take(1);
     let folder = tempfile::tempdir().unwrap();
     let script = format!("test -e broken && exit 5; exec {} http", common::fixture());
-    let keys = format!("command = [\"sh\", \"-c\", {script:?}]\nsocket = \"inherit\"");
+    let keys = format!("command = [\"sh\", \"-c\", {script:?}]");
     let daemon = Daemon::start_in(folder, &ports.service(&keys));
     daemon.wait_healthy(Mark::START, 1);
     std::fs::write(daemon.path("broken"), "").unwrap();

@@ -187,7 +187,8 @@ fn a_false_daemon_is_neither_asked_nor_believed() {
     }
     let folder = prepare("");
     let foreign = folder.path().join("session/lbd");
-    let asked = impostor(&foreign.join(socket_name(folder.path())));
+    let socket = foreign.join(socket_name(folder.path()));
+    let asked = impostor(&socket);
     chown(&foreign, Some(NOBODY), Some(NOBODY)).unwrap();
     for verb in ["status", "reload", "stop", "restart"] {
         let output = ask(folder.path(), &[verb]);
@@ -199,7 +200,6 @@ fn a_false_daemon_is_neither_asked_nor_believed() {
     assert_eq!(asked.load(Ordering::SeqCst), 0);
     // A folder of root's that it could get its socket into is no better.
     chown(&foreign, Some(0), Some(0)).unwrap();
-    let socket = foreign.join(socket_name(folder.path()));
     chown(&socket, Some(NOBODY), Some(NOBODY)).unwrap();
     let said = text(&ask(folder.path(), &["status"]).stderr);
     assert!(said.ends_with("belongs to user 65534, and neither to you nor to root\n"), "{said}");
@@ -267,7 +267,8 @@ fn a_pipe_or_a_device_in_the_place_of_the_file_holds_up_nobody() {
         fs::remove_file(&file).unwrap();
         make(&file);
     };
-    let cases: [(&dyn Fn(&Path), &str); 4] = [
+    type Make<'a> = &'a dyn Fn(&Path);
+    let cases: [(Make<'_>, &str); 4] = [
         (&|path| mkfifo(path, Mode::from_bits_truncate(0o600)).unwrap(), "not a regular file"),
         (&|path| symlink("/dev/zero", path).unwrap(), "not a regular file"),
         (&|path| fs::write(path, vec![b'#'; 1024 * 1024 + 1]).unwrap(), "more than 1.0 MiB"),
@@ -351,23 +352,24 @@ fn what_killed_daemons_leave_is_cleared_away() {
     for number in 0..4 {
         let ports = Ports::take(1);
         let own = if number == 1 { "[admin]\nsocket = \"1.sock\"\n" } else { "" };
-        let file = format!("{number}.toml");
-        fs::write(base.join(&file), format!("{own}{}", ports.service(&command(&["http"]))))
-            .unwrap();
         let other = tempfile::tempdir().unwrap();
-        let mut command = lbd(&base, &["--config", base.join(&file).to_str().unwrap()]);
-        command.current_dir(other.path());
+        let file = other.path().join("lb.toml");
+        fs::write(&file, format!("{own}{}", ports.service(&command(&["http"])))).unwrap();
+        let command = lbd(&base, &["--config", file.to_str().unwrap()]);
         let daemon = Daemon::run(other, command);
         daemon.wait_healthy(Mark::START, 1);
-        if number > 0 {
-            kill_hard(daemon.pid());
-        }
         others.push((daemon, ports));
     }
+    for (daemon, _) in &others[1..] {
+        kill_hard(daemon.pid());
+    }
+    eventually("nobody listens there", || {
+        sockets(&base).iter().filter(|path| UnixStream::connect(path).is_err()).count() == 3
+    });
     assert_eq!(sockets(&base).len(), 4);
     let mut daemon = start(folder, 1);
     assert_eq!(sockets(&base).len(), 2, "{:?}", sockets(&base));
-    let alive = base.join("0.toml");
+    let alive = others[0].0.path("lb.toml");
     let status = lbd(&base, &["status", "--config", alive.to_str().unwrap()]).output().unwrap();
     assert!(status.status.success(), "{status:?}");
     daemon.signal(SIGTERM);

@@ -515,9 +515,10 @@ fn rotation_removes_nothing_that_it_has_not_made() {
 #[test]
 fn nothing_in_a_line_turns_text_around() {
     let ports = Ports::take(1);
-    let line = "safe\u{202e}exe\u{2066}\u{9b}31m\u{7f}";
-    let script = format!("printf '%s\\n' '{line}'; exec {} http", common::fixture());
-    let service = ports.service(&format!("command = [\"sh\", \"-c\", {script:?}]"));
+    // U+202E, U+2066, U+009B and DEL.
+    let line = r"safe\342\200\256exe\342\201\246\302\23331m\177\n";
+    let script = format!("printf '{line}'; exec {} http", fixture());
+    let service = ports.service(&format!("command = [\"sh\", \"-c\", '''{script}''']"));
     for format in ["text", "json"] {
         let mut daemon = Daemon::start(&format!("[log]\nformat = \"{format}\"\n{service}"));
         eventually("it says so", || daemon.log.text().contains("safe"));
