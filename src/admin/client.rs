@@ -21,7 +21,7 @@ use tokio::{
 use super::{
     Placed, Reloaded, Restarted, Status,
     folder::{Kind, Pinned, Unfit},
-    place::{Instance, Origin, Place, SocketFolder, all_folders},
+    place::{Instance, Origin, Place, SocketFolder, other_folders},
 };
 
 /// How long a daemon may take to accept a connection, and to answer what needs no waiting.
@@ -197,9 +197,7 @@ impl Client {
 
     /// The daemon of another user, where there is just one that can be it.
     async fn find_of_others(instances: &[Instance]) -> Option<Self> {
-        let folders = all_folders().into_iter();
-        let others: Vec<_> =
-            folders.filter(|folder| matches!(folder.origin, Origin::Other(_))).collect();
+        let others = other_folders();
         for instance in instances {
             let mut found = None;
             for folder in &others {

@@ -9,7 +9,7 @@ use tokio::time::timeout;
 use super::{
     Client, Status,
     folder::Unfit,
-    place::{Instance, Place, all_folders},
+    place::{Instance, Place, all_folders, own_folders},
 };
 
 /// So many sockets in one folder are asked.
@@ -50,12 +50,14 @@ impl Survey {
     /// at most, and needs a tokio runtime.
     pub async fn take() -> Self {
         let mut survey = Self::default();
-        let mut asked = Vec::new();
+        let (own, mut asked) = (own_folders(), Vec::new());
         for folder in all_folders() {
             match folder.look() {
                 Ok(found) => {
+                    let is_own = own.contains(&folder);
+                    let place = |name| Place { folder: folder.clone(), name };
                     let names = found.sockets(MOST).into_iter();
-                    asked.extend(names.map(|name| ask(Place { folder: folder.clone(), name })));
+                    asked.extend(names.map(|name| ask(place(name), is_own)));
                 }
                 // Missing, or closed to whoever asks.
                 Err(Unfit::Io(_)) => {}
@@ -74,7 +76,8 @@ impl Survey {
     }
 }
 
-async fn ask(place: Place) -> Option<Running> {
+/// `is_own` where the commands look for their own daemons there.
+async fn ask(place: Place, is_own: bool) -> Option<Running> {
     let name = place.name.clone();
     let client = Client::at_place(place);
     let stream = timeout(PATIENCE, client.connect()).await.ok()?.ok()?;
@@ -89,7 +92,7 @@ async fn ask(place: Place) -> Option<Running> {
         uid: peer.uid(),
         user: user_name(peer.uid()),
         // It may say anything; this is what its socket is called for.
-        is_found: client.other_user().is_none()
+        is_found: is_own
             && instance.as_ref().is_some_and(|instance| instance.socket_name() == name),
         instance,
         services: status.into_iter().flat_map(|s| s.services).map(|s| s.name).collect(),

@@ -163,16 +163,17 @@ impl SocketFolder {
 
     /// Opens it to look whose sockets are in it.
     pub(super) fn look(&self) -> Result<Folder, Unfit> {
-        let root = geteuid().is_root();
-        Folder::open(
-            &self.path,
-            match self.origin {
-                Origin::Given | Origin::System if root => Owner::GivenByRoot,
-                Origin::Given | Origin::System => Owner::OwnOrRoot,
-                Origin::Own => Owner::Own,
-                Origin::Other(user) => Owner::User(user),
-            },
-        )
+        let open = |owner| Folder::open(&self.path, owner);
+        match self.origin {
+            // Where others could make it too, as in a container whose /run is like /tmp, it has to be
+            // root's own.
+            Origin::Given | Origin::System if geteuid().is_root() => {
+                open(Owner::GivenByRoot).or_else(|why| open(Owner::Own).map_err(|_| why))
+            }
+            Origin::Given | Origin::System => open(Owner::OwnOrRoot),
+            Origin::Own => open(Owner::Own),
+            Origin::Other(user) => open(Owner::User(user)),
+        }
     }
 }
 
@@ -224,6 +225,12 @@ pub(super) fn make_spare() -> io::Result<SocketFolder> {
 
 fn spare_prefix(uid: u32) -> String {
     format!("lbd-{uid}.")
+}
+
+/// The folders of other users' daemons, and of services whose unit has chosen another one.
+pub(super) fn other_folders() -> Vec<SocketFolder> {
+    let own = own_folders();
+    all_folders().into_iter().filter(|folder| !own.contains(folder)).collect()
 }
 
 /// The folders that daemons of all users have their sockets in, as far as this user may look.

@@ -288,7 +288,7 @@ pub(super) fn stop(target: &Target) -> Result<(), Error> {
                 // A service manager may have started the next one.
                 Ok(status) if i32::try_from(status.pid) != Ok(pid) => break,
                 Ok(status) => bar.show(Progress { done: None, now: waiting_for(&status) }),
-                Err(ClientError::NothingListens(_)) => break,
+                Err(ClientError::NothingListens(_) | ClientError::PassedOver { .. }) => break,
                 Err(_) => {}
             }
             sleep(progress::INTERVAL).await;
