@@ -11,22 +11,34 @@ use std::{borrow::Cow, fmt::Write as _};
 /// C0 and C1 controls, line and paragraph separators, and marks that change the direction of text.
 #[must_use]
 pub fn is_control(c: char) -> bool {
-    c.is_control()
-        || matches!(c,
-            '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    matches!(c,
+        '\0'..='\x1f'
+        | '\x7f'..='\u{9f}'
+        | '\u{61c}'
+        | '\u{200e}'
+        | '\u{200f}'
+        | '\u{2028}'..='\u{202e}'
+        | '\u{2066}'..='\u{2069}')
 }
 
 /// `text` on one line, with nothing in it that is obeyed: a C0 control is its picture (U+2400 …), as
 /// in `␛[31m`, and any other is U+FFFD. A tab stays.
 #[must_use]
 pub fn line(text: &str) -> Cow<'_, str> {
-    replaced(text, |c| c == '\t', picture)
+    match text.contains(|c| is_control(c) && c != '\t') {
+        true => Cow::Owned(text.chars().map(picture).collect()),
+        false => Cow::Borrowed(text),
+    }
 }
 
 /// The same of text that may have several lines.
 #[must_use]
 pub fn lines(text: &str) -> Cow<'_, str> {
-    replaced(text, |c| matches!(c, '\t' | '\n'), picture)
+    let shown = |c| if c == '\n' { c } else { picture(c) };
+    match text.contains(|c| is_control(c) && !matches!(c, '\t' | '\n')) {
+        true => Cow::Owned(text.chars().map(shown).collect()),
+        false => Cow::Borrowed(text),
+    }
 }
 
 /// JSON with every such character escaped, as JSON may have it (RFC 8259, 7): its meaning is the same.
@@ -34,42 +46,29 @@ pub fn lines(text: &str) -> Cow<'_, str> {
 #[must_use]
 pub fn json(text: &str) -> Cow<'_, str> {
     // Outside of a string there are no others, and inside of one no line break.
-    replaced(
-        text,
-        |c| matches!(c, '\n' | '\r' | '\t'),
-        |c, escaped| {
-            let mut units = [0; 2];
-            for unit in c.encode_utf16(&mut units) {
-                // Writing to a String does not fail.
-                let _ = write!(escaped, "\\u{unit:04x}");
-            }
-        },
-    )
+    let is_escaped = |c| is_control(c) && !matches!(c, '\n' | '\r' | '\t');
+    if !text.contains(is_escaped) {
+        return Cow::Borrowed(text);
+    }
+    let mut escaped = String::with_capacity(text.len() + 16);
+    for c in text.chars() {
+        match is_escaped(c) {
+            // Each is a single unit of UTF-16. Writing to a String does not fail.
+            true => _ = write!(escaped, "\\u{:04x}", u32::from(c)),
+            false => escaped.push(c),
+        }
+    }
+    Cow::Owned(escaped)
 }
 
-fn picture(c: char, shown: &mut String) {
-    shown.push(match c {
+fn picture(c: char) -> char {
+    match c {
+        '\t' => c,
         '\0'..='\x1f' => char::from_u32(0x2400 + u32::from(c)).unwrap_or_default(),
         '\x7f' => '\u{2421}',
-        _ => char::REPLACEMENT_CHARACTER,
-    });
-}
-
-fn replaced(
-    text: &str,
-    stays: impl Fn(char) -> bool,
-    replace: impl Fn(char, &mut String),
-) -> Cow<'_, str> {
-    let is_replaced = |c: char| is_control(c) && !stays(c);
-    let Some((first, _)) = text.char_indices().find(|(_, c)| is_replaced(*c)) else {
-        return Cow::Borrowed(text);
-    };
-    let mut shown = String::with_capacity(text.len() + 8);
-    shown.push_str(&text[..first]);
-    for c in text[first..].chars() {
-        if is_replaced(c) { replace(c, &mut shown) } else { shown.push(c) }
+        c if is_control(c) => char::REPLACEMENT_CHARACTER,
+        c => c,
     }
-    Cow::Owned(shown)
 }
 
 #[cfg(test)]
@@ -79,6 +78,11 @@ mod tests {
     /// Each is obeyed by a terminal, or turns text around.
     const BAD: &str = "\0\x07\x08\r\x0b\x0c\x1b\x7f\u{80}\u{85}\u{9b}\u{9f}\u{61c}\u{200e}\u{200f}\
         \u{2028}\u{2029}\u{202a}\u{202b}\u{202c}\u{202d}\u{202e}\u{2066}\u{2067}\u{2068}\u{2069}";
+
+    #[test]
+    fn all_that_unicode_calls_a_control_is_one() {
+        assert!(('\0'..=char::MAX).all(|c| is_control(c) || !c.is_control()));
+    }
 
     #[test]
     fn nothing_that_is_obeyed_is_left() {

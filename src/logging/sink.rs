@@ -2,9 +2,9 @@
 
 use std::{
     fmt,
-    fs::{File, OpenOptions},
+    fs::{self, File, OpenOptions},
     io::{self, Write},
-    os::unix::fs::{FileTypeExt, OpenOptionsExt},
+    os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -15,8 +15,9 @@ use std::{
 };
 
 use nix::{
-    fcntl::{FcntlArg, OFlag, fcntl},
+    fcntl::{FcntlArg, OFlag, fcntl, readlinkat},
     libc,
+    unistd::geteuid,
 };
 use tracing::warn;
 
@@ -199,19 +200,27 @@ impl LogPlace {
 /// somebody else may have put there to have lbd write where he may not, nor waits for the other end
 /// of a pipe (open(2), fifo(7)).
 fn append(path: &Path) -> io::Result<File> {
-    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY;
-    let opened = OpenOptions::new().create(true).append(true).custom_flags(flags).open(path);
+    let open = |path: &Path, is_new: bool| {
+        let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY;
+        OpenOptions::new().create(is_new).append(true).custom_flags(flags).open(path)
+    };
+    let mut is_behind_a_link = false;
+    let opened = match open(path, true) {
+        Err(error) if error.raw_os_error() == Some(libc::ELOOP) => {
+            is_behind_a_link = true;
+            let device = device_behind(path).map(|device| open(&device, false));
+            device.unwrap_or_else(|| Err(io::Error::other(A_LINK)))
+        }
+        opened => opened,
+    };
     let file = opened.map_err(|error| match error.raw_os_error() {
-        Some(libc::ELOOP) => io::Error::other(
-            "it is a link; write the path that it leads to, or leave out `file` for standard error",
-        ),
         // A pipe that nobody reads, or a socket (open(2)).
         Some(libc::ENXIO) => io::Error::other(NOT_A_FILE),
         _ => error,
     })?;
     let kind = file.metadata()?.file_type();
     // Only root can make a device.
-    if !kind.is_file() && !kind.is_char_device() {
+    if !kind.is_char_device() && (is_behind_a_link || !kind.is_file()) {
         return Err(io::Error::other(NOT_A_FILE));
     }
     if kind.is_char_device() {
@@ -222,12 +231,26 @@ fn append(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
+/// What a link leads to, where that is a device and the link root's or of lbd's own user: in containers
+/// a log is often sent that way.
+fn device_behind(path: &Path) -> Option<PathBuf> {
+    // One link, whatever becomes of its name: what was looked at is what is read (open(2)).
+    let flags = libc::O_PATH | libc::O_NOFOLLOW;
+    let link = OpenOptions::new().read(true).custom_flags(flags).open(path).ok()?;
+    let is_trusted = [0, geteuid().as_raw()].contains(&link.metadata().ok()?.uid());
+    let to = PathBuf::from(readlinkat(&link, "").ok()?);
+    let to = path.parent().unwrap_or(path).join(to);
+    let is_device = fs::symlink_metadata(&to).is_ok_and(|found| found.file_type().is_char_device());
+    (is_trusted && is_device).then_some(to)
+}
+
+const A_LINK: &str =
+    "it is a link; write the path that it leads to, or leave out `file` for standard error";
 const NOT_A_FILE: &str = "it is not a regular file; expected one, or the path of a new one";
 
 #[cfg(test)]
 mod tests {
     use std::{
-        fs,
         num::NonZeroU32,
         os::unix::fs::symlink,
         sync::{Mutex, MutexGuard, PoisonError},
@@ -377,6 +400,14 @@ mod tests {
         drop(reader);
         drop(std::os::unix::net::UnixListener::bind(path("socket")).unwrap());
         assert_eq!(open("socket"), Err(NOT_A_FILE.to_owned()));
+        symlink("/dev/full", path("full")).unwrap();
+        symlink("full", path("twice")).unwrap();
         assert_eq!(append(Path::new("/dev/full")).map(drop).ok(), Some(()));
+        assert_eq!(open("full"), Ok(()), "of whoever runs this");
+        assert_eq!(open("twice"), Err(A_LINK.to_owned()));
+        if geteuid().is_root() {
+            std::os::unix::fs::lchown(path("full"), Some(65534), None).unwrap();
+            assert_eq!(open("full"), Err(A_LINK.to_owned()), "of somebody else");
+        }
     }
 }
