@@ -9,6 +9,7 @@ mod table;
 mod watch;
 
 use std::{
+    ffi::OsString,
     io::{self, Write},
     net::SocketAddr,
     path::PathBuf,
@@ -23,7 +24,7 @@ use crate::{
     bench::BenchError,
     config, daemon,
     logging::{self, Logging},
-    process, worker,
+    printable, process, worker,
 };
 use operate::Target;
 
@@ -111,10 +112,16 @@ enum Command {
         target: Target,
     },
     /// Replace the workers of the running daemon one at a time
-    #[command(after_help = "Examples: lbd restart web\n          lbd restart web 2")]
+    ///
+    /// With the settings that it has loaded: where the file has changed since, it says so.
+    #[command(after_help = "Examples: lbd restart web\n          lbd restart web 2\n          \
+        lbd restart --reload")]
     Restart {
         #[command(flatten)]
         target: Target,
+        /// Have the file read again before, as `lbd reload` does; each worker is replaced once
+        #[arg(long)]
+        reload: bool,
         /// The service [default: all, one after the other]
         service: Option<String>,
         /// The slot of a single worker [default: all of the service]
@@ -214,7 +221,14 @@ pub fn main() -> ExitCode {
         Err(answer) => {
             // --help and --version come this way too, with status 0. A closed pipe is no reason
             // to complain.
-            let _ = answer.print();
+            let is_foreign = |argument: OsString| {
+                argument.to_string_lossy().contains(|c| printable::is_control(c) && c != '\n')
+            };
+            if answer.use_stderr() && std::env::args_os().any(is_foreign) {
+                logging::complain(&answer.render().to_string().trim_end());
+            } else {
+                let _ = answer.print();
+            }
             return ExitCode::from(u8::try_from(answer.exit_code()).unwrap_or(EXIT_FAILURE));
         }
     };
@@ -240,7 +254,10 @@ pub fn main() -> ExitCode {
         Some(Command::Check { config }) => check(&config.config),
         Some(Command::Status { target, json, watch }) => operate::status(&target, json, watch),
         Some(Command::Reload { target }) => operate::reload(&target),
-        Some(Command::Restart { target, service, slot }) => {
+        Some(Command::Restart { target, reload: true, service, slot }) => {
+            operate::reload_and_restart(&target, service.as_deref(), slot)
+        }
+        Some(Command::Restart { target, reload: false, service, slot }) => {
             operate::restart(&target, service, slot)
         }
         Some(Command::Drain { target, service, slot, wait }) => {
@@ -276,6 +293,9 @@ enum Error {
     Daemon(daemon::DaemonError),
     #[error("lbd: {0}")]
     Client(#[from] admin::ClientError),
+    /// There is no such daemon, but perhaps others.
+    #[error("lbd: {error}{others}")]
+    NotRunning { error: admin::ClientError, others: String },
     #[error("lbd: {0}")]
     Io(#[from] io::Error),
     #[error("lbd worker: {0}")]
@@ -311,9 +331,12 @@ impl Error {
                 EXIT_USAGE
             }
             Self::Bench(BenchError::Unfit { .. }) => EXIT_CONFIG,
-            Self::Daemon(_) | Self::Client(_) | Self::Io(_) | Self::Worker(_) | Self::Bench(_) => {
-                EXIT_FAILURE
-            }
+            Self::Daemon(_)
+            | Self::Client(_)
+            | Self::NotRunning { .. }
+            | Self::Io(_)
+            | Self::Worker(_)
+            | Self::Bench(_) => EXIT_FAILURE,
         }
     }
 }
@@ -340,33 +363,37 @@ fn serve(options: &worker::Options) -> Result<(), Error> {
 fn completions(shell: Shell) -> Result<(), Error> {
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), "lbd", &mut script);
-    operate::print(&String::from_utf8_lossy(&script))
+    operate::print_as_is(&String::from_utf8_lossy(&script))
 }
 
 fn man(folder: Option<&std::path::Path>) -> Result<(), Error> {
     match folder {
         Some(folder) => Ok(manual::write(Cli::command(), folder)?),
-        None => operate::print(&manual::main_page(Cli::command())?),
+        None => operate::print_as_is(&manual::main_page(Cli::command())?),
     }
 }
 
 fn check(file: &std::path::Path) -> Result<(), Error> {
     let config = config::read(file)?;
-    for place in &config.process_limits {
-        let config::Place { line, key } = place;
-        let file = file.display();
-        let _ = writeln!(
-            io::stderr(),
-            "{file}:{line}: {key}: note: refused where lbd is started without a cgroup of its own \
-             that has the pids controller; whether it will have one can't be known here"
+    let note = |line: Option<usize>, key: &str, kind: &str, message: &str| {
+        let line = line.map(|line| format!("{line}:")).unwrap_or_default();
+        let note = format!("{}:{line} {key}: {kind}: {message}", file.display());
+        let _ = writeln!(io::stderr(), "{}", printable::line(&note));
+    };
+    for config::Problem { line, key, message } in config::warnings(&config) {
+        note(line, key.as_deref().unwrap_or_default(), "warning", &message);
+    }
+    for config::Place { line, key } in &config.process_limits {
+        note(
+            Some(*line),
+            key,
+            "note",
+            "refused where lbd is started without a cgroup of its own that has the pids controller; \
+             whether it will have one can't be known here",
         );
     }
-    let mut out = io::stdout().lock();
     for service in &config.services {
-        // Whoever closed the pipe has read enough.
-        if writeln!(out, "{}", config::describe(service)).is_err() {
-            break;
-        }
+        operate::print(&format!("{}\n", config::describe(service)))?;
     }
     Ok(())
 }

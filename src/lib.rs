@@ -15,7 +15,7 @@
 //! ```
 //!
 //! `sockets`, `proxy_protocol` and `histogram` are below all of them, and know nothing of lbd but
-//! what `config` calls things.
+//! what `config` calls things. `printable` is below these: whatever is shown of others goes through it.
 //!
 //! With `route = "direct"` connections don't come through `route` at all: `sockets::direct` has the
 //! kernel hand them out, and `daemon` tells it to whom.
@@ -35,6 +35,7 @@ pub mod control;
 pub mod daemon;
 pub mod histogram;
 pub mod logging;
+pub mod printable;
 pub mod probe;
 pub mod process;
 pub mod proxy_protocol;

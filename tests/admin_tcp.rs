@@ -8,7 +8,7 @@ mod http;
 
 use std::{
     fs,
-    io::{Read, Write},
+    io::{BufRead, BufReader, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
     os::unix::fs::PermissionsExt,
     time::{Duration, Instant},
@@ -354,4 +354,69 @@ fn a_stranger_costs_little() {
     client.send("x".repeat(5000));
     assert_eq!(client.answer().status, 413);
     drop(daemon);
+}
+
+#[test]
+fn a_wrong_token_leaves_a_line_without_it() {
+    let (ports, port) = (Ports::take(1), Port::take());
+    let address = local(&port);
+    let daemon = start(&admin(&format!("\"{address}\""), true), &ports);
+    let wrong = "Authorization: Bearer almost-s3cret\r\n";
+    for number in 0..14 {
+        let method = if number % 2 == 0 { "GET" } else { "POST" };
+        assert_eq!(ask_plainly(address, &format!("{method} /status"), wrong).status, 401);
+    }
+    let lines = daemon.wait_many(Mark::START, "a wrong admin token", &[], 10);
+    assert_eq!(ask_plainly(address, "GET /status", "").status, 200);
+    assert!(lines.iter().all(|line| line.get("client").unwrap().starts_with("127.0.0.1:")));
+    assert_eq!(daemon.said(Mark::START, "a wrong admin token").len(), 10, "more are counted");
+    assert!(!daemon.log.text().contains("almost"));
+    // What is not even tried is none of those.
+    assert_eq!(ask_plainly(address, "POST /stop", "").status, 401);
+    assert_eq!(daemon.said(Mark::START, "a wrong admin token").len(), 10);
+}
+
+#[test]
+fn those_who_say_nothing_make_room_for_those_who_do() {
+    let (ports, port) = (Ports::take(1), Port::take());
+    let address = local(&port);
+    let daemon = start(&admin(&format!("\"{address}\""), true), &ports);
+    let begun = Instant::now();
+    // Nothing, half a head, and a head that promises more than comes.
+    let beginnings = [
+        "",
+        "GET /status HTTP/1.1\r\nHost: localhost\r\nX: ",
+        "GET /status HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n",
+    ];
+    let mut slow = Vec::new();
+    let mut more = |count: usize| {
+        for number in 0..count {
+            let mut stream = TcpStream::connect(address).unwrap();
+            stream.write_all(beginnings[number % 3].as_bytes()).unwrap();
+            slow.push(stream);
+        }
+    };
+    more(80);
+    let mut longest = Duration::ZERO;
+    for _ in 0..40 {
+        more(2);
+        let asked = Instant::now();
+        assert_eq!(ask_plainly(address, "GET /healthz", "").status, 200);
+        longest = longest.max(asked.elapsed());
+        assert!(daemon.lbd(&["status"]).status.success());
+    }
+    assert!(longest < Duration::from_secs(3), "{longest:?} of {:?}", begun.elapsed());
+    // Those who watch stay, whoever comes.
+    let mut watching = TcpStream::connect(address).unwrap();
+    watching.set_read_timeout(Some(common::PATIENCE)).unwrap();
+    write!(watching, "GET /events HTTP/1.1\r\nHost: {address}\r\n\r\n").unwrap();
+    let mut lines = BufReader::new(watching).lines();
+    let mut watch = |count: usize| {
+        let is_status = |line: &String| line == "event: status";
+        let seen = lines.by_ref().map_while(Result::ok).filter(is_status).take(count);
+        assert_eq!(seen.count(), count, "it was cut");
+    };
+    watch(1);
+    more(64);
+    watch(2);
 }

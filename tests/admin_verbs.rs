@@ -12,7 +12,7 @@ use std::{
 
 use common::{
     Daemon, Mark, Ports,
-    client::{KeepAlive, Load, is_turned_away, turns},
+    client::{KeepAlive, Load, get, is_turned_away, turns},
     command, eventually, freeze, kill_hard, proc,
 };
 use serde_json::{Value, json};
@@ -321,4 +321,147 @@ fn while_workers_are_replaced_no_other_replacement_begins() {
     assert_eq!((status, &body["error"]), (409, &json!(busy)));
     // But to drain is possible.
     assert_eq!(post(&daemon, 0, "drain").0, 200);
+}
+
+#[test]
+fn a_restart_says_that_the_file_has_changed() {
+    let ports = Ports::take(1);
+    let daemon = start(&ports, "");
+    let argv = || get(ports.address(), "/argv");
+    assert_eq!(done(&daemon, &["restart"]), "web: workers replaced 1\n");
+    let new = |argument: &str| {
+        let service = ports.service(&format!("{}\n{QUICK}", command(&["http", argument])));
+        format!("[admin]\nsocket = \"a.sock\"\n{service}")
+    };
+    daemon.write_config(&new("new"));
+    let said = format!(
+        "{} has changed since it was loaded, and workers are started with what was loaded: \
+         `lbd reload` applies it, `lbd restart --reload` does both",
+        daemon.path("lb.toml").display()
+    );
+    for (arguments, done) in [
+        (&["restart"][..], "web: workers replaced 1"),
+        (&["restart", "web", "0"], "web/0: worker replaced"),
+    ] {
+        let output = daemon.lbd(arguments);
+        assert!(output.status.success(), "{output:?}");
+        assert_eq!(String::from_utf8(output.stdout).unwrap(), format!("{done}\n"));
+        assert_eq!(String::from_utf8(output.stderr).unwrap(), format!("lbd: warning: {said}\n"));
+    }
+    assert_eq!(argv(), "http", "not applied");
+    assert_eq!(
+        daemon
+            .said(
+                Mark::START,
+                "the file has changed since it was loaded, a restart does not apply it"
+            )
+            .len(),
+        2
+    );
+    let (code, body) = ask(&daemon, "POST /services/web/restart");
+    assert_eq!((code, body), (200, json!({ "workers": 1, "warnings": [said] })));
+    // With the same bytes as before there is nothing to say.
+    done(&daemon, &["reload"]);
+    assert_eq!(argv(), "http\nnew");
+    daemon.write_config(&new("newer"));
+    daemon.write_config(&new("new"));
+    done(&daemon, &["restart"]);
+    assert_eq!(argv(), "http\nnew");
+}
+
+#[test]
+fn a_restart_that_fails_says_so_too() {
+    let ports = Ports::take(1);
+    let folder = tempfile::tempdir().unwrap();
+    let script = format!("test -e broken && exit 5; exec {} http", common::fixture());
+    let keys = format!("command = [\"sh\", \"-c\", {script:?}]");
+    let daemon = Daemon::start_in(folder, &ports.service(&keys));
+    daemon.wait_healthy(Mark::START, 1);
+    std::fs::write(daemon.path("broken"), "").unwrap();
+    daemon.write_config(&format!("# mended\n{}", ports.service(&keys)));
+    let said = refused(&daemon.lbd(&["restart"]));
+    let lines: Vec<_> = said.lines().collect();
+    assert!(lines[0].starts_with("lbd: web: slot 0: "), "{said}");
+    assert!(lines.last().unwrap().contains("lb.toml has changed since it was loaded"), "{said}");
+}
+
+#[test]
+fn a_restart_with_a_reload_replaces_each_worker_once() {
+    let (web, api) = (Ports::take(2), Ports::take(1));
+    let of = |ports: &Ports, argument: &str| {
+        ports.service(&format!("{}\n{QUICK}", command(&["http", argument])))
+    };
+    let config = |argument: &str| {
+        let admin = "[admin]\nsocket = \"a.sock\"\n";
+        format!("{admin}{}{}", of(&web, argument), common::named("api", &of(&api, "same")))
+    };
+    let daemon = Daemon::healthy(&config("old"), 3);
+    let started = |since: Mark| daemon.said(since, "worker started").len();
+    daemon.write_config(&config("new"));
+    let since = daemon.now();
+    let said = done(&daemon, &["restart", "--reload"]);
+    assert_eq!(
+        said,
+        "reloaded: services added 0, removed 0, changed 1\nall services: workers replaced 3\n"
+    );
+    assert_eq!((started(since), get(web.address(), "/argv").as_str()), (3, "http\nnew"));
+    // With nothing new it is a restart; of one service, or one worker of it.
+    for (name, expected) in [(&["api"][..], 1), (&["web", "1"], 1), (&["web"], 2)] {
+        let since = daemon.now();
+        let said = done(&daemon, &[&["restart", "--reload"], name].concat());
+        assert!(
+            said.ends_with(&format!("{}: workers replaced {expected}\n", name.join("/"))),
+            "{said}"
+        );
+        assert_eq!(started(since), expected);
+    }
+    let (code, body) = ask(&daemon, "POST /services/api/restart?reload=true");
+    let reloaded = json!({ "added": 0, "removed": 0, "changed": 0 });
+    assert_eq!((code, body), (200, json!({ "workers": 1, "reloaded": reloaded })));
+    assert_eq!(ask(&daemon, "POST /reload?restart=true").0, 200);
+    assert_eq!(ask(&daemon, "POST /reload?restrat=true").0, 400);
+    // A wrong file, and a service that is not in it: nothing happens at all.
+    let since = daemon.now();
+    let none = refused(&daemon.lbd(&["restart", "--reload", "wbe"]));
+    assert_eq!(none, "lbd: there is no service \"wbe\" in the file\n");
+    daemon.write_config("[service.web]\nworkers = 0\n");
+    assert!(
+        refused(&daemon.lbd(&["restart", "--reload"])).contains("lb.toml:2: service.web.workers")
+    );
+    // What does not come up ends it, and the old ones serve.
+    daemon.write_config(
+        &config("new").replacen("\"http\"", "\"exit\"", 1).replacen("\"new\"", "\"7\"", 1),
+    );
+    let said = refused(&daemon.lbd(&["restart", "--reload"]));
+    assert!(said.contains("web: slot 0: exit status 7"), "{said}");
+    assert_eq!(get(web.address(), "/argv"), "http\nnew");
+    let _ = since;
+}
+
+#[test]
+fn a_deploy_leaves_no_sign_of_trouble() {
+    let ports = Ports::take(2);
+    let daemon = start(&ports, "");
+    let signs = || -> Vec<_> {
+        let workers = daemon.workers("web");
+        workers.iter().map(|w| (w["restarts"].as_u64().unwrap(), w["last_exit"].clone())).collect()
+    };
+    done(&daemon, &["restart"]);
+    done(&daemon, &["restart", "web", "1"]);
+    let keys = format!("{}\n{QUICK}\n", command(&["http", "new"]));
+    let file = format!("[admin]\nsocket = \"a.sock\"\n{}", ports.service(&keys));
+    daemon.write_config(&file);
+    done(&daemon, &["reload"]);
+    eventually("the old ones are gone", || {
+        let exited = daemon.said(Mark::START, "worker exited");
+        exited.len() == 5
+    });
+    assert_eq!(signs(), [(0, Value::Null), (0, Value::Null)]);
+    // One that ends by itself is told, and stays told after the next deploy.
+    let since = daemon.now();
+    kill_hard(daemon.worker_pid(ports.worker(1)));
+    daemon.wait_healthy(since, 1);
+    assert_eq!(signs(), [(0, Value::Null), (1, "killed by SIGKILL".into())]);
+    done(&daemon, &["restart"]);
+    assert_eq!(signs(), [(0, Value::Null), (1, "killed by SIGKILL".into())]);
 }

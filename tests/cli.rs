@@ -126,6 +126,38 @@ fn check_prints_a_line_for_each_service() {
 }
 
 #[test]
+fn check_warns_of_what_is_not_there_yet() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = "[log]\nfile = \"no/lbd.log\"\n[service.web]\nlisten = \"unix:no/web.sock\"\n\
+        command = [\"no-such-program\", \"$PORT\"]\nuser = \"no-such-user\"\noutput = \"no/out.log\"\n";
+    fs::write(folder.path().join("lb.toml"), config).unwrap();
+    let output = lbd(folder.path(), &["check"]);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert!(text(output.stdout).starts_with("web: "));
+    let said = text(output.stderr);
+    let lines: Vec<&str> = said.lines().collect();
+    let expected = [
+        "lb.toml:2: log.file: warning: ",
+        "lb.toml:4: service.web.listen: warning: ",
+        "lb.toml:5: service.web.command: warning: there is no program \"no-such-program\" in PATH",
+        "lb.toml:5: service.web.command: warning: $PORT is not replaced there; write {port}",
+        "lb.toml:6: service.web.user: warning: there is no user \"no-such-user\" yet",
+        "lb.toml:7: service.web.output: warning: ",
+    ];
+    assert_eq!(lines.len(), expected.len(), "{said}");
+    for (line, expected) in lines.iter().zip(expected) {
+        assert!(line.starts_with(expected), "{line}");
+    }
+    // The built-in worker's folder is what it serves: without it there is nothing to run.
+    fs::write(
+        folder.path().join("lb.toml"),
+        "[service.web]\nlisten = \"127.0.0.1:1\"\nroot = \"no\"\n",
+    )
+    .unwrap();
+    assert_eq!(lbd(folder.path(), &["check"]).status.code(), Some(78));
+}
+
+#[test]
 fn the_sample_is_valid() {
     let output = lbd(Path::new(env!("CARGO_MANIFEST_DIR")), &["check", "--config", "lb.toml"]);
     assert_eq!(output.status.code(), Some(0), "{output:?}");

@@ -8,9 +8,9 @@ use std::{
 };
 
 /// What each module may import. A module may not be missing here.
-const ALLOWED: [(&str, &[&str]); 14] = [
-    ("cli", &["admin", "bench", "config", "daemon", "logging", "process", "worker"]),
-    ("bench", &["admin", "config"]),
+const ALLOWED: [(&str, &[&str]); 15] = [
+    ("cli", &["admin", "bench", "config", "daemon", "logging", "printable", "process", "worker"]),
+    ("bench", &["admin", "config", "printable"]),
     (
         "daemon",
         &[
@@ -19,6 +19,7 @@ const ALLOWED: [(&str, &[&str]); 14] = [
             "control",
             "histogram",
             "logging",
+            "printable",
             "probe",
             "process",
             "proxy_protocol",
@@ -26,17 +27,18 @@ const ALLOWED: [(&str, &[&str]); 14] = [
             "sockets",
         ],
     ),
-    ("admin", &["config", "histogram", "logging", "sockets"]),
+    ("admin", &["config", "histogram", "logging", "printable"]),
     ("probe", &["config", "control", "proxy_protocol", "sockets"]),
-    ("process", &["config", "sockets"]),
+    ("process", &["config", "printable", "sockets"]),
     ("route", &["config", "histogram", "proxy_protocol", "sockets"]),
     ("control", &["config"]),
-    ("logging", &["config"]),
+    ("logging", &["config", "printable"]),
     ("worker", &["sockets"]),
     ("sockets", &["config"]),
     ("proxy_protocol", &["config"]),
     ("histogram", &[]),
-    ("config", &[]),
+    ("config", &["printable"]),
+    ("printable", &[]),
 ];
 
 #[test]

@@ -441,3 +441,94 @@ fn a_log_file_that_cannot_be_opened_is_1() {
     assert!(said.contains("/no/folder/lbd.log: "), "{said}");
     daemon.assert_nothing_runs();
 }
+
+#[test]
+fn a_log_file_that_is_none_is_refused_and_nothing_waits() {
+    let ports = Ports::take(1);
+    let service = ports.service(&command(&["http"]));
+    let folder = || tempfile::tempdir().unwrap();
+    let start = |folder: tempfile::TempDir| {
+        let mut daemon = Daemon::start_in(folder, &format!("[log]\nfile = \"lbd.log\"\n{service}"));
+        assert_eq!(daemon.wait_exit().code(), Some(1));
+        daemon.assert_nothing_runs();
+        let said = daemon.log.text();
+        assert!(said.starts_with("lbd: cannot open the log file "), "{said}");
+        (daemon.folder.path().to_owned(), said)
+    };
+    // A pipe that nobody reads.
+    let with_pipe = folder();
+    let path = with_pipe.path().join("lbd.log");
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
+    let (_, said) = start(with_pipe);
+    assert!(said.contains("it is not a regular file; expected one"), "{said}");
+    // A link, which somebody may have put there to have root write elsewhere.
+    let with_link = folder();
+    let elsewhere = folder();
+    let target = elsewhere.path().join("precious");
+    std::os::unix::fs::symlink(&target, with_link.path().join("lbd.log")).unwrap();
+    let (_, said) = start(with_link);
+    assert!(said.contains("it is a link; write the path that it leads to"), "{said}");
+    assert!(!target.exists());
+    // Neither is it followed later.
+    let mut daemon = Daemon::start(&format!("[log]\nfile = \"lbd.log\"\n{service}"));
+    let path = daemon.path("lbd.log");
+    let is_said = |message: &str| lines(&path).iter().any(|line| line.message == message);
+    eventually("it is ready", || is_said("ready"));
+    let old = daemon.path("old.log");
+    fs::rename(&path, &old).unwrap();
+    std::os::unix::fs::symlink(&target, &path).unwrap();
+    daemon.signal(SIGUSR1);
+    // It writes on where it was.
+    let is_told = || lines(&old).iter().any(|l| l.message == "the log file can't be opened anew");
+    eventually("it says so", || {
+        get(ports.address(), "/");
+        is_told()
+    });
+    assert!(!target.exists());
+    daemon.signal(SIGTERM);
+    assert_eq!(daemon.wait_exit().code(), Some(0));
+}
+
+#[test]
+fn rotation_removes_nothing_that_it_has_not_made() {
+    let ports = Ports::take(1);
+    let service = ports.service(&command(&["http"]));
+    let folder = tempfile::tempdir().unwrap();
+    let others = ["lbd.log", "lbd.log.important", "lbd.logbook.txt", "lbd.log.2026-01-01.gz"];
+    let old = ["lbd.log.2020-01-01", "lbd.log.2020-01-02"];
+    for name in others.iter().chain(&old) {
+        fs::write(folder.path().join(name), "").unwrap();
+    }
+    let log = "[log]\nfile = \"lbd.log\"\nrotate = \"hourly\"\nkeep = 1\n";
+    let mut daemon = Daemon::start_in(folder, &format!("{log}{service}"));
+    eventually("it serves", || TcpStream::connect(ports.address()).is_ok());
+    daemon.signal(SIGTERM);
+    assert_eq!(daemon.wait_exit().code(), Some(0));
+    for name in others {
+        assert!(daemon.path(name).exists(), "{name}");
+    }
+    for name in old {
+        assert!(!daemon.path(name).exists(), "{name}");
+    }
+}
+
+#[test]
+fn nothing_in_a_line_turns_text_around() {
+    let ports = Ports::take(1);
+    // U+202E, U+2066, U+009B and DEL.
+    let line = r"safe\342\200\256exe\342\201\246\302\23331m\177\n";
+    let script = format!("printf '{line}'; exec {} http", fixture());
+    let service = ports.service(&format!("command = [\"sh\", \"-c\", '''{script}''']"));
+    for format in ["text", "json"] {
+        let mut daemon = Daemon::start(&format!("[log]\nformat = \"{format}\"\n{service}"));
+        eventually("it says so", || daemon.log.text().contains("safe"));
+        daemon.signal(SIGTERM);
+        assert_eq!(daemon.wait_exit().code(), Some(0));
+        let said = daemon.log.text();
+        let is_bad = |c: char| {
+            (c.is_control() && c != '\n')
+                || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+        };
+        assert!(!said.contains(is_bad), "{said:?}");
+    }
+}

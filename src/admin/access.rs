@@ -13,7 +13,11 @@
 //! The dashboard itself holds nothing of the daemon. So whoever could look with the token gets it,
 //! with status 401, to be asked for it.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use axum::{
     body::{Body, to_bytes},
@@ -25,10 +29,10 @@ use axum::{
 use serde::Serialize;
 use tokio::{
     sync::watch,
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 
-use super::{api::Error, dashboard};
+use super::{api::Error, connections::Presence, dashboard};
 use crate::config::Token;
 
 /// The largest request body, in bytes. No request needs one.
@@ -38,8 +42,62 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a wrong token is thought about: guessing takes for ever.
 const WRONG_TOKEN_DELAY: Duration = Duration::from_millis(250);
 
+/// So many wrong tokens each have a line in the log …
+const UNFOLDED: u32 = 10;
+/// … in this time; those that are more are counted.
+const WINDOW: Duration = Duration::from_secs(60);
+
 /// The token in force, if there is one; a reload may change it.
 pub type CurrentToken = watch::Receiver<Option<Token>>;
+
+/// What [`admit`] knows. Clones are the same.
+#[derive(Debug, Clone)]
+pub(super) struct Gate {
+    token: CurrentToken,
+    wrong: Arc<Mutex<WrongTokens>>,
+}
+
+/// How many wrong tokens have come lately.
+#[derive(Debug, Default)]
+struct WrongTokens {
+    /// When the window began.
+    began: Option<Instant>,
+    /// Lines that were written in it.
+    written: u32,
+    /// Those without a line since the last one.
+    folded: u32,
+}
+
+impl Gate {
+    pub(super) fn new(token: CurrentToken) -> Self {
+        Self { token, wrong: Arc::default() }
+    }
+
+    /// Says in the log that somebody has tried one.
+    fn tell_wrong(&self, via: Via) {
+        let Via::Tcp { peer: client, .. } = via else { return };
+        let mut wrong = self.wrong.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(folded) = wrong.count(Instant::now()) {
+            let folded = (folded > 0).then_some(folded);
+            tracing::warn!(%client, folded, "a wrong admin token");
+        }
+    }
+}
+
+impl WrongTokens {
+    /// One more: how many its line stands for besides itself, or `None` where it has none.
+    fn count(&mut self, now: Instant) -> Option<u32> {
+        if self.began.is_none_or(|began| now >= began + WINDOW) {
+            (self.began, self.written) = (Some(now), 0);
+        }
+        if self.written == UNFOLDED {
+            self.folded = self.folded.saturating_add(1);
+            return None;
+        }
+        self.written += 1;
+        Some(std::mem::take(&mut self.folded))
+    }
+}
 
 /// The way a request came in: an extension of each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,23 +136,20 @@ impl Changes {
 }
 
 /// Lets nobody do what is not theirs to do, and takes no more of a body than there can be.
-pub(super) async fn admit(
-    State(token): State<CurrentToken>,
-    request: Request,
-    next: Next,
-) -> Response {
+pub(super) async fn admit(State(gate): State<Gate>, request: Request, next: Next) -> Response {
     // Whoever made the connection said which way it came; without that nothing is allowed.
     let Some(&via) = request.extensions().get::<Via>() else {
         return Error::new(StatusCode::FORBIDDEN, "nobody knows who asks").into_response();
     };
     let changes = !request.method().is_safe();
     let (verdict, may) = {
-        let token = token.borrow();
+        let token = gate.token.borrow();
         let verdict = judge(via, changes, request.headers(), token.as_ref());
         (verdict, Changes::of(via, token.as_ref()))
     };
     if let Err(denied) = verdict {
         if denied == Denied::WrongToken {
+            gate.tell_wrong(via);
             sleep(WRONG_TOKEN_DELAY).await;
         }
         let is_page = request.method() == Method::GET && request.uri().path() == dashboard::PATH;
@@ -106,7 +161,12 @@ pub(super) async fn admit(
     let (mut head, body) = request.into_parts();
     head.extensions.insert(may);
     match timeout(BODY_TIMEOUT, to_bytes(body, MAX_BODY)).await {
-        Ok(Ok(bytes)) => next.run(Request::from_parts(head, Body::from(bytes))).await,
+        Ok(Ok(bytes)) => {
+            if let Some(presence) = head.extensions.get::<Presence>() {
+                presence.acts();
+            }
+            next.run(Request::from_parts(head, Body::from(bytes))).await
+        }
         Ok(Err(_)) => {
             let message = format!("the body has more than {MAX_BODY} bytes");
             Error::new(StatusCode::PAYLOAD_TOO_LARGE, message).into_response()
@@ -285,6 +345,19 @@ mod tests {
 
     fn headers(pairs: &[(HeaderName, &str)]) -> HeaderMap {
         pairs.iter().map(|(name, value)| (name.clone(), value.parse().unwrap())).collect()
+    }
+
+    #[test]
+    fn wrong_tokens_are_told_ten_times_a_minute_and_counted_then() {
+        let (mut wrong, began) = (WrongTokens::default(), Instant::now());
+        for _ in 0..10 {
+            assert_eq!(wrong.count(began), Some(0));
+        }
+        for _ in 0..1000 {
+            assert_eq!(wrong.count(began + WINDOW / 2), None);
+        }
+        assert_eq!(wrong.count(began + WINDOW), Some(1000));
+        assert_eq!(wrong.count(began + WINDOW), Some(0));
     }
 
     #[test]

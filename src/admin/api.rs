@@ -6,12 +6,13 @@ use std::{
 };
 
 use axum::{
-    Json, Router,
+    Router,
     extract::{FromRef, Path, State},
-    http::{StatusCode, header},
+    http::{StatusCode, Uri, header},
     response::{IntoResponse, Response},
     routing::{get, post},
 };
+use serde::Serialize;
 use serde_json::json;
 use tokio::{
     sync::{mpsc, oneshot},
@@ -24,6 +25,7 @@ use super::{
     metrics,
     usage::Trees,
 };
+use crate::printable;
 
 /// How long the main thread may take to tell how everything is.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
@@ -97,23 +99,44 @@ async fn metrics(State(context): State<Context>) -> Result<impl IntoResponse, Er
     Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], page))
 }
 
-async fn reload(State(daemon): State<Daemon>) -> Result<Json<Reloaded>, Error> {
-    Ok(Json(daemon.ask(Request::Reload).await??))
+/// With `?restart=true` all workers are new afterwards.
+async fn reload(State(daemon): State<Daemon>, uri: Uri) -> Result<Response, Error> {
+    if flag(&uri, "restart")? {
+        return Ok(daemon.reload_and_restart(None, None).await?.into_response());
+    }
+    let reloaded: Reloaded = daemon.ask(Request::Reload).await??;
+    Ok(Json(reloaded).into_response())
 }
 
+/// With `?reload=true` the file is read before.
 async fn restart(
     State(daemon): State<Daemon>,
     Path(service): Path<String>,
+    uri: Uri,
 ) -> Result<Json<Restarted>, Error> {
-    Ok(Json(daemon.ask(|answer| Request::Restart { service, slot: None, answer }).await??))
+    daemon.restart(service, None, flag(&uri, "reload")?).await
 }
 
 async fn restart_worker(
     State(daemon): State<Daemon>,
     Path((service, slot)): Path<(String, String)>,
+    uri: Uri,
 ) -> Result<Json<Restarted>, Error> {
     let slot = Some(number(&slot)?);
-    Ok(Json(daemon.ask(|answer| Request::Restart { service, slot, answer }).await??))
+    daemon.restart(service, slot, flag(&uri, "reload")?).await
+}
+
+/// Whether the query says `NAME=true`.
+fn flag(uri: &Uri, name: &str) -> Result<bool, Error> {
+    match uri.query().unwrap_or_default().split_once('=') {
+        None if uri.query().is_none_or(str::is_empty) => Ok(false),
+        Some((key, "true")) if key == name => Ok(true),
+        Some((key, "false")) if key == name => Ok(false),
+        _ => {
+            let message = format!("unknown parameters; expected ?{name}=true or none");
+            Err(Error::new(StatusCode::BAD_REQUEST, message))
+        }
+    }
 }
 
 async fn drain(
@@ -180,6 +203,27 @@ impl Daemon {
         answer.await.map_err(|_| Error::gone())
     }
 
+    async fn restart(
+        &self,
+        service: String,
+        slot: Option<u32>,
+        reload: bool,
+    ) -> Result<Json<Restarted>, Error> {
+        if reload {
+            return self.reload_and_restart(Some(service), slot).await;
+        }
+        Ok(Json(self.ask(|answer| Request::Restart { service, slot, answer }).await??))
+    }
+
+    async fn reload_and_restart(
+        &self,
+        service: Option<String>,
+        slot: Option<u32>,
+    ) -> Result<Json<Restarted>, Error> {
+        let request = |answer| Request::ReloadAndRestart { service, slot, answer };
+        Ok(Json(self.ask(request).await??))
+    }
+
     async fn place(
         &self,
         service: String,
@@ -202,6 +246,19 @@ impl Daemon {
     ) -> Result<T, Error> {
         let busy = |_| Error::new(StatusCode::SERVICE_UNAVAILABLE, "lbd is too busy to answer");
         timeout(STATUS_TIMEOUT, self.ask(request)).await.map_err(busy)?
+    }
+}
+
+/// An answer in JSON, in which nothing is obeyed by a terminal that it is printed on.
+#[derive(Debug)]
+pub(super) struct Json<T>(pub(super) T);
+
+impl<T: Serialize> IntoResponse for Json<T> {
+    fn into_response(self) -> Response {
+        // Maps with keys that are no strings are all that it refuses.
+        let text = serde_json::to_string(&self.0).unwrap_or_default();
+        let content_type = [(header::CONTENT_TYPE, "application/json")];
+        (content_type, printable::json(&text).into_owned()).into_response()
     }
 }
 

@@ -29,7 +29,10 @@ use super::{
     api::{Context, Error},
     sampler::Latest,
 };
-use crate::logging::{Reader, Recent};
+use crate::{
+    logging::{Reader, Recent},
+    printable,
+};
 
 /// How many may watch at once, over the unix socket and over TCP: of the connections of a listener
 /// some are left for commands, however many dashboards are open.
@@ -144,5 +147,6 @@ impl Watcher {
 
 fn event(name: &str, data: &impl Serialize) -> Option<Event> {
     // Maps with keys that are no strings are all that it refuses.
-    Event::default().event(name).json_data(data).ok()
+    let text = serde_json::to_string(data).ok()?;
+    Some(Event::default().event(name).data(printable::json(&text)))
 }

@@ -90,7 +90,7 @@ pub struct Slot {
     pub resident: Option<u64>,
     /// The guards of all its workers, those that come and go included.
     pub guards: Vec<i32>,
-    /// Workers started after the first.
+    /// Workers started in the place of one that ended, or could not be started, unasked.
     pub restarts: u64,
     /// How often in a row a worker failed.
     pub failures_in_a_row: u32,
@@ -235,7 +235,7 @@ fn workers(page: &mut Page, slots: &Slots<'_>) {
     page.gauge("lbd_worker_state", "1 for the state that the worker is in, 0 for others.", states);
     page.counter(
         "lbd_worker_restarts_total",
-        "Workers started in the slot after the first.",
+        "Workers started in the slot in the place of one that ended unasked, or could not be started.",
         slots.each(|slot| slot.restarts as f64),
     );
     page.counter(

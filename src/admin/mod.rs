@@ -14,8 +14,11 @@
 mod access;
 mod api;
 mod client;
+mod connections;
 mod dashboard;
 mod events;
+mod find;
+mod folder;
 pub mod metrics;
 mod place;
 mod sampler;
@@ -28,6 +31,7 @@ use tokio::sync::oneshot;
 
 pub use access::CurrentToken;
 pub use client::{Client, ClientError};
+pub use find::{Running, Survey};
 pub use place::Instance;
 pub use server::{MAX_CONNECTIONS, Server, ServerError, TcpSockets};
 pub use socket::{ClaimError, Socket};
@@ -35,6 +39,13 @@ pub use status::{State, Status};
 pub use usage::Process;
 
 use serde::{Deserialize, Serialize};
+
+/// Says in the log what was passed over on the way to the admin socket.
+pub fn tell_remarks(socket: &Socket) {
+    for error in socket.remarks() {
+        tracing::warn!(error, "the admin socket is not as it should be");
+    }
+}
 
 /// What somebody wants of the daemon. Who asked may be gone by the time it is answered.
 #[derive(Debug)]
@@ -45,6 +56,16 @@ pub enum Request {
     Metrics(oneshot::Sender<metrics::Snapshot>),
     /// Read the file again, and answer when what changed is in force.
     Reload(Answer<Reloaded>),
+    /// Read the file again, see to it that all workers of a service, or of all, or that of one slot
+    /// are new, and answer at the end of both.
+    ReloadAndRestart {
+        /// The service; all of them where `None`.
+        service: Option<String>,
+        /// The slot; all of them where `None`.
+        slot: Option<u32>,
+        /// Where the answer goes.
+        answer: Answer<Restarted>,
+    },
     /// Replace the workers of a service one at a time, or that of one slot, and answer at the end.
     Restart {
         /// Its name.
@@ -91,6 +112,9 @@ pub struct Reloaded {
 pub struct Restarted {
     /// How many workers were replaced.
     pub workers: usize,
+    /// What was reloaded before, where that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reloaded: Option<Reloaded>,
     /// What an operator should know of it: a sentence each.
     #[serde(default)]
     pub warnings: Vec<String>,

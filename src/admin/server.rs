@@ -2,11 +2,11 @@
 //!
 //! What a client may cost is bounded: connections, the size of what it sends, and the time it takes
 //! to send and to read. Each listener has connections of its own, so that however many come over
-//! TCP, the unix socket answers.
+//! TCP, the unix socket answers; and over TCP those that say nothing make room for others.
 
 use std::{io, net::SocketAddr, sync::Arc, thread, time::Duration};
 
-use axum::{Router, middleware};
+use axum::{Router, http::header, middleware, response::Response};
 use futures_util::future::{self, FutureExt, Shared};
 use hyper::{body::Incoming, server::conn::http1};
 use hyper_util::{
@@ -17,7 +17,8 @@ use hyper_util::{
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, UnixListener},
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch},
+    sync::{mpsc, oneshot, watch},
+    task::yield_now,
     time::{sleep, timeout},
 };
 use tokio_io_timeout::TimeoutStream;
@@ -25,14 +26,16 @@ use tower::ServiceExt;
 
 use super::{
     Request, Socket,
-    access::{CurrentToken, Via, admit, seal},
+    access::{CurrentToken, Gate, Via, admit, seal},
     api::{Context, Daemon, router},
+    connections::{Connections, Seat},
     events::Watched,
     sampler,
 };
 use crate::logging::Recent;
 
-/// Connections held at once on each listener; more wait to be taken.
+/// Connections held at once on each listener; more wait to be taken, or take the place of one that
+/// says nothing.
 pub const MAX_CONNECTIONS: usize = 16;
 /// Clients that may wait to be taken.
 const BACKLOG: i32 = 64;
@@ -47,6 +50,8 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 const LAST_WORDS: Duration = Duration::from_millis(500);
 /// How long accepting pauses after an error that only time can cure.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
+/// How often it is looked whether the unix socket can still be found.
+const LOOK: Duration = Duration::from_secs(10);
 
 /// The server could not start.
 #[derive(Debug, thiserror::Error)]
@@ -119,13 +124,14 @@ pub struct Server {
 
 impl Server {
     /// Serves `socket` and `tcp`, and hands what is asked for to `daemon`. Over TCP `token` is what
-    /// proves a right to ask. Whoever watches sees what is in `recent`.
+    /// proves a right to ask. Whoever watches sees what is in `recent`. The socket is made again where
+    /// somebody removes its file, and removed when the server is dropped.
     ///
     /// # Errors
     ///
     /// Where there can be no thread, or no event loop in it.
     pub fn start(
-        socket: Option<&Socket>,
+        socket: Option<Socket>,
         tcp: TcpSockets,
         token: CurrentToken,
         daemon: mpsc::Sender<Request>,
@@ -134,8 +140,10 @@ impl Server {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (unix, tcp) = {
             let _context = runtime.enter();
-            let unix =
-                socket.map(|socket| UnixListener::from_std(socket.listener()?)).transpose()?;
+            let listening = |socket: Socket| -> io::Result<_> {
+                Ok((UnixListener::from_std(socket.listener()?)?, socket))
+            };
+            let unix = socket.map(listening).transpose()?;
             let tcp: io::Result<Vec<_>> = tcp.0.into_iter().map(TcpListener::from_std).collect();
             (unix, tcp?)
         };
@@ -143,7 +151,7 @@ impl Server {
         let daemon = Daemon::new(daemon);
         let sampler = sampler::run(daemon.clone(), recent.clone(), latest);
         let router = router(Context::new(daemon, Watched::new(recent, look)))
-            .layer(middleware::from_fn_with_state(token, admit))
+            .layer(middleware::from_fn_with_state(Gate::new(token), admit))
             .layer(middleware::map_response(seal));
         let (stop, stopped) = oneshot::channel();
         let thread = thread::Builder::new()
@@ -163,7 +171,7 @@ impl Drop for Server {
 }
 
 async fn serve(
-    unix: Option<UnixListener>,
+    unix: Option<(UnixListener, Socket)>,
     tcp: Vec<TcpListener>,
     router: &Router,
     sampler: impl Future<Output = ()>,
@@ -177,55 +185,119 @@ async fn serve(
             () = sampler => {}
         }
     };
-    let unix = future::join_all(unix.map(|listener| serve_on(listener, router, stopped.clone())));
-    let tcp = tcp.into_iter().map(|listener| serve_on(listener, router, stopped.clone()));
+    let unix = future::join_all(unix.map(|(listener, socket)| {
+        let (renew, renewed) = mpsc::channel(1);
+        let stopped = stopped.clone();
+        async move {
+            let keeper = async {
+                tokio::select! {
+                    _ = stopped.clone() => {}
+                    () = keep(socket, renew) => {}
+                }
+            };
+            let serve = serve_on(listener, renewed, router, stopped.clone());
+            future::join(serve, keeper).await;
+        }
+    }));
+    let tcp = tcp.into_iter().map(|listener| {
+        let (_, never) = mpsc::channel(1);
+        serve_on(listener, never, router, stopped.clone())
+    });
     future::join3(sampler, unix, future::join_all(tcp)).await;
 }
 
-/// Serves one listener until `stopped`, and then finishes the last answers.
+/// Looks after the socket's file for ever, and hands on what is to be listened on from then on where it
+/// had to be made again.
+async fn keep(mut socket: Socket, renew: mpsc::Sender<UnixListener>) {
+    let mut told = String::new();
+    loop {
+        sleep(LOOK).await;
+        let restored = match socket.restore() {
+            Ok(false) => continue,
+            Ok(true) => socket.listener().and_then(UnixListener::from_std),
+            Err(error) => Err(io::Error::other(error)),
+        };
+        match restored {
+            Ok(listener) => {
+                told.clear();
+                tracing::warn!(path = %socket.path().display(), "the admin socket was gone, and is made again");
+                super::tell_remarks(&socket);
+                if renew.send(listener).await.is_err() {
+                    return;
+                }
+            }
+            // Again and again the same is no news.
+            Err(error) if error.to_string() == told => {}
+            Err(error) => {
+                told = error.to_string();
+                tracing::warn!(%error, "the admin socket is gone, and can't be made again");
+            }
+        }
+    }
+}
+
+/// Serves one listener, or the one that replaces it, until `stopped`, and then finishes the last
+/// answers.
 async fn serve_on<L: Listener>(
-    listener: L,
+    mut listener: L,
+    mut renewed: mpsc::Receiver<L>,
     router: &Router,
     mut stopped: Shared<oneshot::Receiver<()>>,
 ) {
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(MAX_HEAD);
-    let free = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let held = Connections::new(MAX_CONNECTIONS);
     let connections = GracefulShutdown::new();
     loop {
-        let (stream, via, permit) = tokio::select! {
+        let (stream, via, seat) = tokio::select! {
             _ = &mut stopped => break,
-            next = next(&listener, &free) => next,
+            Some(new) = renewed.recv() => {
+                listener = new;
+                continue;
+            }
+            next = next(&listener, &held) => next,
         };
         let mut stream = TimeoutStream::new(stream);
         stream.set_write_timeout(Some(WRITE_TIMEOUT));
-        let service = router.clone().map_request(move |mut request: hyper::Request<Incoming>| {
-            request.extensions_mut().insert(via);
-            request
-        });
+        let (asked, answered) = (seat.presence(), seat.presence());
+        let service = router
+            .clone()
+            .map_request(move |mut request: hyper::Request<Incoming>| {
+                request.extensions_mut().insert(via);
+                request.extensions_mut().insert(asked.clone());
+                request
+            })
+            .map_response(move |response: Response| {
+                // What is watched is being answered for as long as somebody watches.
+                let content = response.headers().get(header::CONTENT_TYPE);
+                if content.is_none_or(|content| content != "text/event-stream") {
+                    answered.waits();
+                }
+                response
+            });
         let service = TowerToHyperService::new(service);
         let connection = http.serve_connection(TokioIo::new(Box::pin(stream)), service);
         let connection = connections.watch(connection);
         tokio::spawn(async move {
             // How it ended matters to nobody: a client that goes away is no fault.
-            let _ = connection.await;
-            drop(permit);
+            tokio::select! {
+                _ = connection => {}
+                () = seat.needed() => {}
+            }
         });
+        // What it has said already is read before others come.
+        yield_now().await;
     }
     drop(listener);
     let _ = timeout(LAST_WORDS, connections.shutdown()).await;
 }
 
 /// The next client, once there is one and room for it. May be dropped at any time.
-async fn next<L: Listener>(
-    listener: &L,
-    free: &Arc<Semaphore>,
-) -> (L::Stream, Via, Option<OwnedSemaphorePermit>) {
-    // The semaphore is never closed.
-    let permit = Arc::clone(free).acquire_owned().await.ok();
+async fn next<L: Listener>(listener: &L, held: &Arc<Connections>) -> (L::Stream, Via, Seat) {
+    held.room().await;
     loop {
         match listener.accept().await {
-            Ok((stream, via)) => return (stream, via, permit),
+            Ok((stream, via)) => return (stream, via, held.take(via)),
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a connection on the admin socket");
                 sleep(ACCEPT_BACKOFF).await;

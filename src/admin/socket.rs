@@ -1,44 +1,66 @@
-//! The daemon's socket in the file system: claimed at the start, removed at the end.
+//! The daemon's socket in the file system: claimed at the start, looked after, removed at the end.
 //!
 //! It is also what keeps two daemons with one configuration apart: whoever finds a socket that
-//! somebody listens on is the second, and goes.
+//! somebody listens on is the second, and goes. Somebody else on the machine must not be taken for
+//! that, nor keep this one waiting: see [`super::folder`].
 
 use std::{
-    fs::{self, DirBuilder, File, OpenOptions},
+    fs::{self, File, TryLockError},
     io::{self, ErrorKind},
-    os::unix::{
-        fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, symlink},
-        net::UnixListener,
-    },
+    os::unix::{fs::symlink, net::UnixListener},
     path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
 };
 
 use nix::{
-    libc,
-    sys::socket::{getsockopt, sockopt::PeerCredentials},
+    sys::{
+        socket::{getsockopt, sockopt::PeerCredentials},
+        stat::{Mode, fchmod},
+    },
     unistd::geteuid,
 };
 use socket2::{Domain, SockAddr, Type};
 
-use super::place::{Instance, Place};
-use crate::{
-    config::{Config, UnixAccess},
-    sockets::pathname::{SocketFile, listen_at},
+use super::{
+    folder::{Folder, Kind, Pinned},
+    place::{Instance, Place, make_spare},
 };
+use crate::config::Config;
 
 /// Clients that may wait to be taken.
 const BACKLOG: i32 = 64;
+/// How long another lbd that acts in the same folder is waited for. It is done in a moment; somebody
+/// else who holds the lock keeps it for as long as he likes.
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+/// Between two tries.
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
+/// So many sockets in a folder are looked at, whether they are dead.
+const MOST_SOCKETS: usize = 1024;
 
 /// A unix socket that is listened on. Dropped, its file is removed.
 #[derive(Debug)]
 pub struct Socket {
-    /// Of the socket; removed before it is closed.
-    file: SocketFile,
+    instance: Instance,
+    /// `[admin] socket`.
+    chosen: Option<PathBuf>,
+    held: Held,
+    /// What somebody may want to know of how it was made.
+    remarks: Vec<String>,
+}
+
+/// What there is in the file system.
+#[derive(Debug)]
+struct Held {
     listener: UnixListener,
     path: PathBuf,
-    /// The folder where clients look, and the link there where the socket is elsewhere.
-    folder: Option<File>,
-    link: Option<PathBuf>,
+    inode: (u64, u64),
+    /// The folder where clients look.
+    folder: Option<Folder>,
+    /// What the socket, or the link to it, is called there.
+    name: String,
+    /// It is a link: the socket is elsewhere.
+    linked: bool,
 }
 
 /// Why there is no socket.
@@ -71,122 +93,226 @@ fn named(pid: Option<i32>) -> String {
 
 impl Socket {
     /// Listens where clients will look for the daemon that runs `config`. A socket that nobody
-    /// listens on any more is replaced. Blocks for a moment at most.
+    /// listens on any more is replaced. Blocks for a second at most.
     ///
     /// # Errors
     ///
     /// [`ClaimError`], each with nothing left behind but perhaps an empty folder.
     pub fn claim(config: &Config) -> Result<Self, ClaimError> {
-        let instance = Instance::of(config);
-        let places = instance.places();
-        let running = |path: &Path| match occupant(path) {
-            Some(pid) => Err(ClaimError::Running { instance: instance.clone(), pid }),
-            None => Ok(()),
-        };
-        for place in &places {
-            running(&place.socket)?;
-        }
-        let mut refused = Vec::new();
-        let folder = places.into_iter().find_map(|place| match prepare(&place) {
-            Ok(folder) => Some((folder, place.socket)),
-            Err(error) => {
-                refused.push(format!("{}: {error}", place.folder.display()));
-                None
-            }
-        });
-        let (folder, known) = folder.unzip();
-        let Some(path) = config.admin.socket.clone().or_else(|| known.clone()) else {
-            return Err(ClaimError::NoFolder(refused.join("; ")));
-        };
-        let failed = |source| ClaimError::Bind { path: path.clone(), source };
-        // So that of two that start at once the one finds the other.
-        let (listener, file, link) = locked(folder.as_ref(), || {
-            for path in known.iter().chain([&path]) {
-                running(path)?;
-            }
-            let (listener, file) = listen(&path).map_err(failed)?;
-            let link = known.as_ref().filter(|known| **known != path);
-            if let Some(link) = link {
-                remove_stale(link).and_then(|()| symlink(&path, link)).map_err(failed)?;
-            }
-            Ok((listener, file, link.cloned()))
-        })?;
-        Ok(Self { file, listener, path, folder, link })
+        let (instance, chosen) = (Instance::of(config), config.admin.socket.clone());
+        let mut remarks = Vec::new();
+        let held = claim(&instance, chosen.as_deref(), &mut remarks)?;
+        Ok(Self { instance, chosen, held, remarks })
     }
 
     /// Where it is.
     #[must_use]
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.held.path
+    }
+
+    /// What was passed over or could not be done on the way here.
+    #[must_use]
+    pub fn remarks(&self) -> &[String] {
+        &self.remarks
     }
 
     /// The listening end, non-blocking.
     pub(super) fn listener(&self) -> io::Result<UnixListener> {
-        self.listener.set_nonblocking(true)?;
-        self.listener.try_clone()
+        self.held.listener.set_nonblocking(true)?;
+        self.held.listener.try_clone()
+    }
+
+    /// Makes the socket, the link to it, or their folder again, where somebody has removed them: one
+    /// who tidies `/tmp`, say. Tells whether anything was, and so whether there is another
+    /// [`Self::listener`].
+    pub(super) fn restore(&mut self) -> Result<bool, ClaimError> {
+        if self.held.is_intact() {
+            return Ok(false);
+        }
+        self.remarks.clear();
+        if self.held.linked && self.held.is_there() {
+            self.link_again()?;
+        } else {
+            let held = claim(&self.instance, self.chosen.as_deref(), &mut self.remarks)?;
+            // What is left of the one before goes: nobody who looks for it finds it.
+            drop(std::mem::replace(&mut self.held, held));
+        }
+        Ok(true)
+    }
+
+    /// The socket is where it was, but not known any more.
+    fn link_again(&mut self) -> Result<(), ClaimError> {
+        let Held { path, name, .. } = &self.held;
+        let failed = |source| ClaimError::Bind { path: path.clone(), source };
+        let folder =
+            folder(&self.instance.places(), &mut self.remarks).map_err(ClaimError::NoFolder)?;
+        locked(&folder, |_| {
+            let known = folder.at(name);
+            remove_stale(&known).and_then(|()| symlink(path, known)).map_err(failed)
+        })?;
+        self.held.folder = Some(folder);
+        Ok(())
     }
 }
 
-impl Drop for Socket {
+impl Held {
+    /// Whether the socket itself is where it was made.
+    fn is_there(&self) -> bool {
+        Pinned::at(&self.path).is_ok_and(|found| found.inode == self.inode)
+    }
+
+    /// Whether clients find it.
+    fn is_intact(&self) -> bool {
+        let Some(folder) = &self.folder else { return self.is_there() };
+        let is_known =
+            !self.linked || fs::read_link(folder.at(&self.name)).is_ok_and(|to| to == self.path);
+        is_known && folder.is_there() && self.is_there()
+    }
+}
+
+impl Drop for Held {
     /// Removes the files, unless they are somebody else's by now. A failure leaves a socket that
     /// nobody listens on, which the next daemon replaces.
     fn drop(&mut self) {
-        locked(self.folder.as_ref(), || {
-            let ours = |link: &&PathBuf| fs::read_link(link).is_ok_and(|to| to == self.path);
-            if let Some(link) = self.link.as_ref().filter(ours) {
-                let _ = fs::remove_file(link);
+        let remove = |path: &Path| {
+            if Pinned::at(path).is_ok_and(|found| found.inode == self.inode) {
+                let _ = fs::remove_file(path);
             }
-            self.file.remove();
+        };
+        let Some(folder) = &self.folder else { return remove(&self.path) };
+        let known = folder.at(&self.name);
+        locked(folder, |_| match self.linked {
+            true => {
+                if fs::read_link(&known).is_ok_and(|to| to == self.path) {
+                    let _ = fs::remove_file(&known);
+                }
+                remove(&self.path);
+            }
+            false => remove(&known),
         });
     }
 }
 
-/// Acts while no other lbd acts in this folder. Where the file system has no locks it acts all the
-/// same: that matters only to two that start in the same instant.
-fn locked<T>(folder: Option<&File>, act: impl FnOnce() -> T) -> T {
-    let held = folder.filter(|folder| folder.lock().is_ok());
-    let done = act();
-    if let Some(folder) = held {
-        let _ = folder.unlock();
+/// The first of the `places` that will do, or a new one that nobody can have spoilt.
+fn folder(places: &[Place], remarks: &mut Vec<String>) -> Result<Folder, String> {
+    let mut refused = Vec::new();
+    for place in places {
+        match place.folder.make() {
+            Ok(folder) => return Ok(folder),
+            Err(why) => {
+                let told = format!("{}: {why}", place.folder.path.display());
+                if !why.is_missing() {
+                    remarks.push(format!("passed over {told}"));
+                }
+                refused.push(told);
+            }
+        }
+    }
+    let spare = make_spare().map_err(Into::into).and_then(|spare| spare.make());
+    spare.map_err(|why| {
+        refused.push(format!("a new one in /tmp: {why}"));
+        refused.join("; ")
+    })
+}
+
+/// Listens, in the first folder that will do.
+fn claim(
+    instance: &Instance,
+    chosen: Option<&Path>,
+    remarks: &mut Vec<String>,
+) -> Result<Held, ClaimError> {
+    let running = |pid| ClaimError::Running { instance: instance.clone(), pid };
+    let (places, name) = (instance.places(), instance.socket_name());
+    // Another one may have had another choice of folders.
+    for place in &places {
+        let Ok(folder) = place.folder.look() else { continue };
+        if let Some(pid) = another(&folder.at(&name)) {
+            return Err(running(pid));
+        }
+    }
+    let folder = match (folder(&places, remarks), chosen) {
+        (Ok(folder), _) => Some(folder),
+        (Err(_), Some(_)) => None,
+        (Err(refused), None) => return Err(ClaimError::NoFolder(refused)),
+    };
+    let own = folder.as_ref().map(|folder| folder.path().join(&name));
+    let path = chosen.map(Path::to_owned).or(own).unwrap_or_default();
+    let failed = |source| ClaimError::Bind { path: path.clone(), source };
+    let mut act = |is_alone: bool| {
+        let known = folder.as_ref().map(|folder| folder.at(&name));
+        for path in known.as_deref().into_iter().chain(chosen) {
+            if let Some(pid) = another(path) {
+                return Err(running(pid));
+            }
+        }
+        match &folder {
+            Some(folder) if is_alone => remove_dead(folder),
+            Some(folder) => remarks.push(format!(
+                "somebody holds a lock on {}; going on without it",
+                folder.path().display()
+            )),
+            None => {}
+        }
+        let Some(chosen) = chosen else {
+            let bound = listen(known.as_deref().unwrap_or(&path)).map_err(failed)?;
+            return Ok((bound, false));
+        };
+        let bound = listen(chosen).map_err(failed)?;
+        let Some(known) = known else { return Ok((bound, false)) };
+        remove_stale(&known).and_then(|()| symlink(chosen, &known)).map_err(|error| {
+            let _ = fs::remove_file(chosen);
+            failed(error)
+        })?;
+        Ok((bound, true))
+    };
+    // So that of two that start at once the one finds the other.
+    let ((listener, inode), linked) = match &folder {
+        Some(folder) => locked(folder, act)?,
+        None => act(true)?,
+    };
+    Ok(Held { listener, path, inode, folder, name, linked })
+}
+
+/// Acts while no other lbd acts in this folder, and tells `act` so. Where that can't be had, as
+/// somebody else keeps the folder locked or the file system has no locks, it acts all the same: that
+/// matters only to two that start in the same instant.
+fn locked<T>(folder: &Folder, act: impl FnOnce(bool) -> T) -> T {
+    let held = lock(folder.file());
+    let done = act(held);
+    if held {
+        let _ = folder.file().unlock();
     }
     done
 }
 
-/// Makes the folder if it has to, and makes sure that it is nobody else's.
-fn prepare(place: &Place) -> io::Result<File> {
-    if !place.given {
-        match DirBuilder::new().mode(0o700).create(&place.folder) {
-            Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(error),
-            _ => {}
+fn lock(file: &File) -> bool {
+    let until = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return true,
+            Err(TryLockError::WouldBlock) if Instant::now() < until => thread::sleep(LOCK_PAUSE),
+            Err(TryLockError::WouldBlock | TryLockError::Error(_)) => return false,
         }
     }
-    // systemd's RuntimeDirectory= is a link where DynamicUser= is set; elsewhere a link is a trap.
-    let no_link = if place.given { 0 } else { libc::O_NOFOLLOW };
-    let flags = libc::O_DIRECTORY | no_link;
-    let folder = OpenOptions::new().read(true).custom_flags(flags).open(&place.folder)?;
-    let found = folder.metadata()?;
-    let own = geteuid().as_raw();
-    if found.uid() != own && !(place.given && found.uid() == 0) {
-        return Err(io::Error::other(format!("it belongs to user {}", found.uid())));
-    }
-    if found.mode() & 0o022 != 0 {
-        return Err(io::Error::other("others may write to it"));
-    }
-    Ok(folder)
 }
 
-/// Who listens on `path`, if somebody does whom we have to believe: `Some(None)` where they can't
-/// be named.
+/// Who listens on the socket at `path`, or on that which a link there leads to, if it is one whom we
+/// have to believe: `Some(None)` where they can't be named.
 fn occupant(path: &Path) -> Option<Option<i32>> {
-    let address = SockAddr::unix(path).ok()?;
-    let socket = socket2::Socket::new(Domain::UNIX, Type::STREAM, None).ok()?;
-    socket.set_nonblocking(true).ok()?;
-    match socket.connect(&address) {
-        Ok(()) => {
+    let mut found = Pinned::at(path).ok()?;
+    if found.kind == Kind::Link && is_believed(found.uid) {
+        found = Pinned::at(&fs::read_link(path).ok()?).ok()?;
+    }
+    // Before anything is connected to: it may be anybody's.
+    if found.kind != Kind::Socket || !is_believed(found.uid) {
+        return None;
+    }
+    match connect(&found) {
+        Ok(socket) => {
             let peer = getsockopt(&socket, PeerCredentials).ok()?;
-            let own = geteuid().as_raw();
             // From another pid namespace it is 0.
-            [own, 0].contains(&peer.uid()).then_some(Some(peer.pid()).filter(|pid| *pid > 0))
+            is_believed(peer.uid()).then_some(Some(peer.pid()).filter(|pid| *pid > 0))
         }
         // unix(7): its queue is full, so there is one.
         Err(error) if error.kind() == ErrorKind::WouldBlock => Some(None),
@@ -194,61 +320,158 @@ fn occupant(path: &Path) -> Option<Option<i32>> {
     }
 }
 
-fn listen(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
-    remove_stale(path)?;
-    let access = UnixAccess { mode: 0o600, ..UnixAccess::default() };
-    let (socket, file) = listen_at(path, &access, BACKLOG)?;
-    Ok((std::os::fd::OwnedFd::from(socket).into(), file))
+/// The same, where it is not this process.
+fn another(path: &Path) -> Option<Option<i32>> {
+    let own = i32::try_from(std::process::id()).ok();
+    occupant(path).filter(|pid| pid.is_none() || *pid != own)
 }
 
-/// Removes a socket, or a link to one, that nobody listens on. Anything else was not made by lbd.
+fn is_believed(uid: u32) -> bool {
+    uid == 0 || uid == geteuid().as_raw()
+}
+
+/// Connects at once or not at all.
+fn connect(to: &Pinned) -> io::Result<socket2::Socket> {
+    let socket = socket2::Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    socket.set_nonblocking(true)?;
+    socket.connect(&SockAddr::unix(to.address())?)?;
+    Ok(socket)
+}
+
+/// Whether nobody listens on it.
+fn is_dead(socket: &Pinned) -> bool {
+    connect(socket).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
+}
+
+/// Listens at `path`, and tells which file that is.
+fn listen(path: &Path) -> io::Result<(UnixListener, (u64, u64))> {
+    let address = SockAddr::unix(path)?;
+    remove_stale(path)?;
+    let socket = socket2::Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    // The file gets the mode that the socket has, less what the umask takes (bind of unix(7), in the
+    // kernel `unix_bind_bsd`). So nobody else can ever connect, and no file is changed by its name,
+    // which somebody else may have given to another one meanwhile.
+    fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
+    socket.bind(&address)?;
+    let ready = Pinned::at(path).and_then(|found| {
+        if found.kind != Kind::Socket || found.uid != geteuid().as_raw() {
+            return Err(io::Error::other("somebody has put another file there"));
+        }
+        socket.listen(BACKLOG)?;
+        Ok(found.inode)
+    });
+    match ready {
+        Ok(inode) => Ok((std::os::fd::OwnedFd::from(socket).into(), inode)),
+        Err(error) => {
+            let _ = fs::remove_file(path);
+            Err(error)
+        }
+    }
+}
+
+/// Removes a socket that nobody listens on, or a link. Anything else was not made by lbd.
 fn remove_stale(path: &Path) -> io::Result<()> {
-    match fs::symlink_metadata(path) {
-        Ok(found) if found.file_type().is_socket() || found.is_symlink() => fs::remove_file(path),
-        Ok(_) => Err(io::Error::other("there is a file that is not a socket")),
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(error),
+    let found = match Pinned::at(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        found => found?,
+    };
+    match found.kind {
+        Kind::Other => Err(io::Error::other("there is a file that is not a socket")),
+        Kind::Socket if !is_dead(&found) => Err(io::Error::other(format!(
+            "there is a socket of user {} that is in use; choose another path",
+            found.uid
+        ))),
+        Kind::Socket | Kind::Link => fs::remove_file(path),
+    }
+}
+
+/// Removes what daemons that were killed have left in this folder: their sockets, and links to such.
+/// To be called while no other lbd acts here, since one that has just made its socket does not listen
+/// on it yet.
+fn remove_dead(folder: &Folder) {
+    for name in folder.sockets(MOST_SOCKETS) {
+        let path = folder.at(&name);
+        let Ok(found) = Pinned::at(&path) else { continue };
+        if found.uid != geteuid().as_raw() {
+            continue;
+        }
+        let is_dead = match found.kind {
+            Kind::Socket => is_dead(&found),
+            Kind::Link => match fs::read_link(&path).and_then(|to| Pinned::at(&to)) {
+                Ok(behind) => behind.kind == Kind::Socket && is_dead(&behind),
+                Err(error) => error.kind() == ErrorKind::NotFound,
+            },
+            Kind::Other => false,
+        };
+        if is_dead {
+            let _ = fs::remove_file(&path);
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::{fs::Permissions, os::unix::fs::PermissionsExt};
-
     use super::*;
+    use crate::admin::folder::Owner;
 
-    #[test]
-    fn only_a_folder_of_ones_own_will_do() {
-        let base = tempfile::tempdir().unwrap();
-        let usable = |name: &str, given| {
-            let folder = base.path().join(name);
-            prepare(&Place { socket: folder.join("x.sock"), folder, given }).is_ok()
-        };
-        assert!(usable("new", false));
-        let made = fs::metadata(base.path().join("new")).unwrap();
-        assert_eq!(made.mode() & 0o7777, 0o700);
-        assert!(usable("new", false), "it is there now");
-        symlink("new", base.path().join("link")).unwrap();
-        assert!(!usable("link", false));
-        assert!(usable("link", true), "systemd makes such links");
-        fs::set_permissions(base.path().join("new"), Permissions::from_mode(0o770)).unwrap();
-        assert!(!usable("new", false) && !usable("new", true));
-        fs::write(base.path().join("file"), "").unwrap();
-        assert!(!usable("file", false) && !usable("missing/new", false));
-        assert!(!usable("missing", true), "what is given is there");
+    fn folder(base: &Path) -> Folder {
+        Folder::make(&base.join("folder"), Owner::Own).unwrap()
     }
 
     #[test]
-    fn a_folder_of_somebody_else_will_not_do() {
+    fn a_lock_of_somebody_else_delays_nothing_for_long() {
         let base = tempfile::tempdir().unwrap();
-        if !geteuid().is_root() {
-            return; // there is no way to be two users
-        }
-        std::os::unix::fs::chown(base.path(), Some(65534), None).unwrap();
-        let folder = base.path().to_owned();
-        for given in [false, true] {
-            let place = Place { socket: folder.join("x"), folder: folder.clone(), given };
-            assert_eq!(prepare(&place).unwrap_err().to_string(), "it belongs to user 65534");
-        }
+        let folder = folder(base.path());
+        assert!(locked(&folder, |is_alone| is_alone));
+        let other = File::open(folder.path()).unwrap();
+        other.lock().unwrap();
+        let began = Instant::now();
+        assert!(!locked(&folder, |is_alone| is_alone));
+        assert!((LOCK_PATIENCE..2 * LOCK_PATIENCE).contains(&began.elapsed()));
+        drop(other);
+        assert!(locked(&folder, |is_alone| is_alone));
+    }
+
+    #[test]
+    fn only_what_is_dead_is_removed() {
+        let base = tempfile::tempdir().unwrap();
+        let folder = folder(base.path());
+        let name = |number: u32| format!("lb-{number:016x}.sock");
+        let elsewhere = base.path().join("own.sock");
+        let _alive = listen(&folder.at(&name(0))).unwrap();
+        drop(listen(&folder.at(&name(1))).unwrap());
+        let _own = listen(&elsewhere).unwrap();
+        symlink(&elsewhere, folder.at(&name(2))).unwrap();
+        symlink(base.path().join("gone"), folder.at(&name(3))).unwrap();
+        fs::write(folder.at(&name(4)), "").unwrap();
+        drop(UnixListener::bind(folder.at("other.sock")).unwrap());
+        let dead = base.path().join("dead.sock");
+        drop(listen(&dead).unwrap());
+        symlink(&dead, folder.at(&name(5))).unwrap();
+        remove_dead(&folder);
+        let left: Vec<_> =
+            (0..6).filter(|n| folder.at(&name(*n)).symlink_metadata().is_ok()).collect();
+        assert_eq!(left, [0, 2, 4]);
+        assert!(folder.at("other.sock").exists() && dead.exists(), "not of lbd, or not here");
+    }
+
+    #[test]
+    fn a_socket_is_private_from_the_beginning_and_taken_from_nobody() {
+        use std::os::unix::fs::MetadataExt;
+        let base = tempfile::tempdir().unwrap();
+        let path = base.path().join("x.sock");
+        let (first, _) = listen(&path).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o600);
+        let error = listen(&path).unwrap_err().to_string();
+        assert!(error.contains("is in use; choose another path"), "{error}");
+        assert_eq!(occupant(&path), Some(i32::try_from(std::process::id()).ok()));
+        drop(first);
+        assert_eq!(occupant(&path), None);
+        listen(&path).unwrap();
+        // A link is not followed.
+        let other = base.path().join("other");
+        symlink(&other, base.path().join("link")).unwrap();
+        listen(&base.path().join("link")).unwrap();
+        assert!(!other.exists());
     }
 }

@@ -92,9 +92,9 @@ pub struct Worker {
     pub since_seconds: f64,
     /// An operator took its slot out of rotation.
     pub drained: bool,
-    /// Workers started in its slot after the first.
+    /// Workers started in its slot in the place of one that ended, or could not be started, unasked.
     pub restarts: u64,
-    /// How the last worker of its slot ended, or why it could not be started.
+    /// How the last worker of its slot ended that nobody had asked to, or why it could not be started.
     pub last_exit: Option<String>,
     /// Its connections.
     pub connections: Connections,

@@ -70,7 +70,9 @@ impl Contenders {
         command.arg("--config").arg(&file);
         self.spawn("the balancer", "balancer.log", command)?;
         let healthy = async || {
-            let Ok(client) = Client::find(&instance).await else { return false };
+            let Ok(client) = Client::find(std::slice::from_ref(&instance)).await else {
+                return false;
+            };
             let Ok(status) = client.status().await else { return false };
             let healthy = status.workers().filter(|worker| worker.state == State::Healthy);
             healthy.count() == plan.workers()

@@ -7,6 +7,7 @@ use std::{
 };
 
 use clap::Args;
+use nix::unistd::{Uid, User};
 use tokio::time::sleep;
 
 use super::{
@@ -15,9 +16,13 @@ use super::{
     progress::{self, Bar, Progress},
     watch::{view, watch},
 };
-use crate::admin::{
-    Client, ClientError, Instance, Placed, Process, Restarted, Status,
-    status::{Service, State, Worker},
+use crate::{
+    admin::{
+        Client, ClientError, Instance, Placed, Process, Reloaded, Restarted, Running, Status,
+        Survey,
+        status::{Service, State, Worker},
+    },
+    printable,
 };
 
 /// How long the process may take to be gone after its socket is.
@@ -40,14 +45,84 @@ pub(super) struct Target {
 impl Target {
     /// The daemon that runs there now.
     pub(super) async fn find(&self) -> Result<Client, Error> {
-        if let Some(path) = &self.socket {
-            return Ok(Client::at(path.clone()));
+        match &self.socket {
+            Some(path) => Ok(Client::at(path.clone())),
+            None => Ok(Client::find(&self.instances()?).await?),
         }
-        let instance = match &self.listen {
-            Some(address) => Instance::of_listen(address),
-            None => Instance::of_file(&self.config)?,
+    }
+
+    /// The same, and says who runs it if that is not who asks; or which ones do run, if it does not.
+    pub(super) async fn look(&self) -> Result<Client, Error> {
+        match self.find().await {
+            Ok(client) => {
+                if let Some(uid) = client.other_user() {
+                    let user = User::from_uid(Uid::from_raw(uid)).ok().flatten();
+                    let user = user.map_or_else(|| uid.to_string(), |user| user.name);
+                    warn(None, &format!("this one is run by user {user}, and not by you"));
+                }
+                Ok(client)
+            }
+            Err(Error::Client(error @ ClientError::NotRunning { .. })) => {
+                let others = others(&Survey::take().await);
+                Err(Error::NotRunning { error, others })
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The same, to have something changed by it.
+    async fn operate(&self) -> Result<Client, Error> {
+        let client = self.look().await?;
+        if self.socket.is_none() {
+            client.may_change(&self.instances()?)?;
+        }
+        Ok(client)
+    }
+
+    fn instances(&self) -> Result<Vec<Instance>, Error> {
+        match &self.listen {
+            Some(address) => Ok(vec![Instance::of_listen(address)]),
+            None => Ok(Instance::candidates(&self.config)?),
+        }
+    }
+}
+
+/// The daemons that could be meant instead.
+fn others(survey: &Survey) -> String {
+    let mut text = match survey.running.is_empty() {
+        true => "; name the file that it was started with by --config".to_owned(),
+        false => "; name another by --config, or as below. There are:".to_owned(),
+    };
+    for running in &survey.running {
+        let Running { socket, pid, user, instance, services, is_found, .. } = running;
+        let of = match instance {
+            Some(Instance::File(path)) => format!("--config {}", path.display()),
+            Some(Instance::Listen(address)) => format!("--listen {address}"),
+            None => "it does not answer".to_owned(),
         };
-        Ok(Client::find(&instance).await?)
+        let pid = pid.map_or_else(|| "pid unknown".to_owned(), |pid| format!("pid {pid}"));
+        let mut line = format!("{of} ({pid}, user {user}");
+        if !services.is_empty() {
+            line += &format!(", services {}", services.join(", "));
+        }
+        line += ")";
+        if !is_found {
+            line += &format!(": --socket {}", socket.display());
+        }
+        text += &format!("\n  {}", printable::line(&line));
+    }
+    for told in &survey.passed_over {
+        text += &format!("\n  passed over {}", printable::line(told));
+    }
+    text
+}
+
+/// Says something on standard error that is no failure.
+fn warn(bar: Option<&Bar>, text: &str) {
+    let text = format!("lbd: warning: {}\n", printable::lines(text));
+    match bar {
+        Some(bar) => bar.note(&text),
+        None => _ = io::stderr().write_all(text.as_bytes()),
     }
 }
 
@@ -57,13 +132,13 @@ pub(super) fn status(target: &Target, json: bool, again: bool) -> Result<(), Err
         if again {
             return watch(target, json).await;
         }
-        let status = target.find().await?.status().await?;
+        let status = target.look().await?.status().await?;
         match json {
             true => {
                 let text = serde_json::to_string_pretty(&status).map_err(io::Error::from)?;
-                print(&(text + "\n"))
+                print_as_is(&(printable::json(&text).into_owned() + "\n"))
             }
-            false => print(&render(&status, None, view())),
+            false => print_as_is(&render(&status, None, view())),
         }
     })
 }
@@ -71,7 +146,7 @@ pub(super) fn status(target: &Target, json: bool, again: bool) -> Result<(), Err
 /// Has the file read again, and waits until it is in force.
 pub(super) fn reload(target: &Target) -> Result<(), Error> {
     run(async {
-        let client = target.find().await?;
+        let client = target.operate().await?;
         let bar = Bar::new("reloading");
         let progress = async || {
             let now = under_way(client.status().await.ok()?.services.iter());
@@ -79,9 +154,42 @@ pub(super) fn reload(target: &Target) -> Result<(), Error> {
         };
         let reloaded = bar.during(client.reload(), progress).await?;
         drop(bar);
-        warn(&reloaded.warnings);
-        let (added, removed, changed) = (reloaded.added, reloaded.removed, reloaded.changed);
-        print(&format!("reloaded: services added {added}, removed {removed}, changed {changed}\n"))
+        print(&told(&reloaded))
+    })
+}
+
+/// What a reload has changed; what an operator should know of it is said beside it.
+fn told(reloaded: &Reloaded) -> String {
+    warn_all(&reloaded.warnings);
+    let Reloaded { added, removed, changed, .. } = reloaded;
+    format!("reloaded: services added {added}, removed {removed}, changed {changed}\n")
+}
+
+/// Has the file read again and every worker replaced, of one service or of all, or that of one slot;
+/// each once, and waits for the end of it all.
+pub(super) fn reload_and_restart(
+    target: &Target,
+    service: Option<&str>,
+    slot: Option<u32>,
+) -> Result<(), Error> {
+    run(async {
+        let client = target.operate().await?;
+        let bar = Bar::new("reloading and restarting");
+        let progress = async || {
+            let now = under_way(client.status().await.ok()?.services.iter());
+            Some(Progress { done: None, now })
+        };
+        let done = client.reload_and_restart(service, slot);
+        let Restarted { workers, reloaded, warnings } = bar.during(done, progress).await?;
+        drop(bar);
+        let what = match (service, slot) {
+            (None, _) => "all services".to_owned(),
+            (Some(service), None) => service.to_owned(),
+            (Some(service), Some(slot)) => format!("{service}/{slot}"),
+        };
+        let reloaded = reloaded.as_ref().map(told).unwrap_or_default();
+        warn_all(&warnings);
+        print(&format!("{reloaded}{what}: workers replaced {workers}\n"))
     })
 }
 
@@ -92,20 +200,24 @@ pub(super) fn restart(
     slot: Option<u32>,
 ) -> Result<(), Error> {
     run(async {
-        let client = target.find().await?;
+        let client = target.operate().await?;
         if let (Some(service), Some(slot)) = (&service, slot) {
             return restart_worker(&client, service, slot).await;
         }
         let before = client.status().await?;
         let all = || before.services.iter().map(|service| service.name.clone()).collect();
+        let mut warned = Vec::new();
         for name in service.map_or_else(all, |name| vec![name]) {
             let bar = Bar::new(&format!("restarting {name}"));
             let old = before.services.iter().find(|service| service.name == name);
             let progress = async || replaced(old?, &client.status().await.ok()?);
-            let Restarted { workers, warnings } =
-                bar.during(client.restart(&name), progress).await?;
+            let done = bar.during(client.restart(&name), progress).await?;
+            let Restarted { workers, mut warnings, .. } = done;
             drop(bar);
-            warn(&warnings);
+            // Once is enough, however many services there are.
+            warnings.retain(|warning| !warned.contains(warning));
+            warn_all(&warnings);
+            warned.extend(warnings);
             print(&format!("{name}: workers replaced {workers}\n"))?;
         }
         Ok(())
@@ -119,33 +231,25 @@ async fn restart_worker(client: &Client, service: &str, slot: u32) -> Result<(),
         let now = under_way(status.services.iter().filter(|found| found.name == service));
         Some(Progress { done: None, now })
     };
-    let restarted = bar.during(client.restart_worker(service, slot), progress).await?;
+    let done = bar.during(client.restart_worker(service, slot), progress).await?;
     drop(bar);
-    warn(&restarted.warnings);
+    warn_all(&done.warnings);
     print(&format!("{service}/{slot}: worker replaced\n"))
 }
 
-/// What is done, but not as one might think.
-fn warn(warnings: &[String]) {
-    for warning in warnings {
-        // To whom else should it be said?
-        _ = io::stderr().write_all(format!("lbd: warning: {warning}\n").as_bytes());
-    }
+fn warn_all(warnings: &[String]) {
+    warnings.iter().for_each(|warning| warn(None, warning));
 }
 
 /// Takes a worker out of rotation, and perhaps waits until it holds no connection any more.
 pub(super) fn drain(target: &Target, service: &str, slot: u32, wait: bool) -> Result<(), Error> {
     run(async {
-        let client = target.find().await?;
+        let client = target.operate().await?;
         let placed = client.drain(service, slot).await?;
         let Placed { mut active, warning, .. } = placed;
         let bar = wait.then(|| Bar::new(&format!("draining {service}/{slot}")));
         if let Some(warning) = warning {
-            let warning = format!("lbd: warning: {warning}\n");
-            match &bar {
-                Some(bar) => bar.note(&warning),
-                None => _ = io::stderr().write_all(warning.as_bytes()),
-            }
+            warn(bar.as_ref(), &warning);
         }
         while let Some(bar) = bar.as_ref().filter(|_| active > 0) {
             bar.show(Progress { done: None, now: connections(active) });
@@ -167,7 +271,7 @@ pub(super) fn drain(target: &Target, service: &str, slot: u32, wait: bool) -> Re
 /// Puts a worker back into rotation.
 pub(super) fn resume(target: &Target, service: &str, slot: u32) -> Result<(), Error> {
     run(async {
-        let placed = target.find().await?.resume(service, slot).await?;
+        let placed = target.operate().await?.resume(service, slot).await?;
         print(&match placed.state {
             State::Healthy => format!("{service}/{slot}: in rotation\n"),
             state => format!("{service}/{slot}: {state}; in rotation as soon as it is healthy\n"),
@@ -178,7 +282,7 @@ pub(super) fn resume(target: &Target, service: &str, slot: u32) -> Result<(), Er
 /// Stops the daemon, and waits until its process is gone.
 pub(super) fn stop(target: &Target) -> Result<(), Error> {
     run(async {
-        let client = target.find().await?;
+        let client = target.operate().await?;
         let pid = i32::try_from(client.status().await?.pid).unwrap_or_default();
         let process = Process::look(pid);
         client.stop().await?;
@@ -189,7 +293,7 @@ pub(super) fn stop(target: &Target) -> Result<(), Error> {
                 // A service manager may have started the next one.
                 Ok(status) if i32::try_from(status.pid) != Ok(pid) => break,
                 Ok(status) => bar.show(Progress { done: None, now: waiting_for(&status) }),
-                Err(ClientError::NothingListens(_)) => break,
+                Err(ClientError::NothingListens(_) | ClientError::PassedOver { .. }) => break,
                 Err(_) => {}
             }
             sleep(progress::INTERVAL).await;
@@ -217,8 +321,13 @@ fn run(command: impl Future<Output = Result<(), Error>>) -> Result<(), Error> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(command)
 }
 
-/// Writes to standard output. Whoever closed it has read enough: that ends the command well.
+/// Writes to standard output what may hold anything, so that nothing in it is obeyed.
 pub(super) fn print(text: &str) -> Result<(), Error> {
+    print_as_is(&printable::lines(text))
+}
+
+/// Writes to standard output. Whoever closed it has read enough: that ends the command well.
+pub(super) fn print_as_is(text: &str) -> Result<(), Error> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => std::process::exit(0),

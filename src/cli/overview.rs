@@ -3,9 +3,12 @@
 use bytesize::ByteSize;
 
 use super::table::{self, Align, Cell, Column, cut};
-use crate::admin::{
-    Status,
-    status::{Probe, Service, State, Worker},
+use crate::{
+    admin::{
+        Status,
+        status::{Probe, Service, State, Worker},
+    },
+    printable,
 };
 
 /// How it is shown.
@@ -123,11 +126,14 @@ fn heading(status: &Status, view: View) -> Vec<String> {
     let mut lines =
         vec![format!("lbd {version}, pid {pid}, up {}, {from}", span(status.uptime_seconds))];
     if let Some(reload) = Some(&config.last_reload).filter(|reload| !reload.ok) {
-        let error = reload.error.as_deref().unwrap_or_default().replace(char::is_control, " ");
+        // The first line is the sentence; `lbd reload` has told the rest.
+        let error = reload.error.as_deref().unwrap_or_default();
+        let error = error.lines().find(|line| !line.trim().is_empty()).unwrap_or_default();
         lines.push(format!("the reload of {} failed: {error}", reload.at));
     }
     let width = view.width.unwrap_or(usize::MAX);
-    lines.iter().map(|line| cut(line, width)).collect()
+    let clean = |line: &String| cut(&printable::line(line).replace('\t', " "), width);
+    lines.iter().map(clean).collect()
 }
 
 /// Its state as `/status` has it, and an operator's wish where the state doesn't tell.
@@ -317,6 +323,21 @@ web         0  9002     -  draining  1h 2m       1       -     20       3  4.8M 
                 assert!(line.chars().count() <= width, "{width}: {line}");
             }
         }
+    }
+
+    #[test]
+    fn nothing_that_a_daemon_says_is_obeyed() {
+        let bad = "\u{1b}]0;x\u{7}\u{202e}";
+        let mut status = status();
+        status.version = bad.to_owned();
+        status.config.path = Some(bad.to_owned());
+        status.config.last_reload =
+            Reload { ok: false, at: bad.to_owned(), error: Some(format!("{bad}\nmore")) };
+        status.services[0].name = bad.to_owned();
+        status.services[0].workers[0].last_exit = Some(bad.to_owned());
+        let shown = render(&status, None, plain(None));
+        assert!(!shown.contains(|c| printable::is_control(c) && c != '\n'), "{shown:?}");
+        assert!(shown.contains("failed: ␛]0;x␇\u{fffd}\n"), "one line of it: {shown}");
     }
 
     #[test]

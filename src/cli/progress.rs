@@ -5,6 +5,8 @@ use std::{io, time::Duration};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tokio::time::interval;
 
+use crate::printable;
+
 /// How often a command that waits looks how far it is.
 pub(super) const INTERVAL: Duration = Duration::from_millis(200);
 
@@ -24,7 +26,7 @@ impl Bar {
     pub(super) fn new(what: &str) -> Self {
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
         bar.set_style(style("{spinner} {prefix} {wide_msg}"));
-        bar.set_prefix(what.to_owned());
+        bar.set_prefix(printable::line(what).into_owned());
         bar.enable_steady_tick(INTERVAL);
         Self(bar)
     }
@@ -64,7 +66,7 @@ impl Bar {
             self.0.set_length(length);
             self.0.set_position(position);
         }
-        self.0.set_message(progress.now);
+        self.0.set_message(printable::line(&progress.now).into_owned());
     }
 
     /// Something that stays, above the line.

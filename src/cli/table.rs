@@ -1,6 +1,10 @@
 //! Columns that fit a width: which are shown, how wide each is, and the lines that come of it.
 
+use std::borrow::Cow;
+
 use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
+
+use crate::printable;
 
 /// What is between two columns.
 const GAP: usize = 2;
@@ -35,11 +39,13 @@ pub(super) enum Align {
 impl Cell {
     /// Text, of which nothing is obeyed by a terminal.
     pub(super) fn new(text: impl Into<String>) -> Self {
-        let mut text = text.into();
-        if text.contains(char::is_control) {
-            text = text.replace(char::is_control, "\u{fffd}");
-        }
-        Self { text, style: "" }
+        let text = text.into();
+        let clean = match printable::line(&text) {
+            Cow::Owned(clean) => clean,
+            Cow::Borrowed(_) => text,
+        };
+        // A tab has no width of its own.
+        Self { text: clean.replace('\t', " "), style: "" }
     }
 
     pub(super) fn styled(self, style: &'static str) -> Self {

@@ -16,11 +16,11 @@ use tokio::time::{MissedTickBehavior, interval};
 
 use super::{
     Error,
-    operate::{Target, print},
+    operate::{Target, print_as_is},
     overview::{View, render, span},
     table::{cut, styled_width},
 };
-use crate::admin::Status;
+use crate::{admin::Status, printable};
 
 /// How often it looks.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -32,7 +32,7 @@ const INTERVAL: Duration = Duration::from_secs(1);
 /// Where there is no daemon to begin with, or nothing can be printed.
 pub(super) async fn watch(target: &Target, json: bool) -> Result<(), Error> {
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGTSTP, SIGWINCH])?;
-    let mut seen = Seen::new(look(target).await?);
+    let mut seen = Seen::new(target.look().await?.status().await?);
     let mut clock = interval(INTERVAL);
     clock.set_missed_tick_behavior(MissedTickBehavior::Delay);
     clock.tick().await;
@@ -89,7 +89,11 @@ impl Seen {
                 self.at = Instant::now();
                 self.trouble = None;
             }
-            Err(error) => self.trouble = Some(error.to_string()),
+            Err(error) => {
+                let trouble = error.to_string();
+                let line = trouble.lines().next().unwrap_or_default();
+                self.trouble = Some(printable::line(line).into_owned());
+            }
         }
     }
 
@@ -133,11 +137,11 @@ impl Output {
             Self::Json { told } => {
                 *told = None;
                 let line = serde_json::to_string(&seen.status).map_err(io::Error::from)?;
-                print(&(line + "\n"))
+                print_as_is(&(printable::json(&line).into_owned() + "\n"))
             }
             Self::Text { told } => {
                 *told = None;
-                print(&(seen.shown(view()) + "\n"))
+                print_as_is(&(seen.shown(view()) + "\n"))
             }
         }
     }

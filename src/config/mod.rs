@@ -9,9 +9,11 @@ mod admin;
 mod describe;
 pub mod diff;
 mod error;
+mod file;
 mod limits;
 mod log;
 mod model;
+mod paths;
 mod reader;
 mod route;
 mod service;
@@ -19,11 +21,13 @@ mod service;
 mod tests;
 mod token;
 mod values;
+mod warnings;
 
 use std::{
-    env, fs,
-    io::{self, ErrorKind},
-    path::{self, Path, PathBuf},
+    collections::BTreeMap,
+    hash::{BuildHasher, BuildHasherDefault, DefaultHasher},
+    io::ErrorKind,
+    path::{Path, PathBuf},
 };
 
 use toml::de::DeTable;
@@ -31,10 +35,17 @@ use toml::de::DeTable;
 pub use describe::describe;
 pub use error::{ConfigError, Problem};
 pub use model::*;
+pub use paths::{current_folder, logical, shells_folder};
 pub use token::Token;
+pub use warnings::warnings;
+
+use file::FileError;
 
 use addresses::{Claim, Claimant, Claims};
 use reader::{Source, Table};
+
+/// A file with more bytes than this is no configuration.
+const MAX_LENGTH: u64 = 1024 * 1024;
 
 /// Reads and validates the file at `path`.
 ///
@@ -46,14 +57,31 @@ pub fn read(path: &Path) -> Result<Config, ConfigError> {
         file: Some(path.to_owned()),
         problems: vec![Problem { line, key: None, message }],
     };
-    let absolute = path::absolute(path).map_err(|error| refuse(None, cannot_read(&error)))?;
-    let bytes = fs::read(path).map_err(|error| refuse(None, cannot_read(&error)))?;
+    let absolute = logical(path).map_err(|error| refuse(None, error.to_string()))?;
+    let bytes = load(path).map_err(|error| refuse(None, cannot_read(path, error)))?;
     let text = str::from_utf8(&bytes).map_err(|error| {
         let before = &bytes[..error.valid_up_to()];
         let line = before.iter().filter(|&&b| b == b'\n').count() + 1;
         refuse(Some(line), "not UTF-8 text; save the file as UTF-8".to_owned())
     })?;
-    parse(text, &absolute).map_err(|error| ConfigError { file: Some(path.to_owned()), ..error })
+    parse(text, &absolute)
+        .map(|config| Config { digest: Some(digest_of(&bytes)), ..config })
+        .map_err(|error| ConfigError { file: Some(path.to_owned()), ..error })
+}
+
+/// What tells the content of the file at `path` from any other: [`Config::digest`] of what would be
+/// read now. `None` where it can't be read.
+#[must_use]
+pub fn digest(path: &Path) -> Option<u64> {
+    load(path).ok().map(|bytes| digest_of(&bytes))
+}
+
+fn load(path: &Path) -> Result<Vec<u8>, FileError> {
+    file::read(path, MAX_LENGTH, |_| Ok(()))
+}
+
+fn digest_of(bytes: &[u8]) -> u64 {
+    BuildHasherDefault::<DefaultHasher>::default().hash_one(bytes)
 }
 
 /// Validates `text` as the content of the file at the absolute `path`, whose folder is what
@@ -87,7 +115,7 @@ pub fn from_command(
     let mut refuse = |key: &str, message: String| {
         problems.push(Problem { line: None, key: Some(key.to_owned()), message });
     };
-    let directory = env::current_dir().unwrap_or_else(|error| {
+    let directory = current_folder().unwrap_or_else(|error| {
         refuse("the current folder", error.to_string());
         PathBuf::new()
     });
@@ -130,6 +158,8 @@ pub fn from_command(
         admin: Admin::default(),
         services: vec![service],
         process_limits: Vec::new(),
+        digest: None,
+        lines: BTreeMap::new(),
     })
 }
 
@@ -168,6 +198,7 @@ fn document<'a>(source: &'a Source, entries: &'a DeTable<'a>, path: &Path) -> Co
     for problem in claims.conflicts() {
         source.add(problem);
     }
+    let lines = root.lines();
     root.finish();
     Config {
         path: Some(path.to_owned()),
@@ -175,6 +206,8 @@ fn document<'a>(source: &'a Source, entries: &'a DeTable<'a>, path: &Path) -> Co
         admin,
         services: services.unwrap_or_default(),
         process_limits: source.process_limits(),
+        digest: None,
+        lines,
     }
 }
 
@@ -204,7 +237,18 @@ fn is_name(name: &str) -> bool {
     (1..=64).contains(&name.len()) && name.chars().all(allowed)
 }
 
-fn cannot_read(error: &io::Error) -> String {
+fn cannot_read(path: &Path, error: FileError) -> String {
+    let error = match error {
+        FileError::Io(error) => error,
+        FileError::NotAFile if path.is_dir() => ErrorKind::IsADirectory.into(),
+        FileError::NotAFile => {
+            return "not a regular file; expected a text file such as lb.toml".to_owned();
+        }
+        FileError::TooLong => {
+            let most = bytesize::ByteSize::b(MAX_LENGTH);
+            return format!("more than {most}; expected a text file such as lb.toml");
+        }
+    };
     match error.kind() {
         ErrorKind::NotFound => "no such file; write it, or name another with --config".to_owned(),
         ErrorKind::PermissionDenied => {

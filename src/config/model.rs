@@ -32,6 +32,11 @@ pub struct Config {
     pub services: Vec<Service>,
     /// Where it limits the processes of a worker, which not every lbd can.
     pub process_limits: Vec<Place>,
+    /// What tells the bytes of the file from any others, for as long as this process runs; `None`
+    /// where it was not read from one.
+    pub digest: Option<u64>,
+    /// The line of each key, by the key in full.
+    pub lines: BTreeMap<String, usize>,
 }
 
 /// Where in the file a setting is.

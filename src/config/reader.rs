@@ -4,7 +4,7 @@
 //! Readers return `None` both for what is absent and for what was refused: the caller goes on with
 //! the default, which never gets out, because a file with a problem yields no configuration.
 
-use std::{cell::RefCell, ops::RangeInclusive, time::Duration};
+use std::{cell::RefCell, collections::BTreeMap, ops::RangeInclusive, time::Duration};
 
 use toml::{
     Spanned,
@@ -183,6 +183,20 @@ impl<'a> Table<'a> {
         named.collect()
     }
 
+    /// The line of each key in it and in its tables, by the key in full.
+    pub(super) fn lines(&self) -> BTreeMap<String, usize> {
+        let mut lines = BTreeMap::new();
+        for (_, value) in self.entries() {
+            if let DeValue::Table(entries) = value.value {
+                let (source, path, at) = (value.source, value.key.clone(), value.at);
+                let entries = Some(entries);
+                lines.extend(Self { source, path, at, entries, known: Vec::new() }.lines());
+            }
+            lines.insert(value.key.clone(), value.line());
+        }
+        lines
+    }
+
     /// Says that `key` is missing.
     pub(super) fn missing(&self, key: &str, message: &str) {
         if self.source.intact() {
@@ -239,11 +253,15 @@ impl<'a> Table<'a> {
     }
 
     fn key(&self, key: &str) -> String {
-        let bare = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
-        let key =
-            if !key.is_empty() && key.chars().all(bare) { key.to_owned() } else { quoted(key) };
+        let key = shown_key(key);
         if self.path.is_empty() { key } else { format!("{}.{key}", self.path) }
     }
+}
+
+/// One key as TOML has it: in quotes where it would be several, or none.
+pub(super) fn shown_key(key: &str) -> String {
+    let bare = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    if !key.is_empty() && key.chars().all(bare) { key.to_owned() } else { quoted(key) }
 }
 
 /// A value, and where it is.

@@ -2,14 +2,14 @@
 
 use std::{
     fmt,
-    fs::OpenOptions,
-    io::{self, ErrorKind, Read},
-    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    io::{self, ErrorKind},
+    os::unix::fs::MetadataExt,
     path::Path,
 };
 
-use nix::libc;
 use subtle::ConstantTimeEq;
+
+use super::file::{self, FileError};
 
 /// A file with more bytes than this does not hold a token.
 const MAX_LENGTH: u64 = 1024;
@@ -64,22 +64,17 @@ impl fmt::Debug for Token {
 
 /// The content of a small file that not everybody can read or change.
 fn read(path: &Path) -> io::Result<Vec<u8>> {
-    // A pipe would block the reader, until somebody writes into it.
-    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
-    let found = file.metadata()?;
-    if !found.is_file() {
-        return Err(io::Error::other("is not a file; expected one with a secret in it"));
-    }
-    if found.mode() & 0o006 != 0 {
-        return Err(io::Error::other("is open to every user; give it mode 0600"));
-    }
-    let mut text = Vec::new();
-    file.take(MAX_LENGTH + 1).read_to_end(&mut text)?;
-    if text.len() as u64 > MAX_LENGTH {
-        let message = format!("has more than {MAX_LENGTH} bytes; expected a token");
-        return Err(io::Error::other(message));
-    }
-    Ok(text)
+    let content = file::read(path, MAX_LENGTH, |found| match found.mode() & 0o006 {
+        0 => Ok(()),
+        _ => Err(io::Error::other("is open to every user; give it mode 0600")),
+    });
+    content.map_err(|error| match error {
+        FileError::Io(error) => error,
+        FileError::NotAFile => io::Error::other("is not a file; expected one with a secret in it"),
+        FileError::TooLong => {
+            io::Error::other(format!("has more than {MAX_LENGTH} bytes; expected a token"))
+        }
+    })
 }
 
 #[cfg(test)]

@@ -245,11 +245,19 @@ impl Service {
                 | Phase::Draining { .. }
                 | Phase::Ended => cause,
             };
+            let asked = match worker.phase {
+                Phase::Draining { why, .. } | Phase::Stopping { why, .. } => why != Why::Unhealthy,
+                Phase::Launching
+                | Phase::Starting
+                | Phase::Healthy
+                | Phase::Unhealthy
+                | Phase::Ended => false,
+            };
             worker.ended(cx.now);
             let slot = worker.slot;
             if let Some(slot) = self.slots.iter_mut().find(|s| s.number == slot) {
                 slot.exits[cause as usize] += 1;
-                slot.last_exit = Some(LastExit { status: status.clone(), at: cx.now });
+                slot.exited(LastExit { status: status.clone(), at: cx.now, asked });
             }
             self.note_of(subject, Fact::Stopped { reason: status }, cx);
             return;
@@ -275,7 +283,7 @@ impl Service {
             // Perhaps somebody has the port that was asked for: try another one, if any will do.
             slot.last_port = slot.fixed_port;
         }
-        slot.last_exit = Some(LastExit { status: reason.clone(), at: cx.now });
+        slot.exited(LastExit { status: reason.clone(), at: cx.now, asked: false });
         let restart_in = (is_filled && slot.is_vacant()).then(|| {
             let (settings, random) = (&self.config.restart, cx.shared.random.f64());
             let delay = slot.backoff.failed(healthy, failure, settings, random);

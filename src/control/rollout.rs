@@ -109,6 +109,11 @@ impl Rollout {
         }
     }
 
+    /// Whether this slot's worker makes way for one that is not started yet.
+    pub(super) fn vacates(&self, number: u32) -> bool {
+        matches!(self.step, Step::Vacating { slot, .. } if slot == number)
+    }
+
     /// Why a worker is replaced at nobody's order, where it is that.
     pub(super) fn recycles(&self) -> Option<Worn> {
         match self.kind {

@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, mem, net::SocketAddr, sync::Arc, time::Instant};
 
 use super::{
-    event::{Action, Fact, Note, NoteWorker, Spawn, Ticket, Why, WorkerId},
+    event::{Action, Fact, Note, NoteWorker, Spawn, Ticket, Why, WorkerId, Worn},
     ports::Outgoing,
     reconcile::numbered,
     recycle::Wear,
@@ -281,7 +281,13 @@ impl Service {
         cx.shared.ids += 1;
         let id = WorkerId(cx.shared.ids);
         let slot = &mut self.slots[index];
-        slot.restarts += u64::from(slot.generation > 0);
+        // One that is replaced on purpose is no sign of trouble; but one that was unhealthy is.
+        let vacates = |rollout: &Rollout| {
+            !matches!(rollout.recycles(), Some(Worn::Unhealthy { .. }))
+                && (place != Place::Slot || rollout.vacates(slot.number))
+        };
+        let wanted = self.rollout.as_ref().is_some_and(vacates);
+        slot.restarts += u64::from(slot.generation > 0 && !wanted);
         slot.generation += 1;
         let port = match place {
             Place::Slot => slot.wanted_port(),

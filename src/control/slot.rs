@@ -36,11 +36,12 @@ pub struct Slot {
     pub recycling: Recycling,
     /// Workers started here so far.
     pub generation: u64,
-    /// Workers started here after the first.
+    /// Workers started here in the place of one that ended, or could not be started, unasked.
     pub restarts: u64,
     /// Workers of this slot that are no more, by [`Cause`], in the order of [`Cause::ALL`].
     pub exits: [u64; Cause::ALL.len()],
-    /// How and when the last worker here ended, or why it could not be started.
+    /// How and when the last worker here ended, or why it could not be started; that of the last one
+    /// that nobody had asked to, if there was one.
     pub last_exit: Option<LastExit>,
     /// The port of the last worker that filled it.
     pub last_port: Option<u16>,
@@ -53,6 +54,8 @@ pub struct LastExit {
     pub status: String,
     /// When.
     pub at: Instant,
+    /// lbd wanted it to end: it was replaced or removed, or lbd stops.
+    pub asked: bool,
 }
 
 impl Slot {
@@ -127,6 +130,14 @@ impl Slot {
     /// The workers in it, out of it.
     pub fn into_workers(self) -> impl Iterator<Item = Worker> {
         self.current.into_iter().chain(self.next)
+    }
+
+    /// Takes note of how a worker here ended. An end that was asked for is no news after one that was
+    /// not.
+    pub(super) fn exited(&mut self, exit: LastExit) {
+        if !exit.asked || self.last_exit.as_ref().is_none_or(|last| last.asked) {
+            self.last_exit = Some(exit);
+        }
     }
 
     /// Whether the worker of this incarnation is in it.

@@ -20,6 +20,7 @@ mod requests;
 mod sentence;
 mod status;
 mod stopping;
+mod warnings;
 
 use std::{
     io,
@@ -47,7 +48,7 @@ use tokio::{
 use tracing::{info, warn};
 
 use crate::{
-    admin::{self, Answer, ClaimError, Reloaded, ServerError},
+    admin::{self, ClaimError, ServerError},
     config::{Config, ConfigError, Token},
     control::{Event, Supervisor},
     logging::{LogError, Logging},
@@ -62,7 +63,7 @@ use notify::Manager;
 pub use passed::Passed;
 use passed::PassedSockets;
 pub use publics::SteerError;
-use requests::{Loads, Requests};
+use requests::{Asker, Loads, Requests};
 
 /// Events that wait for the main thread; whoever brings one more waits too.
 const QUEUED_EVENTS: usize = 1024;
@@ -147,16 +148,18 @@ fn supervise(config: Config, passed: Passed) -> Result<(), DaemonError> {
         if let Err(error) = &socket {
             warn!(%error, "the commands of lbd can't reach it, but signals can");
         }
+        if let Ok(socket) = &socket {
+            admin::tell_remarks(socket);
+        }
         for address in &config.admin.listen {
             info!(%address, token = config.admin.token.is_some(), "admin listening");
         }
         let (token, current) = watch::channel(config.admin.token.clone());
-        // Dropped after the daemon, so that whoever waits for it gets an answer.
-        let _server =
-            admin::Server::start(socket.as_ref().ok(), tcp, current, sender, logging.recent())?;
         // Where lbd can write, and few others: it is needed for a moment at a time.
         let folder = socket.as_ref().ok().and_then(|socket| socket.path().parent());
         let folder = folder.map_or_else(std::env::temp_dir, Path::to_owned);
+        // Dropped after the daemon, so that whoever waits for it gets an answer.
+        let _server = admin::Server::start(socket.ok(), tcp, current, sender, logging.recent())?;
         let daemon = Daemon::start(config, passed, &logging, descriptors, token, folder)?;
         daemon.run(signals, requests).await;
         Ok(())
@@ -185,7 +188,7 @@ struct Daemon<'a> {
     /// When accept queues are looked at again, whatever happens.
     rescue_at: Option<Instant>,
     /// A reload that waits for that, and who waits for it.
-    reload_wanted: Option<Vec<Answer<Reloaded>>>,
+    reload_wanted: Option<Vec<Asker>>,
     requests: Requests,
     loads: Loads,
     stage: Stage,
@@ -281,6 +284,7 @@ impl<'a> Daemon<'a> {
         let (services, ticket) = (daemon.config.services.clone(), daemon.requests.ticket());
         daemon.handle(Event::Apply { services, ticket });
         daemon.fronts.open(bound, Vec::new());
+        warnings::tell(&daemon.config);
         Ok(daemon)
     }
 

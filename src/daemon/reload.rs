@@ -8,10 +8,11 @@ use super::{
     Daemon, Stage,
     fronts::Bound,
     publics::{SteerError, Steerable},
-    requests::{Waiting, tell},
+    requests::{Asker, Generations, Waiting},
+    warnings,
 };
 use crate::{
-    admin::{Answer, Failure, Reloaded},
+    admin::{Failure, Reloaded},
     config::{
         self, Config, ConfigError,
         diff::{Diff, NeedsRestart, diff},
@@ -33,6 +34,8 @@ pub(super) enum Refused {
     Steer(Arc<str>, SteerError),
     #[error("lbd was started without a configuration file")]
     NoFile,
+    #[error("there is no service {0:?} in the file")]
+    NoService(String),
     #[error("lbd is stopping")]
     Stopping,
 }
@@ -48,10 +51,11 @@ struct Prepared {
 impl Daemon<'_> {
     /// Reads the file again and applies the difference, and says in the log how that went. The
     /// askers are told when it has been refused, or when the rollouts that follow have ended.
-    pub(super) fn reload(&mut self, askers: Vec<Answer<Reloaded>>) {
+    pub(super) fn reload(&mut self, askers: Vec<Asker>) {
         if self.stage != Stage::Running {
             warn!(error = %Refused::Stopping, "reload refused");
-            return tell(askers, &Err(Refused::Stopping.into()));
+            let failure = Failure::from(Refused::Stopping);
+            return askers.into_iter().for_each(|asker| asker.refuse(failure.clone()));
         }
         // An address may only be bound again once whoever had it has let go of it.
         if !self.closing.is_empty() {
@@ -62,12 +66,15 @@ impl Daemon<'_> {
         if self.ready {
             self.manager.reloading(Instant::now());
         }
-        match self.prepare() {
+        match self.prepare(&askers) {
             Ok(Prepared { new, diff, bound, steerable }) => {
                 let (added, removed) = (diff.added.len(), diff.removed.len());
                 let changed = diff.changed.len();
-                let reloaded = Reloaded { added, removed, changed, warnings: Vec::new() };
-                let ticket = self.requests.wait(Waiting::Reload { askers, reloaded });
+                let warnings = Vec::new();
+                let reloaded = Reloaded { added, removed, changed, warnings };
+                let restarts = askers.iter().any(|asker| matches!(asker, Asker::Restart { .. }));
+                let before = if restarts { self.generations() } else { Generations::new() };
+                let ticket = self.requests.wait(Waiting::Reload { askers, reloaded, before });
                 self.loads.accepted(ticket);
                 let moved = self.fronts.detach(&bound);
                 self.fleet.publics.adopt(steerable, &new.services);
@@ -77,11 +84,13 @@ impl Daemon<'_> {
                 }
                 self.fronts.open(bound, moved);
                 info!(added, removed, changed, "reloaded");
+                warnings::tell(&self.config);
             }
             Err(error) => {
                 warn!(%error, "reload refused");
                 self.loads.refused(error.to_string());
-                tell(askers, &Err(error.into()));
+                let failure = Failure::from(error);
+                askers.into_iter().for_each(|asker| asker.refuse(failure.clone()));
             }
         }
         if self.ready {
@@ -89,9 +98,21 @@ impl Daemon<'_> {
         }
     }
 
-    fn prepare(&self) -> Result<Prepared, Refused> {
+    fn prepare(&self, askers: &[Asker]) -> Result<Prepared, Refused> {
         let path = self.config.path.as_deref().ok_or(Refused::NoFile)?;
         let new = config::read(path)?;
+        let is_missing =
+            |name: &&String| new.services.iter().all(|service| *service.name != ***name);
+        let restarts = askers.iter().filter_map(|asker| match asker {
+            Asker::Restart { service, .. } => service.as_ref(),
+            Asker::Reload(_) => None,
+        });
+        // Before anything is changed that was not meant alone.
+        if let Some(name) = restarts.clone().find(is_missing)
+            && restarts.count() == askers.len()
+        {
+            return Err(Refused::NoService(name.clone()));
+        }
         if let Some(why) = &self.no_process_limits {
             new.refuse_process_limits(why)?;
         }
@@ -141,6 +162,7 @@ impl From<Refused> for Failure {
             Refused::NeedsRestart(_) | Refused::Bind(..) | Refused::Steer(..) => {
                 Self::Refused(refused.to_string())
             }
+            Refused::NoService(_) => Self::NotFound(refused.to_string()),
             Refused::NoFile | Refused::Stopping => Self::Failed(refused.to_string()),
         }
     }

@@ -1,10 +1,18 @@
 //! What operators ask for over the admin socket, and who waits for the end of it.
 
-use std::{collections::HashMap, mem, sync::Arc, time::SystemTime};
+use std::{
+    collections::{BTreeMap, HashMap},
+    mem,
+    sync::Arc,
+    time::SystemTime,
+};
+
+use tracing::warn;
 
 use super::{Daemon, Stage};
 use crate::{
     admin::{Answer, Failure, Placed, Reloaded, Request, Restarted, metrics, status},
+    config,
     control::{Coming, Event, Service, Ticket},
 };
 
@@ -14,13 +22,60 @@ pub(super) struct Requests {
     tickets: u64,
     waiting: HashMap<Ticket, Waiting>,
     finished: Vec<(Ticket, Result<Vec<String>, String>)>,
+    /// Restarts of several services that one answer waits for.
+    sets: HashMap<u64, RestartSet>,
 }
 
 /// What is to be said at the end, and to whom.
 #[derive(Debug)]
 pub(super) enum Waiting {
-    Reload { askers: Vec<Answer<Reloaded>>, reloaded: Reloaded },
-    Restart { asker: Answer<Restarted>, restarted: Restarted },
+    Reload {
+        askers: Vec<Asker>,
+        reloaded: Reloaded,
+        before: Generations,
+    },
+    Restart {
+        asker: Answer<Restarted>,
+        restarted: Restarted,
+    },
+    /// One restart of such a set.
+    PartOf {
+        set: u64,
+    },
+}
+
+/// Who waits for a reload.
+#[derive(Debug)]
+pub(super) enum Asker {
+    Reload(Answer<Reloaded>),
+    /// All workers of the service, or of all, or that of the slot, are to be new after it.
+    Restart {
+        service: Option<String>,
+        slot: Option<u32>,
+        answer: Answer<Restarted>,
+    },
+}
+
+/// Which workers there were, by service and slot.
+pub(super) type Generations = BTreeMap<(Arc<str>, u32), u64>;
+
+/// Restarts that are under way together.
+#[derive(Debug)]
+struct RestartSet {
+    left: usize,
+    errors: Vec<String>,
+    asker: Answer<Restarted>,
+    restarted: Restarted,
+}
+
+impl Asker {
+    pub(super) fn refuse(self, failure: Failure) {
+        // Whoever asked may have gone away since.
+        match self {
+            Self::Reload(answer) => _ = answer.send(Err(failure)),
+            Self::Restart { answer, .. } => _ = answer.send(Err(failure)),
+        }
+    }
 }
 
 /// When the configuration was read, and how that went.
@@ -55,6 +110,23 @@ impl Requests {
     /// Takes note of control's answer, which [`Daemon::tell_askers`] passes on.
     pub(super) fn finish(&mut self, ticket: Ticket, result: Result<Vec<String>, String>) {
         self.finished.push((ticket, result));
+    }
+
+    fn part_finished(&mut self, number: u64, result: Result<Vec<String>, String>) {
+        let Some(set) = self.sets.get_mut(&number) else { return };
+        set.left -= 1;
+        match result {
+            Ok(warnings) => set.restarted.warnings.extend(warnings),
+            Err(error) => set.errors.push(error),
+        }
+        if set.left == 0
+            && let Some(RestartSet { errors, asker, restarted, .. }) = self.sets.remove(&number)
+        {
+            let _ = asker.send(match errors.is_empty() {
+                true => Ok(restarted),
+                false => Err(Failure::Failed(errors.join("\n"))),
+            });
+        }
     }
 }
 
@@ -122,7 +194,10 @@ impl Daemon<'_> {
             Request::Metrics(asker) => {
                 let _ = asker.send(self.metrics());
             }
-            Request::Reload(asker) => self.reload(vec![asker]),
+            Request::Reload(asker) => self.reload(vec![Asker::Reload(asker)]),
+            Request::ReloadAndRestart { service, slot, answer } => {
+                self.reload(vec![Asker::Restart { service, slot, answer }]);
+            }
             Request::Restart { service, slot, answer } => self.restart(&service, slot, answer),
             Request::Place { service, slot, drained, answer } => {
                 let _ = answer.send(self.place(&service, slot, drained));
@@ -135,34 +210,138 @@ impl Daemon<'_> {
     /// Answers what control has finished. Called at the end of a turn, when everything that the
     /// answer is about has been carried out.
     pub(super) fn tell_askers(&mut self) {
-        for (ticket, result) in mem::take(&mut self.requests.finished) {
-            match self.requests.waiting.remove(&ticket) {
-                Some(Waiting::Reload { askers, reloaded }) => {
-                    self.loads.rolled_out(ticket, &result);
-                    let answer = result.map(|warnings| Reloaded { warnings, ..reloaded });
-                    let answer = answer.map_err(Failure::Failed);
-                    tell(askers, &answer);
-                }
-                Some(Waiting::Restart { asker, restarted }) => {
-                    let answer = result.map(|warnings| Restarted { warnings, ..restarted });
-                    tell([asker], &answer.map_err(Failure::Failed));
-                }
-                // The start of the daemon, which nobody asked for.
-                None => {}
+        // What is begun here may be finished at once.
+        while !self.requests.finished.is_empty() {
+            for (ticket, result) in mem::take(&mut self.requests.finished) {
+                self.tell_asker(ticket, result);
             }
+        }
+    }
+
+    fn tell_asker(&mut self, ticket: Ticket, result: Result<Vec<String>, String>) {
+        match self.requests.waiting.remove(&ticket) {
+            Some(Waiting::Reload { askers, mut reloaded, before }) => {
+                self.loads.rolled_out(ticket, &result);
+                if let Ok(warnings) = &result {
+                    reloaded.warnings.clone_from(warnings);
+                }
+                for asker in askers {
+                    match (asker, &result) {
+                        (asker, Err(error)) => asker.refuse(Failure::Failed(error.clone())),
+                        (Asker::Reload(answer), Ok(_)) => _ = answer.send(Ok(reloaded.clone())),
+                        (Asker::Restart { service, slot, answer }, Ok(_)) => {
+                            self.restart_rest(service, slot, &before, reloaded.clone(), answer);
+                        }
+                    }
+                }
+            }
+            Some(Waiting::Restart { asker, mut restarted }) => {
+                let answer = match result {
+                    Ok(warnings) => {
+                        restarted.warnings.extend(warnings);
+                        Ok(restarted)
+                    }
+                    // What was not known when it was asked for may be what it failed for.
+                    Err(error) => {
+                        let lines = std::iter::once(error).chain(restarted.warnings);
+                        Err(Failure::Failed(lines.collect::<Vec<_>>().join("\n")))
+                    }
+                };
+                let _ = asker.send(answer);
+            }
+            Some(Waiting::PartOf { set }) => self.requests.part_finished(set, result),
+            // The start of the daemon, which nobody asked for.
+            None => {}
         }
     }
 
     fn restart(&mut self, name: &str, slot: Option<u32>, asker: Answer<Restarted>) {
         let service = match self.known(name, slot) {
             Ok(service) => service,
-            Err(failure) => return tell([asker], &Err(failure)),
+            Err(failure) => {
+                let _ = asker.send(Err(failure));
+                return;
+            }
         };
         let workers = slot.map_or(service.slots.len(), |_| 1);
         let service = Some(Arc::clone(&service.config.name));
-        let restarted = Restarted { workers, warnings: Vec::new() };
+        let warnings = self.is_file_changed().into_iter().collect();
+        let restarted = Restarted { workers, reloaded: None, warnings };
         let ticket = self.requests.wait(Waiting::Restart { asker, restarted });
         self.handle(Event::Restart { service, slot, ticket });
+    }
+
+    /// What there is to say where the file is not the one that is in force.
+    fn is_file_changed(&self) -> Option<String> {
+        let path = self.config.path.as_deref()?;
+        let now = config::digest(path)?;
+        if self.config.digest == Some(now) {
+            return None;
+        }
+        let path = path.display();
+        let hint = "lbd reload applies it, lbd restart --reload does both";
+        warn!(%path, hint, "the file has changed since it was loaded, a restart does not apply it");
+        Some(format!(
+            "{path} has changed since it was loaded, and workers are started with what was loaded: \
+             `lbd reload` applies it, `lbd restart --reload` does both"
+        ))
+    }
+
+    /// Which workers there are.
+    pub(super) fn generations(&self) -> Generations {
+        let services = self.supervisor.services().iter();
+        let slots = services.flat_map(|service| {
+            let name = &service.config.name;
+            service.slots.iter().map(|s| ((Arc::clone(name), s.number), s.generation))
+        });
+        slots.collect()
+    }
+
+    /// After a reload: replaces those workers that it has not replaced.
+    fn restart_rest(
+        &mut self,
+        service: Option<String>,
+        slot: Option<u32>,
+        before: &Generations,
+        reloaded: Reloaded,
+        asker: Answer<Restarted>,
+    ) {
+        if let Some(name) = &service
+            && let Err(failure) = self.known(name, slot)
+        {
+            let _ = asker.send(Err(failure));
+            return;
+        }
+        let services = self.supervisor.services().iter();
+        let wanted = services.filter(|found| {
+            let name = &*found.config.name;
+            found.is_open() && service.as_deref().is_none_or(|wanted| wanted == name)
+        });
+        let (mut workers, mut old) = (0, Vec::new());
+        for service in wanted {
+            let slots = service.slots.iter().filter(|s| slot.is_none_or(|slot| slot == s.number));
+            let name = &service.config.name;
+            let is_old = |number: u32, generation: u64| {
+                before.get(&(Arc::clone(name), number)) == Some(&generation)
+            };
+            let slots: Vec<_> = slots.map(|s| is_old(s.number, s.generation)).collect();
+            workers += slots.len();
+            if slots.contains(&true) {
+                old.push(Arc::clone(name));
+            }
+        }
+        let restarted = Restarted { workers, reloaded: Some(reloaded), warnings: Vec::new() };
+        if old.is_empty() {
+            let _ = asker.send(Ok(restarted));
+            return;
+        }
+        let (set, left) = (self.requests.ticket().0, old.len());
+        let errors = Vec::new();
+        self.requests.sets.insert(set, RestartSet { left, errors, asker, restarted });
+        for service in old {
+            let ticket = self.requests.wait(Waiting::PartOf { set });
+            self.handle(Event::Restart { service: Some(service), slot, ticket });
+        }
     }
 
     /// When this returns, the data threads know it.
@@ -215,16 +394,6 @@ fn no_slot(service: &Service, slot: u32) -> Failure {
     let known: Vec<_> = service.slots.iter().map(|slot| slot.number.to_string()).collect();
     let (name, known) = (&service.config.name, known.join(", "));
     Failure::NotFound(format!("there is no slot {slot} in {name}, but {known}"))
-}
-
-/// Whoever asked may have gone away since.
-pub(super) fn tell<T: Clone>(
-    askers: impl IntoIterator<Item = Answer<T>>,
-    answer: &Result<T, Failure>,
-) {
-    for asker in askers {
-        let _ = asker.send(answer.clone());
-    }
 }
 
 pub(super) fn rfc3339(at: SystemTime) -> String {

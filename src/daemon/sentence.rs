@@ -3,7 +3,10 @@
 use std::fmt::Write as _;
 
 use super::{Daemon, Stage};
-use crate::control::{Service, Slot};
+use crate::{
+    control::{Service, Slot},
+    printable,
+};
 
 /// So many services in trouble are named.
 const NAMED: usize = 3;
@@ -71,14 +74,16 @@ fn reason<'a>(service: &Service, slot: &'a Slot) -> Option<&'a str> {
         return Some("drained by an operator");
     }
     let probe = current.and_then(|worker| worker.last_probe.as_ref()?.error());
-    probe.or_else(|| Some(&*slot.last_exit.as_ref()?.status))
+    let unasked = slot.last_exit.as_ref().filter(|exit| !exit.asked);
+    probe.or_else(|| Some(&*unasked?.status))
 }
 
 fn short(text: &str) -> String {
     let line = text.lines().map(str::trim).find(|line| !line.is_empty()).unwrap_or_default();
+    let line = printable::line(line);
     match line.char_indices().nth(REASON) {
         Some((end, _)) => format!("{}…", &line[..end]),
-        None => line.to_owned(),
+        None => line.into_owned(),
     }
 }
 
@@ -96,6 +101,7 @@ mod tests {
         let long = "ä".repeat(REASON + 1);
         assert_eq!(short(&long), format!("{}…", "ä".repeat(REASON)));
         assert_eq!(short(&"x".repeat(REASON)), "x".repeat(REASON));
+        assert_eq!(short("a\u{1b}[2J"), "a␛[2J");
         assert_eq!(counted(1, "worker"), "1 worker");
     }
 }

@@ -111,7 +111,10 @@ fn vacant(slot: &Slot, now: Instant) -> Worker {
     // Once it is due, it only waits for the port that its predecessor has.
     let state = if slot.start_at > now { State::Backoff } else { State::Starting };
     let none = nothing(&slot.spec);
-    let since = slot.last_exit.as_ref().map_or(slot.start_at, |exit| exit.at);
+    // Since it is due, or else since its last worker ended.
+    let due = Some(slot.start_at).filter(|at| *at <= now);
+    let ended = slot.last_exit.as_ref().map(|exit| exit.at);
+    let since = due.into_iter().chain(ended).max().unwrap_or(now);
     Worker {
         slot: slot.number,
         port: slot.fixed_port.or(slot.last_port),
@@ -141,8 +144,10 @@ fn nothing(spec: &WorkerSpec) -> Traffic {
     Traffic { active: Some(0), total: through, failed: 0, sent: through, received: through }
 }
 
+/// How its last worker ended that nobody had asked to: what lbd ended itself is no sign of trouble.
 fn last_exit(slot: &Slot) -> Option<String> {
-    slot.last_exit.as_ref().map(|exit| exit.status.clone())
+    let unasked = slot.last_exit.as_ref().filter(|exit| !exit.asked);
+    unasked.map(|exit| exit.status.clone())
 }
 
 fn state(worker: &control::Worker) -> State {

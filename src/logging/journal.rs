@@ -14,6 +14,8 @@ use tracing_subscriber::{
     registry::LookupSpan,
 };
 
+use crate::printable;
+
 /// Whether standard error leads to the journal: systemd says which file that would be
 /// (systemd.exec(5), `$JOURNAL_STREAM`), and the descriptor may have been given another since.
 pub(super) fn is_there() -> bool {
@@ -27,10 +29,10 @@ fn names(stream: &str, device: u64, inode: u64) -> bool {
     parts.is_some_and(|(d, i)| d.parse() == Ok(device) && i.parse() == Ok(inode))
 }
 
-/// Writes why lbd can't run to standard error, and in the journal as an error. What can't be written
-/// is lost.
+/// Writes why lbd can't run to standard error, and in the journal as an error, with nothing in it that
+/// a terminal obeys. What can't be written is lost.
 pub fn complain(why: &impl Display) {
-    let mut text = why.to_string();
+    let mut text = printable::lines(&why.to_string()).into_owned();
     if is_there() {
         let prefix = Prefix(Level::ERROR);
         text = text.lines().map(|line| format!("{prefix}{line}\n")).collect();

@@ -4,9 +4,11 @@
 //! Lines go through a bounded queue to a thread of their own, so that a full disk or a stuck pipe
 //! never holds up traffic or supervision: what does not fit is dropped and counted.
 
+mod escaped;
 mod journal;
 mod queue;
 mod recent;
+mod rotation;
 mod sink;
 
 use std::{
@@ -29,7 +31,11 @@ use tracing_subscriber::{
     reload,
 };
 
-use crate::config::{Level, Log, LogFormat};
+use crate::{
+    config::{Level, Log, LogFormat},
+    printable,
+};
+use escaped::Escaped;
 use journal::Prefixed;
 pub use journal::complain;
 use queue::{Entrance, Held, Way};
@@ -136,6 +142,7 @@ fn layer(settings: &Log, writer: Entrance) -> Box<dyn Layer<Registry> + Send + S
         LogFormat::Json => {
             let lines =
                 lines.json().flatten_event(true).with_current_span(false).with_span_list(false);
+            let lines = lines.map_event_format(Escaped);
             if in_journal { lines.map_event_format(Prefixed).boxed() } else { lines.boxed() }
         }
     }
@@ -167,15 +174,17 @@ fn key_value_fields() -> impl for<'w> FormatFields<'w> + Send + Sync + 'static {
             write!(text, "{value:?}")?;
             // A recorded &str comes quoted, a displayed value does not.
             let quoted = text.len() >= 2 && text.starts_with('"') && text.ends_with('"');
+            if text.contains(printable::is_control) {
+                // A displayed value, whatever it begins and ends with.
+                return write!(writer, "{field}={text:?}");
+            }
             let inner = if quoted { &text[1..text.len() - 1] } else { text.as_str() };
             if !quoted && let (true, Ok(number)) = (inner.contains("e-"), inner.parse::<f64>()) {
                 // Nobody reads 5.2e-5 for 52 microseconds.
                 return write!(writer, "{field}={number:.6}");
             }
             let one_word = !inner.is_empty()
-                && !inner.contains(|c: char| {
-                    c.is_whitespace() || c.is_control() || matches!(c, '"' | '\\' | '=')
-                });
+                && !inner.contains(|c: char| c.is_whitespace() || matches!(c, '"' | '\\' | '='));
             match (one_word, quoted) {
                 (true, _) => write!(writer, "{field}={inner}"),
                 (false, true) => write!(writer, "{field}={text}"),
@@ -220,6 +229,7 @@ mod tests {
             tracing::info!(line = "two words", error = %"a \"b\" c", empty = "", "output");
             tracing::info!(line = "a=b\nworker started pid=1\u{1b}[31m", took = 0.25, "output");
             tracing::info!(duration = 52.4e-6, service = "1e-5", "connection");
+            tracing::info!(error = %"\"a\u{1b}[2J\"", line = "x\u{202e}y", path = %"\u{2066}", "output");
         });
         let text = String::from_utf8(memory.0.lock().unwrap().clone()).unwrap();
         let lines: Vec<_> = text.lines().map(str::trim_start).collect();
@@ -230,7 +240,27 @@ mod tests {
                 r#"INFO output line="two words" error="a \"b\" c" empty="""#,
                 r#"INFO output line="a=b\nworker started pid=1\u{1b}[31m" took=0.25"#,
                 "INFO connection duration=0.000052 service=1e-5",
+                r#"INFO output error="\"a\u{1b}[2J\"" line="x\u{202e}y" path="\u{2066}""#,
             ]
         );
+    }
+
+    #[test]
+    fn json_values_are_escaped_beyond_what_json_asks_for() {
+        let memory = Memory::default();
+        let writer = memory.clone();
+        let lines = fmt::layer().json().flatten_event(true).with_current_span(false);
+        let lines = lines.with_writer(move || writer.clone()).map_event_format(Escaped);
+        let foreign = "safe\u{202e}exe\u{7f}\u{9b}\u{1b} é";
+        tracing::subscriber::with_default(Registry::default().with(lines), || {
+            tracing::info!(line = foreign, "output");
+            tracing::info!(line = "\u{7f}", "output");
+        });
+        let text = String::from_utf8(memory.0.lock().unwrap().clone()).unwrap();
+        let lines: Vec<&str> = text.lines().collect();
+        assert!(lines[0].contains(r#"safe\u202eexe\u007f\u009b\u001b é"#), "{text}");
+        let value: serde_json::Value = serde_json::from_str(lines[0]).unwrap();
+        assert_eq!(value["line"], foreign);
+        assert!(lines[1].contains(r#""\u007f""#) && lines.len() == 2, "{text}");
     }
 }

@@ -23,6 +23,8 @@ use tracing_subscriber::{
     registry::LookupSpan,
 };
 
+use crate::printable;
+
 /// The target of the line at a connection's end.
 const ACCESS: &str = "access";
 /// The target of a line that a worker wrote.
@@ -160,7 +162,7 @@ impl Fields {
         let text = &mut self.0.text;
         let space = if text.is_empty() { "" } else { " " };
         // Writing to a String does not fail.
-        let _ = write!(Bounded(text), "{space}{field}={value}");
+        let _ = write!(Bounded(text), "{space}{field}={}", printable::line(&value.to_string()));
     }
 }
 
@@ -254,6 +256,14 @@ mod tests {
         assert_eq!((refused.level, &*refused.message), ("error", "reload refused"));
         assert_eq!(refused.text, "error=no such file path=\"a b\" after=0.5");
         assert!(refused.service.is_none() && refused.slot.is_none());
+    }
+
+    #[test]
+    fn a_note_does_nothing_to_who_reads_it() {
+        let (_, mut reader) = noting(|| {
+            error!(error = %"\u{1b}[2J", line = "x\u{202e}y", "reload refused");
+        });
+        assert_eq!(reader.unread()[0].text, "error=␛[2J line=x\u{fffd}y");
     }
 
     #[test]

@@ -2,20 +2,26 @@
 
 use std::{
     fmt,
-    fs::OpenOptions,
+    fs::{self, File, OpenOptions},
     io::{self, Write},
-    path::Path,
+    os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant, SystemTime},
 };
 
+use nix::{
+    fcntl::{FcntlArg, OFlag, fcntl, readlinkat},
+    libc,
+    unistd::geteuid,
+};
 use tracing::warn;
-use tracing_appender::rolling::{RollingFileAppender, Rotation};
 
+use super::rotation::{Period, prune};
 use crate::config::{Log, Rotate};
 
 /// Lines are written together, up to this many bytes, or when the queue is empty.
@@ -25,12 +31,15 @@ const BATCH: usize = 64 * 1024;
 /// thousands a second each would wake this thread, which costs whoever logs it more than the line.
 const PAUSE: Duration = Duration::from_millis(5);
 
+/// How long a new file that could not be begun is let be before it is tried again.
+const RETRY: Duration = Duration::from_secs(60);
+
 /// Writes lines to standard error or a file. It never fails: a line that can't be written is lost,
 /// and counted.
 pub(super) struct Sink {
     target: Box<dyn Write + Send>,
-    /// Opens the target anew; `None` for standard error.
-    open: Option<Opener>,
+    /// Where the target is; `None` for standard error.
+    place: Option<LogPlace>,
     reopen: Arc<AtomicBool>,
     lost: Arc<AtomicUsize>,
     batch: Vec<u8>,
@@ -38,7 +47,16 @@ pub(super) struct Sink {
     torn: bool,
 }
 
-type Opener = Box<dyn Fn() -> io::Result<Box<dyn Write + Send>> + Send>;
+/// The file, or the files, that lines go to.
+struct LogPlace {
+    path: PathBuf,
+    /// How often a new file is begun, and the one that is open now.
+    rotation: Option<(Period, u64)>,
+    /// How many files there may be.
+    keep: Option<usize>,
+    /// When a new file may be tried again.
+    retry_at: Option<Instant>,
+}
 
 impl Sink {
     /// To standard error. Lost lines are counted in `lost`.
@@ -54,34 +72,57 @@ impl Sink {
         reopen: Arc<AtomicBool>,
         lost: Arc<AtomicUsize>,
     ) -> io::Result<Self> {
-        let open = opener(path, settings);
-        Ok(Self::new(open()?, Some(open), reopen, lost))
+        let period = match settings.rotate {
+            Rotate::Never => None,
+            Rotate::Hourly => Some(Period::Hour),
+            Rotate::Daily => Some(Period::Day),
+        };
+        let mut place = LogPlace {
+            path: path.to_owned(),
+            rotation: period.map(|period| (period, 0)),
+            keep: settings.keep.map(|keep| keep.get() as usize),
+            retry_at: None,
+        };
+        let file = place.open(SystemTime::now())?;
+        Ok(Self::new(Box::new(file), Some(place), reopen, lost))
     }
 
     fn new(
         target: Box<dyn Write + Send>,
-        open: Option<Opener>,
+        place: Option<LogPlace>,
         reopen: Arc<AtomicBool>,
         lost: Arc<AtomicUsize>,
     ) -> Self {
-        Self { target, open, reopen, lost, batch: Vec::with_capacity(BATCH), torn: false }
+        Self { target, place, reopen, lost, batch: Vec::with_capacity(BATCH), torn: false }
+    }
+
+    /// Opens the file anew where somebody asked for that, and the next one where it is time for it.
+    fn renew(&mut self, now: SystemTime) {
+        let Some(place) = &mut self.place else { return };
+        let asked = self.reopen.swap(false, Relaxed);
+        if !asked && !place.is_over(now) {
+            return;
+        }
+        match place.open(now) {
+            Ok(new) => {
+                self.target = Box::new(new);
+                self.torn = false;
+            }
+            // The old one is better than none. This line waits in the queue behind those that are
+            // being written.
+            Err(error) => {
+                place.retry_at = Some(Instant::now() + RETRY);
+                let path = place.path.display();
+                warn!(%path, %error, "the log file can't be opened anew");
+            }
+        }
     }
 
     fn write_batch(&mut self) {
         if self.batch.is_empty() {
             return;
         }
-        if let Some(open) = self.open.as_ref().filter(|_| self.reopen.swap(false, Relaxed)) {
-            match open() {
-                Ok(new) => {
-                    self.target = new;
-                    self.torn = false;
-                }
-                // The old one is better than none. This line waits in the queue behind those that
-                // are being written.
-                Err(error) => warn!(%error, "the log file can't be opened anew"),
-            }
-        }
+        self.renew(SystemTime::now());
         if self.torn {
             self.batch.insert(0, b'\n');
         }
@@ -130,38 +171,92 @@ impl fmt::Debug for Sink {
     }
 }
 
-fn opener(path: &Path, settings: &Log) -> Opener {
-    let rotation = match settings.rotate {
-        Rotate::Never => {
-            let path = path.to_owned();
-            return Box::new(move || {
-                let file = OpenOptions::new().create(true).append(true).open(&path)?;
-                Ok(Box::new(file))
-            });
-        }
-        Rotate::Hourly => Rotation::HOURLY,
-        Rotate::Daily => Rotation::DAILY,
-    };
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let mut builder = RollingFileAppender::builder().rotation(rotation).filename_prefix(name);
-    if let Some(keep) = settings.keep {
-        builder = builder.max_log_files(keep.get() as usize);
+impl LogPlace {
+    /// Whether the time of the open file is over.
+    fn is_over(&self, now: SystemTime) -> bool {
+        self.rotation.is_some_and(|(period, current)| period.of(now) != current)
+            && self.retry_at.is_none_or(|at| Instant::now() >= at)
     }
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-    let folder = folder.unwrap_or(Path::new(".")).to_owned();
-    Box::new(move || {
-        let appender = builder.build(&folder).map_err(io::Error::other)?;
-        Ok(Box::new(appender))
-    })
+
+    /// The file for lines that are written now. Older ones that are too many are removed.
+    fn open(&mut self, now: SystemTime) -> io::Result<File> {
+        let Some((period, current)) = &mut self.rotation else { return append(&self.path) };
+        let number = period.of(now);
+        let path = period.file(&self.path, number);
+        let file = append(&path)?;
+        *current = number;
+        self.retry_at = None;
+        if let Some(keep) = self.keep
+            && let Err(error) = prune(&self.path, keep, &path)
+        {
+            let path = self.path.display();
+            warn!(%path, %error, "old log files can't be removed");
+        }
+        Ok(file)
+    }
 }
+
+/// Opens a log file for appending, and makes it where there is none. It neither follows a link, which
+/// somebody else may have put there to have lbd write where he may not, nor waits for the other end
+/// of a pipe (open(2), fifo(7)).
+fn append(path: &Path) -> io::Result<File> {
+    let open = |path: &Path, is_new: bool| {
+        let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY;
+        OpenOptions::new().create(is_new).append(true).custom_flags(flags).open(path)
+    };
+    let mut is_behind_a_link = false;
+    let opened = match open(path, true) {
+        Err(error) if error.raw_os_error() == Some(libc::ELOOP) => {
+            is_behind_a_link = true;
+            let device = device_behind(path).map(|device| open(&device, false));
+            device.unwrap_or_else(|| Err(io::Error::other(A_LINK)))
+        }
+        opened => opened,
+    };
+    let file = opened.map_err(|error| match error.raw_os_error() {
+        // A pipe that nobody reads, or a socket (open(2)).
+        Some(libc::ENXIO) => io::Error::other(NOT_A_FILE),
+        _ => error,
+    })?;
+    let kind = file.metadata()?.file_type();
+    // Only root can make a device.
+    if !kind.is_char_device() && (is_behind_a_link || !kind.is_file()) {
+        return Err(io::Error::other(NOT_A_FILE));
+    }
+    if kind.is_char_device() {
+        // A terminal takes lines as fast as it can, and the rest has to wait.
+        let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?);
+        fcntl(&file, FcntlArg::F_SETFL(flags - OFlag::O_NONBLOCK))?;
+    }
+    Ok(file)
+}
+
+/// What a link leads to, where that is a device and the link root's or of lbd's own user: in containers
+/// a log is often sent that way.
+fn device_behind(path: &Path) -> Option<PathBuf> {
+    // One link, whatever becomes of its name: what was looked at is what is read (open(2)).
+    let flags = libc::O_PATH | libc::O_NOFOLLOW;
+    let link = OpenOptions::new().read(true).custom_flags(flags).open(path).ok()?;
+    let is_trusted = [0, geteuid().as_raw()].contains(&link.metadata().ok()?.uid());
+    let to = PathBuf::from(readlinkat(&link, "").ok()?);
+    let to = path.parent().unwrap_or(path).join(to);
+    let is_device = fs::symlink_metadata(&to).is_ok_and(|found| found.file_type().is_char_device());
+    (is_trusted && is_device).then_some(to)
+}
+
+const A_LINK: &str =
+    "it is a link; write the path that it leads to, or leave out `file` for standard error";
+const NOT_A_FILE: &str = "it is not a regular file; expected one, or the path of a new one";
 
 #[cfg(test)]
 mod tests {
     use std::{
-        fs,
         num::NonZeroU32,
+        os::unix::fs::symlink,
         sync::{Mutex, MutexGuard, PoisonError},
     };
+
+    use nix::{sys::stat::Mode, unistd::mkfifo};
 
     use super::*;
 
@@ -250,5 +345,69 @@ mod tests {
         sink.write_all(b"two\n").unwrap();
         sink.flush().unwrap();
         assert_eq!(fs::read_to_string(&files()[0]).unwrap(), "two\n");
+    }
+
+    #[test]
+    fn a_new_day_begins_a_new_file_and_old_ones_go() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("lbd.log");
+        let settings = Log { rotate: Rotate::Daily, keep: NonZeroU32::new(2), ..Log::default() };
+        let mut sink = Sink::file(&path, &settings, Arc::default(), Arc::default()).unwrap();
+        fs::write(folder.path().join("lbd.log.important"), "").unwrap();
+        let day = Duration::from_secs(24 * 3600);
+        let today = SystemTime::now();
+        let mut write = |days: u32, line: &str| {
+            sink.renew(today + days * day);
+            sink.target.write_all(line.as_bytes()).unwrap();
+        };
+        for (days, line) in [(0, "a\n"), (0, "b\n"), (1, "c\n"), (2, "d\n"), (2, "e\n")] {
+            write(days, line);
+        }
+        let file = |days: u32| Period::Day.file(&path, Period::Day.of(today + days * day));
+        let read = |days| fs::read_to_string(file(days)).ok();
+        assert_eq!([0, 1, 2].map(read), [None, Some("c\n".into()), Some("d\ne\n".into())]);
+        assert!(folder.path().join("lbd.log.important").exists());
+        // One that can't be opened is let be for a while: the last one is written on.
+        mkfifo(&file(3), Mode::from_bits_truncate(0o600)).unwrap();
+        write(3, "f\n");
+        fs::remove_file(file(3)).unwrap();
+        write(3, "g\n");
+        assert_eq!(read(2).as_deref(), Some("d\ne\nf\ng\n"));
+    }
+
+    #[test]
+    fn only_a_file_of_its_own_is_written_to() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let open = |name: &str| append(&path(name)).map(drop).map_err(|error| error.to_string());
+        assert_eq!(open("new"), Ok(()));
+        symlink(path("elsewhere"), path("link")).unwrap();
+        symlink(path("new"), path("other")).unwrap();
+        for link in ["link", "other"] {
+            let error = open(link).unwrap_err();
+            assert!(error.starts_with("it is a link; write the path"), "{error}");
+        }
+        assert!(!path("elsewhere").exists());
+        mkfifo(&path("pipe"), Mode::from_bits_truncate(0o600)).unwrap();
+        assert_eq!(open("pipe"), Err(NOT_A_FILE.to_owned()));
+        // Also where somebody reads it.
+        let reader = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path("pipe"))
+            .unwrap();
+        assert_eq!(open("pipe"), Err(NOT_A_FILE.to_owned()));
+        drop(reader);
+        drop(std::os::unix::net::UnixListener::bind(path("socket")).unwrap());
+        assert_eq!(open("socket"), Err(NOT_A_FILE.to_owned()));
+        symlink("/dev/full", path("full")).unwrap();
+        symlink("full", path("twice")).unwrap();
+        assert_eq!(append(Path::new("/dev/full")).map(drop).ok(), Some(()));
+        assert_eq!(open("full"), Ok(()), "of whoever runs this");
+        assert_eq!(open("twice"), Err(A_LINK.to_owned()));
+        if geteuid().is_root() {
+            std::os::unix::fs::lchown(path("full"), Some(65534), None).unwrap();
+            assert_eq!(open("full"), Err(A_LINK.to_owned()), "of somebody else");
+        }
     }
 }

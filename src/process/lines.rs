@@ -2,6 +2,8 @@
 
 use std::collections::VecDeque;
 
+use crate::printable;
+
 /// The longest line, in bytes. A longer one is several.
 pub(super) const LONGEST: usize = 64 * 1024;
 
@@ -85,14 +87,8 @@ impl LastLines {
 /// `line` as text that does nothing to a terminal and fits on one line: what is not UTF-8 is
 /// U+FFFD, and a control character is its picture (U+2400 …): `␛[31m`.
 pub(super) fn text(line: &[u8]) -> String {
-    let picture = |character: char| match character {
-        '\t' => '\t',
-        '\0'..='\x1f' => char::from_u32(0x2400 + u32::from(character)).unwrap_or_default(),
-        '\x7f' => '\u{2421}',
-        '\u{80}'..='\u{9f}' | '\u{2028}' | '\u{2029}' => char::REPLACEMENT_CHARACTER,
-        _ => character,
-    };
-    String::from_utf8_lossy(line).chars().map(picture).collect()
+    let text = String::from_utf8_lossy(line);
+    printable::line(&text).into_owned()
 }
 
 fn without_return(line: &[u8]) -> &[u8] {
@@ -158,6 +154,7 @@ mod tests {
     fn text_is_harmless_whatever_the_bytes() {
         assert_eq!(text(b"\x1b[31mred\x1b[0m\tok\0\x7f"), "␛[31mred␛[0m\tok␀␡");
         assert_eq!(text(b"caf\xc3\xa9 \xff \xc2\x9b"), "café \u{fffd} \u{fffd}");
+        assert_eq!(text("safe\u{202e}exe\u{2066}".as_bytes()), "safe\u{fffd}exe\u{fffd}");
     }
 
     #[test]

@@ -86,8 +86,12 @@ ports   = [9002, 9003, 9004, 9005]
             limits: Limits { memory: None, max_age: None },
         }],
         process_limits: vec![],
+        digest: None,
+        lines: BTreeMap::new(),
     };
-    assert_eq!(accepted(text), expected);
+    let accepted = accepted(text);
+    assert_eq!(accepted.lines["service.web.ports"], 5);
+    assert_eq!(Config { lines: BTreeMap::new(), ..accepted }, expected);
     assert_eq!(
         describe(&expected.services[0]),
         "web: listen 127.0.0.1:44444; 4 workers on 127.0.0.1, ports 9002, 9003, 9004, 9005; \
@@ -390,7 +394,7 @@ fn a_command_line_makes_a_service() {
     let argv = ["node", "a b", ""].map(str::to_owned).to_vec();
     let listen = ["127.0.0.1:8080", "[::1]:8080"].map(str::to_owned);
     let config = from_command(&listen, Some(4), argv[..2].to_vec()).unwrap();
-    let folder = env::current_dir().unwrap();
+    let folder = current_folder().unwrap();
     assert_eq!((config.path, config.log), (None, Log::default()));
     let mut expected = service("workers = 4");
     expected.name = "app".into();
