@@ -13,6 +13,8 @@
 //! | `hear FILE` | says `bye` after the first bytes and ends its side; writes all it heard, or the error, to FILE |
 //! | `deaf` | accepts, and never reads |
 //! | `mute` | listens with a queue for one connection and never accepts: later ones hang |
+//! | `slow MILLIS BACKLOG` | answers one request after the other, each after that time, with a queue for so many connections |
+//! | `forget` | reads a request, and ends the connection without an answer |
 //! | `silent` | never listens |
 //! | `exit STATUS` | ends at once |
 //! | `spam LINES` | writes that many lines to each of its streams, then is `http` |
@@ -122,6 +124,8 @@ fn main() {
         }
         "deaf" => serve(|_open| for_ever()),
         "mute" => mute(),
+        "slow" => slow(argument.parse().unwrap(), words[2].parse().unwrap()),
+        "forget" => serve(|stream| _ = (&stream).read(&mut [0; 4096])),
         "silent" => for_ever(),
         "exit" => process::exit(argument.parse().unwrap()),
         "spam" => {
@@ -378,6 +382,22 @@ fn mute() {
     socket.bind(&address.into()).unwrap();
     socket.listen(0).unwrap();
     for_ever();
+}
+
+fn slow(millis: u64, backlog: i32) {
+    let listener = listener();
+    listener.listen(backlog).unwrap();
+    loop {
+        let (stream, _) = listener.accept().unwrap();
+        let stream = TcpStream::from(stream);
+        let mut head = [0; 4096];
+        // Who says nothing asks for nothing: a probe.
+        if (&stream).read(&mut head).is_ok_and(|read| read > 0) {
+            thread::sleep(Duration::from_millis(millis));
+            let answer = "HTTP/1.1 200 -\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok";
+            _ = (&stream).write_all(answer.as_bytes());
+        }
+    }
 }
 
 fn for_ever() {

@@ -78,8 +78,8 @@ fn what_the_client_says_follows_whole() {
     for version in VERSIONS {
         let ports = Ports::take(1);
         let daemon = Daemon::healthy(&telling(&ports, version, ""), 1);
-        // Once less than what is read at once, once a lot more, and once only the end of it.
-        for length in [1, 100, 64 << 10, 4 << 20, 0] {
+        // Once less than what is read at once, and once a lot more.
+        for length in [1, 100, 64 << 10, 4 << 20] {
             let client = connect(ports.address());
             let header = header_of(&client);
             let said: Vec<u8> = (0..=255).cycle().take(length).collect();

@@ -228,8 +228,7 @@ fn a_connection_without_bytes_ends_at_the_idle_timeout() {
     client.write_all(b"a").unwrap();
     client.read_exact(&mut [0]).unwrap();
     let begun = Instant::now();
-    let end = client.read(&mut [0]);
-    assert_eq!(end.unwrap_err().kind(), ErrorKind::ConnectionReset);
+    assert_eq!(client.read(&mut [0]).unwrap(), 0, "an end, and no reset");
     assert!(begun.elapsed() >= Duration::from_millis(250), "{:?}", begun.elapsed());
     let line = daemon.wait(Mark::START, "connection", &[("end", "idle")]);
     assert_eq!((line.get("sent"), line.get("received")), (Some("1"), Some("1")));

@@ -10,8 +10,9 @@ use std::{
 };
 
 use super::{
-    Balance, DEFAULT_HOST, Drain, Health, Limits, Listen, Output, Probe, Program, ProxyProtocol,
-    Restart, Route, Routing, Service, Slots, SocketMode, StatusSet, Stop, WorkerSpec,
+    Balance, DEFAULT_HOST, Drain, Health, Limits, Listen, Networks, Output, Probe, Program,
+    ProxyProtocol, Restart, Route, Routing, Service, Slots, SocketMode, StatusSet, Stop,
+    WorkerSpec,
     addresses::{Claim, Claimant, Claims},
     limits,
     reader::{Table, Value},
@@ -68,7 +69,8 @@ pub(super) fn read(
     let umask = table.read("umask", |v| v.parsed(values::umask));
     let directory = table.read("directory", |v| v.parsed(|text| values::folder_in(base, text)));
     let output = table.read("output", |v| v.parsed(|text| values::output(text, base)));
-    let mut routing = routing(&mut table, route);
+    let has_unix = listen.iter().flatten().any(|listen| matches!(listen, Listen::Unix(_)));
+    let mut routing = routing(&mut table, route, has_unix);
     let health = health(table.table("health"), built_in);
     let restart = restart(table.table("restart"));
     let stop = stop(table.table("stop"), drain);
@@ -256,7 +258,7 @@ fn account(value: Value<'_>) -> Option<String> {
     value.parsed(values::account)
 }
 
-fn routing(table: &mut Table<'_>, route: Route) -> Routing {
+fn routing(table: &mut Table<'_>, route: Route, has_unix: bool) -> Routing {
     let default = Routing::default();
     let balance = |value: Value<'_>| match route {
         Route::Proxy => value.word(&BALANCES),
@@ -271,7 +273,29 @@ fn routing(table: &mut Table<'_>, route: Route) -> Routing {
         connect_timeout: table.positive_duration("connect-timeout", default.connect_timeout),
         idle_timeout: table.positive_duration("idle-timeout", default.idle_timeout),
         hold_timeout: table.duration("hold-timeout", default.hold_timeout),
+        accept_proxy: table
+            .read("accept-proxy-protocol", |value| networks(value, has_unix))
+            .unwrap_or(default.accept_proxy),
+        keepalive: table
+            .read("keepalive", |value| value.with_unit(values::keepalive))
+            .unwrap_or(default.keepalive),
     }
+}
+
+fn networks(value: Value<'_>, has_unix: bool) -> Option<Networks> {
+    let mut networks = Networks::default();
+    for item in value.one_or_list("a network such as \"10.0.0.0/8\", or a list of them")? {
+        match item.string()? {
+            "unix" if has_unix => networks.unix = true,
+            "unix" => {
+                return item.refuse(
+                    "\"unix\" has no effect: no address in `listen` is a unix socket's; remove it",
+                );
+            }
+            _ => networks.inet.extend(item.parsed(values::network)),
+        }
+    }
+    Some(networks)
 }
 
 fn health(mut table: Table<'_>, built_in: bool) -> Health {

@@ -79,6 +79,8 @@ pub struct Service {
     /// What to return to if the rollout fails.
     pub(super) fallback: Option<config::Service>,
     life: Life,
+    /// It was in no configuration any more when it was closed: its ports may be another's.
+    is_removed: bool,
     published: Option<(Rotation, config::Routing)>,
 }
 
@@ -104,6 +106,7 @@ impl Service {
             rollout: None,
             fallback: None,
             life: Life::Open,
+            is_removed: false,
             published: None,
         }
     }
@@ -127,7 +130,7 @@ impl Service {
             Coming::Never
         } else if slot.on_its_way() {
             Coming::Now
-        } else if slot.is_vacant() && self.is_open() {
+        } else if slot.is_vacant() && self.fills_slots() {
             // A slot that waits for its predecessor to be gone is as good as starting.
             Coming::At(slot.start_at)
         } else {
@@ -144,6 +147,15 @@ impl Service {
     #[must_use]
     pub fn is_open(&self) -> bool {
         self.life == Life::Open
+    }
+
+    /// Whether workers are started: also as lbd stops, since clients may wait for one that is due.
+    fn fills_slots(&self) -> bool {
+        match self.life {
+            Life::Open => true,
+            Life::Closing(_) => !self.is_removed,
+            Life::Closed => false,
+        }
     }
 
     /// The workers on their way out, and those that will be as soon as its listeners are empty.
@@ -170,7 +182,7 @@ impl Service {
             self.join_rollout(ticket, cx);
             return;
         }
-        self.life = Life::Open;
+        (self.life, self.is_removed) = (Life::Open, false);
         let previous = mem::replace(&mut self.config, target);
         let wanted = Arc::clone(&self.config.worker);
         let proving = self.abandon_rollout("another change was applied", Some(&wanted), cx);
@@ -200,6 +212,7 @@ impl Service {
                 };
                 self.abandon_rollout(reason, None, cx);
                 self.life = Life::Closing(why);
+                self.is_removed = why != Why::Stopping;
                 cx.actions.push(Action::Close { service: self.name() });
             }
             Life::Closing(_) => self.life = Life::Closing(why),
@@ -350,7 +363,7 @@ impl Service {
     /// Whether the slot is to be filled, and workers on their way out leave it its port.
     fn may_fill(&self, slot: &Slot, outgoing: &Outgoing) -> bool {
         let room = |port| outgoing.leave_room(slot.spec.address(port), slot.spec.socket, 0);
-        self.is_open() && slot.is_vacant() && slot.wanted_port().is_none_or(room)
+        self.fills_slots() && slot.is_vacant() && slot.wanted_port().is_none_or(room)
     }
 
     pub(super) fn note_worker(&self, id: WorkerId, fact: Fact, cx: &mut Context<'_>) {

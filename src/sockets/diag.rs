@@ -77,23 +77,33 @@ impl Diag {
     /// # Errors
     /// Where the kernel does not tell.
     pub fn is_accepted(&mut self, server: SocketAddr, client: SocketAddr) -> io::Result<bool> {
+        self.inode(server, client).map(|inode| inode.is_some())
+    }
+
+    /// The inode of the socket at `local` that is connected to `remote`; `None` where there is none,
+    /// or no process has it (yet, or any more).
+    ///
+    /// # Errors
+    /// Where the kernel does not tell.
+    pub fn inode(&mut self, local: SocketAddr, remote: SocketAddr) -> io::Result<Option<u32>> {
         let id = SocketId {
-            source_port: server.port(),
-            destination_port: client.port(),
-            source_address: server.ip(),
-            destination_address: client.ip(),
+            source_port: local.port(),
+            destination_port: remote.port(),
+            source_address: local.ip(),
+            destination_address: remote.ip(),
             interface_id: 0,
             // INET_DIAG_NOCOOKIE: whichever it is.
             cookie: [0xff; 8],
         };
-        let mut accepted = false;
+        let mut inode = None;
         let answer = |found: InetResponse| {
             // Where there is no such connection, the kernel finds who listens.
-            accepted = found.header.inode != 0 && found.header.state != TCP_LISTEN;
+            let is_it = found.header.inode != 0 && found.header.state != TCP_LISTEN;
+            inode = is_it.then_some(found.header.inode);
         };
         match self.ask(id, StateFlags::all(), 0, answer) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            asked => asked.map(|()| accepted),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            asked => asked.map(|()| inode),
         }
     }
 
@@ -140,6 +150,23 @@ impl Diag {
     }
 }
 
+/// The inodes of all sockets that this process has (proc_pid_fd(5)).
+///
+/// # Errors
+/// Where `/proc` can't be read.
+pub fn own_sockets() -> io::Result<HashSet<u32>> {
+    let mut inodes = HashSet::new();
+    for entry in std::fs::read_dir("/proc/self/fd")? {
+        // One that was closed meanwhile is none of them.
+        let Ok(target) = std::fs::read_link(entry?.path()) else { continue };
+        let inode: Option<u32> = target
+            .to_str()
+            .and_then(|target| target.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok());
+        inodes.extend(inode);
+    }
+    Ok(inodes)
+}
+
 fn any(family: IpAddr) -> SocketId {
     if family.is_ipv4() { SocketId::new_v4() } else { SocketId::new_v6() }
 }
@@ -174,6 +201,10 @@ mod tests {
             for client in &clients {
                 assert_eq!(diag.is_accepted(address, of(client)).unwrap(), of(client) == peer);
             }
+            // Of each end it is known whose it is.
+            let theirs = diag.inode(of(&clients[0]), address).unwrap();
+            assert_eq!(theirs, Some(inode(&clients[0])));
+            assert!(own_sockets().unwrap().contains(&inode(&clients[0])));
             drop(accepted);
             assert!(diag.accepted(address).unwrap().is_empty());
             assert!(!diag.is_accepted(address, peer).unwrap());

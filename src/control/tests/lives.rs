@@ -128,6 +128,8 @@ fn coming_tells_when_a_worker_can_be_there() {
     world.event(Event::Stop);
     assert_eq!(world.coming(), Coming::Now, "it may still become healthy");
     world.end(3);
+    assert_ne!(world.coming(), Coming::Never, "for those that wait still");
+    world.closed();
     assert_eq!(world.coming(), Coming::Never, "nothing is started any more");
 }
 

@@ -62,11 +62,26 @@ fn a_stop_first_empties_the_listeners() {
 }
 
 #[test]
-fn nothing_is_started_while_it_stops() {
+fn while_clients_may_wait_a_stop_starts_the_worker_that_is_due_and_then_none() {
     let mut world = World::healthy(ports("a", &[9002]));
     world.event(Event::Stop);
-    assert_eq!(world.end(1), ["publish web"]);
-    assert!(matches!(world.facts.last(), Some(Fact::Down { restart_in: None, .. })));
+    assert_eq!(world.end(1), ["publish web", "publish web", "spawn 2 a on 9002"]);
+    world.up(2);
+    assert_eq!(world.rotation(), [2]);
+    // Nobody waits any more.
+    assert_eq!(world.closed(), ["publish web", "retire 2"]);
+    assert_eq!(world.idle(2), ["SIGTERM 2"]);
+    assert_eq!(world.wait(SEC(100)), ["kill 2"]);
+    assert_eq!(world.end(2), ["forget web", "finished"]);
+}
+
+#[test]
+fn a_service_that_was_removed_starts_nothing_though_lbd_stops_too() {
+    let mut world = World::healthy(ports("a", &[9002]));
+    world.apply(1, []);
+    world.event(Event::Stop);
+    world.end(1);
+    assert_eq!(world.coming(), Coming::Never);
     assert_eq!(world.wait(SEC(100)), [""; 0]);
     assert_eq!(world.closed(), ["forget web", "finished"]);
 }
