@@ -164,7 +164,11 @@ fn listener() -> Socket {
 fn serve(handle: impl Fn(TcpStream) + Clone + Send + 'static) {
     let listener = listener();
     loop {
-        let (stream, _) = listener.accept().unwrap();
+        let Ok((stream, _)) = listener.accept() else {
+            // Too many at once: some of them will end.
+            thread::sleep(LOOK);
+            continue;
+        };
         let (handle, stream) = (handle.clone(), TcpStream::from(stream));
         thread::spawn(move || handle(stream));
     }

@@ -344,6 +344,47 @@ fn who_waited_where_nobody_is_told_is_not_taken_for_lbd() {
 }
 
 #[test]
+fn a_header_that_another_program_put_in_front_is_not_believed() {
+    for version in VERSIONS {
+        let ports = Ports::take(2);
+        let keys = format!("socket = \"inherit\"\n{ONE_PROBE}");
+        let daemon = Daemon::healthy(&told(&ports, version, &keys), 2);
+        let frozen = daemon.worker_pid(ports.worker(0));
+        freeze(frozen);
+        // Anybody on the machine can connect to a worker's port.
+        let mut stranger = connect(([127, 0, 0, 1], ports.worker(0)).into());
+        let own = stranger.local_addr().unwrap().to_string();
+        let header = header_of(&stranger);
+        match version {
+            "v1" => stranger.write_all(b"PROXY TCP4 203.0.113.9 203.0.113.1 1 2\r\n").unwrap(),
+            _ => stranger
+                .write_all(b"\r\n\r\n\0\r\nQUIT\n\x21\x11\x00\x0c\xcb\x00\x71\x09\xcb\x00\x71\x01\0\x01\0\x02")
+                .unwrap(),
+        }
+        let mut stranger = KeepAlive::over(stranger);
+        stranger.send("/proxy").unwrap();
+        // Of those that lbd has handed to it, every second one waits there.
+        let clients: Vec<_> = (0..4)
+            .map(|_| {
+                let mut client = KeepAlive::new(ports.address());
+                let header = header_of(client.stream());
+                client.send("/proxy").unwrap();
+                (client, header)
+            })
+            .collect();
+        eventually("they wait", || daemon.workers("web")[0]["connections"]["active"] == 2);
+        kill_hard(frozen);
+        assert_eq!(stranger.answer().unwrap(), (200, header.into_bytes()));
+        for (mut client, header) in clients {
+            assert_eq!(client.answer().unwrap(), (200, header.into_bytes()), "lbd is believed");
+        }
+        drop(stranger);
+        daemon.wait(Mark::START, "connection", &[("client", &own)]);
+        assert!(!daemon.log.text().contains("203.0.113.9"));
+    }
+}
+
+#[test]
 fn a_worker_that_does_not_expect_it_is_not_put_in_charge() {
     let ports = Ports::take(2);
     let config = |keys: &str| {

@@ -714,11 +714,16 @@ fn the_longest_waiting_goes_first_and_a_wider_limit_lets_all_in() {
     let mut clients: Vec<_> = (0..6)
         .map(|number| {
             let client = rig.connect();
-            until("its turn", || rig.route.active() == number + 1);
+            // Not before it is there: two threads may take them in any order.
+            until("its turn", || {
+                rig.route.active() == number + 1
+                    && all[0].traffic().total == Some(1)
+                    && rig.route.held() == number
+            });
             client
         })
         .collect();
-    until("waiting", || rig.route.held() == 5);
+    assert_eq!(rig.route.held(), 5);
     assert_eq!(all[0].traffic().total, Some(1));
     drop(clients.remove(0));
     until("the next", || all[0].traffic().total == Some(2));

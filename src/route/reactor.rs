@@ -39,7 +39,7 @@ const HEADER: Duration = Duration::from_secs(10);
 /// How long a worker on this machine may take to answer a connect, whatever `connect-timeout` allows.
 /// The kernel answers for it at once, but where its accept queue is full: then it drops the SYN, and
 /// the next one goes out a second later (RFC 6298), when there has long been room for others.
-const LOCAL_ANSWER: Duration = Duration::from_millis(20);
+const LOCAL_ANSWER: Duration = Duration::from_millis(5);
 
 /// How long both sides have to take note of an end that lbd made.
 const NOTICE: Duration = Duration::from_secs(1);

@@ -35,6 +35,9 @@ const FULL: Duration = Duration::from_millis(5);
 /// room.
 const SHORT: Duration = Duration::from_millis(50);
 
+/// How old a look has to be for another one to make sense.
+const STALE: Duration = Duration::from_millis(1);
+
 /// How long a connection that every worker of the pool refused waits for control to notice: a
 /// worker's death is known within milliseconds, and its successor is then on its way.
 const DOUBT: Duration = Duration::from_millis(250);
@@ -165,9 +168,9 @@ impl Reactor {
             };
             line.look_again = None;
             if let Some(key) = line.looking {
-                // A connect that the kernel has not answered on this machine is not worth waiting
-                // for when somebody has left: it asks again.
-                let is_stale = |c: &Connection| c.links.since + FULL <= self.now;
+                // A connect that the kernel has not answered at once on this machine is not worth
+                // waiting for when somebody has left: it asks again.
+                let is_stale = |c: &Connection| c.links.since + STALE <= self.now;
                 if self.services[service].is_local && is_stale(&self.connections[key]) {
                     self.leave_worker(key);
                     self.connections[key].tried.clear();
@@ -293,7 +296,10 @@ impl Reactor {
             };
             connection.tried.push(lease.id());
             let was_congested = lease.is_congested();
-            let error = match connect(&mut lease, connection.client.is_readable(), pool.routing()) {
+            // Where queues are nearly full, a handshake is to be over before the next one begins: there
+            // is room for a connection when its SYN comes and perhaps not when its end does.
+            let bytes_follow = connection.client.is_readable() && choice == Choice::Clear;
+            let error = match connect(&mut lease, bytes_follow, pool.routing()) {
                 Ok((socket, is_connected)) => {
                     let token = u64::from(connection.generation) << 34
                         | (key as u64) << 2
