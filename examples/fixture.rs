@@ -13,6 +13,8 @@
 //! | `hear FILE` | says `bye` after the first bytes and ends its side; writes all it heard, or the error, to FILE |
 //! | `deaf` | accepts, and never reads |
 //! | `stalling FILE` | accepts until FILE exists, then never again: its queue is full when there is FILE.done, and whoever connects later hangs |
+//! | `slow MILLIS BACKLOG` | answers one request after the other, each after that time, with a queue for so many connections |
+//! | `forget` | reads a request, and ends the connection without an answer |
 //! | `silent` | never listens |
 //! | `exit STATUS` | ends at once |
 //! | `spam LINES` | writes that many lines to each of its streams, then is `http` |
@@ -138,6 +140,8 @@ fn main() {
         }
         "deaf" => serve(|_open| for_ever()),
         "stalling" => stalling(argument),
+        "slow" => slow(argument.parse().unwrap(), words[2].parse().unwrap()),
+        "forget" => serve(|stream| _ = (&stream).read(&mut [0; 4096])),
         "silent" => for_ever(),
         "exit" => process::exit(argument.parse().unwrap()),
         "spam" => {
@@ -236,7 +240,11 @@ fn listener() -> Socket {
 fn serve(handle: impl Fn(TcpStream) + Clone + Send + 'static) {
     let listener = listener();
     loop {
-        let (stream, _) = listener.accept().unwrap();
+        let Ok((stream, _)) = listener.accept() else {
+            // Too many at once: some of them will end.
+            thread::sleep(LOOK);
+            continue;
+        };
         let (handle, stream) = (handle.clone(), TcpStream::from(stream));
         thread::spawn(move || handle(stream));
     }
@@ -489,6 +497,22 @@ fn accept_until(file: &str, backlog: i32) -> Socket {
 
 fn done(file: &str) {
     fs::write(format!("{file}.done"), "").unwrap();
+}
+
+fn slow(millis: u64, backlog: i32) {
+    let listener = listener();
+    listener.listen(backlog).unwrap();
+    loop {
+        let (stream, _) = listener.accept().unwrap();
+        let stream = TcpStream::from(stream);
+        let mut head = [0; 4096];
+        // Who says nothing asks for nothing: a probe.
+        if (&stream).read(&mut head).is_ok_and(|read| read > 0) {
+            thread::sleep(Duration::from_millis(millis));
+            let answer = "HTTP/1.1 200 -\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok";
+            _ = (&stream).write_all(answer.as_bytes());
+        }
+    }
 }
 
 fn for_ever() {

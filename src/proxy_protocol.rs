@@ -4,6 +4,9 @@
 //! It is what a worker reads first on each connection. Where the client has no IP address (it came
 //! over a unix socket), or lbd does not know it, the header says that: `UNKNOWN` in version 1,
 //! `LOCAL` in version 2, which every receiver has to accept.
+//!
+//! lbd also reads such headers: of a proxy in front of it ([`received`]), and its own, of connections
+//! that waited for a worker which is gone ([`take_off`]).
 
 use std::{
     io::{self, ErrorKind, Read},
@@ -17,7 +20,7 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::socket::{MsgFlags, recv},
 };
-use proxy_header::{ParseConfig, ProxiedAddress, ProxyHeader};
+use proxy_header::{Error, ParseConfig, Protocol, ProxiedAddress, ProxyHeader};
 use socket2::Socket;
 
 use crate::config::ProxyProtocol;
@@ -32,6 +35,16 @@ pub struct Ends {
     pub client: SocketAddr,
     /// Where it has connected to.
     pub server: SocketAddr,
+}
+
+impl Ends {
+    /// Those of a connection that was accepted; `None` where it has no IP addresses.
+    #[must_use]
+    pub fn of(accepted: &Socket) -> Option<Self> {
+        let client = accepted.peer_addr().ok()?.as_socket()?;
+        let server = accepted.local_addr().ok()?.as_socket()?;
+        Some(Self { client, server })
+    }
 }
 
 /// A header, ready to be sent.
@@ -80,6 +93,57 @@ impl Header {
     #[must_use]
     pub fn as_bytes(&self) -> &[u8] {
         &self.bytes[..self.length]
+    }
+}
+
+/// The longest header that is read, with all that version 2 may add to the addresses, in bytes.
+pub const LONGEST_RECEIVED: usize = 4096;
+
+/// What begins a connection is no PROXY header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("no PROXY header")]
+pub struct NoHeader;
+
+/// A header that was received whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Received {
+    /// What it says of the client; `None` where it says nothing (`UNKNOWN`, `LOCAL`, or a client
+    /// without an IP address).
+    pub ends: Option<Ends>,
+    /// How many bytes it has. What is behind them is the client's.
+    pub length: usize,
+}
+
+/// Reads the header, of either version, that `bytes` begin with; `None` where more of it is to come.
+///
+/// # Errors
+/// Where they can't become a header any more, or one that is longer than [`LONGEST_RECEIVED`].
+pub fn received(bytes: &[u8]) -> Result<Option<Received>, NoHeader> {
+    const V1: &[u8] = b"PROXY ";
+    const V2: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
+    let begins = |with: &[u8]| {
+        let both = bytes.len().min(with.len());
+        bytes[..both] == with[..both]
+    };
+    let (allow_v1, allow_v2) = (begins(V1), begins(V2));
+    if !allow_v1 && !allow_v2 {
+        return Err(NoHeader);
+    }
+    if let (true, Some(&[high, low])) = (allow_v2, bytes.get(14..16)) {
+        let length = 16 + usize::from(u16::from_be_bytes([high, low]));
+        if length > LONGEST_RECEIVED {
+            return Err(NoHeader);
+        }
+    }
+    let config = ParseConfig { allow_v1, allow_v2, include_tlvs: false };
+    match ProxyHeader::parse(bytes, config) {
+        Ok((header, length)) => {
+            let stream = header.proxied_address().filter(|to| to.protocol == Protocol::Stream);
+            let ends = stream.map(|to| Ends { client: to.source, server: to.destination });
+            Ok(Some(Received { ends, length }))
+        }
+        Err(Error::BufferTooShort) => Ok(None),
+        Err(_) => Err(NoHeader),
     }
 }
 
@@ -197,6 +261,49 @@ mod tests {
         let own = Some(ends("127.0.0.1:40000", "127.0.0.1:9002"));
         assert_eq!(Header::of_probe(V2, own).as_bytes(), Header::new(V2, None).as_bytes());
         assert_eq!(Header::of_probe(V1, own).as_bytes(), Header::new(V1, own).as_bytes());
+    }
+
+    #[test]
+    fn a_header_is_received_in_whatever_pieces_it_comes() {
+        for (version, said) in [
+            (V1, Some(ends("192.0.2.1:1", "192.0.2.2:2"))),
+            (V1, Some(ends("[2001:db8::1]:65535", "[2001:db8::2]:65535"))),
+            (V2, Some(ends("192.0.2.1:1", "192.0.2.2:2"))),
+            (V2, Some(ends("[2001:db8::1]:1", "[2001:db8::2]:2"))),
+            (V1, None),
+            (V2, None),
+        ] {
+            let header = Header::new(version, said);
+            let whole = [header.as_bytes(), b"GET / HTTP/1.1\r\n"].concat();
+            let length = header.as_bytes().len();
+            for count in 0..length {
+                assert_eq!(received(&whole[..count]), Ok(None), "{version} {count}");
+            }
+            for count in length..=whole.len() {
+                let expected = Ok(Some(Received { ends: said, length }));
+                assert_eq!(received(&whole[..count]), expected, "{version} {count}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_can_be_no_header_is_known_by_its_first_bytes() {
+        for bytes in [&b"G"[..], b"PROXY_", b"PROXZ", b"\r\nGET", b"\x16\x03\x01"] {
+            assert_eq!(received(bytes), Err(NoHeader));
+        }
+        assert_eq!(received(b"PROXY TCP4 1.2.3.4 1.2.3.4 1 x\r\n"), Err(NoHeader));
+        assert_eq!(received(&[b"PROXY TCP4 ", &[b'1'; 200][..]].concat()), Err(NoHeader));
+        // Version 2 says how long it is.
+        let long = |length: u16| {
+            let head = b"\r\n\r\n\0\r\nQUIT\n\x20\x00";
+            [&head[..], &length.to_be_bytes(), &vec![0; length.into()]].concat()
+        };
+        assert_eq!(received(&long(4080)), Ok(Some(Received { ends: None, length: 4096 })));
+        assert_eq!(received(&long(4081)[..16]), Err(NoHeader));
+        // Datagrams are nobody's connection.
+        let mut datagram = long(12);
+        datagram[12..14].copy_from_slice(b"\x21\x12");
+        assert_eq!(received(&datagram), Ok(Some(Received { ends: None, length: 28 })));
     }
 
     fn pair() -> (TcpStream, Socket) {

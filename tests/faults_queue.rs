@@ -4,14 +4,18 @@
 mod common;
 
 use std::{
+    fs,
     net::SocketAddr,
+    process::Command,
     time::{Duration, Instant},
 };
 
 use common::{
     Daemon, Mark, Ports,
     client::{KeepAlive, Load, port},
-    command, eventually, freeze, kill_hard, thaw, www,
+    command, eventually, freeze, kill_hard,
+    proc::descriptors,
+    thaw, www,
 };
 use nix::sys::signal::Signal;
 
@@ -172,5 +176,41 @@ fn a_burst_just_before_a_stop_is_answered() {
             assert_eq!(client.get("/").unwrap().0, 200);
         }
         daemon.wait_stopped();
+    }
+}
+
+#[test]
+fn more_than_there_is_room_for_stay_where_they_wait_until_there_is() {
+    const WAITING: usize = 900;
+    let ports = Ports::take(2);
+    let folder = tempfile::tempdir().unwrap();
+    let health = "interval = \"200ms\", timeout = \"1s\", fall = 2";
+    fs::write(folder.path().join("lb.toml"), inheriting(&ports, health)).unwrap();
+    let mut command = Command::new("sh");
+    let script = "ulimit -n 256 && exec \"$0\" --config lb.toml";
+    command.args(["-c", script, env!("CARGO_BIN_EXE_lbd")]);
+    let daemon = Daemon::run(folder, command);
+    daemon.wait_healthy(Mark::START, 2);
+    let killed = daemon.worker_pid(ports.worker(0));
+    freeze(killed);
+    // They need no descriptor of lbd's: anybody on the machine can connect to a worker's port.
+    let worker = SocketAddr::from(([127, 0, 0, 1], ports.worker(0)));
+    let clients: Vec<_> = (0..WAITING)
+        .map(|_| {
+            let mut client = KeepAlive::new(worker);
+            client.send("/").unwrap();
+            client
+        })
+        .collect();
+    let since = daemon.now();
+    kill_hard(killed);
+    let mut most = 0;
+    for mut client in clients {
+        assert_eq!(client.answer().expect("an answer").0, 200);
+        most = most.max(descriptors(daemon.pid()));
+    }
+    assert!(most < 256, "{most}");
+    for message in ["worker unhealthy", "can't accept; clients wait"] {
+        assert!(daemon.said(since, message).is_empty(), "{message}");
     }
 }

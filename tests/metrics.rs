@@ -159,9 +159,12 @@ fn a_worker_that_stalls_is_counted_by_its_timeout() {
     daemon.tell_worker("stop");
     turns(ports.address(), 3);
     let metrics = Metrics::of(&daemon);
-    assert_eq!(metrics.value("lbd_connect_failures_total{slot=\"0\",reason=\"timeout\"}"), 3.0);
-    assert_eq!(metrics.sum("lbd_connect_failures_total"), 3.0);
-    assert_eq!(metrics.value("lbd_connections_retried_total"), 3.0);
+    // Once, and then it is left alone for a second.
+    let failures = metrics.sum("lbd_connect_failures_total");
+    assert!((1.0..3.0).contains(&failures), "{failures}");
+    let timeouts = "lbd_connect_failures_total{slot=\"0\",reason=\"timeout\"}";
+    assert_eq!(metrics.value(timeouts), failures);
+    assert_eq!(metrics.value("lbd_connections_retried_total"), failures);
     let at_once = "lbd_connect_duration_seconds_bucket{slot=\"1\",le=\"0.0001\"}";
     assert_eq!(metrics.value(at_once), 3.0);
 }

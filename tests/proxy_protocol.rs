@@ -78,8 +78,8 @@ fn what_the_client_says_follows_whole() {
     for version in VERSIONS {
         let ports = Ports::take(1);
         let daemon = Daemon::healthy(&telling(&ports, version, ""), 1);
-        // Once less than what is read at once, once a lot more, and once only the end of it.
-        for length in [1, 100, 64 << 10, 4 << 20, 0] {
+        // Once less than what is read at once, and once a lot more.
+        for length in [1, 100, 64 << 10, 4 << 20] {
             let client = connect(ports.address());
             let header = header_of(&client);
             let said: Vec<u8> = (0..=255).cycle().take(length).collect();
@@ -339,6 +339,47 @@ fn who_waited_where_nobody_is_told_is_not_taken_for_lbd() {
         eventually("it waits", || daemon.workers("web")[0]["connections"]["active"] == 1);
         daemon.must_reload(&told(&ports, version, &keys));
         assert_eq!(client.answer().unwrap(), (200, nobody(version).into()));
+    }
+}
+
+#[test]
+fn a_header_that_another_program_put_in_front_is_not_believed() {
+    for version in VERSIONS {
+        let ports = Ports::take(2);
+        let keys = format!("socket = \"inherit\"\n{ONE_PROBE}");
+        let daemon = Daemon::healthy(&told(&ports, version, &keys), 2);
+        let frozen = daemon.worker_pid(ports.worker(0));
+        freeze(frozen);
+        // Anybody on the machine can connect to a worker's port.
+        let mut stranger = connect(([127, 0, 0, 1], ports.worker(0)).into());
+        let own = stranger.local_addr().unwrap().to_string();
+        let header = header_of(&stranger);
+        match version {
+            "v1" => stranger.write_all(b"PROXY TCP4 203.0.113.9 203.0.113.1 1 2\r\n").unwrap(),
+            _ => stranger
+                .write_all(b"\r\n\r\n\0\r\nQUIT\n\x21\x11\x00\x0c\xcb\x00\x71\x09\xcb\x00\x71\x01\0\x01\0\x02")
+                .unwrap(),
+        }
+        let mut stranger = KeepAlive::over(stranger);
+        stranger.send("/proxy").unwrap();
+        // Of those that lbd has handed to it, every second one waits there.
+        let clients: Vec<_> = (0..4)
+            .map(|_| {
+                let mut client = KeepAlive::new(ports.address());
+                let header = header_of(client.stream());
+                client.send("/proxy").unwrap();
+                (client, header)
+            })
+            .collect();
+        eventually("they wait", || daemon.workers("web")[0]["connections"]["active"] == 2);
+        kill_hard(frozen);
+        assert_eq!(stranger.answer().unwrap(), (200, header.into_bytes()));
+        for (mut client, header) in clients {
+            assert_eq!(client.answer().unwrap(), (200, header.into_bytes()), "lbd is believed");
+        }
+        drop(stranger);
+        daemon.wait(Mark::START, "connection", &[("client", &own)]);
+        assert!(!daemon.log.text().contains("203.0.113.9"));
     }
 }
 

@@ -15,7 +15,7 @@ use std::{
 use common::{
     Daemon, Mark, PATIENCE, Ports,
     client::{KeepAlive, connect, counts, get, is_turned_away, port, try_get, turns},
-    command, eventually, kill_hard,
+    command, eventually, kill_hard, needs,
 };
 use socket2::{Domain, SockRef, Socket, Type};
 
@@ -227,11 +227,55 @@ fn a_connection_without_bytes_ends_at_the_idle_timeout() {
     client.write_all(b"a").unwrap();
     client.read_exact(&mut [0]).unwrap();
     let begun = Instant::now();
-    let end = client.read(&mut [0]);
-    assert_eq!(end.unwrap_err().kind(), ErrorKind::ConnectionReset);
+    assert_eq!(client.read(&mut [0]).unwrap(), 0, "an end, and no reset");
     assert!(begun.elapsed() >= Duration::from_millis(250), "{:?}", begun.elapsed());
     let line = daemon.wait(Mark::START, "connection", &[("end", "idle")]);
     assert_eq!((line.get("sent"), line.get("received")), (Some("1"), Some("1")));
+}
+
+#[test]
+fn a_node_server_without_an_error_listener_survives_the_end_of_an_idle_client() {
+    if !needs::has(needs::APPS, "node", "nodejs") {
+        return;
+    }
+    let ports = Ports::take(1);
+    let server = "require('net').createServer(s => { s.write('hello'); s.on('data', d => s.write(d)) })\
+                  .listen(process.env.PORT, '127.0.0.1')";
+    let keys =
+        format!("command = [\"node\", \"-e\", {server:?}]\nidle-timeout = \"400ms\"\n{ONE_PROBE}");
+    let daemon = Daemon::healthy(&ports.service(&keys), 1);
+    let (mut idle, mut active) = (connect(ports.address()), connect(ports.address()));
+    idle.read_exact(&mut [0; 5]).unwrap();
+    active.read_exact(&mut [0; 5]).unwrap();
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_millis(1_500) {
+        active.write_all(b"x").unwrap();
+        active.read_exact(&mut [0]).unwrap();
+        thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(idle.read(&mut [0]).unwrap(), 0);
+    daemon.wait(Mark::START, "connection", &[("end", "idle")]);
+    assert!(daemon.said(Mark::START, "worker exited").is_empty());
+}
+
+#[test]
+fn an_end_without_an_answer_is_called_one() {
+    let ports = Ports::take(1);
+    let daemon = Daemon::healthy(&ports.service(&command(&["forget"])), 1);
+    let mut client = connect(ports.address());
+    client.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+    assert_eq!(client.read(&mut [0]).unwrap(), 0, "an end, and no reset");
+    drop(client);
+    let line = daemon.wait(Mark::START, "connection", &[("end", "no-answer")]);
+    assert_eq!((line.get("sent"), line.get("received")), (Some("0"), Some("18")));
+    assert_eq!(daemon.workers("web")[0]["connections"]["total"], 1);
+    // Who has ended first waits for none: so does a sender of data.
+    let since = daemon.now();
+    let mut client = connect(ports.address());
+    client.write_all(b"data").unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(client.read(&mut [0]).unwrap(), 0);
+    daemon.wait(since, "connection", &[("end", "closed")]);
 }
 
 #[test]

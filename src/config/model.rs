@@ -7,7 +7,7 @@
 use std::{
     collections::BTreeMap,
     fmt,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     num::{NonZeroU32, NonZeroU64},
     path::{Path, PathBuf},
     sync::Arc,
@@ -359,9 +359,14 @@ pub struct Routing {
     pub connect_timeout: Duration,
     /// A connection with no byte either way for this long is closed.
     pub idle_timeout: Duration,
-    /// How long a connection waits while no worker is healthy but one is on its way, or while all
-    /// have as many connections as they may.
+    /// How long a connection waits while no worker is healthy but one is on its way, or while none
+    /// has room.
     pub hold_timeout: Duration,
+    /// `accept-proxy-protocol`: whose connections begin with a PROXY header.
+    pub accept_proxy: Networks,
+    /// After this long in silence, TCP asks whether a connection's other end is still there. Whole
+    /// seconds, not zero.
+    pub keepalive: Duration,
 }
 
 impl Default for Routing {
@@ -373,8 +378,91 @@ impl Default for Routing {
             connect_timeout: Duration::from_secs(1),
             idle_timeout: Duration::from_secs(3600),
             hold_timeout: Duration::from_secs(10),
+            accept_proxy: Networks::default(),
+            keepalive: Duration::from_secs(60),
         }
     }
+}
+
+/// A set of networks, and perhaps the clients of unix sockets, which are in none.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Networks {
+    /// The networks, in the order of the file.
+    pub inet: Vec<Network>,
+    /// Whether clients on unix sockets belong to it too.
+    pub unix: bool,
+}
+
+impl Networks {
+    /// Whether a client at `ip`, or with `None` on a unix socket, belongs to it.
+    #[must_use]
+    pub fn contains(&self, ip: Option<IpAddr>) -> bool {
+        match ip {
+            // An IPv4 client is one on whatever socket it came.
+            Some(ip) => {
+                let ip = ip.to_canonical();
+                self.inet.iter().any(|network| network.contains(ip))
+            }
+            None => self.unix,
+        }
+    }
+}
+
+/// The IP addresses that begin with the same bits, in CIDR notation (RFC 4632, RFC 4291).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Network {
+    /// The first address of it.
+    address: IpAddr,
+    /// How many bits all of them have in common: up to 32 of IPv4, 128 of IPv6.
+    prefix: u8,
+}
+
+impl Network {
+    /// `None` where the family has no such prefix, or the address has bits behind it.
+    #[must_use]
+    pub fn new(address: IpAddr, prefix: u8) -> Option<Self> {
+        let network = Self { address, prefix };
+        (prefix <= bits_of(address) && network.first() == address).then_some(network)
+    }
+
+    /// The network that `address` is in.
+    #[must_use]
+    pub fn around(address: IpAddr, prefix: u8) -> Self {
+        let network = Self { address, prefix: prefix.min(bits_of(address)) };
+        Self { address: network.first(), ..network }
+    }
+
+    /// Whether `ip` is in it. An IPv4 address that is mapped into IPv6 is not.
+    #[must_use]
+    pub fn contains(&self, ip: IpAddr) -> bool {
+        ip.is_ipv4() == self.address.is_ipv4()
+            && Self { address: ip, ..*self }.first() == self.address
+    }
+
+    fn first(&self) -> IpAddr {
+        let behind = u32::from(bits_of(self.address) - self.prefix);
+        match self.address {
+            IpAddr::V4(v4) => {
+                let mask = u32::MAX.checked_shl(behind).unwrap_or(0);
+                Ipv4Addr::from_bits(v4.to_bits() & mask).into()
+            }
+            IpAddr::V6(v6) => {
+                let mask = u128::MAX.checked_shl(behind).unwrap_or(0);
+                Ipv6Addr::from_bits(v6.to_bits() & mask).into()
+            }
+        }
+    }
+}
+
+impl fmt::Display for Network {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.address, self.prefix)
+    }
+}
+
+/// How many bits an address of this family has.
+fn bits_of(address: IpAddr) -> u8 {
+    if address.is_ipv4() { 32 } else { 128 }
 }
 
 /// `balance`.

@@ -8,12 +8,17 @@ use super::{
 };
 
 /// Keys of a service that are about connections which lbd makes or sees, and why each has no effect.
-const KEYS: [(&str, &str); 5] = [
+const KEYS: [(&str, &str); 7] = [
     ("host", "the workers are on the service's own address"),
     ("max-connections", "lbd does not hold the connections, so it can't count them in time"),
     ("connect-timeout", "there is no second connection to make"),
     ("idle-timeout", "lbd does not see the bytes; let the worker close idle connections"),
     ("proxy-protocol", "the worker sees the client's own address"),
+    (
+        "accept-proxy-protocol",
+        "lbd does not see the bytes; have the program read the header itself",
+    ),
+    ("keepalive", "lbd does not hold the connections; have the program set SO_KEEPALIVE"),
 ];
 
 /// Reads `route`.

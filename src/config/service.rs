@@ -10,9 +10,9 @@ use std::{
 };
 
 use super::{
-    Balance, DEFAULT_HOST, Drain, Health, Limits, Listen, Order, Output, Owner, Probe, Program,
-    ProxyProtocol, Restart, Rollout, Route, Routing, Service, Slots, SocketMode, StatusSet, Stop,
-    StopTo, UnixAccess, WorkerSpec,
+    Balance, DEFAULT_HOST, Drain, Health, Limits, Listen, Networks, Order, Output, Owner, Probe,
+    Program, ProxyProtocol, Restart, Rollout, Route, Routing, Service, Slots, SocketMode,
+    StatusSet, Stop, StopTo, UnixAccess, WorkerSpec,
     addresses::{Claim, Claimant, Claims},
     limits,
     reader::{Table, Value},
@@ -70,7 +70,9 @@ pub(super) fn read(
     // Looked for at each start, as it may be a link to the release that is due: see `WorkerSpec`.
     let directory = table.read("directory", |v| v.parsed(|text| values::path_in(base, text)));
     let output = table.read("output", |v| v.parsed(|text| values::output(text, base)));
-    let mut routing = routing(&mut table, route);
+    let mut addresses = listen.iter().flat_map(|listening| &listening.addresses);
+    let has_unix = addresses.any(|address| matches!(address, Listen::Unix(_)));
+    let mut routing = routing(&mut table, route, has_unix);
     let health = health(table.table("health"), built_in, socket);
     let restart = restart(table.table("restart"));
     let rollout = rollout(table.table("rollout"));
@@ -306,7 +308,7 @@ fn account(value: Value<'_>) -> Option<String> {
     value.parsed(values::account)
 }
 
-fn routing(table: &mut Table<'_>, route: Route) -> Routing {
+fn routing(table: &mut Table<'_>, route: Route, has_unix: bool) -> Routing {
     let default = Routing::default();
     let balance = |value: Value<'_>| match route {
         Route::Proxy => value.word(&BALANCES),
@@ -321,7 +323,29 @@ fn routing(table: &mut Table<'_>, route: Route) -> Routing {
         connect_timeout: table.positive_duration("connect-timeout", default.connect_timeout),
         idle_timeout: table.positive_duration("idle-timeout", default.idle_timeout),
         hold_timeout: table.duration("hold-timeout", default.hold_timeout),
+        accept_proxy: table
+            .read("accept-proxy-protocol", |value| networks(value, has_unix))
+            .unwrap_or(default.accept_proxy),
+        keepalive: table
+            .read("keepalive", |value| value.with_unit(values::keepalive))
+            .unwrap_or(default.keepalive),
     }
+}
+
+fn networks(value: Value<'_>, has_unix: bool) -> Option<Networks> {
+    let mut networks = Networks::default();
+    for item in value.one_or_list("a network such as \"10.0.0.0/8\", or a list of them")? {
+        match item.string()? {
+            "unix" if has_unix => networks.unix = true,
+            "unix" => {
+                return item.refuse(
+                    "\"unix\" has no effect: no address in `listen` is a unix socket's; remove it",
+                );
+            }
+            _ => networks.inet.extend(item.parsed(values::network)),
+        }
+    }
+    Some(networks)
 }
 
 fn health(mut table: Table<'_>, built_in: bool, socket: SocketMode) -> Health {

@@ -13,7 +13,7 @@ use std::{
 use bytesize::ByteSize;
 use nix::sys::signal::Signal;
 
-use super::{Listen, Output, StatusSet};
+use super::{Listen, Network, Output, StatusSet};
 
 /// More workers than this is a slip of the pen.
 pub(super) const MAX_WORKERS: u32 = 1024;
@@ -160,6 +160,54 @@ pub(super) fn ip(text: &str) -> Result<IpAddr, String> {
     })?;
     ip_itself(ip)?;
     Ok(ip)
+}
+
+/// A network of `accept-proxy-protocol`: `10.0.0.0/8`, or one address.
+pub(super) fn network(text: &str) -> Result<Network, String> {
+    let not_one = || {
+        format!(
+            "{} is not a network; expected one such as \"10.0.0.0/8\" or \"2001:db8::1\", or \"unix\" \
+             for the clients of unix sockets",
+            quoted(text)
+        )
+    };
+    let (address, prefix) = match text.split_once('/') {
+        Some((address, prefix)) => (address, Some(prefix)),
+        None => (text, None),
+    };
+    let address: IpAddr = address.parse().map_err(|_| not_one())?;
+    if let IpAddr::V6(v6) = address
+        && let Some(v4) = v6.to_ipv4_mapped()
+    {
+        return Err(format!(
+            "{v6} is an IPv4 address; write {v4} with the prefix of an IPv4 network"
+        ));
+    }
+    let most = if address.is_ipv4() { 32 } else { 128 };
+    let prefix = match prefix {
+        None => most,
+        Some(prefix) if prefix.bytes().all(|b| b.is_ascii_digit()) => {
+            prefix.parse().ok().filter(|prefix| *prefix <= most).ok_or_else(|| {
+                format!("{} has a prefix that is not from 0 to {most}", quoted(text))
+            })?
+        }
+        Some(_) => return Err(not_one()),
+    };
+    Network::new(address, prefix).ok_or_else(|| {
+        let network = Network::around(address, prefix);
+        format!("{} has bits behind its prefix; write \"{network}\"", quoted(text))
+    })
+}
+
+/// `keepalive`: as TCP takes it (tcp(7), `TCP_KEEPIDLE`).
+pub(super) fn keepalive(text: &str) -> Result<Duration, String> {
+    const MOST: Duration = Duration::from_secs(32767);
+    match duration(text)? {
+        wait if wait.subsec_nanos() == 0 && (Duration::from_secs(1)..=MOST).contains(&wait) => {
+            Ok(wait)
+        }
+        _ => Err(format!("{} is not a whole number of seconds from 1 to 32767", quoted(text))),
+    }
 }
 
 /// `workers`.

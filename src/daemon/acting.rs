@@ -1,24 +1,35 @@
 //! Doing what control asks for.
 
 use std::{
-    collections::{HashSet, VecDeque},
+    cell::RefCell,
+    collections::{HashMap, HashSet, VecDeque},
+    io,
+    net::SocketAddr,
     path::Path,
+    rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use tracing::debug;
 
-use super::{Daemon, Stage};
+use super::{Daemon, Stage, fronts::Fronts};
 use crate::{
     config::{Output, Program, SocketMode},
     control::{
         Action, Coming, Event, Fact, Failure, Note, NoteWorker, Phase, Supervisor, Worker, WorkerId,
     },
-    proxy_protocol,
-    route::Pool,
-    sockets::Rescued,
+    proxy_protocol::{self, Ends},
+    route::{Pool, Reserved},
+    sockets::{
+        Permit, Rescued,
+        diag::{self, Diag},
+    },
 };
+
+/// Places for connections that were taken out of an accept queue and are not handed over yet, by
+/// service.
+pub(super) type Berths = Rc<RefCell<HashMap<Arc<str>, Vec<Reserved>>>>;
 
 /// How long the headers of rescued connections may take, all together: the thread that made such a
 /// connection sends its header with the next system call.
@@ -47,6 +58,8 @@ impl Daemon<'_> {
         // When the data threads, and the kernel, know who is in rotation.
         self.hand_over(rescued);
         self.rescue_direct();
+        // Those of connections that went elsewhere at the last moment, or were probes.
+        self.berths.borrow_mut().clear();
         self.look_whether_ready();
         self.measure();
     }
@@ -180,7 +193,9 @@ impl Daemon<'_> {
         let supervisor = &self.supervisor;
         let can_serve = |service: &str| can_serve(supervisor, service);
         let is = |service: &str| supervisor.rotation(service).is_some();
-        self.fleet.rescue(&needed, &ejected, can_serve, is)
+        let (fronts, berths) = (&self.fronts, &self.berths);
+        let permit = |service: &Arc<str>| permit(fronts, berths, service);
+        self.fleet.rescue(&needed, &ejected, can_serve, is, permit)
     }
 
     /// Hands them over where the kernel hands out connections, and those of workers that are asked to
@@ -192,10 +207,15 @@ impl Daemon<'_> {
             self.workers_in(|phase| matches!(phase, Phase::Unhealthy | Phase::Stopping { .. }));
         let (supervisor, now) = (&self.supervisor, Instant::now());
         let can_serve = |service: &str| can_serve(supervisor, service);
-        let rescued = self.fleet.rescue_direct(&wanted, &ejected, can_serve, now);
+        let (fronts, berths) = (&self.fronts, &self.berths);
+        let permit = |service: &Arc<str>| permit(fronts, berths, service);
+        let rescued = self.fleet.rescue_direct(&wanted, &ejected, can_serve, permit, now);
         self.hand_over(rescued);
-        // The kernel may have given it a connection whose handshake ends only now.
-        let again = self.fleet.is_direct(&ejected) || self.fleet.publics.is_untidy();
+        // The kernel may have given it a connection whose handshake ends only now, and where there was
+        // no room for all that wait, there will be.
+        let again = self.fleet.is_direct(&ejected)
+            || self.fleet.publics.is_untidy()
+            || self.fleet.has_left_some();
         let again = again.then(|| now + RESCUE_PAUSE);
         self.rescue_at = again.into_iter().chain(self.fleet.watch_at()).min();
     }
@@ -205,14 +225,34 @@ impl Daemon<'_> {
         workers.filter(|worker| wanted(worker.phase)).map(|worker| worker.id).collect()
     }
 
+    /// Nothing of the worker is left.
+    pub(super) fn forget_worker(&mut self, id: WorkerId) {
+        let (fronts, berths) = (&self.fronts, &self.berths);
+        self.fleet.forget(id, |service| permit(fronts, berths, service));
+    }
+
     fn hand_over(&self, rescued: Vec<(Arc<str>, Rescued)>) {
         let deadline = Instant::now() + HEADER;
+        let mut own = None;
         for (service, Rescued { socket, proxy_protocol }) in rescued {
+            let ends = Ends::of(&socket);
+            // A worker's port is open to others on the machine too, who may say what they like.
+            let mut is_own = || {
+                let own = own.get_or_insert_with(OwnConnections::look);
+                ends.is_none_or(|ends| own.contain(ends.client, ends.server))
+            };
             let taken_off = proxy_protocol
-                .map(|version| proxy_protocol::take_off(&socket, version, deadline))
+                .map(|version| match is_own() {
+                    true => proxy_protocol::take_off(&socket, version, deadline),
+                    false => {
+                        proxy_protocol::take_off(&socket, version, Instant::now()).map(|_| ends)
+                    }
+                })
                 .transpose();
-            match (taken_off, self.fronts.route(&service)) {
-                (Ok(client), Some(route)) => self.plane.adopt(route, socket, client.flatten()),
+            let place = self.berths.borrow_mut().get_mut(&service).and_then(Vec::pop);
+            match (taken_off, place) {
+                (Ok(client), Some(place)) => self.plane.adopt(place, socket, client.flatten()),
+                // The service is gone.
                 (Ok(_), None) => {}
                 (Err(error), _) => {
                     // Nobody takes the end of it for the end of an answer.
@@ -221,6 +261,37 @@ impl Daemon<'_> {
                 }
             }
         }
+    }
+}
+
+/// Lets a connection be taken out of a queue where there is a place for it.
+fn permit(fronts: &Fronts, berths: &Berths, service: &Arc<str>) -> Permit {
+    let (berths, service) = (Rc::clone(berths), Arc::clone(service));
+    match fronts.route(&service).cloned() {
+        Some(route) => Box::new(move || {
+            let place = route.reserve();
+            let is_permitted = place.is_some();
+            berths.borrow_mut().entry(Arc::clone(&service)).or_default().extend(place);
+            is_permitted
+        }),
+        // Of a service that is gone: nobody is there to serve it, and it is closed at once.
+        None => Box::new(|| true),
+    }
+}
+
+/// Which connections to workers lbd has made: what they begin with is true.
+struct OwnConnections(io::Result<(Diag, HashSet<u32>)>);
+
+impl OwnConnections {
+    fn look() -> Self {
+        Self(Diag::open().and_then(|diag| Ok((diag, diag::own_sockets()?))))
+    }
+
+    /// Whether the connection from `client` to `server` is one. Where the kernel does not tell, none is.
+    fn contain(&mut self, client: SocketAddr, server: SocketAddr) -> bool {
+        let Ok((diag, own)) = &mut self.0 else { return false };
+        diag.inode(client, server)
+            .is_ok_and(|inode| inode.is_some_and(|inode| own.contains(&inode)))
     }
 }
 

@@ -6,6 +6,7 @@ use std::{
     net::SocketAddr,
     rc::Rc,
     sync::{Arc, atomic::AtomicBool},
+    time::Duration,
 };
 
 use socket2::Socket;
@@ -32,6 +33,8 @@ pub(super) struct Fronts {
 struct Front {
     route: Arc<ServiceRoute>,
     open: HashMap<Listen, ListenerId>,
+    /// What its listeners were last told.
+    keepalive: Duration,
 }
 
 /// What a reload opens: nothing of it takes a client yet, so that the reload can still be refused.
@@ -215,12 +218,17 @@ impl Fronts {
 
     /// Publishes who can be handed a connection.
     pub(super) fn publish(&mut self, name: &Arc<str>, pool: Pool) {
-        if let Some(front) = self.fronts.get(name) {
+        let keepalive = pool.routing().keepalive;
+        if let Some(front) = self.fronts.get_mut(name) {
             front.route.publish(pool);
+            if std::mem::replace(&mut front.keepalive, keepalive) != keepalive {
+                front.open.values().for_each(|id| self.plane.keep_alive(*id, keepalive));
+            }
             return;
         }
         let route = self.plane.service(Arc::clone(name), pool, Arc::clone(&self.access));
-        self.fronts.insert(Arc::clone(name), Front { route, open: HashMap::new() });
+        let front = Front { route, open: HashMap::new(), keepalive };
+        self.fronts.insert(Arc::clone(name), front);
     }
 
     pub(super) fn route(&self, service: &str) -> Option<&Arc<ServiceRoute>> {

@@ -55,6 +55,7 @@ use crate::{
     process::Cgroups,
     route::{BindError, DataPlane, Settings},
 };
+use acting::Berths;
 use descriptors::Descriptors;
 use fleet::Fleet;
 use fronts::Fronts;
@@ -185,6 +186,8 @@ struct Daemon<'a> {
     idle: Arc<Notify>,
     /// Listeners that are being emptied; the service where all of its are.
     closing: JoinSet<Option<Arc<str>>>,
+    /// Places for connections that were taken out of accept queues.
+    berths: Berths,
     /// When accept queues are looked at again, whatever happens.
     rescue_at: Option<Instant>,
     /// A reload that waits for that, and who waits for it.
@@ -256,6 +259,7 @@ impl<'a> Daemon<'a> {
             events,
             idle,
             closing: JoinSet::new(),
+            berths: Berths::default(),
             rescue_at: None,
             reload_wanted: None,
             requests: Requests::default(),
@@ -279,7 +283,8 @@ impl<'a> Daemon<'a> {
             .map_err(|(service, source)| DaemonError::Steer { service, source })?;
         let pid = std::process::id();
         info!(version = env!("CARGO_PKG_VERSION"), pid, "starting");
-        info!(limit = descriptors.limit, connections = max_held, "descriptors");
+        let connections = daemon.plane.max_held();
+        info!(limit = descriptors.limit, connections, "descriptors");
         daemon.fleet.publics.adopt(steerable, &daemon.config.services);
         let (services, ticket) = (daemon.config.services.clone(), daemon.requests.ticket());
         daemon.handle(Event::Apply { services, ticket });
@@ -363,7 +368,7 @@ impl<'a> Daemon<'a> {
             Event::Exited { id, .. } => self.departed(id),
             Event::Gone { id } => {
                 self.departed(id);
-                self.fleet.forget(id);
+                self.forget_worker(id);
             }
             Event::Probed { id, ref outcome } => self.fleet.probed(id, outcome),
             _ => {}

@@ -20,7 +20,7 @@ use crate::{
     control::{Spawn, WorkerId},
     route::Ways,
     sockets::{
-        Acceptor,
+        Acceptor, Permit,
         direct::{Choice, Public, Steering, Watched},
     },
 };
@@ -234,9 +234,11 @@ impl Publics {
         wanted: &BTreeSet<SocketAddr>,
         now: Instant,
         acceptor: &mut Acceptor,
+        permit: impl Fn(&Arc<str>) -> Permit,
     ) -> Vec<(Arc<str>, Socket)> {
         let mut rescued = Vec::new();
         self.0.retain(|address, entry| {
+            acceptor.set_permit(Some(permit(&entry.service)));
             let clients = entry.public.tidy(now, acceptor);
             rescued.extend(clients.into_iter().map(|client| (Arc::clone(&entry.service), client)));
             wanted.contains(address) || !entry.workers.is_empty() || entry.public.is_untidy()

@@ -30,7 +30,9 @@ impl Daemon<'_> {
         let longest = |timeout: fn(&Stop) -> Duration| {
             self.config.services.iter().map(|service| timeout(&service.stop)).max()
         };
-        let patience = longest(|stop| stop.drain_timeout).unwrap_or_default()
+        let held = self.config.services.iter().map(|service| service.routing.hold_timeout).max();
+        let patience = held.unwrap_or_default()
+            + longest(|stop| stop.drain_timeout).unwrap_or_default()
             + longest(|stop| stop.timeout).unwrap_or_default();
         self.manager.stopping(&self.sentence(), now + patience + SLACK, now);
         self.handle(Event::Stop);
@@ -56,11 +58,18 @@ impl Daemon<'_> {
     /// Stops accepting on these, in the background; every client that waits there is taken first.
     pub(super) fn close(&mut self, listeners: Vec<ListenerId>, service: Option<Arc<str>>) {
         let plane = Rc::clone(&self.plane);
+        // Those that wait for a worker were promised one that is due within `hold-timeout`.
+        let is_stopping = matches!(self.stage, Stage::Stopping(_));
+        let route = service.as_ref().filter(|_| is_stopping);
+        let route = route.and_then(|service| self.fronts.route(service)).cloned();
         self.closing.spawn_local(async move {
             for listener in listeners {
                 if let Err(error) = plane.close(listener).await {
                     warn!(%error, "clients that came in the last instant may have been reset");
                 }
+            }
+            if let Some(route) = route {
+                route.placed().await;
             }
             service
         });

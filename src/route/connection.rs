@@ -2,7 +2,7 @@
 
 use std::{fmt, time::Instant};
 
-use tracing::info;
+use tracing::{debug, info};
 
 use super::{
     listener::Peer,
@@ -16,31 +16,28 @@ use crate::{
     proxy_protocol::{Ends, Header},
 };
 
-/// What a connection waits for. Each has its own deadline, and so its own queue.
+/// What a connection waits for. But for [`Self::Waiting`], which is a [line](super::line), each has its
+/// own deadline, and so its own queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stage {
+    /// The PROXY header that it has to begin with.
+    Header,
     /// The client's first bytes, for a moment, so that they reach the worker with the connection.
     Fresh,
     /// A worker's answer to the connect.
     Connecting,
-    /// A worker to become healthy.
-    Held,
-    /// A worker to have room for one more.
-    Crowded,
-    /// Control to notice that none of the workers it calls healthy takes a connection.
-    Doubtful,
     /// Bytes, from either side.
     Relaying,
+    /// Both sides to take note of the end that lbd has made.
+    Ending,
+    /// A worker that is healthy and has room.
+    Waiting,
 }
 
 impl Stage {
-    pub(super) const ALL: [Self; 6] =
-        [Self::Fresh, Self::Connecting, Self::Held, Self::Crowded, Self::Doubtful, Self::Relaying];
-
-    /// Whether it has no worker, nor one that is being tried.
-    pub(super) fn is_waiting(self) -> bool {
-        matches!(self, Self::Held | Self::Crowded | Self::Doubtful)
-    }
+    /// Those that have a queue.
+    pub(super) const QUEUED: [Self; 5] =
+        [Self::Header, Self::Fresh, Self::Connecting, Self::Relaying, Self::Ending];
 }
 
 /// How a connection ended.
@@ -48,10 +45,16 @@ impl Stage {
 pub(super) enum End {
     /// Both sides ended their streams.
     Closed,
+    /// The worker ended it without a word, though the client had said something and had not ended.
+    NoAnswer,
     ClientReset,
     WorkerReset,
     /// The client left before it had a worker.
     ClientGone,
+    /// The client left at once, and never said anything: somebody looked whether lbd is there.
+    NothingSaid,
+    /// It did not begin with the PROXY header that it has to begin with.
+    NoHeader,
     Idle,
     /// No worker became healthy, or had room, in time.
     HoldTimeout,
@@ -65,25 +68,45 @@ pub(super) enum End {
 
 impl End {
     /// Those of a connection that a worker has taken, but [`Self::Closed`].
-    pub(super) const OF_TAKEN: [Self; 5] =
-        [Self::ClientReset, Self::WorkerReset, Self::Idle, Self::Stopped, Self::Failed];
+    pub(super) const OF_TAKEN: [Self; 6] = [
+        Self::ClientReset,
+        Self::WorkerReset,
+        Self::NoAnswer,
+        Self::Idle,
+        Self::Stopped,
+        Self::Failed,
+    ];
     /// Those of one that none has taken.
-    pub(super) const OF_OTHERS: [Self; 5] =
-        [Self::ClientGone, Self::HoldTimeout, Self::NoWorker, Self::Stopped, Self::Failed];
+    pub(super) const OF_OTHERS: [Self; 6] = [
+        Self::ClientGone,
+        Self::HoldTimeout,
+        Self::NoWorker,
+        Self::NoHeader,
+        Self::Stopped,
+        Self::Failed,
+    ];
 
     /// What the access log and the metrics call it.
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Closed => "closed",
+            Self::NoAnswer => "no-answer",
             Self::ClientReset => "client-reset",
             Self::WorkerReset => "worker-reset",
-            Self::ClientGone => "client-gone",
+            Self::ClientGone | Self::NothingSaid => "client-gone",
+            Self::NoHeader => "no-header",
             Self::Idle => "idle",
             Self::HoldTimeout => "hold-timeout",
             Self::NoWorker => "no-worker",
             Self::Stopped => "stopped",
             Self::Failed => "failed",
         }
+    }
+
+    /// Whether both sides have ended their streams, or nobody is there to be told anything else, so
+    /// that a close shows no end that there was not.
+    fn is_orderly(self) -> bool {
+        matches!(self, Self::Closed | Self::NoAnswer | Self::NothingSaid)
     }
 }
 
@@ -93,13 +116,18 @@ impl fmt::Display for End {
     }
 }
 
-/// A connection waited for a worker that didn't take it, so that its client is lbd itself, which has
-/// told so much of its own client: these ends, or nothing.
+/// What somebody else has said of the client: whoever made the connection is not the client.
 #[derive(Debug)]
-pub(super) struct Adopted(pub(super) Option<Ends>);
+pub(super) enum Said {
+    /// lbd itself, whose own connection waited for a worker that didn't take it: these ends, or
+    /// nothing.
+    ByLbd(Option<Ends>),
+    /// A proxy in front.
+    ByProxy(Ends),
+}
 
-/// Dropped, it is logged, and both sockets are closed: by a reset, unless it ended well. So nobody
-/// ever takes what was cut off for what was complete.
+/// Dropped, it is logged, and both sockets are closed: by a reset, unless it ended well, or both sides
+/// have been told of the end. So nobody ever takes what was cut off for what was complete.
 #[derive(Debug)]
 pub(super) struct Connection {
     // The sockets come before the lease and the place, so that whoever sees those given back knows
@@ -111,13 +139,22 @@ pub(super) struct Connection {
     sent: u64,
     received: u64,
     peer: Peer,
-    pub(super) adopted: Option<Box<Adopted>>,
+    pub(super) said: Option<Box<Said>>,
     begun: Instant,
     pub(super) end: End,
+    /// The worker was the first to end, when it had not said anything yet.
+    is_mute: bool,
+    /// Which sides have been told that it ends here, and took all that was for them: the client and
+    /// the worker.
+    told: [bool; 2],
+    /// Which of them have ended since.
+    noticed: [bool; 2],
     /// The ids of the upstreams that did not take it.
     pub(super) tried: Vec<u64>,
     /// A worker did not take it, so that another was tried or waited for.
     pub(super) is_retried: bool,
+    /// A worker did not answer the connect in time.
+    pub(super) met_full_queue: bool,
     /// Since when it has waited for a worker; `None` once it has one.
     pub(super) held_since: Option<Instant>,
     pub(super) service: u32,
@@ -148,11 +185,15 @@ impl Connection {
             sent: 0,
             received: 0,
             peer,
-            adopted: None,
+            said: None,
             begun: now,
             end: End::Stopped,
+            is_mute: false,
+            told: [false; 2],
+            noticed: [false; 2],
             tried: Vec::new(),
             is_retried: false,
+            met_full_queue: false,
             held_since: None,
             service,
             generation,
@@ -165,6 +206,21 @@ impl Connection {
 
     pub(super) fn peer(&self) -> Peer {
         self.peer
+    }
+
+    /// Takes note of what the proxy in front has said.
+    pub(super) fn is_of(&mut self, ends: Ends) {
+        self.peer = Peer::Inet(ends.client);
+        self.said = Some(Box::new(Said::ByProxy(ends)));
+    }
+
+    /// How it ended, the client having left before anything was done for it.
+    pub(super) fn early_end(&self) -> End {
+        match self.said.as_deref() {
+            // It has waited at a worker.
+            Some(Said::ByLbd(_)) => End::ClientGone,
+            Some(Said::ByProxy(_)) | None => End::NothingSaid,
+        }
     }
 
     pub(super) fn begun(&self) -> Instant {
@@ -202,8 +258,9 @@ impl Connection {
 
     /// The ends of the client's own connection, where it has addresses and they are known.
     fn ends(&self) -> Option<Ends> {
-        match (&self.adopted, self.peer) {
-            (Some(adopted), _) => adopted.0,
+        match (self.said.as_deref(), self.peer) {
+            (Some(Said::ByLbd(ends)), _) => *ends,
+            (Some(Said::ByProxy(ends)), _) => Some(*ends),
             (None, Peer::Unix) => None,
             (None, Peer::Inet(client)) => {
                 let server = self.client.socket.local_addr().ok()?.as_socket()?;
@@ -217,7 +274,16 @@ impl Connection {
         let Some((worker, lease)) = &mut self.worker else { return Ok(Pumped::Waits) };
         let before = (self.sent, self.received);
         let (client, sent, received) = (&mut self.client, &mut self.sent, &mut self.received);
+        let had_ended = self.down.has_ended();
         let down = self.down.pump(worker, client, self.up.is_done(), buffer, sent);
+        if self.down.has_ended() && !had_ended {
+            // A client that has ended too, or sent nothing, waits for no answer.
+            self.is_mute = *sent == 0
+                && *received > 0
+                && !self.down.has_rest()
+                && !self.up.has_ended()
+                && !client.is_closed();
+        }
         let up = self.up.pump(client, worker, self.down.is_done(), buffer, received);
         if up == Err(Fault::Writing) {
             self.down.pump_last_words(worker, client, buffer, sent);
@@ -238,12 +304,42 @@ impl Connection {
         }
     }
 
+    /// How it ended, both sides having ended their streams.
+    pub(super) fn own_end(&self) -> End {
+        if self.is_mute { End::NoAnswer } else { End::Closed }
+    }
+
+    /// Makes an end of it on both sides, behind what is on its way to them. What one of them has not
+    /// taken it will not take any more: an end behind it would be none, and it is cut off.
+    pub(super) fn say_end(&mut self) {
+        let Some((worker, _)) = &self.worker else { return };
+        self.told = [!self.down.has_rest(), !self.up.has_rest()];
+        for (side, told) in [&self.client, worker].into_iter().zip(self.told) {
+            if told {
+                side.end();
+            }
+        }
+    }
+
+    /// Whether both sides have noticed, and have ended as well.
+    pub(super) fn has_noticed(&mut self, buffer: &mut [u8]) -> bool {
+        let client = self.client.drain(buffer);
+        let worker = self.worker.as_mut().is_none_or(|(worker, _)| worker.drain(buffer));
+        self.noticed = [self.noticed[0] || client, self.noticed[1] || worker];
+        self.noticed == [true; 2]
+    }
+
     fn log(&self) {
         let service = self.place.service();
         if !service.is_logged() {
             return;
         }
         let lease = self.worker.as_ref().map(|(_, lease)| lease);
+        if self.end == End::NothingSaid {
+            let service = service.name();
+            debug!(target: "access", service, client = %self.peer, end = %self.end, "connection");
+            return;
+        }
         info!(
             target: "access",
             service = service.name(),
@@ -262,10 +358,13 @@ impl Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        if self.end != End::Closed {
-            self.client.reset_on_close();
-            if let Some((worker, _)) = &self.worker {
-                worker.reset_on_close();
+        if !self.end.is_orderly() {
+            let [client, worker] = self.told;
+            if !client {
+                self.client.reset_on_close();
+            }
+            if let Some((side, _)) = self.worker.as_ref().filter(|_| !worker) {
+                side.reset_on_close();
             }
         }
         self.log();

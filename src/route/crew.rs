@@ -3,13 +3,13 @@
 use std::{
     io,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, PoisonError, Weak,
         atomic::{
             AtomicU64, AtomicUsize,
             Ordering::{Acquire, Relaxed, Release},
         },
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -19,7 +19,7 @@ use tokio::sync::mpsc;
 use super::{
     gate::Gate,
     listener::{Listener, Peer},
-    service::{Place, ServiceRoute},
+    service::{Place, Reserved, ServiceRoute},
 };
 use crate::proxy_protocol::Ends;
 
@@ -53,13 +53,15 @@ pub(super) enum Command {
     Adopt {
         connection: Socket,
         client: Option<Ends>,
-        service: Arc<ServiceRoute>,
+        place: Reserved,
     },
     /// Go on with a connection that another thread has accepted, since it has more of them.
     Take {
         connection: Socket,
         peer: Peer,
         place: Place,
+        /// When it was accepted.
+        begun: Instant,
     },
     /// Look for a worker for everybody who has come so far, then drop `done`.
     PlaceAll {
@@ -88,7 +90,15 @@ pub(super) struct Mailbox {
 #[derive(Debug)]
 pub(super) struct Crew {
     mailboxes: Box<[Mailbox]>,
+    /// All places for connections.
     budget: Gate,
+    /// Those of them that no service has for itself.
+    common: Gate,
+    /// A few more, for connections that waited for a worker which is gone.
+    spare: Gate,
+    /// The services that share the places.
+    services: Mutex<Vec<Weak<ServiceRoute>>>,
+    began: Instant,
     /// How often a worker's process was found to be gone.
     departures: AtomicU64,
     /// Which thread is the next to be told what only one is told.
@@ -109,9 +119,14 @@ impl Crew {
             })
         });
         let mailboxes = mailboxes.collect::<io::Result<_>>()?;
+        let spare = spare(max_held);
         Ok(Arc::new(Self {
             mailboxes,
-            budget: Gate::new(max_held),
+            budget: Gate::new(max_held - spare),
+            common: Gate::new(usize::MAX),
+            spare: Gate::new(spare),
+            services: Mutex::default(),
+            began: Instant::now(),
             departures: AtomicU64::new(0),
             turn: AtomicUsize::new(0),
         }))
@@ -123,6 +138,60 @@ impl Crew {
 
     pub(super) fn budget(&self) -> &Gate {
         &self.budget
+    }
+
+    pub(super) fn common(&self) -> &Gate {
+        &self.common
+    }
+
+    pub(super) fn spare(&self) -> &Gate {
+        &self.spare
+    }
+
+    pub(super) fn threads(&self) -> usize {
+        self.mailboxes.len()
+    }
+
+    /// When `at` was, as one number.
+    pub(super) fn nanoseconds(&self, at: Instant) -> u64 {
+        let since = at.saturating_duration_since(self.began).as_nanos();
+        u64::try_from(since).unwrap_or(u64::MAX - 1)
+    }
+
+    /// Counts a service among those that share the places.
+    pub(super) fn enrol(&self, service: &Arc<ServiceRoute>) {
+        lock(&self.services).push(Arc::downgrade(service));
+        self.share_out();
+    }
+
+    /// Half of the places are divided among the services, so that none can take all of them from
+    /// another; the other half is for whoever comes first. What a service holds beyond its share when
+    /// that becomes smaller, it keeps.
+    pub(super) fn share_out(&self) {
+        let services: Vec<_> = {
+            let mut services = lock(&self.services);
+            services.retain(|service| service.strong_count() > 0);
+            services.iter().filter_map(Weak::upgrade).collect()
+        };
+        let all = self.budget.limit();
+        let share = match services.len() {
+            0 | 1 => usize::MAX,
+            // All of them, where there is not even one for each.
+            count => (all / 2 / count).max(1).min(all),
+        };
+        let shares = if share == usize::MAX { 0 } else { share.saturating_mul(services.len()) };
+        let mut wake = self.common.set_limit(all.saturating_sub(shares));
+        for service in &services {
+            wake |= service.set_share(share);
+        }
+        if wake {
+            self.wake_all();
+        }
+    }
+
+    /// Makes one thread look at its mailbox and at new pools.
+    pub(super) fn wake(&self, thread: usize) {
+        self.mailboxes[thread].ring();
     }
 
     /// Makes every thread look at its mailbox, at new pools and at the gates.
@@ -201,6 +270,13 @@ impl Crew {
     }
 }
 
+/// How many of so many places are kept for connections that waited for a worker which is gone.
+///
+/// Their clients hold places already where they came through lbd, perhaps all there are.
+fn spare(places: usize) -> usize {
+    if places <= 8 { 0 } else { (places / 16).clamp(1, 64) }
+}
+
 /// What nobody is there to do: a connection is reset, and whoever waits waits no longer.
 fn refuse(command: Command) {
     if let Command::Take { connection, .. } | Command::Adopt { connection, .. } = command {
@@ -268,7 +344,10 @@ mod tests {
         let service = ServiceRoute::new("web".into(), pool, Arc::default(), Arc::clone(&crew));
         let place = Place::take(&service).unwrap();
         assert_eq!(crew.seat(1, false), 1);
-        crew.tell_one(1, Command::Take { connection, peer: Peer::Unix, place });
+        crew.tell_one(
+            1,
+            Command::Take { connection, peer: Peer::Unix, place, begun: Instant::now() },
+        );
         crew.ended(1);
         let error = client.read(&mut [0]).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);

@@ -19,6 +19,7 @@ use super::{
     listener::Listener,
     reactor::{Reactor, door_token},
     service::Place,
+    shortage::Shortage,
 };
 
 /// Clients accepted at one door before everybody else gets a turn.
@@ -137,8 +138,17 @@ impl Reactor {
                 return;
             };
             let (listener, service) = (Arc::clone(&door.listener), door.service);
-            let Some(place) = Place::take(&self.services[service].route) else {
-                return self.shut(id, State::Full);
+            let route = &self.services[service].route;
+            let place = match Place::take(route) {
+                Ok(place) => place,
+                // Nobody is kept waiting yet, and epoll tells when somebody is.
+                Err(_) if !listener.has_clients() => return,
+                Err(what) => {
+                    if !route.shortages().lasts(what) {
+                        route.is_short_of(what);
+                    }
+                    return self.shut(id, State::Full);
+                }
             };
             match listener.accept() {
                 Ok((socket, peer)) => {
@@ -149,15 +159,19 @@ impl Reactor {
                     // has a queue of its own.
                     let stays = place.service().held() > 0;
                     match self.crew.seat(self.thread, stays) {
-                        own if own == self.thread => self.admit(service, place, socket, peer, None),
+                        own if own == self.thread => {
+                            self.admit(service, place, socket, peer, None, self.now);
+                        }
                         other => {
-                            let take = Command::Take { connection: socket, peer, place };
+                            let begun = self.now;
+                            let take = Command::Take { connection: socket, peer, place, begun };
                             self.crew.tell_one(other, take);
                         }
                     }
                 }
                 Err(error) => match classify(&error) {
                     Accept::Empty => {
+                        place.service().shortages().end(&Shortage::OF_DOORS);
                         drop(place);
                         return self.let_go_if_closed(id);
                     }

@@ -43,6 +43,10 @@ impl Gate {
         }
     }
 
+    pub(super) fn limit(&self) -> usize {
+        self.limit.load(SeqCst)
+    }
+
     /// Takes a place even where there is none.
     pub(super) fn force(&self) {
         self.held.fetch_add(1, SeqCst);
@@ -59,7 +63,8 @@ impl Gate {
         self.take_waiting()
     }
 
-    fn try_enter(&self) -> bool {
+    /// As [`enter`](Self::enter), but for somebody who does not wait here.
+    pub(super) fn try_enter(&self) -> bool {
         let limit = self.limit.load(SeqCst);
         self.held.fetch_update(SeqCst, SeqCst, |held| (held < limit).then_some(held + 1)).is_ok()
     }

@@ -10,6 +10,7 @@ use std::{
         atomic::{AtomicBool, AtomicU32, Ordering::Relaxed},
     },
     thread::{self, JoinHandle},
+    time::Duration,
 };
 
 use socket2::Socket;
@@ -20,7 +21,7 @@ use super::{
     listener::Listener,
     pool::Pool,
     reactor::Reactor,
-    service::ServiceRoute,
+    service::{Reserved, ServiceRoute},
     upstream::Upstream,
 };
 use crate::{config::UnixAccess, proxy_protocol::Ends, sockets::pathname::Rights};
@@ -81,6 +82,7 @@ impl DataPlane {
     /// Begins to accept from `listener`, on all threads.
     pub fn open(&self, service: &Arc<ServiceRoute>, listener: Listener) -> ListenerId {
         let id = ListenerId(self.next.fetch_add(1, Relaxed));
+        listener.keep_alive(service.current().0.routing().keepalive);
         let listener = Arc::new(listener);
         self.listeners().insert(id, Arc::clone(&listener));
         self.crew.tell(|| Command::Open {
@@ -93,7 +95,16 @@ impl DataPlane {
 
     /// Hands a listener to another service, with who waits there: nobody is turned away meanwhile.
     pub fn reassign(&self, id: ListenerId, service: &Arc<ServiceRoute>) {
+        self.keep_alive(id, service.current().0.routing().keepalive);
         self.crew.tell(|| Command::Reassign { id, service: Arc::clone(service) });
+    }
+
+    /// Has TCP ask clients that come from now on, and are silent for so long, whether they are still
+    /// there.
+    pub fn keep_alive(&self, id: ListenerId, after: Duration) {
+        if let Some(listener) = self.listeners().get(&id) {
+            listener.keep_alive(after);
+        }
     }
 
     /// Binds an address that overlaps those of open listeners, such as `0.0.0.0:80` and
@@ -135,17 +146,18 @@ impl DataPlane {
     /// their clients may not have noticed.
     pub fn departed(&self, upstream: &Upstream) {
         upstream.depart();
-        self.crew.departed();
+        // One that gets one after all looks for itself: that it is departed was said before.
+        if upstream.active() > 0 {
+            self.crew.departed();
+        }
     }
 
     /// Takes over a connection that was accepted in a worker's stead, and places it as if a client
-    /// had just made it: the one with these ends, or one unknown. It counts towards the limits, but
-    /// is not turned away by them.
-    pub fn adopt(&self, service: &Arc<ServiceRoute>, connection: Socket, client: Option<Ends>) {
-        service.counters().count_rescued();
-        let service = Arc::clone(service);
+    /// had just made it: the one with these ends, or one unknown.
+    pub fn adopt(&self, place: Reserved, connection: Socket, client: Option<Ends>) {
+        place.0.service().counters().count_rescued();
         let thread = self.crew.seat_anywhere();
-        self.crew.tell_one(thread, Command::Adopt { connection, client, service });
+        self.crew.tell_one(thread, Command::Adopt { connection, client, place });
     }
 
     /// Closes a listener without losing anybody: no new client gets in, those that wait are
@@ -200,7 +212,14 @@ impl DataPlane {
     /// Connections held, by all services together.
     #[must_use]
     pub fn held(&self) -> usize {
-        self.crew.budget().held()
+        self.crew.budget().held() + self.crew.spare().held()
+    }
+
+    /// How many clients' connections there may be: all places but a few that are kept for those that
+    /// wait for a worker which is gone.
+    #[must_use]
+    pub fn max_held(&self) -> usize {
+        self.crew.budget().limit()
     }
 
     fn listeners(&self) -> MutexGuard<'_, BTreeMap<ListenerId, Arc<Listener>>> {

@@ -29,8 +29,19 @@ pub struct Pool {
 pub(super) enum Nobody {
     /// All were tried.
     Left,
+    /// Some were not, but their accept queues were full a moment ago.
+    Congested,
     /// Some were not, but have as many connections as they may.
     HasRoom,
+}
+
+/// Who is picked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Choice {
+    /// Anybody whose accept queue is not known to be full.
+    Clear,
+    /// Those first, and then the others: somebody has to find out whether they have room again.
+    Any,
 }
 
 impl Pool {
@@ -58,8 +69,10 @@ impl Pool {
         &self.routing
     }
 
-    pub(super) fn coming(&self) -> Option<Instant> {
-        self.coming
+    /// Whether a worker is on its way for a connection that came then, within `hold-timeout`.
+    pub(super) fn is_coming_by(&self, came: Instant) -> bool {
+        let until = came.checked_add(self.routing.hold_timeout);
+        self.coming.is_some_and(|at| until.is_none_or(|until| at <= until))
     }
 
     /// Goes on where `old` stopped: with the first slot after the one last used, so that a change
@@ -82,6 +95,26 @@ impl Pool {
         &self,
         client: Option<IpAddr>,
         tried: &mut Vec<u64>,
+        choice: Choice,
+    ) -> Result<Lease, Nobody> {
+        match (self.pick_of(client, tried, Choice::Clear), choice) {
+            (Err(Nobody::Congested), Choice::Any) => self.pick_of(client, tried, Choice::Any),
+            (Err(Nobody::HasRoom), Choice::Any) if self.is_congested() => {
+                self.pick_of(client, tried, Choice::Any)
+            }
+            (picked, _) => picked,
+        }
+    }
+
+    fn is_congested(&self) -> bool {
+        self.upstreams.iter().any(|upstream| upstream.is_congested())
+    }
+
+    fn pick_of(
+        &self,
+        client: Option<IpAddr>,
+        tried: &mut Vec<u64>,
+        choice: Choice,
     ) -> Result<Lease, Nobody> {
         let (before, mut nobody) = (tried.len(), Nobody::Left);
         let lease = loop {
@@ -91,6 +124,13 @@ impl Pool {
                 _ => self.next(tried),
             };
             let Some(upstream) = upstream else { break Err(nobody) };
+            if choice == Choice::Clear && upstream.is_congested() {
+                if nobody == Nobody::Left {
+                    nobody = Nobody::Congested;
+                }
+                tried.push(upstream.id());
+                continue;
+            }
             match upstream.acquire(self.routing.worker_connections) {
                 Ok(lease) => break Ok(lease),
                 Err(Denied::Full) => nobody = Nobody::HasRoom,
@@ -173,7 +213,7 @@ mod tests {
     }
 
     fn slots(pool: &Pool, count: usize) -> Vec<u32> {
-        (0..count).map(|_| pool.pick(None, &mut vec![]).unwrap().slot()).collect()
+        (0..count).map(|_| pool.pick(None, &mut vec![], Choice::Clear).unwrap().slot()).collect()
     }
 
     fn four() -> Vec<Arc<Upstream>> {
@@ -190,7 +230,7 @@ mod tests {
     fn an_empty_pool_has_nobody() {
         for balance in [Balance::RoundRobin, Balance::LeastConnections, Balance::SourceHash] {
             let client = Some(Ipv4Addr::LOCALHOST.into());
-            assert!(pool(balance, &[]).pick(client, &mut vec![]).is_err());
+            assert!(pool(balance, &[]).pick(client, &mut vec![], Choice::Clear).is_err());
         }
     }
 
@@ -221,9 +261,12 @@ mod tests {
     fn a_refused_connection_takes_the_next_turn() {
         let pool = pool(Balance::RoundRobin, &four());
         assert_eq!(slots(&pool, 1), [0]);
-        assert_eq!(pool.pick(None, &mut vec![1]).unwrap().slot(), 2);
+        assert_eq!(pool.pick(None, &mut vec![1], Choice::Clear).unwrap().slot(), 2);
         assert_eq!(slots(&pool, 2), [3, 0]);
-        assert_eq!(pool.pick(None, &mut vec![0, 1, 2, 3]).unwrap_err(), Nobody::Left);
+        assert_eq!(
+            pool.pick(None, &mut vec![0, 1, 2, 3], Choice::Clear).unwrap_err(),
+            Nobody::Left
+        );
     }
 
     #[test]
@@ -233,7 +276,7 @@ mod tests {
         all[1].retire();
         assert_eq!(slots(&pool, 4), [0, 2, 3, 0]);
         all.iter().for_each(|u| _ = u.retire());
-        assert_eq!(pool.pick(None, &mut vec![]).unwrap_err(), Nobody::Left);
+        assert_eq!(pool.pick(None, &mut vec![], Choice::Clear).unwrap_err(), Nobody::Left);
     }
 
     #[test]
@@ -243,15 +286,38 @@ mod tests {
             let worker_connections = NonZeroU32::new(2);
             let routing = Routing { balance, worker_connections, ..Routing::default() };
             let pool = Pool::new(four(), None, Arc::new(routing));
-            let leases: Vec<_> = (0..8).map(|_| pool.pick(client, &mut vec![]).unwrap()).collect();
+            let leases: Vec<_> =
+                (0..8).map(|_| pool.pick(client, &mut vec![], Choice::Clear).unwrap()).collect();
             let mut slots: Vec<_> = leases.iter().map(|lease| lease.slot()).collect();
             slots.sort_unstable();
             assert_eq!(slots, [0, 0, 1, 1, 2, 2, 3, 3]);
-            assert_eq!(pool.pick(client, &mut vec![]).unwrap_err(), Nobody::HasRoom);
+            assert_eq!(pool.pick(client, &mut vec![], Choice::Clear).unwrap_err(), Nobody::HasRoom);
             let mut tried = vec![0, 1, 2, 3];
-            assert_eq!(pool.pick(client, &mut tried).unwrap_err(), Nobody::Left);
+            assert_eq!(pool.pick(client, &mut tried, Choice::Clear).unwrap_err(), Nobody::Left);
             drop(leases);
-            assert!(pool.pick(client, &mut vec![]).is_ok());
+            assert!(pool.pick(client, &mut vec![], Choice::Clear).is_ok());
+        }
+    }
+
+    #[test]
+    fn one_whose_queue_was_full_is_picked_last_and_by_those_alone_who_look() {
+        for balance in [Balance::RoundRobin, Balance::LeastConnections, Balance::SourceHash] {
+            let all = four();
+            let pool = pool(balance, &all);
+            let client = Some(Ipv4Addr::LOCALHOST.into());
+            let pick = |choice, tried: &[u64]| {
+                pool.pick(client, &mut tried.to_vec(), choice).map(|lease| lease.slot())
+            };
+            all[..3].iter().for_each(|upstream| upstream.set_congested(true));
+            for choice in [Choice::Clear, Choice::Any, Choice::Clear] {
+                assert_eq!(pick(choice, &[]), Ok(3));
+            }
+            assert_eq!(pick(Choice::Clear, &[3]), Err(Nobody::Congested));
+            assert!(pick(Choice::Any, &[3]).is_ok_and(|slot| slot < 3));
+            all[1].set_congested(false);
+            assert_eq!(pick(Choice::Clear, &[3]), Ok(1));
+            assert_eq!(pick(Choice::Any, &[3]), Ok(1));
+            assert_eq!(pick(Choice::Any, &[0, 1, 2, 3]), Err(Nobody::Left));
         }
     }
 
@@ -263,7 +329,9 @@ mod tests {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for _ in 0..1_000 {
-                        pool.pick(None, &mut vec![]).unwrap().count_taken(0, Duration::ZERO);
+                        pool.pick(None, &mut vec![], Choice::Clear)
+                            .unwrap()
+                            .count_taken(0, Duration::ZERO);
                     }
                 });
             }
@@ -278,7 +346,7 @@ mod tests {
         assert_eq!(slots(&pool, 5), [0, 1, 2, 3, 0]);
         let _busy = (all[0].acquire(None), all[1].acquire(None), all[2].acquire(None));
         assert_eq!(slots(&pool, 3), [3, 3, 3]);
-        assert_eq!(pool.pick(None, &mut vec![3]).unwrap().slot(), 0);
+        assert_eq!(pool.pick(None, &mut vec![3], Choice::Clear).unwrap().slot(), 0);
     }
 
     #[test]
@@ -289,9 +357,9 @@ mod tests {
         let mut share = HashMap::new();
         for client in 0..4_000_u32 {
             let client = Some(IpAddr::from(Ipv4Addr::from_bits(0x0a00_0000 + client)));
-            let home = whole.pick(client, &mut vec![]).unwrap().slot();
-            assert_eq!(whole.pick(client, &mut vec![]).unwrap().slot(), home);
-            let moved = fewer.pick(client, &mut vec![]).unwrap().slot();
+            let home = whole.pick(client, &mut vec![], Choice::Clear).unwrap().slot();
+            assert_eq!(whole.pick(client, &mut vec![], Choice::Clear).unwrap().slot(), home);
+            let moved = fewer.pick(client, &mut vec![], Choice::Clear).unwrap().slot();
             assert!(home == 1 || moved == home);
             *share.entry(home).or_insert(0) += 1;
         }
@@ -303,8 +371,11 @@ mod tests {
         let pool = pool(Balance::SourceHash, &four());
         for client in 0..64 {
             let v4 = Ipv4Addr::new(10, 0, 0, client);
-            let plain = pool.pick(Some(v4.into()), &mut vec![]).unwrap().slot();
-            let mapped = pool.pick(Some(v4.to_ipv6_mapped().into()), &mut vec![]).unwrap().slot();
+            let plain = pool.pick(Some(v4.into()), &mut vec![], Choice::Clear).unwrap().slot();
+            let mapped = pool
+                .pick(Some(v4.to_ipv6_mapped().into()), &mut vec![], Choice::Clear)
+                .unwrap()
+                .slot();
             assert_eq!(plain, mapped);
         }
     }

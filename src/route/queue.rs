@@ -43,21 +43,23 @@ impl Queue {
         (self.first != NIL).then_some(self.first as usize)
     }
 
-    /// Puts a connection where `since` belongs, which is nearly always last.
-    pub(super) fn insert(&mut self, all: &mut Slab<Connection>, key: usize, since: Instant) {
-        let mut before = self.last;
-        while before != NIL && all[before as usize].links.since > since {
-            before = all[before as usize].links.before;
-        }
-        let after = match before {
-            NIL => std::mem::replace(&mut self.first, key as u32),
-            _ => std::mem::replace(&mut all[before as usize].links.after, key as u32),
+    /// All of them, in order.
+    pub(super) fn iter(&self, all: &Slab<Connection>) -> impl Iterator<Item = usize> {
+        let after = |key: &usize| {
+            let Links { after, .. } = all[*key].links;
+            (after != NIL).then_some(after as usize)
         };
-        match after {
-            NIL => self.last = key as u32,
-            _ => all[after as usize].links.before = key as u32,
+        std::iter::successors(self.first(), after)
+    }
+
+    /// Puts a connection last that begins to wait now.
+    pub(super) fn push(&mut self, all: &mut Slab<Connection>, key: usize, now: Instant) {
+        let before = std::mem::replace(&mut self.last, key as u32);
+        match before {
+            NIL => self.first = key as u32,
+            _ => all[before as usize].links.after = key as u32,
         }
-        all[key].links = Links { since, before, after };
+        all[key].links = Links { since: now, before, after: NIL };
     }
 
     pub(super) fn remove(&mut self, all: &mut Slab<Connection>, key: usize) {

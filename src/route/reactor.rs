@@ -12,14 +12,15 @@ use slab::Slab;
 use socket2::Socket;
 
 use super::{
-    connection::{Adopted, Connection, End, Stage},
+    connection::{Connection, End, Said, Stage},
     crew::{Command, Crew},
     doors::Doors,
+    line::Line,
     listener::Peer,
     pool::Pool,
     queue::Queue,
     relay::{BUFFER, Reach, Side},
-    service::{Place, ServiceRoute},
+    service::{Place, Reserved, ServiceRoute},
     tally::Refusal,
 };
 use crate::proxy_protocol::Ends;
@@ -31,9 +32,17 @@ const EDGES: usize = 256;
 /// in many protocols the server speaks first.
 const GRACE: Duration = Duration::from_millis(1);
 
-/// How long a connection that every worker of the pool refused waits for control to notice: a
-/// worker's death is known within milliseconds, and its successor is then on its way.
-const DOUBT: Duration = Duration::from_millis(250);
+/// How long a connection may take to say its PROXY header, where it has to begin with one. It is the
+/// first thing that a proxy sends, in one piece.
+const HEADER: Duration = Duration::from_secs(10);
+
+/// How long a worker on this machine may take to answer a connect, whatever `connect-timeout` allows.
+/// The kernel answers for it at once, but where its accept queue is full: then it drops the SYN, and
+/// the next one goes out a second later (RFC 6298), when there has long been room for others.
+const LOCAL_ANSWER: Duration = Duration::from_millis(5);
+
+/// How long both sides have to take note of an end that lbd made.
+const NOTICE: Duration = Duration::from_secs(1);
 
 /// What an edge is about: the lowest two bits of its token. Above them are the connection's key (32
 /// bits) and the lowest 30 bits of its generation.
@@ -70,9 +79,10 @@ pub(super) struct Service {
     version: u64,
     /// The version by which those that wait have last looked for a worker.
     offered: u64,
-    pub(super) queues: [Queue; Stage::ALL.len()],
-    /// When those that wait for room have another look: an accept queue that drains tells nobody.
-    pub(super) look_again: Option<Instant>,
+    queues: [Queue; Stage::QUEUED.len()],
+    pub(super) line: Line,
+    /// All of its workers are on this machine.
+    pub(super) is_local: bool,
     /// Doors and connections that refer to it.
     uses: usize,
 }
@@ -137,7 +147,7 @@ impl Reactor {
                 self.accept(id);
             }
         }
-        for key in self.keys(|_| true) {
+        for key in self.connections.iter().map(|(key, _)| key).collect::<Vec<_>>() {
             self.finish(key, End::Stopped);
         }
     }
@@ -156,16 +166,16 @@ impl Reactor {
                     self.reassign_door(id.0, service);
                 }
                 Command::Close { id, done } => self.close_door(id.0, done),
-                Command::Adopt { connection, client, service } => {
-                    self.adopt(connection, client, service);
+                Command::Adopt { connection, client, place } => {
+                    self.adopt(connection, client, place);
                 }
-                Command::Take { connection, peer, place } => {
+                Command::Take { connection, peer, place, begun } => {
                     let service = self.use_service(Arc::clone(place.route()));
-                    self.admit(service, place, connection, peer, None);
+                    self.admit(service, place, connection, peer, None, begun);
                     self.leave_service(service);
                 }
                 Command::PlaceAll { done } => {
-                    for key in self.keys(|c| c.stage == Some(Stage::Fresh)) {
+                    for key in self.keys(Stage::Fresh, |_| true) {
                         let token = self.token(key, Subject::Client);
                         self.shielded(token, Self::place);
                     }
@@ -184,37 +194,12 @@ impl Reactor {
             self.refresh(service);
             let Service { version, offered, .. } = &mut self.services[service];
             if std::mem::replace(offered, *version) != *version {
-                let held = self.keys(|c| {
-                    let waits = c.stage.is_some_and(Stage::is_waiting);
-                    c.service as usize == service && waits && c.stage != Some(Stage::Crowded)
-                });
-                for key in held {
-                    self.place_again(key);
-                }
-                self.place_crowd(service);
+                self.advance(service);
             }
         }
         self.leave_departed();
         self.retry_doors();
         false
-    }
-
-    /// Gives those that wait for room to the workers that have it, longest waiting first.
-    fn place_crowd(&mut self, service: usize) {
-        let mut before = None;
-        while let Some(service) = self.services.get(service)
-            && let Some(key) = service.queues[Stage::Crowded as usize].first()
-            // No room for the first is no room for the others.
-            && before.replace(key) != Some(key)
-        {
-            self.place_again(key);
-        }
-    }
-
-    fn place_again(&mut self, key: usize) {
-        self.connections[key].tried.clear();
-        let token = self.token(key, Subject::Client);
-        self.shielded(token, Self::place);
     }
 
     /// Has another look at the connections of workers whose process is gone.
@@ -223,25 +208,22 @@ impl Reactor {
         if std::mem::replace(&mut self.departures, departures) == departures {
             return;
         }
-        let is_departed = |c: &Connection| {
-            c.stage == Some(Stage::Relaying)
-                && c.worker.as_ref().is_some_and(|(_, lease)| lease.is_departed())
-        };
-        for key in self.keys(is_departed) {
+        let is_departed =
+            |c: &Connection| c.worker.as_ref().is_some_and(|(_, lease)| lease.is_departed());
+        for key in self.keys(Stage::Relaying, is_departed) {
             let token = self.token(key, Subject::Client);
             self.shielded(token, Self::relay);
         }
     }
 
     /// Starts a connection that waited for a worker, and was accepted in its stead.
-    fn adopt(&mut self, connection: Socket, client: Option<Ends>, route: Arc<ServiceRoute>) {
-        let place = Place::force(&route);
-        let service = self.use_service(route);
+    fn adopt(&mut self, connection: Socket, client: Option<Ends>, Reserved(place): Reserved) {
+        let service = self.use_service(Arc::clone(place.route()));
         let lbd = || connection.peer_addr().ok()?.as_socket();
         let peer = client.map(|ends| ends.client).or_else(lbd).map_or(Peer::Unix, Peer::Inet);
         if connection.set_nonblocking(true).is_ok() {
-            let adopted = Some(Box::new(Adopted(client)));
-            self.admit(service, place, connection, peer, adopted);
+            let said = Some(Box::new(Said::ByLbd(client)));
+            self.admit(service, place, connection, peer, said, self.now);
         } else {
             self.crew.left(self.thread);
         }
@@ -255,29 +237,34 @@ impl Reactor {
         place: Place,
         socket: Socket,
         peer: Peer,
-        adopted: Option<Box<Adopted>>,
+        said: Option<Box<Said>>,
+        begun: Instant,
     ) {
         self.generation = self.generation.wrapping_add(1);
         // An adopted connection may be a unix one, whoever its client is.
-        let reach = if adopted.is_some() { Reach::Unix } else { peer.reach() };
+        let reach = if said.is_some() { Reach::Unix } else { peer.reach() };
         let client = Side::new(socket, reach);
         self.services[service].uses += 1;
         let generation = self.generation;
         let mut connection =
-            Connection::new(client, peer, service as u32, generation, place, self.now);
-        connection.adopted = adopted;
+            Connection::new(client, peer, service as u32, generation, place, begun);
+        // lbd's own connection has begun with its own header, which is off already.
+        let begins_with_header = said.is_none()
+            && self.services[service].pool.routing().accept_proxy.contains(peer.ip());
+        let stage = if begins_with_header { Stage::Header } else { Stage::Fresh };
+        connection.said = said;
         let key = self.connections.insert(connection);
         let token = self.token(key, Subject::Client);
         let event = EpollEvent::new(Side::INTEREST, token);
         match self.epoll.add(&self.connections[key].client.socket, event) {
-            Ok(()) => self.enter(key, Stage::Fresh, self.now),
+            Ok(()) => self.enter(key, stage),
             Err(_) => self.finish(key, End::Failed),
         }
     }
 
     /// A fault in one connection's step ends that connection, and not the thread's others. What the
     /// step shares with them (queues, counters) is changed by calls that can't fail half-way.
-    fn shielded(&mut self, token: u64, step: impl FnOnce(&mut Self, usize)) {
+    pub(super) fn shielded(&mut self, token: u64, step: impl FnOnce(&mut Self, usize)) {
         let key = (token >> 2) as u32 as usize;
         let generation = (token >> 34) as u32;
         let is_current = |c: &Connection| c.generation & (u32::MAX >> 2) == generation;
@@ -296,29 +283,21 @@ impl Reactor {
     /// Ends what has waited too long.
     fn expire(&mut self) {
         for service in self.services.iter().map(|(key, _)| key).collect::<Vec<_>>() {
-            if self.services[service].look_again.is_some_and(|at| at <= self.now) {
-                self.services[service].look_again = None;
-                self.place_crowd(service);
-            }
-            for stage in Stage::ALL {
+            self.expire_line(service);
+            for stage in Stage::QUEUED {
                 while let Some(service) = self.services.get(service)
                     && let Some(key) = service.queues[stage as usize].first()
                     && service.deadline(stage, &self.connections).is_some_and(|at| at <= self.now)
                 {
+                    let token = self.token(key, Subject::Client);
                     match stage {
-                        Stage::Fresh => {
-                            let token = self.token(key, Subject::Client);
-                            self.shielded(token, Self::place);
-                        }
-                        Stage::Connecting => {
-                            let token = self.token(key, Subject::Client);
-                            self.shielded(token, |reactor, key| {
-                                reactor.skip(key, Refusal::Timeout)
-                            });
-                        }
-                        Stage::Held | Stage::Crowded => self.finish(key, End::HoldTimeout),
-                        Stage::Doubtful => self.finish(key, End::NoWorker),
-                        Stage::Relaying => self.finish(key, End::Idle),
+                        Stage::Header => self.finish(key, End::NoHeader),
+                        Stage::Fresh => self.shielded(token, Self::place),
+                        Stage::Connecting => self.shielded(token, |reactor, key| {
+                            reactor.skip(key, Refusal::Timeout);
+                        }),
+                        Stage::Relaying => self.shielded(token, Self::end_idle),
+                        Stage::Ending | Stage::Waiting => self.finish(key, End::Idle),
                     }
                 }
             }
@@ -330,7 +309,8 @@ impl Reactor {
     fn deadline(&self) -> Option<Instant> {
         let of = |service: &Service| {
             let deadline = |stage| service.deadline(stage, &self.connections);
-            Stage::ALL.into_iter().filter_map(deadline).chain(service.look_again).min()
+            let line = [service.line.deadline(), service.hold_deadline()].into_iter().flatten();
+            Stage::QUEUED.into_iter().filter_map(deadline).chain(line).min()
         };
         let connections = self.services.iter().filter_map(|(_, service)| of(service)).min();
         connections.into_iter().chain(self.doors.deadline()).min()
@@ -351,7 +331,13 @@ impl Reactor {
     pub(super) fn refresh(&mut self, service: usize) {
         let service = &mut self.services[service];
         if service.route.version() != service.version {
+            let before = Arc::clone(&service.pool);
             (service.pool, service.version) = service.route.current();
+            if !Arc::ptr_eq(&before, &service.pool) {
+                // Whatever was doubted, control has decided since.
+                service.line.doubt = None;
+                service.is_local = is_local(&service.pool);
+            }
         }
     }
 
@@ -359,14 +345,14 @@ impl Reactor {
         let known = self.services.iter().find(|(_, known)| Arc::ptr_eq(&known.route, &route));
         let key = known.map(|(key, _)| key).unwrap_or_else(|| {
             let (pool, version) = route.current();
-            let queues = std::array::from_fn(|_| Queue::new());
             self.services.insert(Service {
                 route,
+                is_local: is_local(&pool),
                 pool,
                 version,
                 offered: version,
-                queues,
-                look_again: None,
+                queues: std::array::from_fn(|_| Queue::new()),
+                line: Line::default(),
                 uses: 0,
             })
         });
@@ -381,8 +367,16 @@ impl Reactor {
         }
     }
 
-    fn keys(&self, wanted: impl Fn(&Connection) -> bool) -> Vec<usize> {
-        self.connections.iter().filter(|(_, c)| wanted(c)).map(|(key, _)| key).collect()
+    /// The connections in this stage of which `wanted` is true.
+    fn keys(&self, stage: Stage, wanted: impl Fn(&Connection) -> bool) -> Vec<usize> {
+        let mut keys = Vec::new();
+        for (_, service) in &self.services {
+            let queue = &service.queues[stage as usize];
+            keys.extend(
+                queue.iter(&self.connections).filter(|key| wanted(&self.connections[*key])),
+            );
+        }
+        keys
     }
 
     pub(super) fn token(&self, key: usize, subject: Subject) -> u64 {
@@ -392,6 +386,8 @@ impl Reactor {
 
 impl Drop for Reactor {
     fn drop(&mut self) {
+        // Nobody's turn comes after that of one who waits here.
+        self.services.iter().for_each(|(_, service)| service.route.set_head(self.thread, None));
         self.crew.ended(self.thread);
     }
 }
@@ -410,19 +406,40 @@ fn subject(token: u64) -> Subject {
     }
 }
 
+fn is_local(pool: &Pool) -> bool {
+    pool.upstreams().iter().all(|upstream| upstream.is_local())
+}
+
 impl Service {
     fn deadline(&self, stage: Stage, all: &Slab<Connection>) -> Option<Instant> {
         let routing = self.pool.routing();
         let wait = match stage {
+            Stage::Header => HEADER,
             Stage::Fresh => GRACE,
+            Stage::Connecting if self.is_local => routing.connect_timeout.min(LOCAL_ANSWER),
             Stage::Connecting => routing.connect_timeout,
-            Stage::Held | Stage::Crowded => routing.hold_timeout,
-            Stage::Doubtful => routing.hold_timeout.min(DOUBT),
             // Never early: the last byte may be a grain younger than the place in the queue.
             Stage::Relaying => routing.idle_timeout.saturating_add(grain(routing.idle_timeout)),
+            Stage::Ending => NOTICE,
+            Stage::Waiting => return None,
         };
         let first = self.queues[stage as usize].first()?;
         all[first].links.since.checked_add(wait)
+    }
+
+    /// Until when the longest waiting is held.
+    pub(super) fn hold_deadline(&self) -> Option<Instant> {
+        let (came, _) = self.line.first()?;
+        came.checked_add(self.pool.routing().hold_timeout)
+    }
+
+    /// Tells the other threads who is the first in the line here.
+    pub(super) fn tell_head(&self, thread: usize) {
+        self.route.set_head(thread, self.line.first().map(|(came, _)| came));
+    }
+
+    pub(super) fn queue(&mut self, stage: Stage) -> Option<&mut Queue> {
+        self.queues.get_mut(stage as usize)
     }
 }
 

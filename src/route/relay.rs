@@ -19,8 +19,9 @@
 
 use std::{
     fs,
-    io::{ErrorKind, Read},
+    io::{self, ErrorKind, Read},
     net::Shutdown,
+    os::fd::AsRawFd,
     sync::LazyLock,
     time::Duration,
 };
@@ -31,7 +32,7 @@ use nix::{
     setsockopt_impl, sockopt_impl,
     sys::{
         epoll::EpollFlags,
-        socket::{getsockopt, setsockopt, sockopt::RcvBuf},
+        socket::{MsgFlags, getsockopt, setsockopt, sockopt::RcvBuf},
     },
 };
 use socket2::Socket;
@@ -148,6 +149,46 @@ impl Side {
         self.readable
     }
 
+    /// What is there to be read, which stays.
+    pub(super) fn peek(&self, into: &mut [u8]) -> io::Result<usize> {
+        nix::sys::socket::recv(self.socket.as_raw_fd(), into, MsgFlags::MSG_PEEK)
+            .map_err(io::Error::from)
+    }
+
+    /// Looks whether there is something to read: bytes, an end or an error.
+    pub(super) fn look(&mut self) -> bool {
+        let peeked = self.peek(&mut [0]);
+        self.readable = !peeked.is_err_and(|error| error.kind() == ErrorKind::WouldBlock);
+        self.readable
+    }
+
+    /// Whether the peer is known to have ended its stream; there may be something in it to read.
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed
+    }
+
+    /// Throws away what has come, and tells whether that was the last of it: the stream has ended, or
+    /// is broken.
+    pub(super) fn drain(&mut self, buffer: &mut [u8]) -> bool {
+        for _ in 0..TURN {
+            if !self.readable {
+                return false;
+            }
+            match self.read(buffer) {
+                Ok(Some(0)) | Err(_) => return true,
+                Ok(_) => {}
+            }
+        }
+        // Whoever sends that much has not understood that this is the end.
+        true
+    }
+
+    /// Ends the stream towards the peer, where nothing waits to be sent.
+    pub(super) fn end(&self) {
+        // Fails only where the peer has reset it already.
+        _ = self.socket.shutdown(Shutdown::Write);
+    }
+
     /// Whether the peer has ended its stream with nothing left in it to read.
     pub(super) fn is_spent(&self) -> bool {
         self.closed && matches!(self.socket.peek(&mut [std::mem::MaybeUninit::uninit()]), Ok(0))
@@ -230,6 +271,16 @@ pub(super) enum Fault {
 }
 
 impl Flow {
+    /// Whether this direction's end has been read, whether or not it has been passed on.
+    pub(super) fn has_ended(&self) -> bool {
+        self.ended
+    }
+
+    /// Whether something was read that the other side has not taken yet.
+    pub(super) fn has_rest(&self) -> bool {
+        self.rest.is_some()
+    }
+
     /// Whether the end of this direction has been passed on.
     pub(super) fn is_done(&self) -> bool {
         self.passed

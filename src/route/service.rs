@@ -7,6 +7,7 @@ use std::sync::{
         Ordering::{Relaxed, SeqCst},
     },
 };
+use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
@@ -14,6 +15,7 @@ use super::{
     crew::Crew,
     gate::Gate,
     pool::Pool,
+    shortage::{Shortage, Shortages},
     tally::{ServiceCounters, ServiceTally},
 };
 
@@ -28,11 +30,19 @@ pub struct ServiceRoute {
     /// Counts the pools, so that a data thread looks behind the lock only when there is a new one,
     /// and the times that full workers have room again for those that wait.
     version: AtomicU64,
-    /// Connections wait since all workers were full.
+    /// Connections wait, and are to be told when a worker has room.
     crowded: AtomicBool,
+    /// For each thread, when the first came of those that wait there: nanoseconds since the threads
+    /// were started, or [`NOBODY`].
+    heads: Box<[AtomicU64]>,
     gate: Gate,
+    /// The places that no other service can take from it.
+    share: Gate,
     waiting: AtomicUsize,
     emptied: Notify,
+    /// Nobody waits for a worker any more.
+    placed: Notify,
+    shortages: Shortages,
     counters: ServiceCounters,
 }
 
@@ -43,18 +53,25 @@ impl ServiceRoute {
         access: Arc<AtomicBool>,
         crew: Arc<Crew>,
     ) -> Arc<Self> {
-        Arc::new(Self {
+        let heads = (0..crew.threads()).map(|_| AtomicU64::new(NOBODY)).collect();
+        let service = Arc::new(Self {
             name,
             access,
             crew,
+            heads,
             gate: Gate::new(limit(&pool)),
+            share: Gate::new(usize::MAX),
             pool: Mutex::new(Arc::new(pool)),
             version: AtomicU64::new(0),
             crowded: AtomicBool::new(false),
             waiting: AtomicUsize::new(0),
             emptied: Notify::new(),
+            placed: Notify::new(),
+            shortages: Shortages::default(),
             counters: ServiceCounters::default(),
-        })
+        });
+        service.crew.enrol(&service);
+        service
     }
 
     /// The service's name.
@@ -67,15 +84,24 @@ impl ServiceRoute {
     /// that wait for a worker look again. The rotation goes on where it was.
     pub fn publish(&self, mut pool: Pool) {
         let limit = limit(&pool);
-        {
+        let other_routing = {
             let mut current = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+            let other_routing = pool.routing() != current.routing();
             pool.succeed(&current);
             *current = Arc::new(pool);
             self.version.fetch_add(1, SeqCst);
+            other_routing
+        };
+        // Those turned away at the gate, and timeouts that became shorter, are everybody's business;
+        // else it is that of the threads where somebody waits.
+        if self.gate.set_limit(limit) || other_routing {
+            self.crew.wake_all();
+        } else {
+            let heads = self.heads.iter().enumerate();
+            heads
+                .filter(|(_, head)| head.load(SeqCst) != NOBODY)
+                .for_each(|(thread, _)| self.crew.wake(thread));
         }
-        self.gate.set_limit(limit);
-        // For those that are held, those turned away at the gate, and timeouts that became shorter.
-        self.crew.wake_all();
     }
 
     /// Connections held, those that wait for a worker included.
@@ -110,6 +136,52 @@ impl ServiceRoute {
         }
     }
 
+    /// Returns when no connection waits for a worker; at once if none does. May be dropped at any
+    /// time.
+    pub async fn placed(&self) {
+        loop {
+            let placed = self.placed.notified();
+            tokio::pin!(placed);
+            placed.as_mut().enable();
+            if self.held() == 0 {
+                return;
+            }
+            placed.await;
+        }
+    }
+
+    /// A place for a connection that is about to be taken out of a worker's accept queue, where the
+    /// process has room for it. That the service is full does not matter: its client is there already.
+    pub fn reserve(self: &Arc<Self>) -> Option<Reserved> {
+        let held =
+            Held::take(self).or_else(|| self.crew.spare().try_enter().then_some(Held::Spare))?;
+        self.gate.force();
+        Some(Reserved(Place { service: Arc::clone(self), held }))
+    }
+
+    /// How many places are the service's alone; all, with `usize::MAX`, where it is the only one.
+    pub(super) fn set_share(&self, share: usize) -> bool {
+        self.share.set_limit(share)
+    }
+
+    pub(super) fn shortages(&self) -> &Shortages {
+        &self.shortages
+    }
+
+    /// Clients wait for want of this.
+    pub(super) fn is_short_of(&self, what: Shortage) {
+        let limit = match what {
+            Shortage::Service => Some(self.gate.limit()),
+            Shortage::Descriptors => Some(self.crew.budget().limit()),
+            Shortage::Workers => {
+                let pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+                pool.routing().worker_connections.map(|most| most.get() as usize)
+            }
+            Shortage::Queues | Shortage::Ports | Shortage::Memory => None,
+        };
+        self.shortages.begins(what, &self.name, limit);
+    }
+
     pub(super) fn counters(&self) -> &ServiceCounters {
         &self.counters
     }
@@ -128,27 +200,75 @@ impl ServiceRoute {
         (Arc::clone(&pool), self.version())
     }
 
-    /// A connection is about to wait for a worker that has room. It has to look once more after
+    /// Connections are about to wait for a worker that has room. The first has to look once more after
     /// this: room made before wakes nobody.
     pub(super) fn mark_crowded(&self) {
         self.crowded.store(true, SeqCst);
     }
 
-    /// To be called when a worker has one connection less: those that wait look again.
+    /// To be called when a worker has one connection less: the longest waiting looks again.
     pub(super) fn has_room(&self) {
         // The plain load keeps the cache line shared where nobody waits.
         if self.crowded.load(SeqCst) && self.crowded.swap(false, SeqCst) {
-            self.version.fetch_add(1, SeqCst);
-            self.crew.wake_all();
+            self.pass_on(None);
         }
+    }
+
+    /// Says who is the first of those that wait at `thread`, by when it came.
+    pub(super) fn set_head(&self, thread: usize, came: Option<Instant>) {
+        let head = came.map_or(NOBODY, |came| self.crew.nanoseconds(came));
+        self.heads[thread].store(head, SeqCst);
+    }
+
+    /// Whether it is the turn of one at `thread` who came then, or near enough; if not, whose it is
+    /// has been told.
+    pub(super) fn is_turn(&self, thread: usize, came: Instant) -> bool {
+        let came = self.crew.nanoseconds(came);
+        match self.longest(Some(thread)) {
+            Some((other, before)) if before.saturating_add(NEAR) < came => {
+                self.version.fetch_add(1, SeqCst);
+                self.crew.wake(other);
+                false
+            }
+            _ => true,
+        }
+    }
+
+    /// Has the longest waiting look again, at whatever thread but this.
+    pub(super) fn pass_on(&self, but: Option<usize>) {
+        if let Some((thread, _)) = self.longest(but) {
+            self.version.fetch_add(1, SeqCst);
+            self.crew.wake(thread);
+        }
+    }
+
+    /// Where the longest waiting is, and when it came.
+    fn longest(&self, but: Option<usize>) -> Option<(usize, u64)> {
+        let heads = self.heads.iter().map(|head| head.load(SeqCst)).enumerate();
+        heads
+            .filter(|(thread, head)| *head != NOBODY && Some(*thread) != but)
+            .min_by_key(|(_, head)| *head)
     }
 
     pub(super) fn count_waiting(&self, starts: bool) {
         if starts {
-            self.waiting.fetch_add(1, Relaxed);
-        } else {
-            self.waiting.fetch_sub(1, Relaxed);
+            self.waiting.fetch_add(1, SeqCst);
+        } else if self.waiting.fetch_sub(1, SeqCst) == 1 {
+            self.placed.notify_waiters();
         }
+    }
+}
+
+/// In place of when somebody came.
+const NOBODY: u64 = u64::MAX;
+
+/// In nanoseconds: whoever came so soon after another, at another thread, need not let it go first.
+const NEAR: u64 = Duration::from_millis(1).as_nanos() as u64;
+
+impl Drop for ServiceRoute {
+    fn drop(&mut self) {
+        // The others' shares grow.
+        self.crew.share_out();
     }
 }
 
@@ -156,49 +276,103 @@ fn limit(pool: &Pool) -> usize {
     pool.routing().max_connections.map_or(usize::MAX, |max| max.get() as usize)
 }
 
-/// A connection's place among those held at once, by its service and by the whole process. It is
-/// taken before the connection is accepted, so that the limits are never exceeded.
-#[derive(Debug)]
-pub(super) struct Place(Arc<ServiceRoute>);
+/// Which of the process' places a connection has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Held {
+    /// One of all, where there is only one service.
+    Any,
+    /// One that no other service could have taken.
+    Share,
+    /// One of those that are for whoever comes first.
+    Common,
+    /// One for a connection that waited for a worker which is gone, when there were no others.
+    Spare,
+}
 
-impl Place {
-    /// `None` where there is no room; the threads are woken when there may be.
-    pub(super) fn take(service: &Arc<ServiceRoute>) -> Option<Self> {
-        if !service.gate.enter() {
-            return None;
-        }
-        if !service.crew.budget().enter() {
-            if leave(service) {
-                service.crew.wake_all();
+impl Held {
+    fn take(service: &ServiceRoute) -> Option<Self> {
+        let crew = &service.crew;
+        let held = match service.share.limit() {
+            usize::MAX => Self::Any,
+            _ if service.share.try_enter() => Self::Share,
+            _ if crew.common().enter() => Self::Common,
+            // Marks that one waits for it, which has to be told.
+            _ if service.share.enter() => Self::Share,
+            _ => return None,
+        };
+        if !crew.budget().enter() {
+            if held.give_back_part(service) {
+                crew.wake_all();
             }
             return None;
         }
-        Some(Self(Arc::clone(service)))
+        Some(held)
     }
 
-    /// Beyond the limits, for a connection that is there already.
-    pub(super) fn force(service: &Arc<ServiceRoute>) -> Self {
-        service.gate.force();
-        service.crew.budget().force();
-        Self(Arc::clone(service))
+    /// What it has besides one of all. Whether somebody waits for it.
+    fn give_back_part(self, service: &ServiceRoute) -> bool {
+        match self {
+            Self::Any | Self::Spare => false,
+            Self::Share => service.share.leave().wake,
+            Self::Common => service.crew.common().leave().wake,
+        }
+    }
+
+    /// Whether somebody waits for it.
+    fn give_back(self, service: &ServiceRoute) -> bool {
+        let part = self.give_back_part(service);
+        let all = match self {
+            Self::Spare => service.crew.spare().leave(),
+            Self::Any | Self::Share | Self::Common => service.crew.budget().leave(),
+        };
+        part || all.wake
+    }
+}
+
+/// A connection's place among those held at once, by its service and by the whole process. It is
+/// taken before the connection is accepted, so that the limits are never exceeded.
+#[derive(Debug)]
+pub(super) struct Place {
+    service: Arc<ServiceRoute>,
+    held: Held,
+}
+
+/// A place for a connection that is to be [adopted](super::DataPlane::adopt).
+#[derive(Debug)]
+pub struct Reserved(pub(super) Place);
+
+impl Place {
+    /// # Errors
+    /// What there is no more of; the threads are woken when there may be.
+    pub(super) fn take(service: &Arc<ServiceRoute>) -> Result<Self, Shortage> {
+        if !service.gate.enter() {
+            return Err(Shortage::Service);
+        }
+        let Some(held) = Held::take(service) else {
+            if leave(service) {
+                service.crew.wake_all();
+            }
+            return Err(Shortage::Descriptors);
+        };
+        Ok(Self { service: Arc::clone(service), held })
     }
 
     pub(super) fn service(&self) -> &ServiceRoute {
-        &self.0
+        &self.service
     }
 
     pub(super) fn route(&self) -> &Arc<ServiceRoute> {
-        &self.0
+        &self.service
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
         // A connection gives back its worker first.
-        self.0.has_room();
-        let wake = self.0.crew.budget().leave().wake;
-        if leave(&self.0) || wake {
-            self.0.crew.wake_all();
+        self.service.has_room();
+        let wake = self.held.give_back(&self.service);
+        if leave(&self.service) || wake {
+            self.service.crew.wake_all();
         }
     }
 }

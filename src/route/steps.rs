@@ -1,9 +1,9 @@
 //! The steps of a connection: placed with a worker, or held, relayed, ended.
 
 use std::{
-    io,
+    io::{self, Read},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use nix::{
@@ -13,16 +13,51 @@ use nix::{
 use socket2::{Domain, Socket};
 
 use super::{
-    connection::{End, Stage},
-    pool::{Nobody, Pool},
-    reactor::{Reactor, Subject, grain},
+    connection::{Connection, End, Stage},
+    listener::keepalive,
+    pool::{Choice, Nobody},
+    queue::Links,
+    reactor::{Reactor, Service, Subject, grain},
     relay::{Pumped, Side},
+    shortage::Shortage,
     tally::Refusal,
     upstream::{Lease, Upstream},
+};
+use crate::{
+    config::Routing,
+    proxy_protocol::{LONGEST_RECEIVED, NoHeader, received},
 };
 
 /// How long it takes until the next look at whether a worker's accept queue still is full.
 const FULL: Duration = Duration::from_millis(5);
+
+/// The same for what lbd itself is short of, and the longest that those wait whom nobody tells of
+/// room.
+const SHORT: Duration = Duration::from_millis(50);
+
+/// How old a look has to be for another one to make sense.
+const STALE: Duration = Duration::from_millis(1);
+
+/// How long a connection that every worker of the pool refused waits for control to notice: a
+/// worker's death is known within milliseconds, and its successor is then on its way.
+const DOUBT: Duration = Duration::from_millis(250);
+
+/// What became of an attempt to find a worker.
+enum Found {
+    /// The connection has one, or is being connected, or is no more.
+    Done,
+    /// None: this is why.
+    None(Why),
+}
+
+/// Why there is no worker for a connection, though there are some in the pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Why {
+    /// Each of them refused it.
+    Refused,
+    /// Not all of them did, and for the others there is too little of this.
+    Short(Shortage),
+}
 
 impl Reactor {
     /// Follows one edge of a connection.
@@ -43,37 +78,216 @@ impl Reactor {
                     self.finish(key, end);
                 }
             }
+            (Some(Stage::Ending), _) => self.look_whether_noticed(key),
             (Some(Stage::Connecting), Subject::Worker) => self.connected(key, edge),
-            (Some(Stage::Fresh | Stage::Connecting), _) if is_broken => {
-                self.finish(key, End::ClientGone);
+            (Some(Stage::Fresh | Stage::Header), _) if is_broken => {
+                let end = connection.early_end();
+                self.finish(key, end);
             }
+            (Some(Stage::Connecting), _) if is_broken => self.finish(key, End::ClientGone),
+            (Some(Stage::Header), _) => self.read_header(key),
             (Some(Stage::Fresh), _) if connection.client.is_readable() => self.place(key),
-            (Some(Stage::Fresh), _) => {}
-            (Some(Stage::Connecting), _) => {}
+            (Some(Stage::Fresh | Stage::Connecting), _) => {}
             _ if is_broken || connection.client.is_spent() => self.finish(key, End::ClientGone),
             _ => {}
         }
     }
 
-    /// Tries the next worker, or else waits for one, or else gives up.
+    /// Reads the PROXY header as far as it has come, and goes on when it is whole.
+    fn read_header(&mut self, key: usize) {
+        let connection = &mut self.connections[key];
+        if !connection.client.is_readable() {
+            return;
+        }
+        let begin = &mut self.buffer[..LONGEST_RECEIVED];
+        let received = match connection.client.peek(begin) {
+            Ok(0) => return self.finish(key, End::NothingSaid),
+            Ok(count) => received(&begin[..count]).map(|header| (header, count)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+            Err(_) => return self.finish(key, End::ClientGone),
+        };
+        let header = match received {
+            Ok((Some(header), count)) if header.length <= count => header,
+            // The rest makes another edge.
+            Ok((_, count)) if count < LONGEST_RECEIVED && !connection.client.is_closed() => return,
+            Ok(_) | Err(NoHeader) => return self.finish(key, End::NoHeader),
+        };
+        let rest = &mut self.buffer[..header.length];
+        if (&connection.client.socket).read_exact(rest).is_err() {
+            return self.finish(key, End::ClientGone);
+        }
+        if let Some(ends) = header.ends {
+            connection.is_of(ends);
+        }
+        self.enter(key, Stage::Fresh);
+        // What is behind it may be there already, and makes no edge of its own then.
+        if self.connections[key].client.look() {
+            self.place(key);
+        }
+    }
+
+    /// Finds a worker for a connection that none waits in front of; else it waits behind them.
     pub(super) fn place(&mut self, key: usize) {
         let connection = &mut self.connections[key];
+        // Whoever only looks whether somebody is there has an answer, and the worker no connection.
+        if connection.stage == Some(Stage::Fresh) && connection.client.is_spent() {
+            let end = connection.early_end();
+            return self.finish(key, end);
+        }
         let service = connection.service as usize;
-        let client = connection.peer().ip();
+        self.refresh(service);
+        let Service { line, route, pool, .. } = &self.services[service];
+        if line.is_empty() && route.held() == 0 {
+            match self.find(key, Choice::Clear) {
+                Found::Done => {}
+                // An empty line needs somebody who looks.
+                Found::None(Why::Short(_)) => {
+                    self.wait(key);
+                    self.advance(service);
+                }
+                Found::None(why) => self.stay(key, why),
+            }
+        } else if pool.upstreams().is_empty() {
+            // Nothing to look for.
+            self.hold(key);
+        } else {
+            let is_first = line.is_empty() || line.doubt.is_some();
+            self.wait(key);
+            if is_first {
+                self.advance(service);
+            }
+        }
+    }
+
+    /// Has those that wait for a worker look for one, longest waiting first, until one finds none: the
+    /// others would not either.
+    pub(super) fn advance(&mut self, service: usize) {
+        loop {
+            let Some(Service { line, route, pool, .. }) = self.services.get_mut(service) else {
+                return;
+            };
+            line.look_again = None;
+            if let Some(key) = line.looking {
+                // A connect that the kernel has not answered at once on this machine is not worth
+                // waiting for when somebody has left: it asks again.
+                let is_stale = |c: &Connection| c.links.since + STALE <= self.now;
+                if self.services[service].is_local && is_stale(&self.connections[key]) {
+                    self.leave_worker(key);
+                    self.connections[key].tried.clear();
+                    self.look_for(key, false);
+                }
+                if self.services.get(service).is_none_or(|s| s.line.looking.is_some()) {
+                    return;
+                }
+                continue;
+            }
+            let Some((came, key)) = line.first() else {
+                route.shortages().end(&Shortage::OF_WORKERS);
+                route.pass_on(Some(self.thread));
+                return;
+            };
+            if pool.upstreams().is_empty() {
+                if !self.hold(key) {
+                    continue;
+                }
+                return;
+            }
+            if !route.is_turn(self.thread, came) {
+                line.look_again = Some(self.now + SHORT);
+                return;
+            }
+            self.connections[key].tried.clear();
+            self.look_for(key, false);
+            let Some(Service { line, .. }) = self.services.get_mut(service) else { return };
+            if line.first() == Some((came, key)) {
+                // It waits on, and where nothing else will, the clock has it look again.
+                if line.look_again.is_none() && line.doubt.is_none() {
+                    line.look_again = Some(self.now + SHORT);
+                }
+                return;
+            }
+        }
+    }
+
+    /// Has one that waits, or has left the line for a look, try the workers that it has not tried. Where
+    /// it `is_last`, and all refuse it, it is given up.
+    fn look_for(&mut self, key: usize, is_last: bool) {
+        let token = self.token(key, Subject::Client);
+        self.shielded(token, |reactor, key| match reactor.find(key, Choice::Any) {
+            Found::Done => {}
+            Found::None(Why::Refused) if is_last => reactor.finish(key, End::NoWorker),
+            Found::None(why) => reactor.stay(key, why),
+        });
+    }
+
+    /// Ends the waiting of those who have waited too long, and has the first look whose time it is.
+    pub(super) fn expire_line(&mut self, service: usize) {
+        while let Some(of) = self.services.get(service)
+            && let Some((_, key)) = of.line.first()
+            && of.hold_deadline().is_some_and(|at| at <= self.now)
+        {
+            let is_refused = of.line.doubt.is_some();
+            self.finish(key, if is_refused { End::NoWorker } else { End::HoldTimeout });
+        }
+        let now = self.now;
+        let Some(Service { line, .. }) = self.services.get_mut(service) else { return };
+        if line.look_again.is_some_and(|at| at <= now) {
+            self.advance(service);
+        }
+        self.resolve_doubt(service);
+    }
+
+    /// Gives up those that were refused by all and have given control time to notice.
+    fn resolve_doubt(&mut self, service: usize) {
+        while let Some(Service { line, .. }) = self.services.get_mut(service)
+            && line.doubt.is_some_and(|at| at <= self.now)
+            && let Some((_, key)) = line.first()
+        {
+            if line.looking.is_some() {
+                line.doubt = None;
+                return;
+            }
+            let joined = self.connections[key].links.since;
+            if joined + DOUBT > self.now {
+                line.doubt = Some(joined + DOUBT);
+                return;
+            }
+            self.connections[key].tried.clear();
+            self.look_for(key, true);
+            let of = self.services.get_mut(service);
+            if let Some(Service { line, .. }) = of
+                && line.first().is_some_and(|(_, first)| first == key)
+            {
+                // It waits for something else now.
+                line.doubt = None;
+            }
+        }
+    }
+
+    /// Tries the workers, those first whose queues have room.
+    fn find(&mut self, key: usize, choice: Choice) -> Found {
+        let service = self.connections[key].service as usize;
         self.refresh(service);
         let pool = Arc::clone(&self.services[service].pool);
         let connection = &mut self.connections[key];
+        let client = connection.peer().ip();
         let route = &self.services[service].route;
-        let is_next = connection.stage == Some(Stage::Crowded);
-        if !is_next && self.services[service].queues[Stage::Crowded as usize].first().is_some() {
-            return self.crowd(key);
+        let (mut is_marked, mut short) = (choice == Choice::Any, None);
+        if is_marked {
+            route.mark_crowded();
         }
-        let (mut is_marked, mut is_full) = (false, false);
         loop {
-            let mut lease = match pool.pick(client, &mut connection.tried) {
+            let mut lease = match pool.pick(client, &mut connection.tried, choice) {
                 Ok(lease) => lease,
                 Err(Nobody::Left) => break,
-                Err(Nobody::HasRoom) if is_marked => return self.crowd(key),
+                Err(Nobody::Congested) => {
+                    short.get_or_insert(Shortage::Queues);
+                    break;
+                }
+                Err(Nobody::HasRoom) if is_marked => {
+                    short.get_or_insert(Shortage::Workers);
+                    break;
+                }
                 Err(Nobody::HasRoom) => {
                     route.mark_crowded();
                     is_marked = true;
@@ -81,77 +295,133 @@ impl Reactor {
                 }
             };
             connection.tried.push(lease.id());
-            match connect(&mut lease, connection.client.is_readable()) {
+            let was_congested = lease.is_congested();
+            // Where queues are nearly full, a handshake is to be over before the next one begins: there
+            // is room for a connection when its SYN comes and perhaps not when its end does.
+            let bytes_follow = connection.client.is_readable() && choice == Choice::Clear;
+            let error = match connect(&mut lease, bytes_follow, pool.routing()) {
                 Ok((socket, is_connected)) => {
                     let token = u64::from(connection.generation) << 34
                         | (key as u64) << 2
                         | Subject::Worker as u64;
                     let event = EpollEvent::new(Side::INTEREST, token);
-                    if self.epoll.add(&socket, event).is_err() {
-                        drop(lease);
-                        return self.finish(key, End::Failed);
+                    match self.epoll.add(&socket, event) {
+                        Ok(()) => {
+                            connection.worker = Some((Side::new(socket, lease.reach()), lease));
+                            if is_connected {
+                                self.begin(key, Duration::ZERO);
+                                return Found::Done;
+                            }
+                            let is_look = choice == Choice::Any
+                                && (was_congested || self.services[service].is_local);
+                            self.enter(key, Stage::Connecting);
+                            self.services[service].line.looking = if is_look {
+                                Some(key)
+                            } else {
+                                self.services[service].line.looking
+                            };
+                            return Found::Done;
+                        }
+                        Err(error) => error,
                     }
-                    connection.worker = Some((Side::new(socket, lease.reach()), lease));
-                    if is_connected {
-                        return self.begin(key, Duration::ZERO);
-                    }
-                    return self.enter(key, Stage::Connecting, self.now);
                 }
-                // Not the worker's fault, and no other's connect would fare better.
-                Err(Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM) => {}
+                Err(error) => error,
+            };
+            match (Shortage::of(error), error) {
+                // From another port, or by another way, the next one may be reached.
+                (Some(Shortage::Ports), _) => short = Some(Shortage::Ports),
+                // That would be so with any other.
+                (Some(own), _) => {
+                    short = Some(own);
+                    break;
+                }
                 // On unix: its queue is full, as a TCP one would be that drops the SYN.
-                Err(Errno::EAGAIN) => {
-                    is_full = true;
-                    if !is_next {
+                (None, Errno::EAGAIN) => {
+                    lease.set_congested(true);
+                    short.get_or_insert(Shortage::Queues);
+                    // Looks are not counted: they are made for those that wait, and often.
+                    if choice == Choice::Clear {
                         connection.is_retried = true;
                         lease.count_refusal(Refusal::Timeout);
                     }
                 }
-                Err(error) => {
+                (None, error) => {
                     connection.is_retried = true;
                     lease.count_refusal(Refusal::of(error));
                 }
             }
             drop(lease);
-            route.has_room();
+            if choice == Choice::Clear {
+                route.has_room();
+            }
         }
-        if is_full {
-            return self.queue(key);
+        // What came to nothing because of a full queue, before this attempt.
+        let was_full = self.connections[key].met_full_queue.then_some(Shortage::Queues);
+        match short.or(was_full) {
+            Some(short) => Found::None(Why::Short(short)),
+            None => Found::None(Why::Refused),
         }
-        self.hold(key, &pool);
     }
 
-    /// Waits for a worker whose accept queue has room. Nobody tells of that, so it is looked for.
-    fn queue(&mut self, key: usize) {
-        let service = &mut self.services[self.connections[key].service as usize];
-        service.look_again.get_or_insert(self.now + FULL);
-        self.crowd(key);
-    }
-
-    /// Waits for a worker that has room for one more.
-    fn crowd(&mut self, key: usize) {
+    /// Waits, for that reason, in the line.
+    fn stay(&mut self, key: usize, why: Why) {
         let connection = &self.connections[key];
-        if connection.client.is_spent() {
-            self.finish(key, End::ClientGone);
-        } else if connection.stage != Some(Stage::Crowded) {
-            // Whoever waits there already keeps its place among those that came with it.
-            self.enter(key, Stage::Crowded, connection.begun());
+        let (begun, service) = (connection.begun(), connection.service as usize);
+        let Service { pool, .. } = &self.services[service];
+        if pool.upstreams().is_empty() {
+            self.hold(key);
+            return;
+        }
+        let is_coming = pool.is_coming_by(begun);
+        if !self.wait(key) {
+            return;
+        }
+        let now = self.now;
+        let Service { line, route, pool, .. } = &mut self.services[service];
+        match why {
+            Why::Short(short) => {
+                if !route.shortages().lasts(short) {
+                    route.is_short_of(short);
+                }
+                let pause = if short == Shortage::Queues { FULL } else { SHORT };
+                line.look_again.get_or_insert(now + pause);
+            }
+            // It is published when it is there.
+            Why::Refused if is_coming => {}
+            Why::Refused => {
+                let doubt = pool.routing().hold_timeout.min(DOUBT);
+                line.doubt.get_or_insert(now + doubt);
+            }
         }
     }
 
-    fn hold(&mut self, key: usize, pool: &Pool) {
+    /// Waits where there are no workers, if one is on its way. Whether it does.
+    fn hold(&mut self, key: usize) -> bool {
         let connection = &self.connections[key];
-        let begun = connection.begun();
-        let until = begun.checked_add(pool.routing().hold_timeout);
-        if connection.client.is_spent() {
+        let pool = &self.services[connection.service as usize].pool;
+        if pool.is_coming_by(connection.begun()) {
+            self.wait(key)
+        } else if connection.client.is_spent() {
             self.finish(key, End::ClientGone);
-        } else if pool.coming().is_some_and(|at| until.is_none_or(|until| at <= until)) {
-            self.enter(key, Stage::Held, begun);
-        } else if !pool.upstreams().is_empty() {
-            self.enter(key, Stage::Doubtful, self.now);
+            false
         } else {
             self.finish(key, End::NoWorker);
+            false
         }
+    }
+
+    /// Joins those that wait, or stays among them, unless the client has left. Whether it does.
+    fn wait(&mut self, key: usize) -> bool {
+        let connection = &self.connections[key];
+        if connection.stage == Some(Stage::Waiting) {
+            return true;
+        }
+        if connection.client.is_spent() {
+            self.finish(key, End::ClientGone);
+            return false;
+        }
+        self.enter(key, Stage::Waiting);
+        true
     }
 
     /// The first edge of a worker's socket: it took the connection, or it didn't.
@@ -161,18 +431,22 @@ impl Reactor {
             let error = worker.and_then(|(worker, _)| worker.socket.take_error().ok()?);
             self.skip(key, Refusal::of(error.map_or(Errno::UnknownErrno, errno)));
         } else if edge.contains(EpollFlags::EPOLLOUT) {
-            let since = self.connections[key].links.since;
+            let connection = &self.connections[key];
+            let (since, service) = (connection.links.since, connection.service as usize);
+            let was_looking = self.services[service].line.looking == Some(key);
             self.begin(key, self.now - since);
+            if was_looking {
+                self.advance(service);
+            }
         }
     }
 
     /// Goes from the connect, which took so long, to the relay.
     fn begin(&mut self, key: usize, took: Duration) {
         let connection = &mut self.connections[key];
-        if let Some((_, lease)) = &mut connection.worker {
-            lease.pass = None;
-        }
-        let Some((worker, lease)) = &connection.worker else { return };
+        let is_alone = self.services[connection.service as usize].line.is_empty();
+        let Some((worker, lease)) = &mut connection.worker else { return };
+        lease.pass = None;
         if is_self_connected(&worker.socket, lease) {
             return self.skip(key, Refusal::Refused);
         }
@@ -180,7 +454,12 @@ impl Reactor {
             self.leave_worker(key);
             return self.place(key);
         }
+        lease.has_taken = true;
+        if is_alone {
+            lease.set_congested(false);
+        }
         lease.count_taken(self.thread, took);
+        let proxy_protocol = lease.proxy_protocol();
         let counters = connection.service().counters();
         if connection.is_retried {
             counters.count_retried();
@@ -190,8 +469,7 @@ impl Reactor {
             connection.held_since = None;
         }
         connection.tried = Vec::new();
-        let proxy_protocol = lease.proxy_protocol();
-        self.enter(key, Stage::Relaying, self.now);
+        self.enter(key, Stage::Relaying);
         if let Some(version) = proxy_protocol
             && let Err(end) = self.connections[key].introduce(version, &mut self.buffer)
         {
@@ -203,12 +481,35 @@ impl Reactor {
     /// Leaves the worker that didn't take the connection, and tries the next.
     pub(super) fn skip(&mut self, key: usize, refusal: Refusal) {
         let connection = &mut self.connections[key];
+        let service = connection.service as usize;
+        let was_looking = self.services[service].line.looking == Some(key);
         if let Some((_, lease)) = &connection.worker {
             connection.is_retried = true;
-            lease.count_refusal(refusal);
+            if refusal == Refusal::Timeout {
+                connection.met_full_queue = true;
+                lease.set_congested(true);
+            }
+            // Looks are not counted: they are made for those that wait, and often.
+            if !was_looking || refusal != Refusal::Timeout {
+                lease.count_refusal(refusal);
+            }
         }
         self.leave_worker(key);
-        self.place(key);
+        if was_looking {
+            self.look_for(key, false);
+            if self.services.get(service).is_some_and(|s| s.line.looking == Some(key)) {
+                return;
+            }
+            if let Some(Service { line, .. }) = self.services.get_mut(service)
+                && line.looking.is_none()
+                && line.look_again.is_none()
+                && line.doubt.is_none()
+            {
+                line.look_again = Some(self.now + FULL);
+            }
+        } else {
+            self.place(key);
+        }
     }
 
     fn leave_worker(&mut self, key: usize) {
@@ -217,7 +518,11 @@ impl Reactor {
             // The close does it as well, but not while a fork in progress shares the socket.
             _ = self.epoll.delete(&worker.socket);
             drop((worker, lease));
-            self.services[connection.service as usize].route.has_room();
+            let Service { line, route, .. } = &self.services[connection.service as usize];
+            // After a look there is as much room as before it.
+            if line.looking != Some(key) {
+                route.has_room();
+            }
         }
     }
 
@@ -225,7 +530,10 @@ impl Reactor {
         let connection = &mut self.connections[key];
         let before = connection.bytes();
         match connection.relay(&mut self.buffer) {
-            Ok(Pumped::Done) => return self.finish(key, End::Closed),
+            Ok(Pumped::Done) => {
+                let end = connection.own_end();
+                return self.finish(key, end);
+            }
             Ok(Pumped::Yields) => {
                 if !std::mem::replace(&mut connection.is_runnable, true) {
                     let token = self.token(key, Subject::Client);
@@ -239,38 +547,63 @@ impl Reactor {
         let service = &self.services[connection.service as usize];
         let age = self.now.saturating_duration_since(connection.links.since);
         if connection.bytes() > before && age >= grain(service.pool.routing().idle_timeout) {
-            self.enter(key, Stage::Relaying, self.now);
+            self.enter(key, Stage::Relaying);
         }
     }
 
-    pub(super) fn enter(&mut self, key: usize, stage: Stage, since: Instant) {
+    /// Ends a connection that no byte came over for too long: not by cutting it off, which makes
+    /// programs fail that would otherwise take it for what it is.
+    pub(super) fn end_idle(&mut self, key: usize) {
+        self.connections[key].say_end();
+        self.enter(key, Stage::Ending);
+        self.look_whether_noticed(key);
+    }
+
+    fn look_whether_noticed(&mut self, key: usize) {
+        if self.connections[key].has_noticed(&mut self.buffer) {
+            self.finish(key, End::Idle);
+        }
+    }
+
+    pub(super) fn enter(&mut self, key: usize, stage: Stage) {
         self.leave(key);
         let connection = &mut self.connections[key];
         connection.stage = Some(stage);
         let service = &mut self.services[connection.service as usize];
-        if stage.is_waiting() {
-            service.route.count_waiting(true);
-            if connection.held_since.is_none() {
-                connection.held_since = Some(self.now);
-                service.route.counters().count_held();
-            }
+        if let Some(queue) = service.queue(stage) {
+            queue.push(&mut self.connections, key, self.now);
+            return;
         }
-        service.queues[stage as usize].insert(&mut self.connections, key, since);
+        connection.links = Links::new(self.now);
+        service.route.count_waiting(true);
+        if connection.held_since.is_none() {
+            connection.held_since = Some(self.now);
+            service.route.counters().count_held();
+        }
+        service.line.join(connection.begun(), key);
+        service.tell_head(self.thread);
     }
 
     fn leave(&mut self, key: usize) {
         let connection = &mut self.connections[key];
         let service = &mut self.services[connection.service as usize];
-        if let Some(stage) = connection.stage.take() {
-            if stage.is_waiting() {
-                service.route.count_waiting(false);
-            }
-            service.queues[stage as usize].remove(&mut self.connections, key);
+        let Some(stage) = connection.stage.take() else { return };
+        if service.line.looking == Some(key) {
+            service.line.looking = None;
         }
+        if let Some(queue) = service.queue(stage) {
+            queue.remove(&mut self.connections, key);
+            return;
+        }
+        let begun = connection.begun();
+        service.line.leave(begun, key);
+        service.tell_head(self.thread);
+        service.route.count_waiting(false);
     }
 
     pub(super) fn finish(&mut self, key: usize, end: End) {
-        let is_taken = self.connections[key].stage == Some(Stage::Relaying);
+        let stage = self.connections[key].stage;
+        let is_taken = matches!(stage, Some(Stage::Relaying | Stage::Ending));
         self.leave(key);
         let mut connection = self.connections.remove(key);
         self.crew.left(self.thread);
@@ -298,7 +631,13 @@ impl Reactor {
 /// is not sent by itself (tcp(7), `TCP_QUICKACK`), so that the worker is woken once, for a connection
 /// with a request in it, and not before. Were there none after all, the kernel would send it 200 ms
 /// later.
-fn connect(upstream: &mut Lease, bytes_follow: bool) -> Result<(Socket, bool), Errno> {
+///
+/// On loopback the kernel tells at once when the other end is gone; elsewhere somebody has to ask.
+fn connect(
+    upstream: &mut Lease,
+    bytes_follow: bool,
+    routing: &Routing,
+) -> Result<(Socket, bool), Errno> {
     let domain = upstream.domain();
     let (socket, pass) = upstream.socket().map_err(errno)?;
     upstream.pass = pass;
@@ -306,6 +645,9 @@ fn connect(upstream: &mut Lease, bytes_follow: bool) -> Result<(Socket, bool), E
         socket.set_tcp_nodelay(true).map_err(errno)?;
         if bytes_follow && upstream.is_local() {
             socket.set_tcp_quickack(false).map_err(errno)?;
+        }
+        if !upstream.is_local() {
+            socket.set_tcp_keepalive(&keepalive(routing.keepalive)).map_err(errno)?;
         }
     }
     for _ in 0..2 {

@@ -19,9 +19,9 @@ use crate::histogram::{Durations, Histogram};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Refusal {
     Refused,
-    /// It did not answer within `connect-timeout`.
+    /// It did not answer in time: as a rule, its accept queue is full.
     Timeout,
-    /// Anything else: no route to its host, no port left to connect from …
+    /// Anything else, such as that there is no route to its host.
     Error,
 }
 

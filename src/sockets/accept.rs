@@ -34,8 +34,20 @@ use socket2::Socket;
 const BOUND: Duration = Duration::from_millis(20);
 
 /// Accepts from blocking sockets on the thread that made it.
-#[derive(Debug)]
-pub struct Acceptor(Alarm);
+pub struct Acceptor {
+    alarm: Alarm,
+    permit: Option<Permit>,
+    is_short: bool,
+}
+
+/// Asked before each connection: whether there is room for one more.
+pub type Permit = Box<dyn FnMut() -> bool>;
+
+impl std::fmt::Debug for Acceptor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Acceptor").field("is_short", &self.is_short).finish_non_exhaustive()
+    }
+}
 
 impl Acceptor {
     /// For this thread. It takes `SIGALRM` for itself, in the whole process.
@@ -43,7 +55,24 @@ impl Acceptor {
     /// # Errors
     /// Where the system has no timer left.
     pub fn new() -> io::Result<Self> {
-        Alarm::new().map(Self)
+        Ok(Self { alarm: Alarm::new()?, permit: None, is_short: false })
+    }
+
+    /// From now on accepts only as long as `permit` says so; with `None`, whatever there is.
+    pub fn set_permit(&mut self, permit: Option<Permit>) {
+        self.permit = permit;
+    }
+
+    /// Whether connections were left in a queue since this was last asked of and [taken
+    /// back](Self::begin), for want of a permit or of descriptors.
+    #[must_use]
+    pub fn is_short(&self) -> bool {
+        self.is_short
+    }
+
+    /// Forgets that any were left.
+    pub fn begin(&mut self) {
+        self.is_short = false;
     }
 
     /// Takes the next connection out of the accept queue of a blocking socket, with these flags of
@@ -51,20 +80,29 @@ impl Acceptor {
     ///
     /// # Errors
     /// `WouldBlock` when the queue is empty; any other error is one that only time can cure
-    /// (descriptors or memory run out), so the caller backs off. Errors of a single connection are
+    /// (descriptors or memory run out, or there is no permit), so the caller backs off. Errors of a single connection are
     /// skipped, as accept(2) says.
     pub fn accept(&mut self, socket: &Socket, flags: i32) -> io::Result<Socket> {
+        let mut is_permitted = false;
         loop {
             if !is_readable(socket.as_fd())? {
                 return Err(io::ErrorKind::WouldBlock.into());
             }
-            self.0.arm(BOUND)?;
+            if !is_permitted && self.permit.as_mut().is_some_and(|permit| !permit()) {
+                self.is_short = true;
+                return Err(io::ErrorKind::QuotaExceeded.into());
+            }
+            is_permitted = true;
+            self.alarm.arm(BOUND)?;
             let accepted = socket.accept4(flags);
-            self.0.arm(Duration::ZERO)?;
+            self.alarm.arm(Duration::ZERO)?;
             match accepted {
                 Ok((connection, _peer)) => return Ok(connection),
                 Err(error) if is_of_one_connection(&error) => {}
-                Err(error) => return Err(error),
+                Err(error) => {
+                    self.is_short = true;
+                    return Err(error);
+                }
             }
         }
     }
@@ -154,9 +192,9 @@ mod tests {
         let mut acceptor = Acceptor::new().unwrap();
         for _ in 0..3 {
             let start = Instant::now();
-            acceptor.0.arm(BOUND).unwrap();
+            acceptor.alarm.arm(BOUND).unwrap();
             let error = socket.accept().unwrap_err();
-            acceptor.0.arm(Duration::ZERO).unwrap();
+            acceptor.alarm.arm(Duration::ZERO).unwrap();
             assert_eq!(error.kind(), io::ErrorKind::Interrupted);
             assert!(start.elapsed() >= BOUND);
         }

@@ -207,6 +207,16 @@ impl Diag {
         Ok(connection.is_some_and(|connection| connection.is_accepted()))
     }
 
+    /// The inode of the socket at `local` that is connected to `remote`; `None` where there is none,
+    /// or no process has it (yet, or any more).
+    ///
+    /// # Errors
+    /// Where the kernel does not tell.
+    pub fn inode(&mut self, local: SocketAddr, remote: SocketAddr) -> io::Result<Option<u32>> {
+        let connection = self.accepted_state(local, remote)?;
+        Ok(connection.map(|connection| connection.inode).filter(|inode| *inode != 0))
+    }
+
     /// Every socket of this network namespace that listens on this TCP port, at whatever address,
     /// of both families.
     ///
@@ -374,6 +384,23 @@ impl Diag {
     }
 }
 
+/// The inodes of all sockets that this process has (proc_pid_fd(5)).
+///
+/// # Errors
+/// Where `/proc` can't be read.
+pub fn own_sockets() -> io::Result<HashSet<u32>> {
+    let mut inodes = HashSet::new();
+    for entry in std::fs::read_dir("/proc/self/fd")? {
+        // One that was closed meanwhile is none of them.
+        let Ok(target) = std::fs::read_link(entry?.path()) else { continue };
+        let inode: Option<u32> = target
+            .to_str()
+            .and_then(|target| target.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok());
+        inodes.extend(inode);
+    }
+    Ok(inodes)
+}
+
 /// The inode of a socket, by which sock_diag and `/proc/PID/fd` call it.
 ///
 /// # Errors
@@ -464,6 +491,10 @@ mod tests {
             let expected =
                 Connection { state: TcpState::Established, inode, uid: getuid().as_raw() };
             assert_eq!(diag.accepted_state(address, peer).unwrap(), Some(expected));
+            // Of each end it is known whose it is.
+            let theirs = diag.inode(of(&clients[0]), address).unwrap();
+            assert_eq!(theirs, Some(inode_of(&clients[0]).unwrap()));
+            assert!(own_sockets().unwrap().contains(&inode_of(&clients[0]).unwrap()));
             drop(accepted);
             assert!(diag.accepted(address).unwrap().is_empty());
             assert!(!diag.is_accepted(address, peer).unwrap());

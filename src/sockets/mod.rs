@@ -27,7 +27,7 @@ mod port;
 mod steer;
 mod unix;
 
-pub use accept::{Acceptor, accept_nonblocking};
+pub use accept::{Acceptor, Permit, accept_nonblocking};
 pub use holder::Holder;
 pub use port::{Port, Rescued, SHARERS};
 pub use unix::{Endpoint, Nameless};
@@ -116,8 +116,8 @@ fn queue_length(socket: &Socket) -> io::Result<u32> {
     Ok(getsockopt(socket, options::TcpInfo)?.tcpi_unacked)
 }
 
-/// Everything that waits in the accept queue, until it is empty or the system has no descriptor
-/// left.
+/// Everything that waits in the accept queue, until it is empty or the acceptor [is
+/// short](Acceptor::is_short) of room.
 fn accept_all(socket: &Socket, acceptor: &mut Acceptor) -> Vec<Socket> {
     std::iter::from_fn(|| acceptor.accept(socket, libc::SOCK_CLOEXEC).ok()).collect()
 }

@@ -202,6 +202,9 @@ impl<Owner: Copy + PartialEq> Port<Owner> {
                 }
             }
             rescued.extend(self.clients(&self.members[index], acceptor));
+            if acceptor.is_short() {
+                break; // somebody may wait there still
+            }
             // As the kernel does it. The answer stays right meanwhile: it is 0, or out of range, and
             // then the only one left is chosen.
             let left = self.members.swap_remove(index);

@@ -10,6 +10,9 @@ pub(crate) const PROMTOOL: &str = "LBD_REQUIRE_PROMTOOL";
 /// systemd, and a machine in which root can boot it and has cgroups of version 2.
 pub(crate) const SYSTEMD: &str = "LBD_REQUIRE_SYSTEMD";
 
+/// The right to make a network of one's own, and to limit its ports.
+pub(crate) const NETWORKS: &str = "LBD_REQUIRE_NETWORKS";
+
 /// The Debian package, and the programs that packages are for: man, shells, lintian.
 pub(crate) const PACKAGING: &str = "LBD_REQUIRE_PACKAGING";
 

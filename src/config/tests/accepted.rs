@@ -59,6 +59,8 @@ ports   = [9002, 9003, 9004, 9005]
                 connect_timeout: second,
                 idle_timeout: 3600 * second,
                 hold_timeout: 10 * second,
+                accept_proxy: Networks::default(),
+                keepalive: 60 * second,
             },
             health: Health {
                 probe: Probe::Tcp,
@@ -136,6 +138,8 @@ max-connections = 100
 connect-timeout = "250ms"
 idle-timeout = "1m 30s"
 hold-timeout = "0s"
+accept-proxy-protocol = ["10.0.0.0/8", "2001:db8::1", "unix"]
+keepalive = "2m"
 env.A = "1"
 env."B.C" = ""
 
@@ -230,6 +234,14 @@ max-connections = 30
             connect_timeout: second / 4,
             idle_timeout: 90 * second,
             hold_timeout: Duration::ZERO,
+            accept_proxy: Networks {
+                inet: vec![
+                    Network::new([10, 0, 0, 0].into(), 8).unwrap(),
+                    Network::new("2001:db8::1".parse().unwrap(), 128).unwrap(),
+                ],
+                unix: true,
+            },
+            keepalive: 120 * second,
         },
         health: Health {
             probe: Probe::Http {
@@ -274,7 +286,7 @@ max-connections = 30
     assert_eq!(config.services, [expected]);
     assert_eq!(
         config.refuse_process_limits("there is no cgroup").unwrap_err().to_string(),
-        "/srv/lb.toml:67: service.\"a.b_c-1\".limits.processes: there is no cgroup; remove it, or \
+        "/srv/lb.toml:69: service.\"a.b_c-1\".limits.processes: there is no cgroup; remove it, or \
          run lbd where it has a cgroup with the pids controller, such as systemd's Delegate=yes \
          gives it"
     );
@@ -382,6 +394,28 @@ fn signals_and_accounts_may_be_written_in_two_ways() {
         let user = service(&format!("user = {user}")).worker.user.clone();
         assert_eq!(user.as_deref(), Some("0"));
     }
+}
+
+#[test]
+fn a_network_has_the_addresses_that_begin_like_it() {
+    let accept = |networks: &str| {
+        service(&format!("accept-proxy-protocol = {networks}")).routing.accept_proxy
+    };
+    for (networks, inside, outside) in [
+        ("\"10.0.0.0/8\"", ["10.0.0.0", "10.255.255.255"], ["9.255.255.255", "11.0.0.0"]),
+        ("\"10.1.2.3\"", ["10.1.2.3", "::ffff:10.1.2.3"], ["10.1.2.2", "::10.1.2.3"]),
+        ("\"192.0.2.128/25\"", ["192.0.2.128", "192.0.2.255"], ["192.0.2.127", "::1"]),
+        ("\"0.0.0.0/0\"", ["255.0.0.1", "::ffff:0.0.0.1"], ["::1", "2001:db8::1"]),
+        ("\"::/0\"", ["::1", "ffff::"], ["127.0.0.1", "::ffff:127.0.0.1"]),
+        ("[\"::1\", \"2001:db8::/33\"]", ["::1", "2001:db8:7fff::1"], ["::2", "2001:db8:8000::"]),
+    ] {
+        let networks = accept(networks);
+        let contains = |ip: &str| networks.contains(Some(ip.parse().unwrap()));
+        assert_eq!(inside.map(contains), [true; 2], "{networks:?}");
+        assert_eq!(outside.map(contains), [false; 2], "{networks:?}");
+        assert!(!networks.contains(None));
+    }
+    assert!(!Networks::default().contains(Some([127, 0, 0, 1].into())));
 }
 
 #[test]

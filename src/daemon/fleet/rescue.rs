@@ -9,16 +9,21 @@ use std::{
 };
 
 use super::{Fleet, InheritedPort, InheritedUnix, Member};
-use crate::{control::WorkerId, daemon::publics::WATCH_PAUSE, sockets::Rescued};
+use crate::{
+    control::WorkerId,
+    daemon::publics::WATCH_PAUSE,
+    sockets::{Permit, Rescued},
+};
 
 impl Fleet {
     /// Forgets a worker of which nothing is left. Its socket stays, with what waits in it, until
     /// somebody takes it over or [`Self::rescue`] empties it.
-    pub(in crate::daemon) fn forget(&mut self, id: WorkerId) {
+    pub(in crate::daemon) fn forget(&mut self, id: WorkerId, permit: impl Fn(&Arc<str>) -> Permit) {
         let Some(member) = self.members.remove(&id) else { return };
         let address = member.upstream.endpoint().inet();
         if member.way.is_some() {
             if member.probe.is_some() {
+                self.acceptor.set_permit(Some(permit(&member.service)));
                 // Before the kernel moves what waits to somebody who would answer them too.
                 let waiting = self.publics.rescue(id, &mut self.acceptor).into_iter();
                 let clients = waiting.filter(|socket| !member.is_probe(socket));
@@ -42,18 +47,20 @@ impl Fleet {
 
     /// As [`Self::rescue`], of workers that the kernel hands connections to: those that are `ejected`
     /// and those that are gone. Addresses that are not `wanted` and that no worker has
-    /// a socket on are let go.
+    /// a socket on are let go. `permit` is asked for each connection of a service; without one it stays
+    /// where it is.
     pub(in crate::daemon) fn rescue_direct(
         &mut self,
         wanted: &BTreeSet<SocketAddr>,
         ejected: &[WorkerId],
         can_serve: impl Fn(&str) -> bool,
+        permit: impl Fn(&Arc<str>) -> Permit,
         now: Instant,
     ) -> Vec<(Arc<str>, Rescued)> {
         let Self { members, acceptor, publics, watch_at, left: waiting, .. } = self;
         // Nothing was put in front of what the kernel gave to them.
         let client = |socket| Rescued { socket, proxy_protocol: None };
-        let mut left = publics.tidy(wanted, now, acceptor);
+        let mut left = publics.tidy(wanted, now, acceptor, &permit);
         if *watch_at <= now {
             *watch_at = now + WATCH_PAUSE;
             left.extend(publics.watch(now, acceptor));
@@ -65,6 +72,7 @@ impl Fleet {
             let Some(member) = members.get(id) else { continue };
             // Not while it is being probed: the probe is for it to answer.
             if member.way.is_some() && !member.probing && can_serve(&member.service) {
+                acceptor.set_permit(Some(permit(&member.service)));
                 let waiting = publics.rescue(*id, acceptor).into_iter();
                 let clients = waiting.filter(|socket| !member.is_probe(socket)).map(client);
                 member.prober.forget();
@@ -77,15 +85,18 @@ impl Fleet {
     /// Takes the connections out of every accept queue where nobody will: of a worker that is gone,
     /// or one of the `ejected`. They are to be handed to another worker of their service; where none
     /// `can_serve`, they are left to a successor, as long as there `is` such a service. Ports that are
-    /// not `needed` any more are closed.
+    /// not `needed` any more are closed. `permit` is asked for each connection of a service; without one
+    /// it stays where it is, for the next time.
     pub(in crate::daemon) fn rescue(
         &mut self,
         needed: &HashSet<SocketAddr>,
         ejected: &[WorkerId],
         can_serve: impl Fn(&str) -> bool,
         is: impl Fn(&str) -> bool,
+        permit: impl Fn(&Arc<str>) -> Permit,
     ) -> Vec<(Arc<str>, Rescued)> {
         let Self { members, acceptor, .. } = self;
+        acceptor.begin();
         // Not while it is being probed: the probe is for it to answer.
         let hangs = |id: &WorkerId| {
             ejected.contains(id) && members.get(id).is_some_and(|member| !member.probing)
@@ -93,6 +104,7 @@ impl Fleet {
         let mut rescued = Vec::new();
         self.ports.retain(|address, InheritedPort { port, service }| {
             let stays = needed.contains(address);
+            acceptor.set_permit(Some(permit(service)));
             let mut sockets = port.tidy(acceptor);
             if !stays || can_serve(service) {
                 sockets.extend(port.rescue(None, acceptor));
@@ -105,7 +117,7 @@ impl Fleet {
                 }
             }
             rescued.extend(sockets.into_iter().map(|socket| (Arc::clone(service), socket)));
-            stays
+            stays || acceptor.is_short()
         });
         self.nameless.retain(|id, inherited| {
             let InheritedUnix { socket, service, proxy_protocol } = inherited;
@@ -121,11 +133,17 @@ impl Fleet {
                     let proxy_protocol = *proxy_protocol;
                     (Arc::clone(service), Rescued { socket, proxy_protocol })
                 };
+                acceptor.set_permit(Some(permit(service)));
                 rescued.extend(socket.rescue(acceptor).into_iter().map(connection));
             }
-            !is_over
+            !is_over || acceptor.is_short()
         });
         rescued
+    }
+
+    /// Whether connections were left where nobody accepts them, since there was no room for more.
+    pub(in crate::daemon) fn has_left_some(&self) -> bool {
+        self.acceptor.is_short()
     }
 }
 

@@ -6,13 +6,13 @@ use std::{
     fmt, io,
     num::NonZeroU32,
     sync::{
-        Arc,
+        Arc, LazyLock,
         atomic::{
             AtomicBool, AtomicU64, AtomicUsize,
             Ordering::{Relaxed, SeqCst},
         },
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use socket2::{Domain, Socket};
@@ -51,6 +51,9 @@ pub struct Upstream {
     retired: AtomicBool,
     departed: AtomicBool,
     displaced: AtomicBool,
+    /// Until when its accept queue is taken for full, in milliseconds since [`BEGAN`]; 0 where it is
+    /// not.
+    congested: AtomicU64,
     drained: Arc<Notify>,
     active: AtomicUsize,
     total: AtomicU64,
@@ -59,6 +62,16 @@ pub struct Upstream {
     answered: AtomicU64,
     counters: WorkerCounters,
     direct: Option<Direct>,
+}
+
+/// How long a worker whose accept queue was full is left alone as long as others are not: who filled it
+/// may be others than lbd, so that nothing may tell when it has room.
+const CONGESTED: Duration = Duration::from_secs(1);
+
+static BEGAN: LazyLock<Instant> = LazyLock::new(Instant::now);
+
+fn milliseconds() -> u64 {
+    u64::try_from(BEGAN.elapsed().as_millis()).unwrap_or(u64::MAX)
 }
 
 /// What passed through an [`Upstream`] so far.
@@ -130,6 +143,7 @@ impl Upstream {
             retired: AtomicBool::new(false),
             departed: AtomicBool::new(false),
             displaced: AtomicBool::new(false),
+            congested: AtomicU64::new(0),
             drained,
             active: AtomicUsize::new(0),
             total: AtomicU64::new(0),
@@ -281,11 +295,28 @@ impl Upstream {
 
     /// Whether its process is gone, so that nobody reads any more what clients send to it.
     pub(super) fn is_departed(&self) -> bool {
-        self.departed.load(Relaxed)
+        self.departed.load(SeqCst)
     }
 
     pub(super) fn depart(&self) {
-        self.departed.store(true, Relaxed);
+        self.departed.store(true, SeqCst);
+    }
+
+    /// Whether a connect found its accept queue full a moment ago, and nothing since says that it has
+    /// room.
+    pub(super) fn is_congested(&self) -> bool {
+        match self.congested.load(Relaxed) {
+            0 => false,
+            until => milliseconds() < until,
+        }
+    }
+
+    pub(super) fn set_congested(&self, congested: bool) {
+        let until = if congested { milliseconds() + CONGESTED.as_millis() as u64 } else { 0 };
+        // The plain load keeps the cache line shared where nothing changes.
+        if self.congested.load(Relaxed) != until {
+            self.congested.store(until, Relaxed);
+        }
     }
 
     /// A connection's claim, of which there are never more than `most`.
@@ -299,7 +330,7 @@ impl Upstream {
                 self.active.fetch_update(SeqCst, SeqCst, room).map_err(|_| Denied::Full)?;
             }
         }
-        let lease = Lease { upstream: Arc::clone(self), pass: None };
+        let lease = Lease { upstream: Arc::clone(self), pass: None, has_taken: false };
         if self.retired.load(SeqCst) { Err(Denied::Retired) } else { Ok(lease) }
     }
 
@@ -394,6 +425,9 @@ pub(super) struct Lease {
     upstream: Arc<Upstream>,
     /// While it is being connected.
     pub(super) pass: Option<Box<Pass>>,
+    /// The worker has taken the connection, so that with its end there is likely to be room in the
+    /// worker's queue.
+    pub(super) has_taken: bool,
 }
 
 impl std::ops::Deref for Lease {
@@ -407,6 +441,9 @@ impl std::ops::Deref for Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         let upstream = &self.upstream;
+        if self.has_taken {
+            upstream.set_congested(false);
+        }
         if upstream.active.fetch_sub(1, SeqCst) == 1 && upstream.retired.load(SeqCst) {
             upstream.drained.notify_one();
         }

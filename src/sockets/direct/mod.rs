@@ -350,7 +350,7 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
         let mut rescued = Vec::new();
         for (since, key, socket) in std::mem::take(&mut self.leaving) {
             rescued.extend(accept_all(&socket, acceptor));
-            if now >= since + HANDSHAKE {
+            if now >= since + HANDSHAKE && !acceptor.is_short() {
                 self.steer.leave(key, &socket);
             } else {
                 self.leaving.push((since, key, socket));

@@ -1,0 +1,127 @@
+//! What makes clients wait though nothing is wrong with a worker: said once, when it begins.
+
+use std::{
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU8, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+use nix::errno::Errno;
+use tracing::warn;
+
+/// How long a shortage must have been over for its next beginning to be news.
+const QUIET: Duration = Duration::from_secs(60);
+
+/// What there is not enough of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Shortage {
+    /// `max-connections`.
+    Service,
+    /// `limits.max-connections`, of all workers.
+    Workers,
+    /// Room in the workers' accept queues.
+    Queues,
+    /// Descriptors.
+    Descriptors,
+    /// Local ports to connect from.
+    Ports,
+    /// Memory of the kernel.
+    Memory,
+}
+
+impl Shortage {
+    const COUNT: usize = 6;
+
+    /// Those that connections wait for which have been accepted.
+    pub(super) const OF_WORKERS: [Self; 4] =
+        [Self::Workers, Self::Queues, Self::Ports, Self::Memory];
+    /// Those that clients wait for in the accept queue.
+    pub(super) const OF_DOORS: [Self; 2] = [Self::Service, Self::Descriptors];
+
+    /// What lbd itself is short of when a system call fails like this. It says nothing about the
+    /// worker that was to be connected to (connect(2), socket(2)).
+    pub(super) fn of(errno: Errno) -> Option<Self> {
+        match errno {
+            Errno::EMFILE | Errno::ENFILE => Some(Self::Descriptors),
+            Errno::ENOBUFS | Errno::ENOMEM | Errno::ENOSPC => Some(Self::Memory),
+            Errno::EADDRNOTAVAIL => Some(Self::Ports),
+            _ => None,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Service => "max-connections",
+            Self::Workers => "limits.max-connections",
+            Self::Queues => "the workers' accept queues",
+            Self::Descriptors => "descriptors",
+            Self::Ports => "local ports",
+            Self::Memory => "memory",
+        }
+    }
+
+    fn hint(self) -> &'static str {
+        match self {
+            Self::Service => {
+                "raise `max-connections`, or add workers so that each connection is shorter"
+            }
+            Self::Workers => "raise `limits.max-connections`, or the number of workers",
+            Self::Queues => {
+                "more workers, a longer accept queue in the program (its backlog), or a longer `hold-timeout`"
+            }
+            Self::Descriptors => {
+                "raise the limit that lbd is started with (`ulimit -n`, in systemd `LimitNOFILE=`)"
+            }
+            Self::Ports => {
+                "`socket = \"unix\"`, a wider net.ipv4.ip_local_port_range, or more workers"
+            }
+            Self::Memory => {
+                "the kernel has no memory for more sockets: see net.ipv4.tcp_mem and dmesg"
+            }
+        }
+    }
+}
+
+/// What one service is short of.
+#[derive(Debug, Default)]
+pub(super) struct Shortages {
+    /// A bit for each that lasts.
+    lasting: AtomicU8,
+    /// When each was over last.
+    over: Mutex<[Option<Instant>; Shortage::COUNT]>,
+}
+
+impl Shortages {
+    pub(super) fn lasts(&self, what: Shortage) -> bool {
+        self.lasting.load(Relaxed) & 1 << what as u8 != 0
+    }
+
+    /// Clients of `service` begin to wait, or wait still, for want of this, of which there is so much.
+    pub(super) fn begins(&self, what: Shortage, service: &str, limit: Option<usize>) {
+        let bit = 1 << what as u8;
+        if self.lasts(what) || self.lasting.fetch_or(bit, Relaxed) & bit != 0 {
+            return;
+        }
+        let over = self.over.lock().unwrap_or_else(PoisonError::into_inner)[what as usize];
+        if over.is_none_or(|over| over.elapsed() >= QUIET) {
+            let (short_of, hint) = (what.name(), what.hint());
+            warn!(service, short_of, limit, hint, "clients wait");
+        }
+    }
+
+    /// Nobody waits for any of these any more.
+    pub(super) fn end(&self, which: &[Shortage]) {
+        let bits = which.iter().fold(0, |bits, what| bits | 1 << *what as u8);
+        // The plain load keeps the cache line shared where nothing is short.
+        if self.lasting.load(Relaxed) & bits == 0 {
+            return;
+        }
+        let ended = self.lasting.fetch_and(!bits, Relaxed) & bits;
+        let mut over = self.over.lock().unwrap_or_else(PoisonError::into_inner);
+        for what in which.iter().filter(|what| ended & 1 << **what as u8 != 0) {
+            over[*what as usize] = Some(Instant::now());
+        }
+    }
+}
