@@ -5,7 +5,8 @@
 //!
 //! ```text
 //! lbd ──┬── guard ── program ── what the program starts
-//!       └── guard ── program
+//!       └── guard ─┬─ program
+//!                  └─ writer ─▶ file      where its output goes to one
 //! ```
 //!
 //! The guard ([`exec_main`]) is single-threaded, runs no runtime, and is a subreaper: whatever the

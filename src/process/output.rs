@@ -1,4 +1,5 @@
-//! Where a worker's standard output and error go; and their way into lbd's log, line by line.
+//! Where a worker's standard output and error go; and their way into lbd's log, line by line. (Into a
+//! file of its own they go through a [writer](super::writer).)
 //!
 //! Workers write what they like, as fast as they like. So the lines are made on a thread of their
 //! own, which always reads on and never makes a worker wait: what is too much for the log is counted
