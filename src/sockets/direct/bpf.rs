@@ -3,10 +3,10 @@
 use std::{
     ffi::c_void,
     io,
+    marker::PhantomData,
     num::NonZeroUsize,
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     ptr::NonNull,
-    sync::atomic::{AtomicU32, AtomicU64},
 };
 
 use nix::{
@@ -125,54 +125,55 @@ impl AsFd for Map {
     }
 }
 
+/// What can be in a [`Memory`].
+///
+/// # Safety
+/// It is made of atomics alone, so that all zeros are valid and both sides may write at any time.
+pub(super) unsafe trait Shared {}
+
 /// A map of one value, and that value mapped into this process: what either side writes the other
 /// reads at once.
 #[derive(Debug)]
-pub(super) struct Memory {
+pub(super) struct Memory<T: Shared> {
     map: Map,
     start: NonNull<c_void>,
     size: NonZeroUsize,
+    what: PhantomData<T>,
 }
 
 // SAFETY: the mapping belongs to the process and is touched through atomics alone.
-unsafe impl Send for Memory {}
+unsafe impl<T: Shared> Send for Memory<T> {}
 // SAFETY: as above.
-unsafe impl Sync for Memory {}
+unsafe impl<T: Shared> Sync for Memory<T> {}
 
-impl Memory {
+impl<T: Shared> Memory<T> {
+    const SIZE: NonZeroUsize = NonZeroUsize::new(size_of::<T>()).unwrap();
+
     /// Zeros.
     ///
     /// # Errors
     /// As [`Map::new`]; or where there is no memory.
-    pub(super) fn new(size: NonZeroUsize, name: &str) -> io::Result<Self> {
+    pub(super) fn new(name: &str) -> io::Result<Self> {
+        let size = Self::SIZE;
         let map = Map::new(MapKind::Memory, size.get() as u32, 1, name)?;
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a new mapping wherever the kernel likes takes the place of nothing.
         let start = unsafe { mmap(None, size, protection, MapFlags::MAP_SHARED, &map, 0) }?;
-        Ok(Self { map, start, size })
+        Ok(Self { map, start, size, what: PhantomData })
     }
 
     pub(super) fn map(&self) -> &Map {
         &self.map
     }
 
-    /// The word at `offset`, in bytes; `offset` has to be within, and a multiple of 8.
-    pub(super) fn word(&self, offset: usize) -> &AtomicU64 {
-        debug_assert!(offset + 8 <= self.size.get() && offset.is_multiple_of(8));
-        // SAFETY: within the mapping, which is zeroed at first, lives as long as `self`, and begins
-        // at a page; all access on this side is atomic, as is the program's.
-        unsafe { AtomicU64::from_ptr(self.start.as_ptr().byte_add(offset).cast()) }
-    }
-
-    /// The half-word at `offset`, in bytes; `offset` has to be within, and a multiple of 4.
-    pub(super) fn half(&self, offset: usize) -> &AtomicU32 {
-        debug_assert!(offset + 4 <= self.size.get() && offset.is_multiple_of(4));
-        // SAFETY: as for `word`; no place is used in both ways.
-        unsafe { AtomicU32::from_ptr(self.start.as_ptr().byte_add(offset).cast()) }
+    pub(super) fn get(&self) -> &T {
+        // SAFETY: the mapping is as large as a `T`, zeroed at first, lives as long as `self`, and begins
+        // at a page. All access is atomic, on this side as on the program's.
+        unsafe { self.start.cast().as_ref() }
     }
 }
 
-impl Drop for Memory {
+impl<T: Shared> Drop for Memory<T> {
     fn drop(&mut self) {
         // SAFETY: nothing borrows from it any more. It can't fail for a mapping that is whole.
         _ = unsafe { munmap(self.start, self.size.get()) };

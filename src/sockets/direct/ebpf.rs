@@ -8,12 +8,15 @@
 
 use std::{
     io,
+    mem::offset_of,
     net::{IpAddr, Shutdown, SocketAddr},
-    num::NonZeroUsize,
     os::fd::{AsFd, AsRawFd},
     sync::{
         Mutex, PoisonError,
-        atomic::Ordering::{Acquire, Relaxed, Release},
+        atomic::{
+            AtomicU32, AtomicU64,
+            Ordering::{Acquire, Relaxed, Release},
+        },
     },
     thread,
     time::{Duration, Instant},
@@ -31,7 +34,7 @@ use super::{
         Register::{R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10},
         Size::{Byte, Double, Half, Word},
     },
-    bpf::{Map, MapKind, Memory, Program, Refused},
+    bpf::{Map, MapKind, Memory, Program, Refused, Shared},
     steer::Steer,
     turns::{Choice, FOLD, Key, LAST, PARKING, STEPS, Turn, buckets, words},
 };
@@ -44,23 +47,37 @@ const TURNS: u32 = 4096;
 
 /// The memory that is shared with the program. What every connection reads, and what every
 /// connection writes, are a cache line apart.
-///
-/// The rotation: the number of turns in the upper half; in the lower one the index of the first, and
-/// [`HASHED`]. One store of it puts another rotation in force.
-const ROTATION: usize = 0;
+#[derive(Debug)]
+#[repr(C)]
+struct Table {
+    /// The rotation: the number of turns in the upper half; in the lower one the index of the first,
+    /// and [`HASHED`]. One store of it puts another rotation in force.
+    rotation: AtomicU64,
+    /// How many exceptions there are: with none, nobody's source port is looked at.
+    exceptions: AtomicU64,
+    _read: [AtomicU64; 6],
+    /// How many turns have been taken.
+    cursor: AtomicU64,
+    _written: [AtomicU64; 7],
+    /// How many connections each key got.
+    routed: [AtomicU64; KEYS as usize],
+    /// Two tables of keys, of which one is in force while the other one is written.
+    keys: [AtomicU32; 2 * TURNS as usize],
+}
+
+// SAFETY: atomics, and arrays of them.
+unsafe impl Shared for Table {}
+
 /// Turns go by a hash of the client's address. Above every index.
 const HASHED: u32 = 1 << 30;
 /// A rotation that nobody has a turn in, and the parking neither.
 const CLOSED: u64 = HASHED as u64;
-/// How many exceptions there are: with none, nobody's source port is looked at.
-const EXCEPTIONS: usize = 8;
-/// How many turns have been taken.
-const CURSOR: usize = 64;
-/// How many connections each key got: words.
-const ROUTED: usize = 128;
-/// Two tables of keys, half-words, of which one is in force while the other one is written.
-const TABLES: usize = ROUTED + KEYS as usize * 8;
-const SIZE: usize = TABLES + 2 * TURNS as usize * 4;
+/// Where the program finds them.
+const ROTATION: usize = offset_of!(Table, rotation);
+const EXCEPTIONS: usize = offset_of!(Table, exceptions);
+const CURSOR: usize = offset_of!(Table, cursor);
+const ROUTED: usize = offset_of!(Table, routed);
+const TABLES: usize = offset_of!(Table, keys);
 
 /// Helpers of the kernel (`linux/bpf.h`).
 const MAP_LOOKUP: i32 = 1;
@@ -89,7 +106,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// One group, and its program.
 #[derive(Debug)]
 pub(super) struct Ebpf {
-    memory: Memory,
+    memory: Memory<Table>,
     sockets: Map,
     exceptions: Map,
     program: Program,
@@ -104,7 +121,7 @@ impl Ebpf {
     /// Where the kernel refuses it: without `CAP_BPF`, or an old one.
     pub(super) fn start(parking: &Socket, inside: SocketAddr) -> Result<Self, Refused> {
         let failed = |source| Refused { source, log: None };
-        let memory = Memory::new(const { NonZeroUsize::new(SIZE).unwrap() }, "lbd_rotation");
+        let memory = Memory::new("lbd_rotation");
         let memory = memory.map_err(failed)?;
         let sockets = Map::new(MapKind::Sockets, 4, KEYS, "lbd_sockets").map_err(failed)?;
         let exceptions = Map::new(MapKind::Hash, 4, KEYS, "lbd_exceptions").map_err(failed)?;
@@ -146,7 +163,7 @@ impl Steer for Ebpf {
             return Err(io::Error::other(format!("at most {TURNS} sockets can have turns")));
         }
         let mut current = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
-        let rotation = self.memory.word(ROTATION);
+        let Table { rotation, cursor, keys: places, .. } = self.memory.get();
         let in_force = rotation.load(Relaxed) as u32 & !HASHED;
         let first = if in_force == 0 { TURNS } else { 0 };
         let (hashed, keys): (u32, Vec<Key>) = match choice {
@@ -154,10 +171,9 @@ impl Steer for Ebpf {
             Choice::SourceHash if turns.is_empty() => (0, Vec::new()),
             Choice::SourceHash => (HASHED, buckets(turns, TURNS)),
         };
-        for (index, key) in (first as usize..).zip(&keys) {
-            self.memory.half(TABLES + 4 * index).store(*key, Relaxed);
+        for (place, key) in places.iter().skip(first as usize).zip(&keys) {
+            place.store(*key, Relaxed);
         }
-        let cursor = self.memory.word(CURSOR);
         let next = next_turn(&current, turns, cursor.load(Relaxed));
         // The table before what points to it.
         rotation.store((keys.len() as u64) << 32 | u64::from(first | hashed), Release);
@@ -168,18 +184,18 @@ impl Steer for Ebpf {
 
     fn except(&self, source: u16, key: Key) -> io::Result<()> {
         self.exceptions.put(source.into(), key)?;
-        self.memory.word(EXCEPTIONS).fetch_add(1, Release);
+        self.memory.get().exceptions.fetch_add(1, Release);
         Ok(())
     }
 
     fn except_no_more(&self, source: u16) {
         if self.exceptions.remove(source.into()).is_ok() {
-            self.memory.word(EXCEPTIONS).fetch_sub(1, Release);
+            self.memory.get().exceptions.fetch_sub(1, Release);
         }
     }
 
     fn close(&self) -> bool {
-        self.memory.word(ROTATION).store(CLOSED, Release);
+        self.memory.get().rotation.store(CLOSED, Release);
         true
     }
 
@@ -200,8 +216,7 @@ impl Steer for Ebpf {
     }
 
     fn routed(&self, key: Key) -> Option<u64> {
-        let offset = ROUTED + 8 * (key % KEYS) as usize;
-        Some(self.memory.word(offset).load(Acquire))
+        Some(self.memory.get().routed.get(key as usize)?.load(Acquire))
     }
 }
 
@@ -222,7 +237,12 @@ fn next_turn(before: &[Turn], after: &[Turn], cursor: u64) -> u64 {
 /// The program of a group that lbd reaches at `inside`.
 ///
 /// R6 is what it was given, R7 the shared memory, R9 the rotation.
-fn program(inside: IpAddr, memory: &Memory, sockets: &Map, exceptions: &Map) -> Vec<Instruction> {
+fn program(
+    inside: IpAddr,
+    memory: &Memory<Table>,
+    sockets: &Map,
+    exceptions: &Map,
+) -> Vec<Instruction> {
     let mut code = Assembler::default();
     let select = |code: &mut Assembler| {
         // R0 = select(given, sockets, &key, 0); the key is at the end of the stack.
