@@ -66,8 +66,10 @@ fn picture(c: char) -> char {
         '\t' => c,
         '\0'..='\x1f' => char::from_u32(0x2400 + u32::from(c)).unwrap_or_default(),
         '\x7f' => '\u{2421}',
-        c if is_control(c) => char::REPLACEMENT_CHARACTER,
-        c => c,
+        // Most of what there is is none of the others.
+        ' '..='\x7e' => c,
+        _ if is_control(c) => char::REPLACEMENT_CHARACTER,
+        _ => c,
     }
 }
 

@@ -174,7 +174,8 @@ fn key_value_fields() -> impl for<'w> FormatFields<'w> + Send + Sync + 'static {
             write!(text, "{value:?}")?;
             // A recorded &str comes quoted, a displayed value does not.
             let quoted = text.len() >= 2 && text.starts_with('"') && text.ends_with('"');
-            if text.contains(printable::is_control) {
+            // What a worker wrote is clean already, and long.
+            if field.name() != "line" && text.contains(printable::is_control) {
                 // A displayed value, whatever it begins and ends with.
                 return write!(writer, "{field}={text:?}");
             }
