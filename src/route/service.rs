@@ -385,3 +385,69 @@ fn leave(service: &ServiceRoute) -> bool {
     }
     left.wake
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn service(crew: &Arc<Crew>, name: &str) -> Arc<ServiceRoute> {
+        let pool = Pool::new(Vec::new(), None, Arc::default());
+        ServiceRoute::new(name.into(), pool, Arc::default(), Arc::clone(crew))
+    }
+
+    /// As many places as it gets.
+    fn all(service: &Arc<ServiceRoute>) -> Vec<Place> {
+        std::iter::from_fn(|| Place::take(service).ok()).collect()
+    }
+
+    #[test]
+    fn no_service_takes_the_share_of_another() {
+        // Eight of them are kept.
+        let crew = Crew::new(2, 128).unwrap();
+        let first = service(&crew, "first");
+        assert_eq!(all(&first).len(), 120, "alone, it has all");
+        let second = service(&crew, "second");
+        let (of_first, of_second) = (all(&first), all(&second));
+        assert_eq!((of_first.len(), of_second.len()), (90, 30));
+        assert_eq!(all(&first).len() + all(&second).len(), 0);
+        // Whoever waited for a worker that is gone gets a place all the same, but not without end.
+        let reserved: Vec<_> = std::iter::from_fn(|| first.reserve()).collect();
+        assert_eq!(reserved.len(), 8);
+        drop((of_first, of_second, reserved));
+
+        // What one holds when another comes, it keeps, and then no more than the others leave.
+        drop(second);
+        let of_first = all(&first);
+        assert_eq!(of_first.len(), 120);
+        let second = service(&crew, "second");
+        assert!(Place::take(&second).is_err());
+        drop(of_first);
+        assert_eq!(all(&second).len(), 90);
+        assert_eq!(crew.budget().held(), 0);
+    }
+
+    #[test]
+    fn where_there_is_not_a_place_for_each_nothing_is_divided_by_zero() {
+        let crew = Crew::new(1, 2).unwrap();
+        let services: Vec<_> = (0..5).map(|number| service(&crew, &number.to_string())).collect();
+        let places: Vec<_> = services.iter().flat_map(all).collect();
+        assert_eq!(places.len(), 2);
+    }
+
+    #[test]
+    fn the_longest_waiting_goes_first_whichever_thread_it_is_at() {
+        let crew = Crew::new(3, 128).unwrap();
+        let service = service(&crew, "web");
+        let came = |millis| Instant::now() + Duration::from_millis(millis);
+        let (first, second) = (came(10), came(30));
+        assert!(service.is_turn(0, second));
+        service.set_head(1, Some(first));
+        service.set_head(0, Some(second));
+        assert!(service.is_turn(1, first));
+        let before = service.version();
+        assert!(!service.is_turn(0, second));
+        assert!(service.version() > before, "the other one has to look");
+        service.set_head(1, None);
+        assert!(service.is_turn(0, second));
+    }
+}
