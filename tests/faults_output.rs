@@ -43,7 +43,7 @@ fn a_worker_that_pours_out_no_newline() {
     let bytes = env::var("LBD_TEST_BYTES").map_or(20_000_000, |bytes| bytes.parse().unwrap());
     let ports = Ports::take(2);
     let keys = command(&["http", "--pour", &bytes.to_string()]);
-    let config = format!("[log]\noutput-rate = \"1000/s\"\n{}", ports.service(&keys));
+    let config = format!("[log]\noutput-rate = \"50/s\"\n{}", ports.service(&keys));
     let daemon = Daemon::healthy(&config, 2);
     // Written means read by lbd: a pipe holds next to nothing.
     let pids = daemon.slot_pids();

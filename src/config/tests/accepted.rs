@@ -286,7 +286,7 @@ max-connections = 30
     assert_eq!(config.services, [expected]);
     assert_eq!(
         config.refuse_process_limits("there is no cgroup").unwrap_err().to_string(),
-        "/srv/lb.toml:69: service.\"a.b_c-1\".limits.processes: there is no cgroup; remove it, or \
+        "/srv/lb.toml:71: service.\"a.b_c-1\".limits.processes: there is no cgroup; remove it, or \
          run lbd where it has a cgroup with the pids controller, such as systemd's Delegate=yes \
          gives it"
     );
