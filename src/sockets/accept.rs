@@ -80,8 +80,8 @@ impl Acceptor {
     ///
     /// # Errors
     /// `WouldBlock` when the queue is empty; any other error is one that only time can cure
-    /// (descriptors or memory run out, or there is no permit), so the caller backs off. Errors of a single connection are
-    /// skipped, as accept(2) says.
+    /// (descriptors or memory run out, or there is no permit), so the caller backs off. Errors of a
+    /// single connection are skipped, as accept(2) says.
     pub fn accept(&mut self, socket: &Socket, flags: i32) -> io::Result<Socket> {
         let mut is_permitted = false;
         loop {
@@ -99,6 +99,11 @@ impl Acceptor {
             match accepted {
                 Ok((connection, _peer)) => return Ok(connection),
                 Err(error) if is_of_one_connection(&error) => {}
+                // A unix socket that is shut down for reading, with nobody left in its queue; poll(2)
+                // calls it readable for its end.
+                Err(error) if error.raw_os_error() == Some(Errno::EINVAL as i32) => {
+                    return Err(io::ErrorKind::WouldBlock.into());
+                }
                 Err(error) => {
                     self.is_short = true;
                     return Err(error);
