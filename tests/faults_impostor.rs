@@ -44,7 +44,8 @@ fn is_tried_again(daemon: &Daemon) {
     let tries = || daemon.workers("web")[0]["generation"].as_u64().unwrap();
     let before = tries();
     eventually("it is tried again and again", || tries() >= before + 2);
-    assert_eq!(daemon.said(Mark::START, "worker not started").len(), 1);
+    // Twice at most: a busy machine may not have had the time to find out who has the port at first.
+    assert!(daemon.said(Mark::START, "worker not started").len() <= 2);
 }
 
 /// Somebody has the port, on `address`, before lbd starts.

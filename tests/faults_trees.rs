@@ -41,7 +41,8 @@ const EACH: usize = 4;
 #[test]
 fn a_stubborn_tree_is_gone_after_a_restart_and_after_a_stop() {
     let ports = Ports::take(2);
-    let mut daemon = Daemon::healthy(&ports.service(&stubborn()), 2);
+    let keys = format!("{}\nrollout.order = \"stop-first\"", stubborn());
+    let mut daemon = Daemon::healthy(&ports.service(&keys), 2);
     eventually("all run", || daemon.processes().len() == 1 + 2 * EACH);
     let before = daemon.processes();
     assert_eq!(daemon.lbd(&["restart"]).status.code(), Some(0));
@@ -101,7 +102,8 @@ fn lbd_killed_ten_times_under_load_leaves_nothing_and_starts_again() {
             });
         }
         for round in 0..10 {
-            let daemon = Daemon::healthy(&config, 3);
+            // The job accepts nothing, and is not healthy ever.
+            let daemon = Daemon::healthy(&config, 2);
             let before = answered.load(Ordering::Relaxed);
             eventually("answers", || answered.load(Ordering::Relaxed) > before + 20);
             eventually("all run", || daemon.processes().len() == 1 + 2 * EACH + 3);
@@ -151,7 +153,7 @@ fn lbd_and_its_guards_cannot_be_traced_by_their_own_user_and_workers_can() {
     let nobody = User::from_name("nobody").unwrap().expect("there is a user nobody");
     std::os::unix::fs::chown(folder.path(), Some(nobody.uid.as_raw()), None).unwrap();
     fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
-    let script = "command = [\"sleep\", \"1000\"]\nsocket = \"inherit\"\noutput = \"./out\"";
+    let script = "command = [\"./lbd\", \"worker\", \"--root\", \".\"]\nsocket = \"inherit\"\noutput = \"./out\"";
     fs::write(folder.path().join("lb.toml"), ports.service(script)).unwrap();
     // Readable for that user, wherever the tests were built.
     let lbd = folder.path().join("lbd");

@@ -144,12 +144,12 @@ fn documented_keys(page: &str) -> BTreeSet<String> {
 
 /// What lbd offers in place of a key that it does not know, of each table.
 fn known_keys() -> BTreeSet<String> {
-    let tables = ["health", "restart", "stop", "limits"];
+    let tables = ["health", "restart", "rollout", "stop", "limits"];
     let unknown = "no-such-key-here = 1\n";
     let nested: String = tables.map(|table| format!("{table}.{unknown}")).concat();
     let file = format!("[log]\n{unknown}[admin]\n{unknown}{SERVICE}{unknown}{nested}");
     let said = complaints(&file);
-    assert_eq!(said.lines().count(), 7, "{said}");
+    assert_eq!(said.lines().count(), 8, "{said}");
     let mut keys = BTreeSet::new();
     for line in said.lines() {
         let (place, known) = line.split_once(": unknown key; known here: ").expect(line);

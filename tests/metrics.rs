@@ -324,7 +324,8 @@ fn who_is_rescued_is_counted_once_more() {
 #[test]
 fn exits_are_counted_by_their_causes() {
     let ports = Ports::take(1);
-    let daemon = healthy(&ports.service(&command(&["http"])), 1);
+    let inherit = |keys: &str| ports.service(&format!("{keys}\nsocket = \"inherit\""));
+    let daemon = healthy(&inherit(&command(&["http"])), 1);
     let exits = |cause: &str| format!("lbd_worker_exits_total{{cause=\"{cause}\"}}");
     kill_hard(daemon.worker_pid(ports.worker(0)));
     daemon.wait_healthy(Mark::START, 2);
@@ -336,7 +337,7 @@ fn exits_are_counted_by_their_causes() {
     assert!(daemon.lbd(&["restart"]).status.success());
     until(&daemon, &exits("stopped"), 1.0);
     // Not to be started.
-    daemon.must_reload(&with_admin(&ports.service("command = [\"/no/such/program\"]")));
+    daemon.must_reload(&with_admin(&inherit("command = [\"/no/such/program\"]")));
     daemon.wait(Mark::START, "worker not started", &[]);
     eventually("the old one is back", || {
         let metrics = Metrics::of(&daemon);
@@ -344,7 +345,7 @@ fn exits_are_counted_by_their_causes() {
     });
     // Never healthy.
     let silent = format!("{}\nhealth.start-timeout = \"100ms\"", command(&["silent"]));
-    daemon.must_reload(&with_admin(&ports.service(&silent)));
+    daemon.must_reload(&with_admin(&inherit(&silent)));
     eventually("it is given up", || Metrics::of(&daemon).value(&exits("unhealthy")) >= 1.0);
     let metrics = Metrics::of(&daemon);
     assert_eq!(metrics.value(&exits("signal")), 1.0);
@@ -443,7 +444,9 @@ fn no_counter_ever_falls() {
     kill_hard(daemon.worker_pid(ports.worker(0)));
     eventually("it is started again", || {
         look();
-        daemon.said(Mark::START, "worker healthy").len() == 7
+        // Two at the start, this one, and in each restart two for each slot: one that stands in
+        // while the port is handed over, and one on the port.
+        daemon.said(Mark::START, "worker healthy").len() == 2 + 1 + 2 * 2 * 2
     });
     eventually("all have ended", || Metrics::of(&daemon).sum("lbd_connections_active") == 0.0);
     look();

@@ -68,7 +68,7 @@ fn each_worker_has_a_file_by_its_name_and_goes_on_in_a_new_one() {
     let folder = tempfile::tempdir().unwrap();
     fs::create_dir(folder.path().join("out")).unwrap();
     let mut daemon = Daemon::start_in(folder, &ports.service(&keys));
-    daemon.wait_healthy(Mark::START, 2);
+    daemon.wait_many(Mark::START, "worker started", &[], 2);
     let pids = daemon.slot_pids();
     for slot in 0..2 {
         let path = daemon.path(&format!("out/web-{slot}.log"));
@@ -133,7 +133,7 @@ fn a_worker_waits_while_nobody_writes_what_it_says() {
     let script = "while ! [ -e go ]; do sleep 0.01; done; seq 100000; touch said";
     let keys = format!("{}\noutput = \"./file\"", shell(script));
     let daemon = Daemon::start(&ports.service(&keys));
-    daemon.wait_healthy(Mark::START, 1);
+    daemon.wait(Mark::START, "worker started", &[]);
     let writer = writer(&daemon);
     freeze(writer);
     fs::write(daemon.path("go"), "").unwrap();
@@ -152,7 +152,7 @@ fn a_full_disk_is_told_and_costs_nothing_when_there_is_room_again() {
     let script = "while ! [ -e go ]; do sleep 0.01; done; seq 100000; touch said";
     let keys = format!("{}\noutput = \"./file\"", shell(script));
     let daemon = Daemon::start(&ports.service(&keys));
-    daemon.wait_healthy(Mark::START, 1);
+    daemon.wait(Mark::START, "worker started", &[]);
     let limit = |limit: &str| {
         // As a full disk, to this process alone.
         let limit = format!("--fsize={limit}:unlimited");
@@ -179,7 +179,7 @@ fn what_was_written_before_lbd_was_killed_is_in_the_file() {
     let script = "i=0; while i=$((i + 1)); do echo $i; echo $i > new; mv new count; done";
     let keys = format!("{}\noutput = \"./file\"", shell(script));
     let daemon = Daemon::start(&ports.service(&keys));
-    daemon.wait_healthy(Mark::START, 1);
+    daemon.wait(Mark::START, "worker started", &[]);
     let writer = writer(&daemon);
     let count = || text(&daemon.path("count")).trim().parse::<usize>().unwrap_or(0);
     eventually("it writes", || count() > 10);
