@@ -279,7 +279,7 @@ fn a_file_is_made_by_the_workers_user_and_where_that_may() {
         service("roots", &ports[3], "./secret"),
     ];
     let mut daemon = Daemon::start_in(folder, &config.concat());
-    daemon.wait(Mark::START, "worker healthy", &[("service", "good")]);
+    daemon.wait(Mark::START, "worker started", &[("service", "good")]);
     let path = daemon.path("own/out");
     eventually("it is written", || text(&path) == "mine\n");
     let file = fs::metadata(&path).unwrap();

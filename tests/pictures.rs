@@ -6,7 +6,7 @@ mod common;
 use std::{fs, io::Read, sync::Arc, thread, time::Duration};
 
 use common::{
-    Daemon, Mark, Ports,
+    Daemon, Line, Mark, Ports,
     client::{KeepAlive, connect},
     www,
 };
@@ -55,9 +55,13 @@ fn fetch(keys: &str, keep: bool) {
         client.join().unwrap();
     }
     let requests = CLIENTS * TIMES * NAMES.len();
-    // The first one of each client, which says nothing, is not worth a line.
     let connections = if keep { CLIENTS } else { requests };
-    let lines = daemon.wait_many(Mark::START, "connection", &[("end", "closed")], connections);
+    // The first one of each client says nothing.
+    let answered = |line: &Line| {
+        line.is("connection", &[("end", "closed")]) && line.number::<usize>("sent") > 0
+    };
+    let what = "the connections that were answered";
+    let lines = daemon.log.wait_for(Mark::START, what, connections, answered);
     let sent: usize = lines.iter().map(|line| line.number::<usize>("sent")).sum();
     let bodies: usize = pictures.iter().map(|(_, file)| file.len() * CLIENTS * TIMES).sum();
     assert!(sent > bodies, "{sent} of {bodies}");

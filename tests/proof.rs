@@ -634,7 +634,11 @@ fn a_program_that_says_nothing_gets_a_hint() {
     }
     let ports = Ports::take(1);
     let keys = "command = [\"python3\", \"-c\", \"import time; print(1); time.sleep(1000)\"]";
-    let daemon = Daemon::start(&ports.service(keys));
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("lb.toml"), ports.service(keys)).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_lbd"));
+    command.args(["--config", "lb.toml"]).env_remove("PYTHONUNBUFFERED");
+    let daemon = Daemon::run(folder, command);
     let line = daemon.wait(Mark::START, "worker not healthy yet", &[]);
     assert!(line.get("hint").unwrap().contains("PYTHONUNBUFFERED"), "{}", line.raw);
 }

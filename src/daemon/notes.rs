@@ -85,7 +85,11 @@ impl Notes {
                     Failure::NotTried => NOT_TRIED,
                     Failure::NotStarted | Failure::Exited | Failure::NotHealthy => STARTED,
                 };
-                let Some(folded) = self.fold(note, reason, pace, now) else { return };
+                let gist = match failure {
+                    Failure::NotTried => gist(reason),
+                    Failure::NotStarted | Failure::Exited | Failure::NotHealthy => reason.clone(),
+                };
+                let Some(folded) = self.fold(note, &gist, pace, now) else { return };
                 let folded = (folded > 0).then_some(folded);
                 let restart_in = restart_in.map(seconds);
                 let failures = (*failures > 0).then_some(*failures);
@@ -210,6 +214,13 @@ impl Notes {
     }
 }
 
+/// What is the same of the reasons for which a bind fails again and again, though each time it may be
+/// known or not who has the port, or for how long: their beginning, without numbers.
+fn gist(reason: &str) -> String {
+    let begins = reason.split([':', ';']).next().unwrap_or_default();
+    begins.chars().filter(|c| !c.is_ascii_digit()).collect()
+}
+
 fn key(note: &Note) -> (Arc<str>, u32) {
     (Arc::clone(&note.service), note.worker.map_or(u32::MAX, |worker| worker.slot))
 }
@@ -251,6 +262,20 @@ mod tests {
         let written: Vec<_> =
             (0..=90).filter_map(|n| Some((2 * n, fold("taken", 2 * n)?))).collect();
         assert_eq!(written, [(0, 0), (60, 29), (120, 29), (180, 29)]);
+    }
+
+    #[test]
+    fn a_taken_port_is_the_same_whoever_has_it_and_for_however_long() {
+        let taken = "port 9002 of 127.0.0.1 is taken by another program";
+        assert_eq!(
+            gist(&format!("{taken}: node (pid 7, user 1)")),
+            gist(&format!("{taken}; `ss`"))
+        );
+        let waits = |seconds: u32| {
+            gist(&format!("port 9002 of 127.0.0.1 is in TIME_WAIT for another {seconds} s"))
+        };
+        assert_eq!(waits(9), waits(58));
+        assert_ne!(waits(9), gist(taken));
     }
 
     #[test]
