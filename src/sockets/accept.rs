@@ -100,7 +100,10 @@ impl Acceptor {
                 Ok((connection, _peer)) => return Ok(connection),
                 Err(error) if is_of_one_connection(&error) => {}
                 Err(error) => {
-                    self.is_short = true;
+                    // Without these it is not known that the queue is empty. (EINVAL: a unix socket
+                    // that is shut down, with nobody left in its queue.)
+                    let code = Errno::from_raw(error.raw_os_error().unwrap_or(0));
+                    self.is_short |= !matches!(code, Errno::EAGAIN | Errno::EINVAL);
                     return Err(error);
                 }
             }
