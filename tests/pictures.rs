@@ -56,12 +56,11 @@ fn fetch(keys: &str, keep: bool) {
     }
     let requests = CLIENTS * TIMES * NAMES.len();
     let connections = if keep { CLIENTS } else { requests };
-    // The first one of each client says nothing.
-    let answered = |line: &Line| {
+    // Of the first of each client, over which it asks for nothing, the worker may never hear.
+    let is_one = |line: &Line| {
         line.is("connection", &[("end", "closed")]) && line.number::<usize>("sent") > 0
     };
-    let what = "the connections that were answered";
-    let lines = daemon.log.wait_for(Mark::START, what, connections, answered);
+    let lines = daemon.log.wait_for(Mark::START, "connections", connections, is_one);
     let sent: usize = lines.iter().map(|line| line.number::<usize>("sent")).sum();
     let bodies: usize = pictures.iter().map(|(_, file)| file.len() * CLIENTS * TIMES).sum();
     assert!(sent > bodies, "{sent} of {bodies}");

@@ -380,8 +380,8 @@ mod tests {
     #[test]
     fn an_answer_is_read_to_its_end() {
         let body = vec![b'x'; 900_000];
-        let head = format!("HTTP/1.0 200 OK\r\n\r\n");
-        let (address, asked) = server(&[head.as_bytes(), &body].concat());
+        let head = b"HTTP/1.0 200 OK\r\n\r\n";
+        let (address, asked) = server(&[&head[..], &body].concat());
         run(async {
             let prober = Prober::default();
             let verdict = once(&prober, &target(http("/"), address, 20 * SECOND)).await;

@@ -69,6 +69,12 @@ impl Pool {
         &self.routing
     }
 
+    /// Whether the workers are those of `other`.
+    pub(super) fn has_those_of(&self, other: &Self) -> bool {
+        let ids = |pool: &Self| pool.upstreams.iter().map(|u| u.id()).collect::<Vec<_>>();
+        ids(self) == ids(other)
+    }
+
     /// Whether a worker is on its way for a connection that came then, within `hold-timeout`.
     pub(super) fn is_coming_by(&self, came: Instant) -> bool {
         let until = came.checked_add(self.routing.hold_timeout);

@@ -84,17 +84,17 @@ impl ServiceRoute {
     /// that wait for a worker look again. The rotation goes on where it was.
     pub fn publish(&self, mut pool: Pool) {
         let limit = limit(&pool);
-        let other_routing = {
+        let concerns_all = {
             let mut current = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
-            let other_routing = pool.routing() != current.routing();
+            let concerns_all = pool.routing() != current.routing() || !pool.has_those_of(&current);
             pool.succeed(&current);
             *current = Arc::new(pool);
             self.version.fetch_add(1, SeqCst);
-            other_routing
+            concerns_all
         };
-        // Those turned away at the gate, and timeouts that became shorter, are everybody's business;
-        // else it is that of the threads where somebody waits.
-        if self.gate.set_limit(limit) || other_routing {
+        // Those turned away at the gate, timeouts that became shorter, and workers that are to be let go
+        // of are every thread's business; else it is that of the threads where somebody waits.
+        if self.gate.set_limit(limit) || concerns_all {
             self.crew.wake_all();
         } else {
             let heads = self.heads.iter().enumerate();

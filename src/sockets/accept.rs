@@ -105,7 +105,7 @@ impl Acceptor {
                     return Err(io::ErrorKind::WouldBlock.into());
                 }
                 Err(error) => {
-                    self.is_short = true;
+                    self.is_short |= error.kind() != io::ErrorKind::WouldBlock;
                     return Err(error);
                 }
             }
