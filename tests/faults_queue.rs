@@ -170,7 +170,7 @@ fn a_burst_just_before_a_stop_is_answered() {
     for _ in 0..5 {
         let ports = Ports::take(2);
         let mut daemon = Daemon::healthy(&ports.service(&command(&["http"])), 2);
-        let clients: Vec<_> = (0..50).map(|_| common::client::connect(ports.address())).collect();
+        let clients: Vec<_> = (0..50).map(|_| connect(ports.address())).collect();
         daemon.signal(Signal::SIGTERM);
         for client in clients {
             let mut client = KeepAlive::over(client);
