@@ -5,6 +5,7 @@ mod common;
 
 use std::{
     fs,
+    io::Write,
     net::SocketAddr,
     process::Command,
     time::{Duration, Instant},
@@ -12,7 +13,7 @@ use std::{
 
 use common::{
     Daemon, Mark, Ports,
-    client::{KeepAlive, Load, port},
+    client::{KeepAlive, Load, connect, port},
     command, eventually, freeze, kill_hard,
     proc::descriptors,
     thaw, www,
@@ -169,7 +170,7 @@ fn a_burst_just_before_a_stop_is_answered() {
     for _ in 0..5 {
         let ports = Ports::take(2);
         let mut daemon = Daemon::healthy(&ports.service(&command(&["http"])), 2);
-        let clients: Vec<_> = (0..50).map(|_| common::client::connect(ports.address())).collect();
+        let clients: Vec<_> = (0..50).map(|_| connect(ports.address())).collect();
         daemon.signal(Signal::SIGTERM);
         for client in clients {
             let mut client = KeepAlive::over(client);
@@ -197,9 +198,10 @@ fn more_than_there_is_room_for_stay_where_they_wait_until_there_is() {
     let worker = SocketAddr::from(([127, 0, 0, 1], ports.worker(0)));
     let clients: Vec<_> = (0..WAITING)
         .map(|_| {
-            let mut client = KeepAlive::new(worker);
-            client.send("/").unwrap();
-            client
+            // The workers have as few descriptors, and are not to keep the connection.
+            let mut client = connect(worker);
+            client.write_all(b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n").unwrap();
+            KeepAlive::over(client)
         })
         .collect();
     let since = daemon.now();

@@ -149,7 +149,7 @@ impl Socket {
             folder(&self.instance.places(), &mut self.remarks).map_err(ClaimError::NoFolder)?;
         locked(&folder, |_| {
             let known = folder.at(name);
-            remove_stale(&known).and_then(|()| symlink(path, known)).map_err(failed)
+            remove_stale(&known, Links::Own).and_then(|()| symlink(path, known)).map_err(failed)
         })?;
         self.held.folder = Some(folder);
         Ok(())
@@ -255,15 +255,14 @@ fn claim(
             None => {}
         }
         let Some(chosen) = chosen else {
-            let bound = listen(known.as_deref().unwrap_or(&path)).map_err(failed)?;
+            let path = known.as_deref().unwrap_or(&path);
+            let bound = listen(path, Links::Own).map_err(failed)?;
             return Ok((bound, false));
         };
-        let bound = listen(chosen).map_err(failed)?;
+        let bound = listen(chosen, Links::Foreign).map_err(failed)?;
         let Some(known) = known else { return Ok((bound, false)) };
-        remove_stale(&known).and_then(|()| symlink(chosen, &known)).map_err(|error| {
-            let _ = fs::remove_file(chosen);
-            failed(error)
-        })?;
+        // The socket that is left where this fails is stale, as above.
+        remove_stale(&known, Links::Own).and_then(|()| symlink(chosen, &known)).map_err(failed)?;
         Ok((bound, true))
     };
     // So that of two that start at once the one finds the other.
@@ -343,10 +342,19 @@ fn is_dead(socket: &Pinned) -> bool {
     connect(socket).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
 }
 
+/// Whose a link is that is where a socket is to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Links {
+    /// lbd's, of a time when `[admin] socket` was set: in the folder where clients look.
+    Own,
+    /// Somebody's, in a folder that the file names.
+    Foreign,
+}
+
 /// Listens at `path`, and tells which file that is.
-fn listen(path: &Path) -> io::Result<(UnixListener, (u64, u64))> {
+fn listen(path: &Path, links: Links) -> io::Result<(UnixListener, (u64, u64))> {
     let address = SockAddr::unix(path)?;
-    remove_stale(path)?;
+    remove_stale(path, links)?;
     let socket = socket2::Socket::new(Domain::UNIX, Type::STREAM, None)?;
     // The file gets the mode that the socket has, less what the umask takes (bind of unix(7), in the
     // kernel `unix_bind_bsd`). So nobody else can ever connect, and no file is changed by its name,
@@ -357,20 +365,16 @@ fn listen(path: &Path) -> io::Result<(UnixListener, (u64, u64))> {
         if found.kind != Kind::Socket || found.uid != geteuid().as_raw() {
             return Err(io::Error::other("somebody has put another file there"));
         }
+        // A socket that is left where this fails is stale, and the next bind replaces it; by its name
+        // alone, another file might be removed.
         socket.listen(BACKLOG)?;
         Ok(found.inode)
     });
-    match ready {
-        Ok(inode) => Ok((std::os::fd::OwnedFd::from(socket).into(), inode)),
-        Err(error) => {
-            let _ = fs::remove_file(path);
-            Err(error)
-        }
-    }
+    Ok((std::os::fd::OwnedFd::from(socket).into(), ready?))
 }
 
 /// Removes a socket that nobody listens on, or a link. Anything else was not made by lbd.
-fn remove_stale(path: &Path) -> io::Result<()> {
+fn remove_stale(path: &Path, links: Links) -> io::Result<()> {
     let found = match Pinned::at(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
         found => found?,
@@ -381,6 +385,9 @@ fn remove_stale(path: &Path) -> io::Result<()> {
             "there is a socket of user {} that is in use; choose another path",
             found.uid
         ))),
+        Kind::Link if links == Links::Foreign => {
+            Err(io::Error::other("there is a link; remove it, or choose another path"))
+        }
         Kind::Socket | Kind::Link => fs::remove_file(path),
     }
 }
@@ -438,15 +445,15 @@ mod tests {
         let folder = folder(base.path());
         let name = |number: u32| format!("lb-{number:016x}.sock");
         let elsewhere = base.path().join("own.sock");
-        let _alive = listen(&folder.at(&name(0))).unwrap();
-        drop(listen(&folder.at(&name(1))).unwrap());
-        let _own = listen(&elsewhere).unwrap();
+        let _alive = listen(&folder.at(&name(0)), Links::Own).unwrap();
+        drop(listen(&folder.at(&name(1)), Links::Own).unwrap());
+        let _own = listen(&elsewhere, Links::Foreign).unwrap();
         symlink(&elsewhere, folder.at(&name(2))).unwrap();
         symlink(base.path().join("gone"), folder.at(&name(3))).unwrap();
         fs::write(folder.at(&name(4)), "").unwrap();
         drop(UnixListener::bind(folder.at("other.sock")).unwrap());
         let dead = base.path().join("dead.sock");
-        drop(listen(&dead).unwrap());
+        drop(listen(&dead, Links::Foreign).unwrap());
         symlink(&dead, folder.at(&name(5))).unwrap();
         remove_dead(&folder);
         let left: Vec<_> =
@@ -460,18 +467,18 @@ mod tests {
         use std::os::unix::fs::MetadataExt;
         let base = tempfile::tempdir().unwrap();
         let path = base.path().join("x.sock");
-        let (first, _) = listen(&path).unwrap();
+        let (first, _) = listen(&path, Links::Foreign).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o600);
-        let error = listen(&path).unwrap_err().to_string();
+        let error = listen(&path, Links::Foreign).unwrap_err().to_string();
         assert!(error.contains("is in use; choose another path"), "{error}");
         assert_eq!(occupant(&path), Some(i32::try_from(std::process::id()).ok()));
         drop(first);
         assert_eq!(occupant(&path), None);
-        listen(&path).unwrap();
+        listen(&path, Links::Foreign).unwrap();
         // A link is not followed.
         let other = base.path().join("other");
         symlink(&other, base.path().join("link")).unwrap();
-        listen(&base.path().join("link")).unwrap();
+        listen(&base.path().join("link"), Links::Own).unwrap();
         assert!(!other.exists());
     }
 }

@@ -1,7 +1,7 @@
 //! The data plane: listeners, the pool of workers, and the relay between the two.
 //!
 //! A connection's way: [`Listener`] → `doors` (accept) → `steps` (a PROXY header in front, the client's first
-//! bytes, [`Pool`], connect, or the [`line`](mod@line) of those that wait) → `relay` → one line in the access log. It owns the clients' connections and nothing else: it never starts,
+//! bytes, [`Pool`], connect, or the `line` of those that wait) → `relay` → one line in the access log. It owns the clients' connections and nothing else: it never starts,
 //! probes or stops a worker, and asks nobody. Control publishes a [`Pool`] and reads counters.
 //!
 //! # Why it is as it is
@@ -44,7 +44,7 @@
 //!
 //! # Those that wait
 //!
-//! Whatever connections wait for a worker for, they wait in one [`line`](mod@line) for each service and thread, in
+//! Whatever connections wait for a worker for, they wait in one `line` for each service and thread, in
 //! the order in which they came. Only the first looks for a worker, and what it finds is the answer
 //! for all, so that a new [`Pool`] or a place given back costs the same however many wait. The
 //! threads tell each other when their first came ([`ServiceRoute`]), and let the one go first that came first. Beside

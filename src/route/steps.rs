@@ -182,7 +182,6 @@ impl Reactor {
                 continue;
             }
             let Some((came, key)) = line.first() else {
-                route.shortages().end(&Shortage::OF_WORKERS);
                 route.pass_on(Some(self.thread));
                 return;
             };
@@ -597,6 +596,9 @@ impl Reactor {
         }
         let begun = connection.begun();
         service.line.leave(begun, key);
+        if service.line.is_empty() {
+            service.route.shortages().end(&Shortage::OF_WORKERS);
+        }
         service.tell_head(self.thread);
         service.route.count_waiting(false);
     }
