@@ -68,18 +68,31 @@ impl Connection {
                 }
                 let stream = TcpStream::from_std(socket.into()).map_err(failed)?;
                 stream.writable().await.map_err(failed)?;
-                stream.take_error().map_err(failed)?.map_or(Ok(()), Err).map_err(failed)?;
                 let client = stream.local_addr().map_err(failed)?;
-                if client == stream.peer_addr().map_err(failed)? {
-                    return Err(ProbeError::SelfConnect(target.endpoint.to_string()));
+                let error = stream.take_error().map_err(failed)?;
+                match error.map_or_else(|| stream.peer_addr(), Err) {
+                    Ok(peer) if peer == client => {
+                        return Err(ProbeError::SelfConnect(target.endpoint.to_string()));
+                    }
+                    Ok(_) => {}
+                    // It was connected, and is no more: a refusal has another name.
+                    Err(error) if is_cut_off(&error) => {}
+                    Err(error) => return Err(failed(error)),
                 }
                 // What follows a header must not wait until it has been acknowledged.
                 stream.set_nodelay(true).map_err(failed)?;
                 Stream::Tcp { stream, client, server }
             }
         };
-        let connection = Self { stream, is_accepted: false, reading: Reading::default() };
-        connection.speak(target).await.map_err(ProbeError::Send)?;
+        let mut connection = Self { stream, is_accepted: false, reading: Reading::default() };
+        match connection.speak(target).await {
+            Ok(()) => {}
+            // Nobody but whoever has accepted it can have reset it.
+            Err(error) if target.probe == Probe::Tcp && is_cut_off(&error) => {
+                connection.is_accepted = true;
+            }
+            Err(error) => return Err(ProbeError::Send(error)),
+        }
         Ok(connection)
     }
 
@@ -216,4 +229,10 @@ impl Connection {
             Stream::Unix { stream, .. } => SockRef::from(stream).shutdown(Shutdown::Write),
         }
     }
+}
+
+/// Whether the other side has reset a connection that there was.
+fn is_cut_off(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
+    matches!(error.kind(), ConnectionReset | NotConnected | BrokenPipe)
 }
