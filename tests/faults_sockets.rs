@@ -7,7 +7,8 @@ mod common;
 use std::{
     fs,
     io::Read,
-    net::TcpStream,
+    net::{Ipv4Addr, SocketAddr, TcpStream},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -37,7 +38,7 @@ fn restarts_leave_no_descriptor_behind() {
         get(ports.address(), "/");
         eventually("its start is over", || {
             let before = descriptors(&daemon);
-            std::thread::sleep(Duration::from_millis(50));
+            thread::sleep(Duration::from_millis(50));
             before == descriptors(&daemon)
         });
         let before = descriptors(&daemon);
@@ -116,7 +117,7 @@ fn a_direct_worker_that_steers_itself_is_told_of_and_overruled() {
             // By a hash some of it goes right: it is not seen each time.
             fs::write(folder.path().join("new"), how).unwrap();
             fs::rename(folder.path().join("new"), &order).unwrap();
-            std::thread::sleep(Duration::from_millis(300));
+            thread::sleep(Duration::from_millis(300));
         }
         _ = fs::remove_file(&order);
         eventually("the drained one gets nothing again", || slots() == of_the_other);
@@ -128,15 +129,26 @@ fn a_direct_worker_that_steers_itself_is_told_of_and_overruled() {
 #[test]
 fn a_port_in_time_wait_is_called_that() {
     let ports = Ports::take(1);
-    let address = (std::net::Ipv4Addr::LOCALHOST, ports.worker(0)).into();
-    {
-        let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
-        listener.bind(&std::net::SocketAddr::into(address)).unwrap();
-        listener.listen(1).unwrap();
-        let mut client = TcpStream::connect(address).unwrap();
-        // This end is closed first, and remembered.
-        drop(listener.accept().unwrap());
-        _ = client.read(&mut [0]);
+    let address: SocketAddr = (Ipv4Addr::LOCALHOST, ports.worker(0)).into();
+    // The kernel remembers none while its table of them is full
+    // (`tcp_max_tw_buckets`), as after a test of load: then once more.
+    let deadline = Instant::now() + Duration::from_secs(90);
+    loop {
+        {
+            let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+            listener.bind(&address.into()).unwrap();
+            listener.listen(1).unwrap();
+            let mut client = TcpStream::connect(address).unwrap();
+            // This end is closed first, and remembered.
+            drop(listener.accept().unwrap());
+            _ = client.read(&mut [0]);
+        }
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        if socket.bind(&address.into()).is_err() {
+            break;
+        }
+        assert!(Instant::now() < deadline, "no TIME_WAIT is kept");
+        thread::sleep(Duration::from_millis(100));
     }
     let daemon = Daemon::start(&ports.service(&command(&["http"])));
     let line = daemon.wait(Mark::START, "worker not started", &[]);
