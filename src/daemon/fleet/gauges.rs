@@ -1,29 +1,41 @@
 //! What is measured of the workers: memory, and connections that they have without lbd.
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, net::SocketAddr, sync::Arc};
 
-use super::{Fleet, Sampled};
+use tokio::sync::mpsc;
+
 use crate::{
     control::{Event, WorkerId},
     process::{ConnectionGauge, Counted, MemoryGauge, Watched},
+    route::Upstream,
 };
 
-impl Fleet {
-    /// The process id of its guard, while there is one.
-    pub(in crate::daemon) fn guard(&self, id: WorkerId) -> Option<i32> {
-        self.members.get(&id).map(|member| member.guard)
+/// Whose connections are counted, and since which of its retirements.
+type Sampled = (Arc<Upstream>, u32);
+
+/// The threads that measure, each started when there is something to measure.
+#[derive(Debug)]
+pub(super) struct Gauges {
+    events: mpsc::Sender<Event>,
+    memory: Option<MemoryGauge>,
+    /// Whose memory is measured.
+    watched: Vec<Watched>,
+    connections: Option<ConnectionGauge<Sampled>>,
+}
+
+impl Gauges {
+    /// Memory is told as `events`.
+    pub(super) fn new(events: mpsc::Sender<Event>) -> Self {
+        Self { events, memory: None, watched: Vec::new(), connections: None }
     }
 
-    /// Has the connections counted of those that have them without lbd.
-    pub(super) fn count_connections(&mut self) {
-        let direct = self.members.values().filter(|member| member.way.is_some());
-        let workers: Vec<_> = direct
-            .map(|member| Counted {
-                guard: member.guard,
-                urgent: member.retired,
-                subject: (Arc::clone(&member.upstream), member.upstream.epoch()),
-            })
-            .collect();
+    /// From now on the connections of these workers on these addresses are counted, and no others;
+    /// the upstream learns how many.
+    pub(super) fn count_connections(
+        &mut self,
+        addresses: BTreeSet<SocketAddr>,
+        workers: Vec<Counted<Sampled>>,
+    ) {
         if workers.is_empty() && self.connections.is_none() {
             return;
         }
@@ -34,20 +46,15 @@ impl Fleet {
         };
         match self.connections.take().map_or_else(start, Ok) {
             Ok(gauge) => {
-                gauge.watch(self.publics.addresses(), workers);
+                gauge.watch(addresses, workers);
                 self.connections = Some(gauge);
             }
             Err(error) => tracing::warn!(%error, "cannot count the workers' connections"),
         }
     }
 
-    /// These workers' memory is measured from now on, and told as events; the number is the limit.
-    pub(in crate::daemon) fn measure(&mut self, limits: impl Iterator<Item = (WorkerId, u64)>) {
-        let member = |(id, limit): (WorkerId, u64)| {
-            let guard = self.members.get(&id)?.guard;
-            Some(Watched { id: id.0, guard, limit })
-        };
-        let watched: Vec<Watched> = limits.filter_map(member).collect();
+    /// From now on the memory of these is measured, and of no others.
+    pub(super) fn measure(&mut self, watched: Vec<Watched>) {
         if watched == self.watched {
             return;
         }
@@ -58,10 +65,10 @@ impl Fleet {
                 let _ = events.blocking_send(Event::Memory { id: WorkerId(id), bytes });
             })
         };
-        match self.gauge.take().map_or_else(start, Ok) {
+        match self.memory.take().map_or_else(start, Ok) {
             Ok(gauge) => {
                 gauge.watch(watched.clone());
-                self.gauge = Some(gauge);
+                self.memory = Some(gauge);
                 self.watched = watched;
             }
             Err(error) => tracing::warn!(%error, "cannot measure the workers' memory"),

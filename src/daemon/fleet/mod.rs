@@ -30,12 +30,11 @@ use crate::{
     config::{Balance, Health, ProxyProtocol, StopTo},
     control::{Event, ProbeOutcome, Verdict, WORKERS_ON_A_PORT, WorkerId},
     probe::{self, Prober},
-    process::{
-        Cgroups, ConnectionGauge, Controller, LastWords, MemoryGauge, Outputs, Spawner, Watched,
-    },
+    process::{Cgroups, Controller, Counted, LastWords, Outputs, Spawner, Watched},
     route::Upstream,
     sockets::{self, Acceptor, Nameless, Port, Rescued, direct::Way},
 };
+use gauges::Gauges;
 use listening::Listening;
 
 const _: () = assert!(WORKERS_ON_A_PORT == sockets::SHARERS);
@@ -65,15 +64,8 @@ pub(super) struct Fleet {
     left: Vec<(Arc<str>, Rescued)>,
     acceptor: Acceptor,
     cgroups: Option<Cgroups>,
-    /// Started when there is something to measure.
-    gauge: Option<MemoryGauge>,
-    watched: Vec<Watched>,
-    /// Started when there is a worker that has connections without lbd.
-    connections: Option<ConnectionGauge<Sampled>>,
+    gauges: Gauges,
 }
-
-/// Whose connections are counted, and since which of its retirements.
-type Sampled = (Arc<Upstream>, u32);
 
 /// A port whose sockets workers inherit, and the service whose workers do.
 #[derive(Debug)]
@@ -138,6 +130,7 @@ impl Fleet {
             spawner: Spawner::new()?,
             outputs: Outputs::start(output_rate)?,
             descriptors,
+            gauges: Gauges::new(events.clone()),
             events,
             idle,
             members: HashMap::new(),
@@ -150,9 +143,6 @@ impl Fleet {
             left: Vec::new(),
             acceptor: Acceptor::new()?,
             cgroups,
-            gauge: None,
-            watched: Vec::new(),
-            connections: None,
         })
     }
 
@@ -242,6 +232,32 @@ impl Fleet {
             member.upstream.reinstate();
         }
         self.count_connections();
+    }
+
+    /// The process id of its guard, while there is one.
+    pub(super) fn guard(&self, id: WorkerId) -> Option<i32> {
+        self.members.get(&id).map(|member| member.guard)
+    }
+
+    /// Has the connections counted of those that have them without lbd.
+    fn count_connections(&mut self) {
+        let direct = self.members.values().filter(|member| member.way.is_some());
+        let counted = |member: &Member| Counted {
+            guard: member.guard,
+            urgent: member.retired,
+            subject: (Arc::clone(&member.upstream), member.upstream.epoch()),
+        };
+        let workers = direct.map(counted).collect();
+        self.gauges.count_connections(self.publics.addresses(), workers);
+    }
+
+    /// These workers' memory is measured from now on, and told as events; the number is the limit.
+    pub(super) fn measure(&mut self, limits: impl Iterator<Item = (WorkerId, u64)>) {
+        let watched = |(id, limit): (WorkerId, u64)| {
+            let guard = self.members.get(&id)?.guard;
+            Some(Watched { id: id.0, guard, limit })
+        };
+        self.gauges.measure(limits.filter_map(watched).collect());
     }
 
     /// The retired workers that hold no connection.
