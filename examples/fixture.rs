@@ -395,9 +395,11 @@ fn page(path: &str, head: &str, status: &str) -> (u16, Vec<u8>) {
             let status = fs::read_to_string(status).ok().and_then(|text| text.trim().parse().ok());
             return (status.unwrap_or(200), Vec::new());
         }
-        // Answers when that file exists.
+        // Answers when that file exists; that it is at it, FILE.asked says, where it may write.
         ["", "when", file @ ..] => {
-            while !Path::new("/").join(file.join("/")).exists() {
+            let file = format!("/{}", file.join("/"));
+            _ = fs::write(format!("{file}.asked"), "");
+            while !Path::new(&file).exists() {
                 thread::sleep(LOOK);
             }
             Vec::new()

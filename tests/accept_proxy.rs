@@ -15,7 +15,7 @@ use std::{
 use common::{
     Daemon, Mark, PATIENCE, Ports,
     client::{KeepAlive, connect},
-    command, eventually,
+    command, eventually, freeze, thaw,
 };
 
 const SIGNATURE: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
@@ -180,6 +180,8 @@ fn a_check_from_outside_reaches_no_worker_and_is_no_line() {
         let networks = if accept { "\"127.0.0.1\"" } else { "\"10.0.0.0/8\"" };
         let config = accepting(&ports, networks, &["http"], "health.interval = \"1h\"");
         let daemon = Daemon::healthy(&format!("log.level = \"debug\"\n{config}"), 1);
+        // They are gone when lbd comes to them, however slow this is.
+        freeze(daemon.pid());
         for _ in 0..10 {
             let mut client = TcpStream::connect(ports.address()).unwrap();
             if accept {
@@ -187,6 +189,7 @@ fn a_check_from_outside_reaches_no_worker_and_is_no_line() {
             }
             drop(client);
         }
+        thaw(daemon.pid());
         let lines = daemon.wait_many(Mark::START, "connection", &[("end", "client-gone")], 10);
         assert!(lines.iter().all(|line| line.raw.contains("DEBUG")), "{}", lines[0].raw);
         assert_eq!(daemon.workers("web")[0]["connections"]["total"], 0);

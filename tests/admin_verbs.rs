@@ -432,6 +432,7 @@ fn a_restart_with_a_reload_replaces_each_worker_once() {
     assert!(
         refused(&daemon.lbd(&["restart", "--reload"])).contains("lb.toml:2: service.web.workers")
     );
+    assert_eq!((started(since), get(web.address(), "/argv").as_str()), (0, "http\nnew"));
     // What does not come up ends it, and the old ones serve.
     daemon.write_config(
         &config("new").replacen("\"http\"", "\"exit\"", 1).replacen("\"new\"", "\"7\"", 1),
@@ -439,7 +440,6 @@ fn a_restart_with_a_reload_replaces_each_worker_once() {
     let said = refused(&daemon.lbd(&["restart", "--reload"]));
     assert!(said.contains("web: slot 0: exit status 7"), "{said}");
     assert_eq!(get(web.address(), "/argv"), "http\nnew");
-    let _ = since;
 }
 
 #[test]

@@ -15,13 +15,10 @@ use std::{
 use common::{
     Daemon, Mark, Ports,
     client::{get, try_get},
-    command, eventually, kill_hard,
+    command, eventually, kill_hard, needs,
+    proc::descriptors,
 };
 use socket2::{Domain, Socket, Type};
-
-fn descriptors(daemon: &Daemon) -> usize {
-    fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap().count()
-}
 
 #[test]
 fn restarts_leave_no_descriptor_behind() {
@@ -37,11 +34,11 @@ fn restarts_leave_no_descriptor_behind() {
         let daemon = Daemon::healthy(&config, 2);
         get(ports.address(), "/");
         eventually("its start is over", || {
-            let before = descriptors(&daemon);
+            let before = descriptors(daemon.pid());
             thread::sleep(Duration::from_millis(50));
-            before == descriptors(&daemon)
+            before == descriptors(daemon.pid())
         });
-        let before = descriptors(&daemon);
+        let before = descriptors(daemon.pid());
         for pid in daemon.slot_pids() {
             let since = daemon.now();
             kill_hard(pid);
@@ -54,7 +51,7 @@ fn restarts_leave_no_descriptor_behind() {
         }
         get(ports.address(), "/");
         eventually(&format!("{keys}: as many as before ({before})"), || {
-            descriptors(&daemon) <= before
+            descriptors(daemon.pid()) <= before
         });
     }
 }
@@ -62,7 +59,7 @@ fn restarts_leave_no_descriptor_behind() {
 #[test]
 fn a_worker_that_spoils_its_socket_spoils_no_successor() {
     for how in ["shutdown", "dissolve", "lock"] {
-        if how == "lock" && !nix::unistd::geteuid().is_root() {
+        if how == "lock" && !needs::is_root() {
             continue; // Linux 6.18 lets nobody else attach a filter
         }
         let ports = Ports::take(1);

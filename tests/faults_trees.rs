@@ -19,7 +19,7 @@ use std::{
 use common::{
     Daemon, Mark, Ports,
     client::{KeepAlive, turns},
-    command, eventually, freeze, kill_hard, named,
+    command, eventually, freeze, kill_hard, named, needs,
     proc::{children, parent},
 };
 use nix::{
@@ -144,8 +144,7 @@ fn owner(pid: i32) -> u32 {
 
 #[test]
 fn lbd_and_its_guards_cannot_be_traced_by_their_own_user_and_workers_can() {
-    if !geteuid().is_root() {
-        println!("NOT TESTED: only root may change the user");
+    if !needs::is_root() {
         return;
     }
     let ports = Ports::take(1);

@@ -42,6 +42,7 @@ fn slow_request(daemon: &Daemon, ports: &Ports) -> KeepAlive {
     let mut client = KeepAlive::new(ports.address());
     client.get("/").unwrap();
     client.send(&format!("/when{}", daemon.path("answer").display())).unwrap();
+    eventually("the worker is at it", || daemon.path("answer.asked").exists());
     client
 }
 
@@ -110,6 +111,7 @@ const SERVER_JS: &str = r"
 const fs = require('fs');
 const server = require('http').createServer(async (request, response) => {
   const file = request.url.startsWith('/when') && request.url.slice(5);
+  if (file) fs.writeFileSync(file + '.asked', '');
   while (file && !fs.existsSync(file)) await new Promise((done) => setTimeout(done, 5));
   response.setHeader('Connection', 'close');
   response.end();
@@ -134,6 +136,7 @@ fn with_server_js() -> TempDir {
 fn slow_request_of_node(daemon: &Daemon, ports: &Ports) -> KeepAlive {
     let mut client = KeepAlive::new(ports.address());
     client.send(&format!("/when{}", daemon.path("answer").display())).unwrap();
+    eventually("the worker is at it", || daemon.path("answer.asked").exists());
     client
 }
 
@@ -150,8 +153,6 @@ fn behind_npm_start_the_request_is_answered() {
     let mut client = slow_request_of_node(&daemon, &ports);
     eventually("npm, its shell or node", || tree(&daemon).len() > 1);
     let tree = tree(&daemon);
-    // It listens, but it may not have taken the request yet.
-    thread::sleep(Duration::from_millis(200));
     let begun = Instant::now();
     daemon.signal(SIGTERM);
     eventually("npm has ended", || !is_alive(tree[0]));
@@ -177,7 +178,6 @@ fn a_rolling_restart_of_node_behind_a_shell_answers_everybody() {
     daemon.wait_healthy(Mark::START, 1);
     let (old, since) = (tree(&daemon), daemon.now());
     let mut client = slow_request_of_node(&daemon, &ports);
-    thread::sleep(Duration::from_millis(200));
     // Waits for the new one only.
     assert_eq!(daemon.lbd(&["restart"]).status.code(), Some(0));
     eventually("the old shell has ended", || !is_alive(old[0]));
@@ -216,7 +216,6 @@ fn a_cluster_primary_that_ends_its_own_children_is_told_alone() {
     let mut daemon = Daemon::start_in(folder, &ports.service(&keys));
     daemon.wait_healthy(Mark::START, 1);
     let mut client = slow_request_of_node(&daemon, &ports);
-    thread::sleep(Duration::from_millis(500));
     let primary = daemon.slot_pids()[0];
     daemon.signal(SIGTERM);
     eventually("the primary has ended", || !is_alive(primary));
@@ -313,7 +312,7 @@ fn a_wrapper_that_ends_unasked_takes_the_rest_along_at_once() {
     assert_eq!(line.get("status"), Some("killed by SIGKILL"));
     daemon.wait_healthy(since, 1);
     assert!(!old.iter().any(|pid| Path::new(&format!("/proc/{pid}")).exists()), "{old:?}");
-    assert_eq!(turns(ports.address(), 2).len(), 2);
+    assert_eq!(turns(ports.address(), 2), [ports.worker(0); 2]);
     assert!(!daemon.path("finished").exists());
 }
 

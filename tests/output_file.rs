@@ -12,8 +12,8 @@ use std::{
 };
 
 use common::{
-    Daemon, Mark, Ports, command, eventually, freeze, kill_hard, named,
-    proc::{children, parent, threads},
+    Daemon, Mark, Ports, command, eventually, freeze, kill_hard, named, needs,
+    proc::{children, is_alive, parent, threads},
     thaw,
 };
 use nix::{
@@ -21,7 +21,7 @@ use nix::{
         signal::Signal::{SIGTERM, SIGUSR1},
         stat::Mode,
     },
-    unistd::{User, geteuid, mkfifo},
+    unistd::{User, mkfifo},
 };
 use tempfile::TempDir;
 
@@ -47,8 +47,7 @@ fn writer(daemon: &Daemon) -> i32 {
 /// A folder that `nobody` may write to, in one that it may not; and the keys to run as that user. None
 /// where this is not root.
 fn as_nobody() -> Option<(TempDir, String)> {
-    if !geteuid().is_root() {
-        println!("NOT TESTED: only root may change the user");
+    if !needs::is_root() {
         return None;
     }
     let nobody = User::from_name("nobody").unwrap().expect("there is a user nobody");
@@ -187,8 +186,9 @@ fn what_was_written_before_lbd_was_killed_is_in_the_file() {
     freeze(writer);
     let before = count();
     eventually("it writes", || count() > before + 10);
+    let worker = daemon.slot_pids()[0];
     kill_hard(daemon.pid());
-    std::thread::sleep(Duration::from_millis(100));
+    eventually("the worker has ended", || !is_alive(worker));
     thaw(writer);
     eventually("nothing is left", || daemon.processes().is_empty());
     let last = text(&daemon.path("file")).lines().last().unwrap().parse::<usize>().unwrap();

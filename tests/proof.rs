@@ -9,6 +9,7 @@ use std::{
     io::{Read, Write},
     net::{SocketAddr, TcpStream},
     process::{Child, Command, Stdio},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -126,7 +127,7 @@ fn a_master_that_listens_before_it_can_serve_is_waited_for() {
     let before = daemon.slot_pids();
 
     // One that does not come up in the end is not believed in between.
-    fs::write(daemon.path("boot"), "0.5").unwrap();
+    fs::write(daemon.path("boot"), "1").unwrap();
     fs::write(daemon.path("broken"), "").unwrap();
     let load = Load::start(ports.address(), "/");
     let since = daemon.now();
@@ -142,10 +143,12 @@ fn a_master_that_listens_before_it_can_serve_is_waited_for() {
     assert_eq!(daemon.lbd(&["restart", "web"]).status.code(), Some(0));
     load.more(20);
     load.end_without_failure();
+    daemon.wait_many(since, "connection", &[], 20);
     for line in daemon.said(since, "connection") {
-        assert!(line.number::<f64>("duration") < 0.45, "{}", line.raw);
+        assert!(line.number::<f64>("duration") < 0.9, "{}", line.raw);
     }
-    assert_eq!(daemon.slot_pids().len(), 2);
+    let after = daemon.slot_pids();
+    assert!(after.iter().zip(&before).all(|(new, old)| *new > 0 && new != old), "{after:?}");
 }
 
 #[test]
@@ -233,7 +236,7 @@ fn a_busy_worker_is_not_killed_with_its_request_in_its_hands() {
         let old = daemon.wait(Mark::START, "worker healthy", &[]).pid();
         let since = daemon.now();
         let address = ports.address();
-        let long = std::thread::spawn(move || try_get(address, "/2.5"));
+        let long = thread::spawn(move || try_get(address, "/2.5"));
         eventually("it is at it", || daemon.path("took").exists());
         // It is out of rotation, and another one is started, so that others are served meanwhile.
         daemon.wait(since, "worker unhealthy", &[("pid", &old.to_string())]);
@@ -257,7 +260,7 @@ fn a_worker_that_is_busy_with_many_is_not_taken_for_dead() {
     daemon.wait_healthy(Mark::START, 2);
     let address = ports.address();
     let clients: Vec<_> =
-        (0..12).map(|_| std::thread::spawn(move || try_get(address, "/0.2"))).collect();
+        (0..12).map(|_| thread::spawn(move || try_get(address, "/0.2"))).collect();
     for client in clients {
         assert_eq!(client.join().unwrap().unwrap(), b"ok");
     }
@@ -408,8 +411,7 @@ while True:
 
 #[test]
 fn whoever_else_answers_on_a_workers_port_gets_no_client() {
-    if !nix::unistd::geteuid().is_root() {
-        needs::missing(needs::APPS, "this takes root");
+    if !needs::is_root() || !needs::has(needs::APPS, "python3", "python3") {
         return;
     }
     // As it is by default, where lbd may look; by user; and for whoever wants it so.
@@ -440,8 +442,7 @@ fn whoever_else_answers_on_a_workers_port_gets_no_client() {
 
 #[test]
 fn a_port_that_changes_hands_while_the_worker_lives_is_noticed() {
-    if !nix::unistd::geteuid().is_root() {
-        needs::missing(needs::APPS, "this takes root");
+    if !needs::is_root() || !needs::has(needs::APPS, "python3", "python3") {
         return;
     }
     let ports = Ports::take(1);
@@ -489,9 +490,15 @@ fn a_worker_that_ends_while_it_settles_ends_the_rollout() {
     daemon.wait_healthy(Mark::START, 2);
     let before = daemon.slot_pids();
     // Accepts, and falls over soon after.
-    fs::write(&release, format!("{} http &\nsleep 0.5\nkill $!\nexit 3\n", fixture())).unwrap();
+    let falls = "until [ -e fall ]; do sleep 0.01; done\nkill $!\nexit 3\n";
+    fs::write(&release, format!("{} http &\n{falls}", fixture())).unwrap();
     let since = daemon.now();
-    let output = daemon.lbd(&["restart", "web"]);
+    let output = thread::scope(|scope| {
+        let restart = scope.spawn(|| daemon.lbd(&["restart", "web"]));
+        daemon.wait(since, "worker healthy", &[]);
+        fs::write(daemon.path("fall"), "").unwrap();
+        restart.join().unwrap()
+    });
     let error = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{error}");
     assert!(error.contains("exit status 3") && error.contains("nothing changed"), "{error}");
@@ -600,8 +607,8 @@ fn a_slot_that_was_down_does_not_stop_a_rollout() {
     // And a reload is not rolled back by it.
     daemon.write_config(&config("blue"));
     assert_eq!(daemon.lbd(&["reload"]).status.code(), Some(0));
-    drop(taken);
     let since = daemon.now();
+    drop(taken);
     daemon.wait(since, "worker healthy", &[("slot", "1")]);
     for _ in 0..3 {
         assert!(get(ports.address(), "/env").contains("COLOUR=blue"));

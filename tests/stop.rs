@@ -16,7 +16,7 @@ use common::{
     client::{KeepAlive, Load, connect},
     command, eventually, www,
 };
-use nix::sys::signal::Signal::{self, SIGINT, SIGQUIT, SIGTERM};
+use nix::sys::signal::Signal::{self, SIGALRM, SIGINT, SIGQUIT, SIGTERM};
 
 /// More than all the buffers on the way hold.
 const LARGE: usize = 48 * 1024 * 1024;
@@ -236,12 +236,14 @@ fn timeout_which_sends_two_signals_at_once_does_not_cut_the_stop_short() {
     fs::write(folder.path().join("lb.toml"), ports.service(&command(&["http"]))).unwrap();
     // To lbd, and then to the group that both are in.
     let mut timeout = Command::new("timeout");
-    timeout.args(["1", env!("CARGO_BIN_EXE_lbd"), "--config", "lb.toml"]);
+    timeout.args(["1000", env!("CARGO_BIN_EXE_lbd"), "--config", "lb.toml"]);
     let mut daemon = Daemon::run(folder, timeout);
     daemon.wait_healthy(Mark::START, 1);
     let mut client = KeepAlive::new(ports.address());
     client.get("/").unwrap();
     client.send(&format!("/when{}", daemon.path("answer").display())).unwrap();
+    // To timeout(1), whose alarm it is: as if the time were over.
+    daemon.signal(SIGALRM);
     daemon.wait(Mark::START, "draining", &[]);
     // The second one comes at once.
     std::thread::sleep(Duration::from_millis(250));
@@ -258,10 +260,9 @@ fn two_signals_at_once_are_one_and_a_later_one_cuts_short() {
     let ports = Ports::take(1);
     let mut daemon = Daemon::healthy(&ports.service(&command(&["echo"])), 1);
     let _client = connect(ports.address());
-    daemon.wait_many(Mark::START, "worker healthy", &[], 1);
     daemon.signal(SIGTERM);
-    daemon.wait(Mark::START, "stopping", &[]);
     daemon.signal(SIGINT);
+    daemon.wait(Mark::START, "stopping", &[]);
     std::thread::sleep(Duration::from_millis(300));
     assert!(daemon.said(Mark::START, "stopping at once").is_empty());
     daemon.signal(SIGTERM);

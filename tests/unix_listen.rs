@@ -21,7 +21,7 @@ use nix::{
 };
 use tempfile::TempDir;
 
-use common::{Daemon, Mark, Ports, command, lbd};
+use common::{Daemon, Mark, Ports, command, lbd, needs};
 
 /// Any other local user.
 const OTHER: u32 = 65534;
@@ -93,7 +93,7 @@ fn a_table_says_who_may_connect_and_a_reload_changes_it_in_place() {
         let blocked = other.replace(" }]", &format!(" }}, \"{address}\"]"));
         assert_eq!(daemon.reload(&blocked).message, "reload refused");
         assert_eq!(mode(&path), 0o660);
-        if geteuid().is_root() {
+        if needs::is_root() {
             daemon.must_reload(&with(&format!(
                 ", mode = \"660\", owner = {OTHER}, group = \"{OTHER}\""
             )));
@@ -224,8 +224,8 @@ impl Attack {
 
 #[test]
 fn whoever_owns_the_folder_gets_no_file_of_roots_opened() {
-    if !geteuid().is_root() {
-        return; // there is no way to be two users
+    if !needs::is_root() {
+        return;
     }
     let attack = Attack::on_file_with(0o600);
     let ports = Ports::take(1);
@@ -242,8 +242,8 @@ fn whoever_owns_the_folder_gets_no_file_of_roots_opened() {
 
 #[test]
 fn nor_by_way_of_the_admin_socket() {
-    if !geteuid().is_root() {
-        return; // there is no way to be two users
+    if !needs::is_root() {
+        return;
     }
     let attack = Attack::on_file_with(0o400);
     let ports = Ports::take(1);

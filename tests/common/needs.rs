@@ -19,6 +19,18 @@ pub(crate) const PACKAGING: &str = "LBD_REQUIRE_PACKAGING";
 /// Programs that people run under lbd: node, npm, python3, gunicorn, php.
 pub(crate) const APPS: &str = "LBD_REQUIRE_APPS";
 
+/// Root, who alone can act as two users.
+pub(crate) const ROOT: &str = "LBD_REQUIRE_ROOT";
+
+/// Whether this is root.
+pub(crate) fn is_root() -> bool {
+    let is = nix::unistd::geteuid().is_root();
+    if !is {
+        missing(ROOT, "only root can act as two users");
+    }
+    is
+}
+
 /// Whether `program`, of Debian's `package`, is here.
 pub(crate) fn has(variable: &str, program: &str, package: &str) -> bool {
     let found = Command::new("sh").args(["-c", "command -v \"$0\"", program]).output();
