@@ -940,6 +940,94 @@ fn a_closed_listener_leaves_its_connections_alone() {
     assert_eq!(rig.route.active(), 1);
 }
 
+/// One service with one place, which somebody has, and a listener that is closed then, with so many
+/// who wait there. How long that took, how many turns the threads took meanwhile, and those who waited.
+fn closed_while_full(
+    listen: &Listen,
+    waiting: usize,
+    connect: impl Fn() -> Box<dyn Read>,
+) -> (Duration, u64, Vec<Box<dyn Read>>) {
+    let routing = Routing {
+        max_connections: NonZeroU32::new(1),
+        hold_timeout: Duration::from_secs(1),
+        ..Routing::default()
+    };
+    let rig = Rig::new(routing, &[worker(echo)]);
+    let listener = Listener::bind(listen, &UnixAccess::default()).unwrap();
+    let listener = rig.plane.open(&rig.route, listener);
+    let mut client = rig.connect();
+    client.write_all(b"x").unwrap();
+    client.read_exact(&mut [0]).unwrap();
+    let waiting = (0..waiting).map(|_| connect()).collect();
+    let (begun, before) = (Instant::now(), rig.plane.progress().iter().sum::<u64>());
+    let closed = runtime()
+        .block_on(async { tokio::time::timeout(DEADLINE, rig.plane.close(listener)).await });
+    closed.expect("it is closed at last").unwrap();
+    let (took, turns) = (begun.elapsed(), rig.plane.progress().iter().sum::<u64>() - before);
+    // It goes on.
+    client.write_all(b"x").unwrap();
+    client.read_exact(&mut [0]).unwrap();
+    (took, turns, waiting)
+}
+
+#[test]
+fn a_listener_of_a_full_service_can_be_closed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("web.sock");
+    let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let tcp = || -> Box<dyn Read> {
+        let client = TcpStream::connect(free).unwrap();
+        client.set_read_timeout(Some(DEADLINE)).unwrap();
+        Box::new(client)
+    };
+    let unix = || -> Box<dyn Read> {
+        let client = UnixStream::connect(&path).unwrap();
+        client.set_read_timeout(Some(DEADLINE)).unwrap();
+        Box::new(client)
+    };
+    for listen in [Listen::Tcp(free), Listen::Unix(path.clone())] {
+        let connect = |count| match listen {
+            Listen::Tcp(_) => closed_while_full(&listen, count, tcp),
+            Listen::Unix(_) => closed_while_full(&listen, count, unix),
+        };
+        // Nobody waits: there is nothing to wait for.
+        let (took, turns, _) = connect(0);
+        assert!(took < Duration::from_millis(900), "{listen} {took:?}");
+        assert!(turns < 100, "{listen} {turns}");
+        // Those who wait do so for as long as anybody waits for a worker, and not for ever.
+        let (took, turns, mut waiting) = connect(3);
+        assert!(took >= Duration::from_secs(1), "{listen} {took:?}");
+        assert!(turns < 200, "{listen} {turns}");
+        for client in &mut waiting {
+            assert!(is_reset(client.read(&mut [0])), "{listen}");
+        }
+    }
+}
+
+#[test]
+fn who_was_refused_while_another_worker_is_on_its_way_is_served_by_the_first_that_takes_him() {
+    let bound = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    bound.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+    let address = bound.local_addr().unwrap().as_socket().unwrap();
+    let all = upstreams(&[address]);
+    let coming = Some(Instant::now());
+    let rig = Rig::of(1, "127.0.0.1:0", 10_000, Routing::default(), &all, coming);
+    let first = rig.connect();
+    until("it waits", || rig.route.held() == 1);
+    // It listens after all, and nothing is published.
+    bound.listen(16).unwrap();
+    let listener = TcpListener::from(bound);
+    thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            _ = stream.write_all(b"here");
+        }
+    });
+    let begun = Instant::now();
+    assert_eq!(said(first), "here");
+    assert_eq!(said(rig.connect()), "here");
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+}
+
 #[test]
 fn a_cut_resets_both_sides() {
     let (heard, hears) = std::sync::mpsc::channel();

@@ -168,11 +168,10 @@ impl Crew {
     /// another; the other half is for whoever comes first. What a service holds beyond its share when
     /// that becomes smaller, it keeps.
     pub(super) fn share_out(&self) {
-        let services: Vec<_> = {
-            let mut services = lock(&self.services);
-            services.retain(|service| service.strong_count() > 0);
-            services.iter().filter_map(Weak::upgrade).collect()
-        };
+        // Until all shares are set: another that shares out meanwhile knows of other services.
+        let mut known = lock(&self.services);
+        known.retain(|service| service.strong_count() > 0);
+        let services: Vec<_> = known.iter().filter_map(Weak::upgrade).collect();
         let all = self.budget.limit();
         let share = match services.len() {
             0 | 1 => usize::MAX,
@@ -184,6 +183,9 @@ impl Crew {
         for service in &services {
             wake |= service.set_share(share);
         }
+        drop(known);
+        // The last of one may be among these, and shares out itself.
+        drop(services);
         if wake {
             self.wake_all();
         }

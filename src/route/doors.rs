@@ -56,6 +56,8 @@ enum State {
 struct Closing {
     /// From then on, an empty queue is the last of it.
     at: Instant,
+    /// Until then, those in the queue may wait for a place; what gives one may wait for this to end.
+    until: Instant,
     /// Dropped when the thread has let go.
     _done: mpsc::Sender<()>,
 }
@@ -79,7 +81,7 @@ impl Door {
     fn deadline(&self) -> Option<Instant> {
         match self.state {
             State::Open => self.closing.as_ref().map(|closing| closing.at),
-            State::Full => None,
+            State::Full => self.closing.as_ref().map(|closing| closing.until),
             State::Paused(until) => Some(until),
         }
     }
@@ -106,7 +108,10 @@ impl Reactor {
         let Some(door) = self.doors.0.get_mut(&id) else { return };
         let lasts = door.listener.is_tcp() && !door.listener.is_shared();
         let at = if lasts { self.now + HANDSHAKE } else { self.now };
-        door.closing = Some(Closing { at, _done: done });
+        // As long as clients wait for a worker.
+        let patience = self.services[door.service].pool.routing().hold_timeout;
+        let until = at.checked_add(patience).unwrap_or(at);
+        door.closing = Some(Closing { at, until, _done: done });
         if door.listener.is_shared() {
             self.let_go_if_closed(id);
         } else {
@@ -138,12 +143,17 @@ impl Reactor {
                 return;
             };
             let (listener, service) = (Arc::clone(&door.listener), door.service);
+            let is_closing = door.closing.is_some();
             let route = &self.services[service].route;
             let place = match Place::take(route) {
                 Ok(place) => place,
                 // Nobody is kept waiting yet, and epoll tells when somebody is.
-                Err(_) if !listener.has_clients() => return,
+                Err(_) if !listener.has_clients(is_closing) => return self.let_go_if_closed(id),
                 Err(what) => {
+                    if self.gives_up(id) {
+                        return;
+                    }
+                    let route = &self.services[service].route;
                     if !route.shortages().lasts(what) {
                         route.is_short_of(what);
                     }
@@ -176,6 +186,7 @@ impl Reactor {
                         return self.let_go_if_closed(id);
                     }
                     Accept::Lost => {}
+                    Accept::Exhausted if self.gives_up(id) => return,
                     Accept::Exhausted => {
                         if listener.fails() {
                             warn!(listen = %listener.listen(), %error, "can't accept; clients wait");
@@ -189,9 +200,24 @@ impl Reactor {
 
     fn let_go_if_closed(&mut self, id: u32) {
         let is_over = |door: &Door| door.closing.as_ref().is_some_and(|c| c.at <= self.now);
-        if self.doors.0.get(&id).is_some_and(is_over)
-            && let Some(Door { listener, service, closing, .. }) = self.doors.0.remove(&id)
-        {
+        if self.doors.0.get(&id).is_some_and(is_over) {
+            self.let_go(id);
+        }
+    }
+
+    /// Lets go of a door whose clients have waited for a place for as long as they may; whether it
+    /// is one.
+    fn gives_up(&mut self, id: u32) -> bool {
+        let is_over = |door: &Door| door.closing.as_ref().is_some_and(|c| c.until <= self.now);
+        let gives_up = self.doors.0.get(&id).is_some_and(is_over);
+        if gives_up {
+            self.let_go(id);
+        }
+        gives_up
+    }
+
+    fn let_go(&mut self, id: u32) {
+        if let Some(Door { listener, service, closing, .. }) = self.doors.0.remove(&id) {
             _ = self.epoll.delete(&*listener);
             // In this order: when all threads are done, the socket is closed.
             drop(listener);

@@ -25,6 +25,7 @@ use crate::{
     config::{Listen, UnixAccess},
     sockets::{
         self,
+        diag::{Diag, inode_of},
         pathname::{Rights, SocketFile, listen_at},
     },
 };
@@ -210,10 +211,18 @@ impl Listener {
         Some(self.socket.local_addr().ok()?.as_socket()?.port())
     }
 
-    /// Whether a client waits to be accepted.
-    pub(super) fn has_clients(&self) -> bool {
+    /// Whether a client waits to be accepted, where it may have been [quiesced](Self::quiesce).
+    pub(super) fn has_clients(&self, is_quiet: bool) -> bool {
         let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
-        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+        let is_readable = poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0);
+        // A unix socket that is shut down is readable whoever waits (`unix_poll` in the kernel's
+        // net/unix/af_unix.c).
+        is_readable && (self.is_tcp() || !is_quiet || self.has_pending().unwrap_or(true))
+    }
+
+    /// Whether the kernel knows somebody in a unix socket's queue.
+    fn has_pending(&self) -> io::Result<bool> {
+        Ok(!Diag::open()?.unix_pending(inode_of(&self.socket)?)?.is_empty())
     }
 
     /// Takes the next waiting client, non-blocking and close-on-exec in the one call.

@@ -336,7 +336,10 @@ impl Reactor {
             if !Arc::ptr_eq(&before, &service.pool) {
                 // Whatever was doubted, control has decided since.
                 service.line.doubt = None;
-                service.is_local = is_local(&service.pool);
+                // Connects that are under way go to one of those before, where there is none now.
+                if !service.pool.upstreams().is_empty() {
+                    service.is_local = is_local(&service.pool);
+                }
             }
         }
     }

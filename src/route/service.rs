@@ -250,12 +250,18 @@ impl ServiceRoute {
             .min_by_key(|(_, head)| *head)
     }
 
-    pub(super) fn count_waiting(&self, starts: bool) {
-        if starts {
-            self.waiting.fetch_add(1, SeqCst);
-        } else if self.waiting.fetch_sub(1, SeqCst) == 1 {
+    /// One more waits.
+    pub(super) fn begins_to_wait(&self) {
+        self.waiting.fetch_add(1, SeqCst);
+    }
+
+    /// One waits no longer. Whether it was the last of all threads.
+    pub(super) fn ends_to_wait(&self) -> bool {
+        let is_last = self.waiting.fetch_sub(1, SeqCst) == 1;
+        if is_last {
             self.placed.notify_waiters();
         }
+        is_last
     }
 }
 

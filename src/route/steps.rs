@@ -385,8 +385,10 @@ impl Reactor {
                 let pause = if short == Shortage::Queues { FULL } else { SHORT };
                 line.look_again.get_or_insert(now + pause);
             }
-            // It is published when it is there.
-            Why::Refused if is_coming => {}
+            // It is published when it is there; but those that refused may take the next one before.
+            Why::Refused if is_coming => {
+                line.look_again.get_or_insert(now + SHORT);
+            }
             Why::Refused => {
                 let doubt = pool.routing().hold_timeout.min(DOUBT);
                 line.doubt.get_or_insert(now + doubt);
@@ -574,7 +576,7 @@ impl Reactor {
             return;
         }
         connection.links = Links::new(self.now);
-        service.route.count_waiting(true);
+        service.route.begins_to_wait();
         if connection.held_since.is_none() {
             connection.held_since = Some(self.now);
             service.route.counters().count_held();
@@ -589,6 +591,10 @@ impl Reactor {
         let Some(stage) = connection.stage.take() else { return };
         if service.line.looking == Some(key) {
             service.line.looking = None;
+            // Where it does not come back, nobody else has those behind it look.
+            if !service.line.is_empty() {
+                service.line.look_again.get_or_insert(self.now);
+            }
         }
         if let Some(queue) = service.queue(stage) {
             queue.remove(&mut self.connections, key);
@@ -596,11 +602,10 @@ impl Reactor {
         }
         let begun = connection.begun();
         service.line.leave(begun, key);
-        if service.line.is_empty() {
+        service.tell_head(self.thread);
+        if service.route.ends_to_wait() {
             service.route.shortages().end(&Shortage::OF_WORKERS);
         }
-        service.tell_head(self.thread);
-        service.route.count_waiting(false);
     }
 
     pub(super) fn finish(&mut self, key: usize, end: End) {

@@ -34,12 +34,14 @@ pub enum Holder {
     /// (RFC 9293, section 3.6.1). That is in the way only where the program that had them did not set
     /// `SO_REUSEADDR` (socket(7)), or the one that comes does not.
     TimeWait(Duration),
+    /// Connections there were closed, but the other end has not acknowledged all of it yet.
+    Orphan,
     /// It could not be found out, or it is free by now.
     Unknown,
 }
 
 impl Holder {
-    /// Finds out who keeps `address` from being bound. Takes some ten milliseconds at most.
+    /// Finds out who keeps `address` from being bound. Takes some milliseconds, and 0.1 s at most.
     #[must_use]
     pub fn of(address: SocketAddr) -> Self {
         Self::look(address).unwrap_or(Self::Unknown)
@@ -57,12 +59,14 @@ impl Holder {
         }
         let ends = diag.ends_at(address.port()).ok()?;
         let here = || ends.iter().filter(|end| is_in_the_way(end.address.ip()));
-        let connection = here().find(|end| end.connection.state != TcpState::TimeWait);
+        let connection = here().find(|end| end.connection.is_accepted());
         if let Some(end) = connection {
             let process = process_of(end.connection.inode);
             return Some(Self::Connection { uid: end.connection.uid, process });
         }
-        here().map(|end| end.expires).max().map(Self::TimeWait)
+        let remembered = here().filter(|end| end.connection.state == TcpState::TimeWait);
+        let time_wait = remembered.map(|end| end.expires).max().map(Self::TimeWait);
+        time_wait.or_else(|| here().next().map(|_| Self::Orphan))
     }
 }
 
@@ -81,6 +85,9 @@ impl fmt::Display for Holder {
                 f,
                 "in TIME_WAIT for another {} s, though nobody has it",
                 left.as_millis().div_ceil(1000)
+            ),
+            Self::Orphan => f.write_str(
+                "in use by a connection that is being closed, though no program has it any more",
             ),
             Self::Unknown => f.write_str("taken by another program"),
         }
@@ -108,6 +115,9 @@ fn process_of(inode: u32) -> Option<(i32, String)> {
     let until = Instant::now() + SEARCH;
     let wanted = format!("socket:[{inode}]");
     for entry in fs::read_dir("/proc").ok()?.flatten() {
+        if Instant::now() >= until {
+            return None;
+        }
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
             continue;
         };
@@ -181,6 +191,7 @@ mod tests {
         // This end first, so that it is the one that waits.
         drop(accepted);
         client.read_exact(&mut [0]).unwrap_err();
+        assert_eq!(Holder::of(address), Holder::Orphan);
         drop(client);
         let until = Instant::now() + Duration::from_secs(5);
         while !matches!(Holder::of(address), Holder::TimeWait(_)) {

@@ -286,7 +286,7 @@ async fn report(reported: Reported) {
 /// What would help against who has it.
 fn taken_hint(port: u16, holder: &Holder) -> String {
     match holder {
-        Holder::Listener { process: Some(_), .. } => String::new(),
+        Holder::Listener { process: Some(_), .. } | Holder::Orphan => String::new(),
         Holder::Listener { .. } | Holder::Unknown => {
             format!("; `ss -ltnp 'sport = :{port}'` shows which")
         }
