@@ -321,21 +321,45 @@ fn a_new_command_replaces_the_workers_one_by_one() {
 #[test]
 fn where_the_old_one_is_to_stop_first_it_does() {
     let ports = Ports::take(2);
-    let keys = |argument: &str| {
-        format!("{}\nrollout.order = \"stop-first\"", command(&["http", argument]))
-    };
-    let daemon = Daemon::healthy(&ports.service(&keys("old")), 2);
-    let since = daemon.now();
-    daemon.must_reload(&ports.service(&keys("new")));
-    daemon.wait(since, "workers replaced", &[("service", "web")]);
-    let lines = daemon.log.lines(since);
-    let steps: Vec<_> = lines
-        .iter()
-        .filter(|l| matches!(&*l.message, "worker healthy" | "worker exited"))
-        .map(|l| (&*l.message, l.number::<u16>("port")))
-        .collect();
-    let step = |port| [("worker exited", port), ("worker healthy", port)];
-    assert_eq!(steps, [step(ports.worker(0)), step(ports.worker(1))].concat());
+    let free = Ports::take(0);
+    let on_free =
+        |key: &str| format!("[service.web]\nlisten = \"{}\"\nworkers = 2\n{key}", free.address());
+    let shapes = [
+        ports.service(""),
+        ports.service("socket = \"inherit\""),
+        on_free(""),
+        on_free("socket = \"inherit\""),
+        on_free("socket = \"unix\""),
+        on_free("route = \"direct\""),
+    ];
+    for shape in shapes {
+        let config = |argument: &str| {
+            let command = command(&["http", argument]);
+            format!(
+                "{shape}\n{command}\nrollout.order = \"stop-first\"\nrollout.settle = \"50ms\"\n"
+            )
+        };
+        let daemon = Daemon::healthy(&config("old"), 2);
+        for change in ["a reload", "a restart"] {
+            let since = daemon.now();
+            match change {
+                "a reload" => drop(daemon.must_reload(&config("new"))),
+                _ => assert!(daemon.lbd(&["restart"]).status.success()),
+            }
+            daemon.wait(since, "workers replaced", &[("service", "web")]);
+            let lines = daemon.log.lines(since);
+            let steps: Vec<_> = lines
+                .iter()
+                .filter(|l| {
+                    matches!(&*l.message, "worker exited" | "worker started" | "worker healthy")
+                })
+                .map(|l| (&*l.message, l.number::<u32>("slot")))
+                .collect();
+            let step =
+                |slot| ["worker exited", "worker started", "worker healthy"].map(|m| (m, slot));
+            assert_eq!(steps, [step(0), step(1)].concat(), "{change} of {shape}");
+        }
+    }
 }
 
 #[test]

@@ -12,7 +12,7 @@ use super::{
     slot::{Slot, note_of, note_of_slot},
     worker::{Phase, Worker},
 };
-use crate::config::{self, Slots};
+use crate::config::{self, Order, Slots};
 
 /// Everything a step needs besides the service itself.
 pub(super) struct Context<'a> {
@@ -373,10 +373,30 @@ impl Service {
         self.retiring.push(worker);
     }
 
-    /// Whether the slot is to be filled, and workers on their way out leave it its port.
+    /// Whether the slot is to be filled, and workers on their way out leave it its port and, where
+    /// no two of a slot may run at once, are gone.
     fn may_fill(&self, slot: &Slot, outgoing: &Outgoing) -> bool {
         let room = |port| outgoing.leave_room(slot.spec.address(port), slot.spec.socket, 0);
-        self.is_filled() && slot.is_vacant() && slot.wanted_port().is_none_or(room)
+        self.is_filled()
+            && slot.is_vacant()
+            && slot.wanted_port().is_none_or(room)
+            && !(self.runs_one_at_a_time(slot) && self.is_being_left(slot))
+    }
+
+    /// Whether a worker of this slot must be gone before the next one is started: by the
+    /// configuration, or since the two could not run beside each other.
+    fn runs_one_at_a_time(&self, slot: &Slot) -> bool {
+        let is_tried_alone = |rollout: &Rollout| {
+            rollout.vacates(slot.number)
+                && matches!(rollout.recycles(), Some(Worn::Unhealthy { .. }))
+        };
+        self.config.rollout.order == Order::StopFirst
+            || self.rollout.as_ref().is_some_and(is_tried_alone)
+    }
+
+    /// Whether a worker that was in this slot is not gone yet.
+    fn is_being_left(&self, slot: &Slot) -> bool {
+        self.retiring.iter().any(|worker| worker.slot == slot.number)
     }
 
     pub(super) fn note_worker(&self, id: WorkerId, fact: Fact, cx: &mut Context<'_>) {

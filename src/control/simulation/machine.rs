@@ -434,7 +434,14 @@ impl Machine {
         let Program::Command(argv) = &spec.program else { panic!("{spec:?}") };
         let inherits = spec.socket == SocketMode::Inherit;
         let mut process = Process::new(&spawn, inherits, self.now, &mut self.random);
-        let slots = &self.supervisor.service(&spawn.service).unwrap().slots;
+        let service = self.supervisor.service(&spawn.service).unwrap();
+        let of_its_slot = |other: &&Process| {
+            other.service == spawn.service && other.slot == spawn.slot && other.told != Told::Gone
+        };
+        let is_alone = !self.processes.values().any(|other| of_its_slot(&other));
+        let stops_first = service.config.rollout.order == Order::StopFirst;
+        assert!(is_alone || !stops_first, "{id:?} is started beside its predecessor");
+        let slots = &service.slots;
         let slot = slots.iter().find(|slot| slot.number == spawn.slot);
         process.fixed_port = slot.and_then(|slot| slot.fixed_port);
         process.stands_in = process.fixed_port.is_some_and(|fixed| port != Some(fixed));

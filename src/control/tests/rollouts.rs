@@ -32,6 +32,41 @@ fn stopped_first_the_old_one_is_gone_before_the_new_one_starts() {
 }
 
 #[test]
+fn stopped_first_no_two_of_a_slot_run_at_once_on_whatever_sockets() {
+    for socket in [SocketMode::Bind, SocketMode::Inherit, SocketMode::Unix, SocketMode::Direct] {
+        let mut config = stop_first(count("a", 2));
+        Arc::make_mut(&mut config.worker).socket = socket;
+        let mut world = World::healthy(config);
+        world.restart(1, None);
+        assert_eq!(world.spawns.len(), 2, "{socket:?}: its successor waits");
+        assert_eq!(world.idle(1), ["SIGTERM 1"]);
+        world.exit(1);
+        assert_eq!(world.spawns.len(), 2, "{socket:?}: its children may still run");
+        assert!(world.gone(1).iter().any(|action| action.starts_with("spawn 3 a")));
+        world.up(3);
+        assert_eq!((world.rotation(), world.spawns.len()), (vec![3], 3), "{socket:?}");
+        world.idle(2);
+        world.end(2);
+        assert!(world.up(4).contains(&"answer 1".to_owned()), "{socket:?}");
+    }
+}
+
+#[test]
+fn stopped_first_it_is_so_after_a_crash_and_for_a_slot_that_comes_back() {
+    let mut world = World::healthy(stop_first(count("a", 2)));
+    world.exit(1);
+    world.wait(SEC(1));
+    assert_eq!(world.spawns.len(), 2, "what it left still runs");
+    assert!(world.gone(1).contains(&"spawn 3 a on any".to_owned()));
+    world.up(3);
+    world.apply(1, [stop_first(count("a", 1))]);
+    world.idle(2);
+    world.apply(2, [stop_first(count("a", 2))]);
+    assert_eq!(world.spawns.len(), 3);
+    assert!(world.end(2).contains(&"spawn 4 a on any".to_owned()));
+}
+
+#[test]
 fn a_replacement_that_fails_leaves_the_old_ones_as_they_were() {
     let mut world = World::healthy(count("a", 2));
     let mut changed = count("b", 2);

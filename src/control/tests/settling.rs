@@ -71,6 +71,8 @@ fn health_counts_without_a_break_only() {
     // With no old one to go back to, it may yet recover, but nobody calls that proven.
     config.worker = spec("b");
     world.apply(1, [config]);
+    world.idle(1);
+    world.end(1);
     world.up(2);
     world.wait(SEC(4));
     let shown = world.answer_probe(2, Some("connection refused"));
@@ -115,6 +117,8 @@ fn a_reload_keeps_a_successor_that_serves() {
 fn stopped_first_it_settles_before_the_next_one_goes() {
     let mut world = World::healthy(settling(stop_first(count("a", 2))));
     assert_eq!(world.restart(1, None)[..2], ["publish web", "retire 1"]);
+    world.idle(1);
+    world.end(1);
     world.up(3);
     assert_eq!(world.rotation(), [3, 2]);
     assert!(!world.wait(MS(999)).contains(&"retire 2".to_owned()));
