@@ -15,6 +15,35 @@ pub struct WorkerId(pub u64);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Ticket(pub u64);
 
+/// Which slots of a service.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Chosen {
+    /// All that there are.
+    All,
+    /// One that somebody named: its new worker is in rotation, also if the slot was drained.
+    One(u32),
+    /// These.
+    These(Vec<u32>),
+}
+
+impl Chosen {
+    /// Whether this slot is among them.
+    #[must_use]
+    pub fn has(&self, slot: u32) -> bool {
+        match self {
+            Self::All => true,
+            Self::One(one) => *one == slot,
+            Self::These(these) => these.contains(&slot),
+        }
+    }
+}
+
+impl From<Option<u32>> for Chosen {
+    fn from(slot: Option<u32>) -> Self {
+        slot.map_or(Self::All, Self::One)
+    }
+}
+
 /// What happened outside.
 #[derive(Debug, Clone)]
 pub enum Event {
@@ -96,8 +125,8 @@ pub enum Event {
     Restart {
         /// The service; all of them where `None`.
         service: Option<Arc<str>>,
-        /// One slot of it; all of them where `None`.
-        slot: Option<u32>,
+        /// Which of its workers.
+        slots: Chosen,
         /// Who waits for the end.
         ticket: Ticket,
     },

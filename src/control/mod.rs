@@ -31,8 +31,8 @@ mod worker;
 use std::{collections::HashMap, sync::Arc, time::Instant};
 
 pub use event::{
-    Action, Cause, Event, Fact, Failure, Note, NoteWorker, ProbeOutcome, Spawn, Ticket, Verdict,
-    Why, WorkerId, Worn,
+    Action, Cause, Chosen, Event, Fact, Failure, Note, NoteWorker, ProbeOutcome, Spawn, Ticket,
+    Verdict, Why, WorkerId, Worn,
 };
 pub use ports::WORKERS_ON_A_PORT;
 pub use service::{Coming, Rotation, Service};
@@ -107,8 +107,8 @@ impl Supervisor {
                 }
             }
             Event::Apply { services, ticket } => self.apply(services, ticket, now, &mut actions),
-            Event::Restart { service, slot, ticket } => {
-                self.restart(service.as_deref(), slot, ticket, now, &mut actions);
+            Event::Restart { service, slots, ticket } => {
+                self.restart(service.as_deref(), &slots, ticket, now, &mut actions);
             }
             Event::Drain { service: name, slot } => {
                 if let Some(service) = open(&mut self.services, &name) {
@@ -207,7 +207,7 @@ impl Supervisor {
     fn restart(
         &mut self,
         name: Option<&str>,
-        slot: Option<u32>,
+        slots: &Chosen,
         ticket: Ticket,
         now: Instant,
         actions: &mut Vec<Action>,
@@ -215,14 +215,16 @@ impl Supervisor {
         let chosen = |service: &Service| {
             service.is_open()
                 && name.is_none_or(|name| &*service.config.name == name)
-                && slot.is_none_or(|slot| service.slots.iter().any(|s| s.number == slot))
+                && (*slots == Chosen::All || service.slots.iter().any(|s| slots.has(s.number)))
         };
         let services = self.services.iter().filter(|service| chosen(service)).count();
         if self.stopping || services == 0 {
-            let error = match (name, slot) {
+            let error = match (name, slots) {
                 _ if self.stopping => "lbd is stopping".to_owned(),
-                (Some(name), None) => format!("there is no service {name:?}"),
-                (Some(name), Some(slot)) => format!("there is no slot {slot} in {name:?}"),
+                (Some(name), Chosen::All | Chosen::These(_)) => {
+                    format!("there is no service {name:?}")
+                }
+                (Some(name), Chosen::One(slot)) => format!("there is no slot {slot} in {name:?}"),
                 (None, _) => "there is no service".to_owned(),
             };
             actions.push(Action::Answer { ticket, result: Err(error) });
@@ -231,7 +233,7 @@ impl Supervisor {
         self.waiting.insert(ticket, Waiting::new(services));
         let mut cx = Context { now, shared: &mut self.shared, actions };
         for service in self.services.iter_mut().filter(|service| chosen(service)) {
-            service.restart(slot, ticket, &mut cx);
+            service.restart(slots, ticket, &mut cx);
         }
     }
 

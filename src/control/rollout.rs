@@ -20,7 +20,7 @@ use std::{
 };
 
 use super::{
-    event::{Action, Fact, Failure, Ticket, Why, WorkerId, Worn},
+    event::{Action, Chosen, Fact, Failure, Ticket, Why, WorkerId, Worn},
     ports::Outgoing,
     service::{Context, Place, Service},
     slot::Slot,
@@ -176,9 +176,8 @@ impl Service {
         });
     }
 
-    /// Replaces every worker, or that of one slot, by one with the same settings. A slot that is
-    /// restarted by itself is in rotation again with its new worker, if it was drained.
-    pub(super) fn restart(&mut self, slot: Option<u32>, ticket: Ticket, cx: &mut Context<'_>) {
+    /// Replaces the workers of these slots by ones with the same settings.
+    pub(super) fn restart(&mut self, slots: &Chosen, ticket: Ticket, cx: &mut Context<'_>) {
         let proving = if self.rollout.as_ref().and_then(Rollout::recycles).is_some() {
             let spec = Arc::clone(&self.config.worker);
             self.abandon_rollout("somebody asked for a restart", Some(&spec), cx)
@@ -192,11 +191,14 @@ impl Service {
         }
         // One that was just started in its stead counts as restarted.
         let old = |found: &&Slot| proving.is_none_or(|id| !found.holds(id));
-        let chosen = |found: &&Slot| slot.is_none_or(|number| found.number == number);
+        let chosen = |found: &&Slot| slots.has(found.number);
         let todo = self.slots.iter().filter(chosen).filter(old).map(|slot| slot.number).collect();
         self.begin_rollout(todo, proving, Some(ticket), Kind::Restart, cx);
         if let Some(rollout) = &mut self.rollout {
-            rollout.undrains = slot;
+            rollout.undrains = match slots {
+                Chosen::One(slot) => Some(*slot),
+                Chosen::All | Chosen::These(_) => None,
+            };
         }
     }
 

@@ -16,7 +16,7 @@ use std::{
 
 use machine::Machine;
 
-use super::{Event, Phase, Ticket, tests};
+use super::{Chosen, Event, Phase, Ticket, tests};
 use crate::config::{Drain, Health, Limits, Order, Restart, Service, Slots, SocketMode, Stop};
 
 const MS: fn(u64) -> Duration = Duration::from_millis;
@@ -219,7 +219,7 @@ fn end(machine: &mut Machine) {
             4 => {
                 // What comes now is too late, and is answered so.
                 let ticket = machine.ticket();
-                machine.handle(Event::Restart { service: None, slot: None, ticket });
+                machine.handle(Event::Restart { service: None, slots: Chosen::All, ticket });
                 assert!(!machine.tickets.contains(&ticket));
             }
             5..15 => machine.connect(),

@@ -21,8 +21,8 @@ use std::{
 };
 
 use super::{
-    Action, Coming, Event, Fact, Phase, ProbeOutcome, Service, Spawn, Supervisor, Ticket, Verdict,
-    WorkerId,
+    Action, Chosen, Coming, Event, Fact, Phase, ProbeOutcome, Service, Spawn, Supervisor, Ticket,
+    Verdict, WorkerId,
 };
 use crate::config::{
     self, DEFAULT_HOST, Drain, Order, Output, Program, Restart, Rollout, Slots, SocketMode, Stop,
@@ -173,12 +173,12 @@ impl World {
 
     fn restart(&mut self, ticket: u64, service: Option<&str>) -> Vec<String> {
         let service = service.map(Into::into);
-        self.event(Event::Restart { service, slot: None, ticket: Ticket(ticket) })
+        self.event(Event::Restart { service, slots: Chosen::All, ticket: Ticket(ticket) })
     }
 
     fn restart_slot(&mut self, ticket: u64, slot: u32) -> Vec<String> {
         let service = Some("web".into());
-        self.event(Event::Restart { service, slot: Some(slot), ticket: Ticket(ticket) })
+        self.event(Event::Restart { service, slots: Chosen::One(slot), ticket: Ticket(ticket) })
     }
 
     fn drain(&mut self, slot: u32) -> Vec<String> {

@@ -13,7 +13,7 @@ use super::{Daemon, Stage};
 use crate::{
     admin::{Answer, Failure, Placed, Reloaded, Request, Restarted, metrics, status},
     config,
-    control::{Coming, Event, Service, Ticket},
+    control::{Chosen, Coming, Event, Service, Ticket},
 };
 
 /// Requests that control works on, by their tickets.
@@ -268,7 +268,7 @@ impl Daemon<'_> {
         let warnings = self.is_file_changed().into_iter().collect();
         let restarted = Restarted { workers, reloaded: None, warnings };
         let ticket = self.requests.wait(Waiting::Restart { asker, restarted });
-        self.handle(Event::Restart { service, slot, ticket });
+        self.handle(Event::Restart { service, slots: slot.into(), ticket });
     }
 
     /// What there is to say where the file is not the one that is in force.
@@ -324,10 +324,12 @@ impl Daemon<'_> {
             let is_old = |number: u32, generation: u64| {
                 before.get(&(Arc::clone(name), number)) == Some(&generation)
             };
-            let slots: Vec<_> = slots.map(|s| is_old(s.number, s.generation)).collect();
-            workers += slots.len();
-            if slots.contains(&true) {
-                old.push(Arc::clone(name));
+            workers += slots.clone().count();
+            let left = slots.filter(|s| is_old(s.number, s.generation)).map(|s| s.number);
+            let left: Vec<_> = left.collect();
+            if !left.is_empty() {
+                let slots = slot.map_or(Chosen::These(left), Chosen::One);
+                old.push((Arc::clone(name), slots));
             }
         }
         let restarted = Restarted { workers, reloaded: Some(reloaded), warnings: Vec::new() };
@@ -338,9 +340,9 @@ impl Daemon<'_> {
         let (set, left) = (self.requests.ticket().0, old.len());
         let errors = Vec::new();
         self.requests.sets.insert(set, RestartSet { left, errors, asker, restarted });
-        for service in old {
+        for (service, slots) in old {
             let ticket = self.requests.wait(Waiting::PartOf { set });
-            self.handle(Event::Restart { service: Some(service), slot, ticket });
+            self.handle(Event::Restart { service: Some(service), slots, ticket });
         }
     }
 

@@ -196,7 +196,7 @@ impl Machine {
             self.drained.remove(&key);
             self.restarted.insert(key);
         }
-        self.handle(Event::Restart { service, slot, ticket });
+        self.handle(Event::Restart { service, slots: slot.into(), ticket });
         if !self.tickets.contains(&ticket) {
             // It was refused, or there is no such slot.
             (self.drained, self.restarted) = before;

@@ -252,6 +252,19 @@ fn the_port_of_a_replacement_that_fails_is_not_the_slots() {
 }
 
 #[test]
+fn a_restart_of_some_leaves_the_others_alone_and_no_wish_forgotten() {
+    let mut world = World::healthy(count("a", 3));
+    world.drain(2);
+    let (service, ticket) = (Some("web".into()), Ticket(1));
+    let slots = Chosen::These(vec![0, 2]);
+    let shown = world.event(Event::Restart { service, slots, ticket });
+    assert_eq!(shown, ["publish web", "spawn 4 a on any"]);
+    assert_eq!(world.up(4), ["publish web", "retire 1", "spawn 5 a on any", "retire 5"]);
+    assert!(world.up(5).contains(&"answer 1".to_owned()));
+    assert_eq!(world.rotation(), [4, 2], "what an operator drained stays drained");
+}
+
+#[test]
 fn a_restart_replaces_one_after_the_other() {
     let mut world = World::healthy(count("a", 2));
     assert_eq!(world.restart(1, Some("web")), ["publish web", "spawn 3 a on any"]);
