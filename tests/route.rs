@@ -17,8 +17,8 @@ use std::{
 
 use lbd::{
     config::{Listen, Routing, UnixAccess},
-    route::{DataPlane, Listener, ListenerId, Pool, ServiceRoute, Settings, Upstream},
-    sockets::Nameless,
+    net::Nameless,
+    proxy::{DataPlane, Listener, ListenerId, Pool, ServiceRoute, Settings, Upstream},
 };
 use socket2::{Domain, SockRef, Socket, Type};
 

@@ -13,7 +13,7 @@ use std::{
 
 use lbd::{
     config::{Listen, Routing, UnixAccess},
-    route::{DataPlane, Listener, Pool, Settings, Upstream},
+    proxy::{DataPlane, Listener, Pool, Settings, Upstream},
 };
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 

@@ -1,4 +1,4 @@
-//! Doing what control asks for.
+//! Doing what the supervisor asks for.
 
 use std::{
     cell::RefCell,
@@ -16,14 +16,14 @@ use tracing::debug;
 use super::{Daemon, Stage, fronts::Fronts};
 use crate::{
     config::{Output, Program, SocketMode},
-    control::{
-        Action, Coming, Event, Fact, Failure, Note, NoteWorker, Phase, Supervisor, Worker, WorkerId,
-    },
-    proxy_protocol::{self, Ends},
-    route::{Pool, Reserved},
-    sockets::{
+    net::{
         Permit, Rescued,
         diag::{self, Diag},
+        proxy_protocol::{self, Ends},
+    },
+    proxy::{Pool, Reserved},
+    supervisor::{
+        Action, Coming, Event, Fact, Failure, Note, NoteWorker, Phase, Supervisor, Worker, WorkerId,
     },
 };
 
@@ -45,7 +45,7 @@ const UNBUFFERED: &str =
     "it wrote nothing, for Python keeps its output back: set env.PYTHONUNBUFFERED = \"1\"";
 
 impl Daemon<'_> {
-    /// Does what control asks for, and tells it what comes of that at once.
+    /// Does what the supervisor asks for, and tells it what comes of that at once.
     pub(super) fn perform(&mut self, actions: Vec<Action>) {
         // Before others come to the ports.
         let rescued = self.rescue();

@@ -14,7 +14,7 @@ use socket2::Socket;
 use super::{passed::PassedSockets, publics::Publics};
 use crate::{
     config::{self, Listen, UnixAccess},
-    route::{AccessChange, BindError, DataPlane, Listener, ListenerId, Pool, ServiceRoute},
+    proxy::{AccessChange, BindError, DataPlane, Listener, ListenerId, Pool, ServiceRoute},
 };
 
 /// The public sides of all services, by name.

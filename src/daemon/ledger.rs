@@ -10,9 +10,9 @@ use std::{
 };
 
 use crate::{
-    control::{ProbeOutcome, Verdict},
     histogram::Durations,
-    route::{Upstream, WorkerTally},
+    proxy::{Upstream, WorkerTally},
+    supervisor::{ProbeOutcome, Verdict},
 };
 
 /// The accounts of all slots, by service and number.

@@ -8,8 +8,8 @@ use std::{
 use super::Daemon;
 use crate::{
     admin::{metrics, status},
-    control::{self, Cause},
-    route::ServiceTally,
+    proxy::ServiceTally,
+    supervisor::{self, Cause},
 };
 
 impl Daemon<'_> {
@@ -40,7 +40,7 @@ impl Daemon<'_> {
         for service in &mut snapshot.services {
             let known = self.supervisor.service(&service.name);
             for slot in &mut service.slots {
-                let workers = known.into_iter().flat_map(control::Service::workers);
+                let workers = known.into_iter().flat_map(supervisor::Service::workers);
                 let workers = workers.filter(|worker| worker.slot == slot.number);
                 slot.guards = workers.filter_map(|worker| self.fleet.guard(worker.id)).collect();
                 let entry = self.fleet.ledger.read(&service.name, slot.number);
@@ -93,7 +93,7 @@ fn service(
 }
 
 /// The slot that `shown` fills, or has left last; without what its connections and probes were.
-fn slot(service: &control::Service, shown: &status::Worker, now: Instant) -> metrics::Slot {
+fn slot(service: &supervisor::Service, shown: &status::Worker, now: Instant) -> metrics::Slot {
     let slot = service.slots.iter().find(|slot| slot.number == shown.slot);
     let backoff = slot.filter(|slot| slot.is_vacant()).map(|slot| slot.start_at - now);
     let exits = slot.map(|slot| slot.exits).unwrap_or_default();

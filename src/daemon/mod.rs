@@ -1,7 +1,7 @@
-//! The driver: waits for what happens, tells control, and does what control asks for.
+//! The driver: waits for what happens, tells the supervisor, and does what the supervisor asks for.
 //!
 //! It runs on the main thread, in one `current_thread` runtime, and is the only place where children
-//! are started. It holds no state that control holds: processes, sockets and routes by their
+//! are started. It holds no state that the supervisor holds: processes, sockets and routes by their
 //! incarnation or name, and nothing of what they mean.
 
 mod acting;
@@ -50,10 +50,10 @@ use tracing::{info, warn};
 use crate::{
     admin::{self, ClaimError, ServerError},
     config::{Config, ConfigError, Token},
-    control::{Event, Supervisor},
     logging::{LogError, Logging},
     process::Cgroups,
-    route::{BindError, DataPlane, Settings},
+    proxy::{BindError, DataPlane, Settings},
+    supervisor::{Event, Supervisor},
 };
 use acting::Berths;
 use descriptors::Descriptors;

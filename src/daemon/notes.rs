@@ -1,4 +1,4 @@
-//! The facts that control notes, as lines of the log.
+//! The facts that the supervisor notes, as lines of the log.
 //!
 //! A worker that crashes many times a second for the same reason would flood the log with the same
 //! line: past ten in ten seconds, what is the same is folded into one line every ten seconds. Where
@@ -12,7 +12,7 @@ use std::{
 
 use tracing::{error, info, warn};
 
-use crate::control::{Fact, Failure, Note, Why, Worn};
+use crate::supervisor::{Fact, Failure, Note, Why, Worn};
 
 /// So many failures of one slot for the same reason are all written in this time; after that, one in
 /// this time.
@@ -233,7 +233,7 @@ pub(super) fn seconds(duration: Duration) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::NoteWorker;
+    use crate::supervisor::NoteWorker;
 
     #[test]
     fn the_same_failure_is_written_ten_times_and_then_every_ten_seconds() {

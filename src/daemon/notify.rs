@@ -142,7 +142,7 @@ impl Manager {
 
     /// Asks for more time, and says that lbd is alive if it is: the main thread is, having come
     /// here, and the data threads if each has made a turn since the last look, as
-    /// [`progress`](crate::route::DataPlane::progress) tells.
+    /// [`progress`](crate::proxy::DataPlane::progress) tells.
     pub(super) fn timeout(&mut self, now: Instant, progress: impl FnOnce() -> Vec<u64>) {
         let Some(told) = &mut self.0 else { return };
         if let Some((until, next)) = told.extending

@@ -17,12 +17,12 @@ use socket2::Socket;
 
 use crate::{
     config::{self, Balance, Listen, Route},
-    control::{Spawn, WorkerId},
-    route::Ways,
-    sockets::{
+    net::{
         Acceptor, Permit,
         direct::{Choice, Public, Steering, Watched},
     },
+    proxy::Ways,
+    supervisor::{Spawn, WorkerId},
 };
 
 /// The kernel can't be had to hand out the connections to an address.

@@ -17,8 +17,8 @@ use crate::{
         self, Config, ConfigError,
         diff::{Diff, NeedsRestart, diff},
     },
-    control::{Event, Ticket},
-    route::BindError,
+    proxy::BindError,
+    supervisor::{Event, Ticket},
 };
 
 /// Why a reload was refused.

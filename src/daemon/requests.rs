@@ -13,10 +13,10 @@ use super::{Daemon, Stage};
 use crate::{
     admin::{Answer, Failure, Placed, Reloaded, Request, Restarted, metrics, status},
     config,
-    control::{Chosen, Coming, Event, Service, Ticket},
+    supervisor::{Chosen, Coming, Event, Service, Ticket},
 };
 
-/// Requests that control works on, by their tickets.
+/// Requests that the supervisor works on, by their tickets.
 #[derive(Debug, Default)]
 pub(super) struct Requests {
     tickets: u64,
@@ -107,7 +107,7 @@ impl Requests {
         ticket
     }
 
-    /// Takes note of control's answer, which [`Daemon::tell_askers`] passes on.
+    /// Takes note of the supervisor's answer, which [`Daemon::tell_askers`] passes on.
     pub(super) fn finish(&mut self, ticket: Ticket, result: Result<Vec<String>, String>) {
         self.finished.push((ticket, result));
     }
@@ -207,7 +207,7 @@ impl Daemon<'_> {
         }
     }
 
-    /// Answers what control has finished. Called at the end of a turn, when everything that the
+    /// Answers what the supervisor has finished. Called at the end of a turn, when everything that the
     /// answer is about has been carried out.
     pub(super) fn tell_askers(&mut self) {
         // What is begun here may be finished at once.

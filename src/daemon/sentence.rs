@@ -4,8 +4,8 @@ use std::fmt::Write as _;
 
 use super::{Daemon, Stage};
 use crate::{
-    control::{Service, Slot},
     printable,
+    supervisor::{Service, Slot},
 };
 
 /// So many services in trouble are named.

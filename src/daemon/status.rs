@@ -1,4 +1,4 @@
-//! How everything is, put together from control (lives), the fleet (traffic) and the
+//! How everything is, put together from the supervisor (lives), the fleet (traffic) and the
 //! configuration.
 
 use std::time::{Duration, Instant};
@@ -7,8 +7,8 @@ use super::{Daemon, notes::seconds, requests::rfc3339};
 use crate::{
     admin::status::{Bytes, Config, Connections, Probe, Service, State, Status, Steering, Worker},
     config::{Route, WorkerSpec},
-    control::{self, Phase, Slot},
-    route::Traffic,
+    proxy::Traffic,
+    supervisor::{self, Phase, Slot},
 };
 
 impl Daemon<'_> {
@@ -30,7 +30,7 @@ impl Daemon<'_> {
     }
 
     /// What [`Self::status`] tells of one slot; `None` where the service has no such.
-    pub(super) fn slot_status(&self, service: &control::Service, number: u32) -> Option<Worker> {
+    pub(super) fn slot_status(&self, service: &supervisor::Service, number: u32) -> Option<Worker> {
         let slot = service.slots.iter().find(|slot| slot.number == number)?;
         Some(self.slot(slot, Instant::now()))
     }
@@ -42,13 +42,13 @@ impl Daemon<'_> {
         }
     }
 
-    fn service(&self, service: &control::Service, now: Instant) -> Service {
+    fn service(&self, service: &supervisor::Service, now: Instant) -> Service {
         let of_slot = |slot: &Slot| self.slot(slot, now);
         let replacement = |slot: &Slot| {
             let next = slot.current.as_ref().and(slot.next.as_ref())?;
             Some(self.worker(next, Some(slot), now))
         };
-        let outgoing = |worker: &control::Worker| {
+        let outgoing = |worker: &supervisor::Worker| {
             let slot = service.slots.iter().find(|slot| slot.number == worker.slot);
             self.worker(worker, slot, now)
         };
@@ -65,13 +65,13 @@ impl Daemon<'_> {
     }
 
     /// How the kernel shares out the service's connections, where it does.
-    fn steering(&self, service: &control::Service) -> Option<Steering> {
+    fn steering(&self, service: &supervisor::Service) -> Option<Steering> {
         let steering = self.fleet.publics.steering(&service.config.name)?;
         Some(Steering { kind: steering.kind.to_string(), why: steering.why.clone() })
     }
 
     /// `slot` is its slot, or that of its successors; a reload may have taken it away.
-    fn worker(&self, worker: &control::Worker, slot: Option<&Slot>, now: Instant) -> Worker {
+    fn worker(&self, worker: &supervisor::Worker, slot: Option<&Slot>, now: Instant) -> Worker {
         let generation = worker.generation;
         let traffic = self.fleet.upstream(worker.id).map(|upstream| upstream.traffic());
         let traffic = traffic.unwrap_or_else(|| nothing(&worker.spec));
@@ -150,7 +150,7 @@ fn last_exit(slot: &Slot) -> Option<String> {
     unasked.map(|exit| exit.status.clone())
 }
 
-fn state(worker: &control::Worker) -> State {
+fn state(worker: &supervisor::Worker) -> State {
     match worker.phase {
         Phase::Launching | Phase::Starting => State::Starting,
         Phase::Healthy if worker.aside.is_some() => State::Draining,
@@ -162,7 +162,7 @@ fn state(worker: &control::Worker) -> State {
 }
 
 /// Since when it is in its [`state`].
-fn since(worker: &control::Worker) -> Instant {
+fn since(worker: &supervisor::Worker) -> Instant {
     match worker.phase {
         Phase::Healthy => worker.aside.map_or(worker.since, |aside| aside.max(worker.since)),
         Phase::Launching

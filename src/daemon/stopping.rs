@@ -17,8 +17,8 @@ use super::{ABORT_PATIENCE, Daemon, SLACK, Stage, notes};
 use crate::{
     admin,
     config::{Listen, Stop},
-    control::Event,
-    route::ListenerId,
+    proxy::ListenerId,
+    supervisor::Event,
 };
 
 impl Daemon<'_> {

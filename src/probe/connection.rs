@@ -20,8 +20,10 @@ use super::{
 };
 use crate::{
     config::Probe,
-    proxy_protocol::{Ends, Header},
-    sockets::diag::{Diag, inode_of},
+    net::{
+        diag::{Diag, inode_of},
+        proxy_protocol::{Ends, Header},
+    },
 };
 
 /// Between two looks whether a connection has been accepted: at first, and at most.

@@ -1,6 +1,6 @@
 //! Probes of workers: a connection that the program has to accept, or a GET and a look at the status.
 //!
-//! A probe knows nothing of rise, fall or intervals, which are [`control`](crate::control)'s
+//! A probe knows nothing of rise, fall or intervals, which are [`supervisor`](crate::supervisor)'s
 //! business; it only tells what it saw.
 //!
 //! - A connect proves nothing: the kernel answers it wherever there is a listening socket, whoever
@@ -29,8 +29,8 @@ use tokio::{
 
 use crate::{
     config::{Probe, ProxyProtocol},
-    control::{ProbeOutcome, Verdict},
-    sockets::Endpoint,
+    net::Endpoint,
+    supervisor::{ProbeOutcome, Verdict},
 };
 use connection::Connection;
 

@@ -18,7 +18,7 @@ use super::{
     holdings,
     tree::{processes, worker_of},
 };
-use crate::sockets::diag::Diag;
+use crate::net::diag::Diag;
 
 /// Between two looks, where nobody waits for one.
 const PAUSE: Duration = Duration::from_secs(1);

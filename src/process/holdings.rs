@@ -72,7 +72,7 @@ mod tests {
     use nix::unistd::geteuid;
 
     use super::{super::tree::below, *};
-    use crate::sockets::diag::inode_of;
+    use crate::net::diag::inode_of;
 
     #[test]
     fn what_a_process_below_has_is_found_with_its_user() {

@@ -24,7 +24,7 @@
 //! as a whole before anything else is; the guard is outside of it.
 //!
 //! This module owns every child of lbd. It decides nothing: what to start, when to signal and what
-//! an exit means is for `control`.
+//! an exit means is for `supervisor`.
 
 mod cgroup;
 mod channel;

@@ -14,7 +14,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use super::{WorkerError, system};
-use crate::sockets::{Acceptor, accept_nonblocking};
+use crate::net::{Acceptor, accept_nonblocking};
 
 /// `SD_LISTEN_FDS_START`, sd_listen_fds(3).
 const LISTEN_FDS_START: RawFd = 3;

@@ -5,9 +5,9 @@ use std::{collections::BTreeSet, net::SocketAddr, sync::Arc};
 use tokio::sync::mpsc;
 
 use crate::{
-    control::{Event, WorkerId},
     process::{ConnectionGauge, Counted, MemoryGauge, Watched},
-    route::Upstream,
+    proxy::Upstream,
+    supervisor::{Event, WorkerId},
 };
 
 /// Whose connections are counted, and since which of its retirements.

@@ -17,9 +17,9 @@ use tokio::task::spawn_blocking;
 
 use crate::{
     config::{Owner, SocketMode},
-    control::{ProbeOutcome, Verdict},
+    net::diag::{Diag, ListeningSocket},
     process::Holdings,
-    sockets::diag::{Diag, ListeningSocket},
+    supervisor::{ProbeOutcome, Verdict},
 };
 
 /// A program that does not listen on its port by then gets a look at where it does: most would.

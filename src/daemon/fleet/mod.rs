@@ -1,4 +1,4 @@
-//! The worker processes, as the driver handles them: it starts, signals and probes them as control
+//! The worker processes, as the driver handles them: it starts, signals and probes them as the supervisor
 //! asks, and turns what becomes of them into events.
 
 mod gauges;
@@ -28,16 +28,16 @@ use tokio::{
 use super::{descriptors::Descriptors, ledger::Ledger, publics::Publics};
 use crate::{
     config::{Balance, Health, ProxyProtocol, StopTo},
-    control::{Event, ProbeOutcome, Verdict, WORKERS_ON_A_PORT, WorkerId},
+    net::{self, Acceptor, Nameless, Port, Rescued, direct::Way},
     probe::{self, Prober},
     process::{Cgroups, Controller, Counted, LastWords, Outputs, Spawner, Watched},
-    route::Upstream,
-    sockets::{self, Acceptor, Nameless, Port, Rescued, direct::Way},
+    proxy::Upstream,
+    supervisor::{Event, ProbeOutcome, Verdict, WORKERS_ON_A_PORT, WorkerId},
 };
 use gauges::Gauges;
 use listening::Listening;
 
-const _: () = assert!(WORKERS_ON_A_PORT == sockets::SHARERS);
+const _: () = assert!(WORKERS_ON_A_PORT == net::SHARERS);
 
 /// All worker processes of the daemon.
 #[derive(Debug)]

@@ -10,9 +10,9 @@ use std::{
 
 use super::{Fleet, InheritedPort, InheritedUnix, Member};
 use crate::{
-    control::WorkerId,
     daemon::publics::WATCH_PAUSE,
-    sockets::{Permit, Rescued},
+    net::{Permit, Rescued},
+    supervisor::WorkerId,
 };
 
 impl Fleet {

@@ -17,11 +17,11 @@ use tokio::{sync::mpsc, task::spawn_local};
 use super::{Fleet, InheritedPort, InheritedUnix, Member, listening::Listening};
 use crate::{
     config::{Program, SocketMode},
-    control::{Event, Spawn, WorkerId},
+    net::{self, Endpoint, Holder, Nameless, Port},
     probe::Prober,
     process::{self, Cgroup, Child, ChildEvent, Exit, Identity, LastWords, Launch},
-    route::{Upstream, Ways},
-    sockets::{self, Endpoint, Holder, Nameless, Port},
+    proxy::{Upstream, Ways},
+    supervisor::{Event, Spawn, WorkerId},
 };
 
 /// How long the end of a worker that never was healthy is held back for the rest of its output: what
@@ -70,7 +70,7 @@ impl Fleet {
             SocketMode::Unix => self.inherit_unix(order)?,
             // Whoever has the port would pass for the worker that is to bind it.
             SocketMode::Bind | SocketMode::Direct => {
-                sockets::free(wanted).map_err(|error| port_error(wanted, error))?.into()
+                net::free(wanted).map_err(|error| port_error(wanted, error))?.into()
             }
         };
         let address = endpoint.inet();

@@ -1,0 +1,613 @@
+//! What the kernel knows of connections that lbd does not have: sock_diag(7), over netlink.
+
+use std::{
+    collections::HashSet,
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    time::Duration,
+};
+
+use netlink_packet_core::{
+    NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+};
+use netlink_packet_sock_diag::{
+    SockDiagMessage,
+    constants::{
+        AF_INET, AF_INET6, IPPROTO_TCP, TCP_CLOSE, TCP_CLOSE_WAIT, TCP_CLOSING, TCP_ESTABLISHED,
+        TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_LAST_ACK, TCP_SYN_RECV, TCP_SYN_SENT, TCP_TIME_WAIT,
+    },
+    inet::{ExtensionFlags, InetRequest, InetResponseHeader, SocketId, StateFlags},
+    unix::{ShowFlags, StateFlags as UnixStateFlags, UnixRequest, UnixResponse, nlas::Nla},
+};
+use nix::{
+    errno::Errno,
+    sys::{
+        socket::{
+            AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, setsockopt,
+            socket, sockopt::ReceiveTimeout,
+        },
+        stat::fstat,
+        time::{TimeVal, TimeValLike},
+    },
+};
+
+/// Larger than what the kernel puts in one datagram (`NLMSG_GOODSIZE`, and 32 KiB for a dump).
+const DATAGRAM: usize = 64 * 1024;
+
+/// The kernel answers within the call that asks. If ever it doesn't, nothing shall hang.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Asks the kernel about sockets.
+#[derive(Debug)]
+pub struct Diag {
+    socket: OwnedFd,
+    buffer: Box<[u8]>,
+    /// Of the latest question, so that an answer that came too late for an earlier one is no answer
+    /// to it.
+    sequence: u32,
+}
+
+/// A socket that listens on TCP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ListeningSocket {
+    /// What it is bound to.
+    pub address: SocketAddr,
+    /// What `/proc/PID/fd` calls it: `socket:[INODE]`.
+    pub inode: u32,
+    /// The user who made it.
+    pub uid: u32,
+}
+
+/// One end of a TCP connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Connection {
+    /// How far it is.
+    pub state: TcpState,
+    /// What `/proc/PID/fd` calls it. 0 where no process has it: it waits to be accepted, or was
+    /// closed.
+    pub inode: u32,
+    /// The user who accepted it (or made it, if this end is the one that connected). Means nothing
+    /// where `inode` is 0.
+    pub uid: u32,
+}
+
+impl Connection {
+    /// Whether a process has it: it has been accepted, and not been closed yet.
+    #[must_use]
+    pub fn is_accepted(&self) -> bool {
+        self.inode != 0
+    }
+}
+
+/// One end of a connection, where it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct End {
+    pub(super) address: SocketAddr,
+    pub(super) connection: Connection,
+    /// When the timer that runs is over; with [`TcpState::TimeWait`], when it is forgotten.
+    pub(super) expires: Duration,
+}
+
+/// The states of a TCP connection (RFC 9293, section 3.3.2), as the kernel counts them
+/// (include/net/tcp_states.h). `LISTEN` is no connection's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TcpState {
+    /// Both ends agree that it is there. Before it was accepted, too.
+    Established,
+    /// The other end has not answered.
+    SynSent,
+    /// The handshake is not complete, as the accepting end sees it: its queue is full, or with
+    /// `TCP_DEFER_ACCEPT` it waits for the first byte.
+    SynReceived,
+    /// This end has sent its FIN.
+    FinWait1,
+    /// And it was acknowledged.
+    FinWait2,
+    /// Both have ended it; it is remembered for a minute.
+    TimeWait,
+    /// It is no more.
+    Closed,
+    /// The other end has sent its FIN.
+    CloseWait,
+    /// Both have, the other end first.
+    LastAck,
+    /// Both have, at once.
+    Closing,
+}
+
+impl TcpState {
+    fn of(number: u8) -> Option<Self> {
+        Some(match number {
+            TCP_ESTABLISHED => Self::Established,
+            TCP_SYN_SENT => Self::SynSent,
+            TCP_SYN_RECV => Self::SynReceived,
+            TCP_FIN_WAIT1 => Self::FinWait1,
+            TCP_FIN_WAIT2 => Self::FinWait2,
+            TCP_TIME_WAIT => Self::TimeWait,
+            TCP_CLOSE => Self::Closed,
+            TCP_CLOSE_WAIT => Self::CloseWait,
+            TCP_LAST_ACK => Self::LastAck,
+            TCP_CLOSING => Self::Closing,
+            _ => return None,
+        })
+    }
+}
+
+impl Diag {
+    /// # Errors
+    /// Where netlink is forbidden, or the kernel has no sock_diag.
+    pub fn open() -> io::Result<Self> {
+        let protocol = SockProtocol::NetlinkSockDiag;
+        let socket =
+            socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, protocol)?;
+        let patience = TimeVal::milliseconds(PATIENCE.as_millis() as i64);
+        setsockopt(&socket, ReceiveTimeout, &patience)?;
+        Ok(Self { socket, buffer: vec![0; DATAGRAM].into(), sequence: 0 })
+    }
+
+    /// The inodes of the connections that were accepted at `address` or any other with its port and
+    /// family, and that some process still has.
+    ///
+    /// # Errors
+    /// Where the kernel does not tell.
+    pub fn accepted(&mut self, address: SocketAddr) -> io::Result<HashSet<u32>> {
+        let mut id = any(address.ip());
+        id.source_port = address.port();
+        let states = StateFlags::ESTABLISHED
+            | StateFlags::FIN_WAIT1
+            | StateFlags::FIN_WAIT2
+            | StateFlags::CLOSE_WAIT
+            | StateFlags::CLOSING
+            | StateFlags::LAST_ACK;
+        let mut inodes = HashSet::new();
+        self.ask_inet(id, states, Extent::All, |found| {
+            // One that waits to be accepted, or was closed by its process, has none.
+            inodes.extend(Some(found.header.inode).filter(|inode| *inode != 0));
+        })?;
+        Ok(inodes)
+    }
+
+    /// The end at `server` of the connection from `client`, exactly that one; `None` where there is
+    /// no such connection (any more).
+    ///
+    /// # Errors
+    /// Where the kernel does not tell.
+    pub fn accepted_state(
+        &mut self,
+        server: SocketAddr,
+        client: SocketAddr,
+    ) -> io::Result<Option<Connection>> {
+        let id = SocketId {
+            source_port: server.port(),
+            destination_port: client.port(),
+            source_address: server.ip(),
+            destination_address: client.ip(),
+            interface_id: 0,
+            cookie: NO_COOKIE,
+        };
+        let mut connection = None;
+        let answer = |found: &Found| {
+            let InetResponseHeader { state, inode, uid, .. } = found.header;
+            // Where there is no such connection, the kernel finds who listens: that is no state of
+            // one.
+            connection = TcpState::of(state).map(|state| Connection { state, inode, uid });
+        };
+        none_if_not_found(self.ask_inet(id, StateFlags::all(), Extent::Exact, answer))?;
+        Ok(connection)
+    }
+
+    /// Whether somebody has accepted the connection from `client` to `server`. False also where
+    /// there is none (any more).
+    ///
+    /// # Errors
+    /// Where the kernel does not tell.
+    pub fn is_accepted(&mut self, server: SocketAddr, client: SocketAddr) -> io::Result<bool> {
+        let connection = self.accepted_state(server, client)?;
+        Ok(connection.is_some_and(|connection| connection.is_accepted()))
+    }
+
+    /// The inode of the socket at `local` that is connected to `remote`; `None` where there is none,
+    /// or no process has it (yet, or any more).
+    ///
+    /// # Errors
+    /// Where the kernel does not tell.
+    pub fn inode(&mut self, local: SocketAddr, remote: SocketAddr) -> io::Result<Option<u32>> {
+        let connection = self.accepted_state(local, remote)?;
+        Ok(connection.map(|connection| connection.inode).filter(|inode| *inode != 0))
+    }
+
+    /// Every socket of this network namespace that listens on this TCP port, at whatever address,
+    /// of both families.
+    ///
+    /// # Errors
+    /// Where the kernel does not tell.
+    pub fn listeners(&mut self, port: u16) -> io::Result<Vec<ListeningSocket>> {
+        let mut listeners = Vec::new();
+        for family in [IpAddr::V4(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()] {
+            let mut id = any(family);
+            id.source_port = port;
+            self.ask_inet(id, StateFlags::LISTEN, Extent::All, |found| {
+                let InetResponseHeader { socket_id: id, inode, uid, .. } = &found.header;
+                let address = SocketAddr::new(id.source_address, id.source_port);
+                listeners.push(ListeningSocket { address, inode: *inode, uid: *uid });
+            })?;
+        }
+        Ok(listeners)
+    }
+
+    /// The ends of all connections that have this port, of both families.
+    pub(super) fn ends_at(&mut self, port: u16) -> io::Result<Vec<End>> {
+        let mut ends = Vec::new();
+        for family in [IpAddr::V4(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()] {
+            let mut id = any(family);
+            id.source_port = port;
+            self.ask_inet(id, StateFlags::all(), Extent::All, |found| {
+                let InetResponseHeader { state, inode, uid, socket_id: id, .. } = &found.header;
+                let address = SocketAddr::new(id.source_address, id.source_port);
+                let state = TcpState::of(*state);
+                ends.extend(state.map(|state| End {
+                    address,
+                    connection: Connection { state, inode: *inode, uid: *uid },
+                    expires: Duration::from_millis(found.expires.into()),
+                }));
+            })?;
+        }
+        Ok(ends)
+    }
+
+    /// As [`Self::listeners`], of all ports.
+    ///
+    /// # Errors
+    /// Where the kernel does not tell.
+    pub fn all_listeners(&mut self) -> io::Result<Vec<ListeningSocket>> {
+        self.listeners(0) // no filter: nobody listens on port 0
+    }
+
+    /// The inodes of the sockets that have connected to the unix socket with inode `listener`, and
+    /// wait to be accepted. Empty also where there is no such socket (any more).
+    ///
+    /// # Errors
+    /// Where the kernel does not tell, or there are too many to be told.
+    pub fn unix_pending(&mut self, listener: u32) -> io::Result<HashSet<u32>> {
+        let mut pending = HashSet::new();
+        let asked = self.ask_unix(listener, ShowFlags::ICONS, |found| {
+            for nla in &found.nlas {
+                if let Nla::PendingConnections(inodes) = nla {
+                    // One whose client has gone has none.
+                    pending.extend(inodes.iter().filter(|inode| **inode != 0));
+                }
+            }
+        });
+        none_if_not_found(asked)?;
+        Ok(pending)
+    }
+
+    /// Whether the connection of which the unix socket with inode `client` is the connecting end has
+    /// been accepted, and not been closed by who did. It takes as long however many wait.
+    ///
+    /// # Errors
+    /// Where the kernel does not tell.
+    pub fn is_unix_accepted(&mut self, client: u32) -> io::Result<bool> {
+        let mut accepted = false;
+        let asked = self.ask_unix(client, ShowFlags::PEER, |found| {
+            // The other end has no inode until a process has it.
+            accepted = found.nlas.iter().any(|nla| matches!(nla, Nla::Peer(inode) if *inode != 0));
+        });
+        none_if_not_found(asked)?;
+        Ok(accepted)
+    }
+
+    fn ask_unix(
+        &mut self,
+        inode: u32,
+        show_flags: ShowFlags,
+        mut answer: impl FnMut(&UnixResponse),
+    ) -> io::Result<()> {
+        let state_flags = UnixStateFlags::all();
+        let request = UnixRequest { state_flags, inode, show_flags, cookie: NO_COOKIE };
+        let request = SockDiagMessage::UnixRequest(request);
+        self.ask(request, Extent::Exact, |message, _| {
+            if let SockDiagMessage::UnixResponse(found) = message {
+                answer(&found);
+            }
+        })
+    }
+
+    fn ask_inet(
+        &mut self,
+        socket_id: SocketId,
+        states: StateFlags,
+        extent: Extent,
+        mut answer: impl FnMut(&Found),
+    ) -> io::Result<()> {
+        let family = if socket_id.source_address.is_ipv4() { AF_INET } else { AF_INET6 };
+        let extensions = ExtensionFlags::empty();
+        let request = InetRequest { family, protocol: IPPROTO_TCP, extensions, states, socket_id };
+        self.ask(SockDiagMessage::InetRequest(request), extent, |message, bytes| {
+            if let SockDiagMessage::InetResponse(found) = message {
+                // The crate drops it in TIME_WAIT: `idiag_expires` of struct inet_diag_msg
+                // (linux/inet_diag.h), behind the family and the socket's id.
+                let expires = bytes.get(NETLINK_HEADER + 52..).and_then(<[u8]>::first_chunk);
+                let expires = expires.map_or(0, |expires| u32::from_ne_bytes(*expires));
+                answer(&Found { header: found.header, expires });
+            }
+        })
+    }
+
+    fn ask(
+        &mut self,
+        request: SockDiagMessage,
+        extent: Extent,
+        mut answer: impl FnMut(SockDiagMessage, &[u8]),
+    ) -> io::Result<()> {
+        self.sequence = self.sequence.wrapping_add(1);
+        let mut header = NetlinkHeader::default();
+        header.sequence_number = self.sequence;
+        header.flags = NLM_F_REQUEST
+            | match extent {
+                Extent::Exact => 0,
+                Extent::All => NLM_F_DUMP,
+            };
+        let mut message = NetlinkMessage::new(header, request.into());
+        message.finalize();
+        let mut bytes = vec![0; message.buffer_len()];
+        message.serialize(&mut bytes);
+        retried(|| send(self.socket.as_raw_fd(), &bytes, MsgFlags::empty()))?;
+        loop {
+            let fd = self.socket.as_raw_fd();
+            let length = retried(|| recv(fd, &mut self.buffer, MsgFlags::empty()))?;
+            let mut rest = &self.buffer[..length];
+            while !rest.is_empty() {
+                let message = NetlinkMessage::<SockDiagMessage>::deserialize(rest)
+                    .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+                // Each is padded to a multiple of four (netlink(7), NLMSG_ALIGN).
+                let taken = (message.header.length as usize).next_multiple_of(4);
+                let bytes = rest;
+                rest = rest.get(taken.max(4)..).unwrap_or_default();
+                if message.header.sequence_number != self.sequence {
+                    continue;
+                }
+                match message.payload {
+                    NetlinkPayload::InnerMessage(found) => {
+                        answer(found, bytes);
+                        if extent == Extent::Exact {
+                            return Ok(());
+                        }
+                    }
+                    NetlinkPayload::Done(_) => return Ok(()),
+                    NetlinkPayload::Error(error) => return Err(error.to_io()),
+                    _ => {}
+                }
+            }
+        }
+    }
+}
+
+/// The inodes of all sockets that this process has (proc_pid_fd(5)).
+///
+/// # Errors
+/// Where `/proc` can't be read.
+pub fn own_sockets() -> io::Result<HashSet<u32>> {
+    let mut inodes = HashSet::new();
+    for entry in std::fs::read_dir("/proc/self/fd")? {
+        // One that was closed meanwhile is none of them.
+        let Ok(target) = std::fs::read_link(entry?.path()) else { continue };
+        let inode: Option<u32> = target
+            .to_str()
+            .and_then(|target| target.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok());
+        inodes.extend(inode);
+    }
+    Ok(inodes)
+}
+
+/// The inode of a socket, by which sock_diag and `/proc/PID/fd` call it.
+///
+/// # Errors
+/// Where `socket` is none.
+pub fn inode_of(socket: &impl AsFd) -> io::Result<u32> {
+    let inode = fstat(socket.as_fd())?.st_ino;
+    // Those of sockets are counted in 32 bits (`get_next_ino` in fs/inode.c).
+    u32::try_from(inode).map_err(|_| io::ErrorKind::InvalidInput.into())
+}
+
+/// INET_DIAG_NOCOOKIE: whichever it is.
+const NO_COOKIE: [u8; 8] = [0xff; 8];
+
+/// The length of struct nlmsghdr (netlink(7)).
+const NETLINK_HEADER: usize = 16;
+
+/// What there is to say of one TCP socket.
+struct Found {
+    header: InetResponseHeader,
+    /// Of the timer that runs, in milliseconds.
+    expires: u32,
+}
+
+/// How much a question is about.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Extent {
+    /// One socket.
+    Exact,
+    /// All that fit.
+    All,
+}
+
+fn none_if_not_found(asked: io::Result<()>) -> io::Result<()> {
+    match asked {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        asked => asked,
+    }
+}
+
+/// Again, if a signal came in between.
+fn retried<T>(mut call: impl FnMut() -> nix::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(Errno::EINTR) => {}
+            result => return Ok(result?),
+        }
+    }
+}
+
+fn any(family: IpAddr) -> SocketId {
+    if family.is_ipv4() { SocketId::new_v4() } else { SocketId::new_v6() }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::Write,
+        net::{Shutdown, TcpListener, TcpStream},
+        os::unix::net::{UnixListener, UnixStream},
+        time::Instant,
+    };
+
+    use nix::unistd::getuid;
+    use socket2::{Domain, SockAddr, Socket, Type};
+
+    use super::*;
+    use crate::net::options::TcpDeferAccept;
+
+    #[test]
+    fn a_connection_is_seen_from_accept_to_close() {
+        let mut diag = Diag::open().unwrap();
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let listener = TcpListener::bind(address).unwrap();
+            let address = listener.local_addr().unwrap();
+            assert!(diag.accepted(address).unwrap().is_empty());
+            let clients = [(); 2].map(|()| TcpStream::connect(address).unwrap());
+            let of = |client: &TcpStream| client.local_addr().unwrap();
+            assert!(diag.accepted(address).unwrap().is_empty(), "they wait");
+            assert!(!diag.is_accepted(address, of(&clients[0])).unwrap());
+            let waiting = diag.accepted_state(address, of(&clients[0])).unwrap().unwrap();
+            assert_eq!((waiting.state, waiting.inode), (TcpState::Established, 0));
+            let (accepted, peer) = listener.accept().unwrap();
+            let inode = inode_of(&accepted).unwrap();
+            assert_eq!(diag.accepted(address).unwrap(), HashSet::from([inode]));
+            for client in &clients {
+                assert_eq!(diag.is_accepted(address, of(client)).unwrap(), of(client) == peer);
+            }
+            let expected =
+                Connection { state: TcpState::Established, inode, uid: getuid().as_raw() };
+            assert_eq!(diag.accepted_state(address, peer).unwrap(), Some(expected));
+            // Of each end it is known whose it is.
+            let theirs = diag.inode(of(&clients[0]), address).unwrap();
+            assert_eq!(theirs, Some(inode_of(&clients[0]).unwrap()));
+            assert!(own_sockets().unwrap().contains(&inode_of(&clients[0]).unwrap()));
+            drop(accepted);
+            assert!(diag.accepted(address).unwrap().is_empty());
+            assert!(!diag.is_accepted(address, peer).unwrap());
+            // It is there until the client closes it too; on its way from FIN-WAIT-1 to FIN-WAIT-2.
+            let closed = diag.accepted_state(address, peer).unwrap().unwrap();
+            assert_ne!(closed.state, TcpState::Established);
+            assert!(!closed.is_accepted());
+            let other = "192.0.2.1:9".parse().unwrap();
+            assert_eq!(diag.accepted_state(address, other).ok().flatten(), None);
+            assert!(!diag.is_accepted(address, other).unwrap_or(false));
+        }
+    }
+
+    #[test]
+    fn more_than_one_datagram_of_them() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let held: Vec<_> = (0..700)
+            .map(|_| (TcpStream::connect(address).unwrap(), listener.accept().unwrap()))
+            .collect();
+        let expected: HashSet<u32> =
+            held.iter().map(|(_, (accepted, _))| inode_of(accepted).unwrap()).collect();
+        assert_eq!(Diag::open().unwrap().accepted(address).unwrap(), expected);
+    }
+
+    /// With `TCP_DEFER_ACCEPT` a connection is no connection before its first byte, or its end.
+    #[test]
+    fn a_deferred_connection_is_seen_as_one_that_is_not_there_yet() {
+        let mut diag = Diag::open().unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        setsockopt(&listener, TcpDeferAccept, &30).unwrap();
+        for ends in [false, true] {
+            let mut client = TcpStream::connect(address).unwrap();
+            let peer = client.local_addr().unwrap();
+            let state = diag.accepted_state(address, peer).unwrap().unwrap();
+            assert_eq!((state.state, state.inode), (TcpState::SynReceived, 0));
+            if ends {
+                client.shutdown(Shutdown::Write).unwrap();
+            } else {
+                client.write_all(b"x").unwrap();
+            }
+            let start = Instant::now();
+            let (_accepted, from) = listener.accept().unwrap();
+            assert_eq!(from, peer);
+            assert!(start.elapsed() < Duration::from_secs(1));
+            assert!(diag.is_accepted(address, peer).unwrap());
+        }
+    }
+
+    #[test]
+    fn who_listens_on_a_port() {
+        let mut diag = Diag::open().unwrap();
+        let v4 = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = v4.local_addr().unwrap().port();
+        let v6 = Socket::new(Domain::IPV6, Type::STREAM, None).unwrap();
+        v6.set_only_v6(true).unwrap();
+        let address = SocketAddr::from((Ipv6Addr::LOCALHOST, port));
+        v6.bind(&address.into()).unwrap();
+        let of = |socket: &dyn AsFd, address| ListeningSocket {
+            address,
+            inode: inode_of(&socket.as_fd()).unwrap(),
+            uid: getuid().as_raw(),
+        };
+        let first = of(&v4, v4.local_addr().unwrap());
+        assert_eq!(diag.listeners(port).unwrap(), [first], "the other one does not listen yet");
+        v6.listen(1).unwrap();
+        // Connections at the port are not listeners.
+        let _client = TcpStream::connect(v4.local_addr().unwrap()).unwrap();
+        let _accepted = v4.accept().unwrap();
+        assert_eq!(diag.listeners(port).unwrap(), [first, of(&v6, address)]);
+        let all = diag.all_listeners().unwrap();
+        assert!(all.contains(&first) && all.contains(&of(&v6, address)), "{all:?}");
+        drop((v4, v6));
+        assert_eq!(diag.listeners(port).unwrap(), []);
+    }
+
+    #[test]
+    fn a_unix_connection_is_seen_from_connect_to_accept() {
+        let mut diag = Diag::open().unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let listener = UnixListener::bind(&path).unwrap();
+        let inode = inode_of(&listener).unwrap();
+        assert!(diag.unix_pending(inode).unwrap().is_empty());
+        let clients = [(); 2].map(|()| UnixStream::connect(&path).unwrap());
+        let of = [0, 1].map(|index| inode_of(&clients[index]).unwrap());
+        assert_eq!(diag.unix_pending(inode).unwrap(), HashSet::from(of));
+        assert!(!diag.is_unix_accepted(of[0]).unwrap());
+        let (accepted, _) = listener.accept().unwrap(); // in their order
+        assert_eq!(diag.unix_pending(inode).unwrap(), HashSet::from([of[1]]));
+        assert!(diag.is_unix_accepted(of[0]).unwrap());
+        assert!(!diag.is_unix_accepted(of[1]).unwrap());
+        drop(accepted);
+        assert!(!diag.is_unix_accepted(of[0]).unwrap(), "it was closed");
+        drop(clients);
+        assert!(diag.unix_pending(inode).unwrap().is_empty(), "nobody waits any more");
+        drop(listener);
+        assert!(diag.unix_pending(inode).unwrap().is_empty());
+        assert!(!diag.is_unix_accepted(of[1]).unwrap());
+    }
+
+    #[test]
+    fn a_long_queue_of_a_unix_socket_is_told_whole() {
+        let mut diag = Diag::open().unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let listener = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+        listener.bind(&SockAddr::unix(&path).unwrap()).unwrap();
+        listener.listen(super::super::BACKLOG).unwrap();
+        let clients: Vec<_> = (0..800).map(|_| UnixStream::connect(&path).unwrap()).collect();
+        let expected: HashSet<u32> =
+            clients.iter().map(|client| inode_of(client).unwrap()).collect();
+        assert_eq!(diag.unix_pending(inode_of(&listener).unwrap()).unwrap(), expected);
+    }
+}

@@ -1,0 +1,282 @@
+//! Steering by a classic BPF program: a random healthy socket, for everybody.
+//!
+//! `SO_ATTACH_REUSEPORT_CBPF` (socket(7)) needs no privilege. The program has no memory, so there is
+//! no rotation, and nothing is counted: it draws a number for each connection. It holds everything that
+//! it knows as constants, and is attached whole whenever something changes.
+//!
+//! It answers with an index into the kernel's list of the group, which is mirrored here: a socket
+//! joins at the end, and where one leaves, the last one takes its place
+//! (`__reuseport_detach_sock`, net/core/sock_reuseport.c).
+
+use std::{
+    io,
+    net::{IpAddr, Shutdown, SocketAddr},
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use nix::libc::{self, sock_filter};
+use socket2::Socket;
+
+use super::{
+    ebpf::detach,
+    steer::Steer,
+    turns::{Choice, FOLD, Key, LAST, PARKING, STEPS, Turn, buckets, words},
+};
+use crate::net::steer::{NETWORK_HEADER, attach, instruction, load_source_port};
+
+/// How many buckets clients are hashed to: each takes two instructions, of the 4,096 that a program
+/// may have.
+const BUCKETS: u32 = 512;
+
+/// Not a place in the packet, but a random number (`SKF_AD_RANDOM`).
+const RANDOM: u32 = (libc::SKF_AD_OFF + libc::SKF_AD_RANDOM) as u32;
+
+/// One group, and its program.
+#[derive(Debug)]
+pub(super) struct Classic {
+    inside: IpAddr,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    /// A copy, until the end: what is attached to one is attached to the group.
+    parking: Option<Socket>,
+    /// In the kernel's order.
+    members: Vec<Key>,
+    choice: Choice,
+    turns: Vec<Turn>,
+    exceptions: Vec<(u16, Key)>,
+}
+
+impl Classic {
+    /// Takes over the group that `parking` is in, alone. `inside` is the address that lbd reaches it
+    /// at.
+    ///
+    /// # Errors
+    /// Where the kernel refuses it.
+    pub(super) fn start(parking: &Socket, inside: SocketAddr) -> io::Result<Self> {
+        let state = State {
+            parking: Some(parking.try_clone()?),
+            members: vec![PARKING],
+            choice: Choice::Rotation,
+            turns: Vec::new(),
+            exceptions: Vec::new(),
+        };
+        let classic = Self { inside: inside.ip(), state: Mutex::new(state) };
+        classic.attach(&classic.state())?;
+        Ok(classic)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn attach(&self, state: &State) -> io::Result<()> {
+        let mut program = state.program(self.inside);
+        if program.len() > libc::BPF_MAXINSNS as usize {
+            return Err(io::Error::other("too many workers for a classic BPF program"));
+        }
+        match &state.parking {
+            Some(parking) => attach(parking, &mut program),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Steer for Classic {
+    fn join(&self, key: Key, _socket: &Socket) -> io::Result<()> {
+        self.state().members.push(key);
+        Ok(())
+    }
+
+    fn leave(&self, key: Key, socket: &Socket) {
+        let mut state = self.state();
+        let Some(index) = state.members.iter().position(|member| *member == key) else { return };
+        // The answer has to be right before the last one takes the place, and after: for a moment
+        // that one has no turn either.
+        let last = state.members.last().copied();
+        state.exceptions.retain(|(_, to)| *to != key);
+        let mut turns = state.turns.clone();
+        turns.retain(|turn| turn.key != key);
+        state.turns = turns.clone();
+        state.turns.retain(|turn| Some(turn.key) != last);
+        // Fails for want of memory only. Then it stays in the group, without a turn.
+        if self.attach(&state).is_ok() {
+            // Not only closed: a child that was forked just now has a copy until its execve is
+            // done.
+            _ = socket.shutdown(Shutdown::Read);
+            state.members.swap_remove(index);
+        }
+        state.turns = turns;
+        _ = self.attach(&state);
+    }
+
+    fn moves(&self) -> bool {
+        false
+    }
+
+    fn rotate(&self, choice: Choice, turns: &[Turn]) -> io::Result<()> {
+        let mut state = self.state();
+        let before = (state.choice, std::mem::replace(&mut state.turns, turns.to_vec()));
+        state.choice = choice;
+        self.attach(&state).inspect_err(|_| (state.choice, state.turns) = before)
+    }
+
+    fn except(&self, source: u16, key: Key) -> io::Result<()> {
+        let mut state = self.state();
+        state.exceptions.push((source, key));
+        self.attach(&state).inspect_err(|_| _ = state.exceptions.pop())
+    }
+
+    fn except_no_more(&self, source: u16) {
+        let mut state = self.state();
+        state.exceptions.retain(|(other, _)| *other != source);
+        // Where it fails, one exception too many is in force, for a port that nobody has.
+        _ = self.attach(&state);
+    }
+
+    fn close(&self) -> bool {
+        // An answer that means nobody would be one by a hash.
+        _ = self.rotate(Choice::Rotation, &[]);
+        false
+    }
+
+    fn renew(&self, _parking: &Socket) -> io::Result<()> {
+        self.attach(&self.state())
+    }
+
+    fn except_renews(&self) -> bool {
+        true
+    }
+
+    fn end(&self, parking: &Socket) {
+        // In this order: whoever drops its pass now attaches nothing any more.
+        self.state().parking = None;
+        detach(parking);
+    }
+
+    fn routed(&self, _key: Key) -> Option<u64> {
+        None
+    }
+}
+
+impl State {
+    fn program(&self, inside: IpAddr) -> Vec<sock_filter> {
+        let mut program = Vec::new();
+        self.push_exceptions(&mut program, inside);
+        let keys = match self.choice {
+            Choice::Rotation => self.turns.iter().map(|turn| turn.key).collect(),
+            Choice::SourceHash => buckets(&self.turns, BUCKETS),
+        };
+        let indices: Vec<u32> = keys.iter().filter_map(|key| self.index(*key)).collect();
+        let [others @ .., last] = &indices[..] else {
+            program.push(answer(0));
+            return program;
+        };
+        if !others.is_empty() {
+            match self.choice {
+                Choice::Rotation => program.push(load_word(RANDOM)),
+                Choice::SourceHash => push_hash(&mut program, inside),
+            }
+            program.push(alu(libc::BPF_MOD, indices.len() as u32));
+        }
+        for (turn, index) in (0..).zip(others) {
+            program.extend([unless_equal(turn, 1), answer(*index)]);
+        }
+        program.push(answer(*last));
+        program
+    }
+
+    /// What lbd connects to itself goes to the one that is meant.
+    fn push_exceptions(&self, program: &mut Vec<sock_filter>, inside: IpAddr) {
+        let known: Vec<(u16, u32)> = self
+            .exceptions
+            .iter()
+            .filter_map(|(source, key)| Some((*source, self.index(*key)?)))
+            .collect();
+        if known.is_empty() {
+            return;
+        }
+        let mut check = load_source_port(inside);
+        for (source, index) in known {
+            check.extend([unless_equal(source.into(), 1), answer(index)]);
+        }
+        // Somebody else's port may be the same: it has to be from here.
+        let length = check.len() as u32;
+        let words = words(inside);
+        for (at, word) in (0..).zip(&words) {
+            let left = words.len() as u32 - 1 - at;
+            program.extend([
+                load_word(source_address(inside).wrapping_add(4 * at)),
+                instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 1, 0, *word),
+                // Past the other words and the check.
+                instruction(libc::BPF_JMP | libc::BPF_JA, 0, 0, 3 * left + length),
+            ]);
+        }
+        program.extend(check);
+    }
+
+    fn index(&self, key: Key) -> Option<u32> {
+        self.members.iter().position(|member| *member == key).map(|index| index as u32)
+    }
+}
+
+/// a = the client's hash, as in [`turns`](super::turns).
+fn push_hash(program: &mut Vec<sock_filter>, family: IpAddr) {
+    for at in 0..words(family).len() as u32 {
+        if at > 0 {
+            // x = a * FOLD
+            program.extend([
+                alu(libc::BPF_MUL, FOLD),
+                instruction(libc::BPF_MISC | libc::BPF_TAX, 0, 0, 0),
+            ]);
+        }
+        program.push(load_word(source_address(family).wrapping_add(4 * at)));
+        if at > 0 {
+            program.push(xor_x());
+        }
+    }
+    let mut shift_and_xor = |shift, factor: Option<u32>| {
+        program.extend([
+            instruction(libc::BPF_MISC | libc::BPF_TAX, 0, 0, 0),
+            alu(libc::BPF_RSH, shift),
+            xor_x(),
+        ]);
+        program.extend(factor.map(|factor| alu(libc::BPF_MUL, factor)));
+    };
+    for (shift, factor) in STEPS {
+        shift_and_xor(shift, Some(factor));
+    }
+    shift_and_xor(LAST, None);
+}
+
+/// Where a packet's source address is (RFC 791, section 3.1; RFC 8200, section 3).
+fn source_address(family: IpAddr) -> u32 {
+    NETWORK_HEADER.wrapping_add(if family.is_ipv4() { 12 } else { 8 })
+}
+
+/// a = the word at `offset`.
+fn load_word(offset: u32) -> sock_filter {
+    instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, offset)
+}
+
+/// a = a OP number
+fn alu(operation: u32, number: u32) -> sock_filter {
+    instruction(libc::BPF_ALU | operation | libc::BPF_K, 0, 0, number)
+}
+
+/// a = a ^ x
+fn xor_x() -> sock_filter {
+    instruction(libc::BPF_ALU | libc::BPF_XOR | libc::BPF_X, 0, 0, 0)
+}
+
+/// Skips `count` instructions unless a == number.
+fn unless_equal(number: u32, count: u8) -> sock_filter {
+    instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, count, number)
+}
+
+/// Ends with the index of a socket.
+fn answer(index: u32) -> sock_filter {
+    instruction(libc::BPF_RET | libc::BPF_K, 0, 0, index)
+}

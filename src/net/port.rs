@@ -1,0 +1,509 @@
+//! One port, and the listening sockets on it of the workers that have it one after the other.
+
+use std::{
+    collections::VecDeque,
+    io,
+    net::{Shutdown, SocketAddr},
+};
+
+use socket2::Socket;
+
+use super::{Acceptor, BACKLOG, Sharing, accept_all, bound, steer::Steering, unconnected};
+use crate::config::ProxyProtocol;
+
+/// At most this many sockets share a port: with two, whichever leaves, the program's answer is
+/// right for the other before and after.
+pub const SHARERS: usize = 2;
+
+/// How many probes are remembered, so that they are not taken for clients' connections.
+const PROBES: usize = 32;
+
+/// A port, and the listening sockets on it.
+#[derive(Debug)]
+pub struct Port<Owner> {
+    address: SocketAddr,
+    /// In the order of the kernel's group.
+    members: Vec<Member<Owner>>,
+    selected: usize,
+    /// The source ports of the latest probes.
+    probes: VecDeque<u16>,
+}
+
+#[derive(Debug)]
+struct Member<Owner> {
+    /// `None` where no process has the socket but lbd.
+    owner: Option<Owner>,
+    /// The last one that had it has failed: whatever it did to the socket, no other is to have it.
+    spoilt: bool,
+    proxy_protocol: Option<ProxyProtocol>,
+    socket: Socket,
+}
+
+impl<Owner> Member<Owner> {
+    /// Whether the socket can be given to another worker. All who had it could do anything to it, and
+    /// what was done stays when they are gone: to end its listening (shutdown(2), or connect(2) to
+    /// `AF_UNSPEC`), or to filter what comes and lock the filter (socket(7), `SO_LOCK_FILTER`). What can
+    /// be mended is.
+    fn is_sound(&self) -> bool {
+        let mend = || {
+            if !self.socket.is_listener()? {
+                return Err(io::ErrorKind::NotConnected.into());
+            }
+            match self.socket.detach_filter() {
+                // There was none.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                detached => detached?,
+            }
+            self.socket.set_nonblocking(false)?;
+            self.socket.listen(BACKLOG)
+        };
+        !self.spoilt && mend().is_ok()
+    }
+}
+
+/// A connection that was taken out of a queue.
+#[derive(Debug)]
+pub struct Rescued {
+    /// The connection.
+    pub socket: Socket,
+    /// The header that is the first in it, or will be in a moment.
+    pub proxy_protocol: Option<ProxyProtocol>,
+}
+
+impl<Owner: Copy + PartialEq> Port<Owner> {
+    /// Binds `wanted` (with port 0, a free port) and listens, for `owner`, which is selected and
+    /// expects such a header.
+    ///
+    /// # Errors
+    /// `AddrInUse` where anybody is on that port already, whoever it is.
+    pub fn open(
+        wanted: SocketAddr,
+        owner: Owner,
+        proxy_protocol: Option<ProxyProtocol>,
+    ) -> io::Result<Self> {
+        let socket = bound(wanted, Sharing::NotYet)?;
+        // Only from here on: a bind with it would share the port with any program of the same user.
+        socket.set_reuse_port(true)?;
+        socket.listen(BACKLOG)?;
+        let address = socket.local_addr()?.as_socket().unwrap_or(wanted);
+        let members = vec![Member { owner: Some(owner), spoilt: false, proxy_protocol, socket }];
+        let port = Self { address, members, selected: 0, probes: VecDeque::new() };
+        port.steer(None)?;
+        Ok(port)
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// The socket of `owner`.
+    #[must_use]
+    pub fn socket(&self, owner: Owner) -> Option<&Socket> {
+        self.position(owner).map(|index| &self.members[index].socket)
+    }
+
+    /// Gives `owner` a socket: the one that nobody has, with all that is queued in it for such a
+    /// worker, if that is as it was made; or else a new one, beside that of the worker it is to
+    /// replace. Who still waits in one that is left so comes from [`tidy`](Self::tidy).
+    ///
+    /// # Errors
+    /// Where the system refuses it, or two workers are on the port already.
+    pub fn join(&mut self, owner: Owner, proxy_protocol: Option<ProxyProtocol>) -> io::Result<()> {
+        let fits = |member: &&mut Member<Owner>| {
+            member.owner.is_none() && member.proxy_protocol == proxy_protocol && member.is_sound()
+        };
+        if let Some(orphan) = self.members.iter_mut().find(fits) {
+            orphan.owner = Some(owner);
+            return Ok(());
+        }
+        if self.members.len() == SHARERS {
+            return Err(io::Error::other("two workers are on this port already"));
+        }
+        let socket = bound(self.address, Sharing::Now)?;
+        socket.listen(BACKLOG)?;
+        self.members.push(Member { owner: Some(owner), spoilt: false, proxy_protocol, socket });
+        Ok(())
+    }
+
+    /// Whom new connections go to; `None` where no process has the socket they queue in.
+    #[must_use]
+    pub fn selected(&self) -> Option<Owner> {
+        self.members[self.selected].owner
+    }
+
+    /// New connections go to `owner` from now on.
+    ///
+    /// # Errors
+    /// Where the system refuses the program, and they go on to whom they went before.
+    pub fn select(&mut self, owner: Owner) -> io::Result<()> {
+        let Some(index) = self.position(owner).filter(|index| *index != self.selected) else {
+            return Ok(());
+        };
+        let before = std::mem::replace(&mut self.selected, index);
+        self.steer(None).inspect_err(|_| self.selected = before)
+    }
+
+    /// A socket for a probe, not yet connected, whose connection reaches `owner` even if others are
+    /// selected. It is good until the next call of this or of [`Self::select`].
+    ///
+    /// # Errors
+    /// Where there is no descriptor or no port for it.
+    pub fn way_to(&mut self, owner: Owner) -> io::Result<Socket> {
+        let socket = unconnected(self.address)?;
+        socket.bind(&SocketAddr::new(self.address.ip(), 0).into())?;
+        let source = socket.local_addr()?.as_socket().map_or(0, |local| local.port());
+        self.probes.truncate(PROBES - 1);
+        self.probes.push_front(source);
+        // Where it is alone, every program's answer leads to it. Where it is not, the program is put on
+        // anew each time: the workers have the group too, and could have taken it off or replaced it.
+        if let Some(index) = self.position(owner).filter(|_| self.members.len() > 1) {
+            self.steer(Some((source, index as u32)))?;
+        }
+        Ok(socket)
+    }
+
+    /// No process has the socket of `owner` any more, but lbd. One that has `failed`, and never was
+    /// healthy, leaves it to nobody.
+    pub fn abandon(&mut self, owner: Owner, failed: bool) {
+        if let Some(index) = self.position(owner) {
+            self.members[index].owner = None;
+            self.members[index].spoilt = failed;
+        }
+    }
+
+    /// Whether a worker is on the port.
+    #[must_use]
+    pub fn is_owned(&self) -> bool {
+        self.members.iter().any(|member| member.owner.is_some())
+    }
+
+    /// Accepts every connection that waits for `owner`, which may go on to accept too, or, with
+    /// `None`, in a socket that nobody has.
+    pub fn rescue(&self, owner: Option<Owner>, acceptor: &mut Acceptor) -> Vec<Rescued> {
+        let chosen = self.members.iter().filter(|member| member.owner == owner);
+        chosen.flat_map(|member| self.clients(member, acceptor)).collect()
+    }
+
+    /// Closes the sockets that nobody has, if somebody is on the port, or no worker could have both
+    /// of them; gives back what still waited in them.
+    pub fn tidy(&mut self, acceptor: &mut Acceptor) -> Vec<Rescued> {
+        let first = self.members[0].proxy_protocol;
+        let is_mixed = self.members.iter().any(|member| member.proxy_protocol != first);
+        let mut rescued = Vec::new();
+        while (self.is_owned() || is_mixed && self.members.len() > 1)
+            && let Some(index) = self.members.iter().position(|member| member.owner.is_none())
+        {
+            if self.selected == index {
+                self.selected = usize::from(index == 0);
+                if self.steer(None).is_err() {
+                    break; // nothing is lost: it is tried again with the next change
+                }
+            }
+            rescued.extend(self.clients(&self.members[index], acceptor));
+            if acceptor.is_short() {
+                break; // somebody may wait there still
+            }
+            // As the kernel does it. The answer stays right meanwhile: it is 0, or out of range, and
+            // then the only one left is chosen.
+            let left = self.members.swap_remove(index);
+            // To close it is not enough: a child that was forked just now has a copy until its
+            // execve is done, and until then the kernel's group would have this one in it.
+            let _ = left.socket.shutdown(Shutdown::Read);
+            self.selected = 0;
+            let _ = self.steer(None);
+        }
+        rescued
+    }
+
+    /// What waits, without lbd's own probes: another worker's answer would pass for the one's that
+    /// was meant.
+    fn clients(&self, member: &Member<Owner>, acceptor: &mut Acceptor) -> Vec<Rescued> {
+        let mut waiting = accept_all(&member.socket, acceptor);
+        waiting.retain(|connection| {
+            let peer = connection.peer_addr().ok().and_then(|peer| peer.as_socket());
+            peer.is_none_or(|peer| !self.probes.contains(&peer.port()))
+        });
+        let proxy_protocol = member.proxy_protocol;
+        waiting.into_iter().map(|socket| Rescued { socket, proxy_protocol }).collect()
+    }
+
+    fn position(&self, owner: Owner) -> Option<usize> {
+        self.members.iter().position(|member| member.owner == Some(owner))
+    }
+
+    fn steer(&self, exception: Option<(u16, u32)>) -> io::Result<()> {
+        let steering = Steering { default: self.selected as u32, exception };
+        let ip = self.address.ip();
+        // Whichever is asked, it is put on the group; not by one whose worker has locked it (socket(7),
+        // `SO_LOCK_FILTER`) or has ended its listening. The newest is the least likely to be such a one.
+        let mut attached = Err(io::ErrorKind::NotFound.into());
+        for member in self.members.iter().rev() {
+            attached = steering.attach(&member.socket, ip);
+            if attached.is_ok() {
+                break;
+            }
+        }
+        attached
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{Read, Write},
+        net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpStream},
+        os::fd::AsRawFd,
+    };
+
+    use nix::sys::socket::setsockopt;
+
+    use super::*;
+    use crate::net::{free, options::LockFilter};
+
+    const V4: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+    const V6: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), 0);
+
+    /// How many connections wait in the socket of each owner; they are taken out.
+    fn waiting<const N: usize>(port: &Port<u8>, owners: [u8; N]) -> [usize; N] {
+        owners.map(|owner| {
+            let socket = port.socket(owner).unwrap();
+            accept_all(socket, &mut Acceptor::new().unwrap()).len()
+        })
+    }
+
+    fn connect(port: &Port<u8>, times: usize) -> Vec<TcpStream> {
+        (0..times).map(|_| TcpStream::connect(port.address()).unwrap()).collect()
+    }
+
+    #[test]
+    fn only_the_selected_one_is_reached_but_by_a_probe_meant_for_another() {
+        for address in [V4, V6] {
+            let mut port = Port::open(address, 1, None).unwrap();
+            port.join(2, None).unwrap();
+            let _clients = connect(&port, 50);
+            assert_eq!(waiting(&port, [1, 2]), [50, 0], "{address}");
+            for _ in 0..20 {
+                let probe = port.way_to(2).unwrap();
+                probe.set_nonblocking(false).unwrap();
+                probe.connect(&port.address().into()).unwrap();
+                let _clients = connect(&port, 1);
+                assert_eq!(waiting(&port, [1, 2]), [1, 1], "{address}");
+            }
+            port.select(2).unwrap();
+            let _clients = connect(&port, 50);
+            assert_eq!(waiting(&port, [1, 2]), [0, 50], "{address}");
+        }
+    }
+
+    #[test]
+    fn whichever_of_two_leaves_the_other_gets_everything() {
+        for (leaver, stayer) in [(1, 2), (2, 1)] {
+            for selected in [1, 2] {
+                let mut port = Port::open(V4, 1, None).unwrap();
+                port.join(2, None).unwrap();
+                port.select(selected).unwrap();
+                port.abandon(leaver, false);
+                assert_eq!(port.tidy(&mut Acceptor::new().unwrap()).len(), 0);
+                let _clients = connect(&port, 50);
+                assert_eq!(waiting(&port, [stayer]), [50], "{leaver} left, {selected} selected");
+                port.join(3, None).unwrap();
+                let _clients = connect(&port, 50);
+                assert_eq!(waiting(&port, [stayer, 3]), [50, 0], "and a third joined");
+                port.select(3).unwrap();
+                let _clients = connect(&port, 50);
+                assert_eq!(waiting(&port, [stayer, 3]), [0, 50], "and was selected");
+            }
+        }
+    }
+
+    #[test]
+    fn one_that_leaves_gets_nothing_even_if_a_child_has_a_copy_still() {
+        for (leaver, stayer) in [(1, 2), (2, 1)] {
+            let mut port = Port::open(V4, 1, None).unwrap();
+            port.join(2, None).unwrap();
+            port.select(stayer).unwrap();
+            let _copy = port.socket(leaver).unwrap().try_clone().unwrap();
+            port.abandon(leaver, false);
+            port.tidy(&mut Acceptor::new().unwrap());
+            let _clients = connect(&port, 50);
+            assert_eq!(waiting(&port, [stayer]), [50], "{leaver} left");
+        }
+    }
+
+    #[test]
+    fn what_waits_is_rescued_with_every_byte() {
+        let mut port = Port::open(V4, 1, None).unwrap();
+        let mut clients = connect(&port, 3);
+        for client in &mut clients {
+            client.write_all(b"hello").unwrap();
+        }
+        assert_eq!(port.rescue(None, &mut Acceptor::new().unwrap()).len(), 0);
+        port.join(2, None).unwrap();
+        port.select(2).unwrap();
+        port.abandon(1, false);
+        let rescued = port.tidy(&mut Acceptor::new().unwrap());
+        assert_eq!(rescued.len(), 3);
+        for (Rescued { socket: mut rescued, .. }, client) in rescued.into_iter().zip(&mut clients) {
+            let mut hello = [0; 5];
+            rescued.read_exact(&mut hello).unwrap();
+            assert_eq!(&hello, b"hello");
+            rescued.write_all(b"world").unwrap();
+            client.read_exact(&mut hello).unwrap();
+            assert_eq!(&hello, b"world");
+        }
+    }
+
+    #[test]
+    fn a_probe_that_waits_is_not_rescued() {
+        let mut port = Port::open(V4, 1, None).unwrap();
+        let probes = [(); 3].map(|()| {
+            let probe = port.way_to(1).unwrap();
+            probe.set_nonblocking(false).unwrap();
+            probe.connect(&port.address().into()).unwrap();
+            probe
+        });
+        let _clients = connect(&port, 2);
+        assert_eq!(port.rescue(Some(1), &mut Acceptor::new().unwrap()).len(), 2);
+        let mut byte = [0];
+        for mut probe in probes {
+            assert_eq!(probe.read(&mut byte).unwrap(), 0, "it is closed");
+        }
+    }
+
+    #[test]
+    fn a_successor_takes_the_socket_over_with_what_waits_in_it() {
+        let mut port = Port::open(V4, 1, None).unwrap();
+        let _clients = connect(&port, 3);
+        port.abandon(1, false);
+        assert!(!port.is_owned());
+        assert_eq!(port.tidy(&mut Acceptor::new().unwrap()).len(), 0, "the last socket stays");
+        port.join(2, None).unwrap();
+        assert_eq!(waiting(&port, [2]), [3]);
+    }
+
+    #[test]
+    fn what_waits_is_not_for_a_successor_that_expects_another_header() {
+        let (v1, v2) = (Some(ProxyProtocol::V1), Some(ProxyProtocol::V2));
+        let acceptor = &mut Acceptor::new().unwrap();
+        let mut port = Port::open(V4, 1, v1).unwrap();
+        let _clients = connect(&port, 3);
+        port.abandon(1, false);
+        assert_eq!(port.selected(), None);
+        port.join(2, v2).unwrap();
+        let rescued = port.tidy(acceptor);
+        assert_eq!(rescued.len(), 3);
+        assert!(rescued.iter().all(|rescued| rescued.proxy_protocol == v1));
+        assert_eq!(waiting(&port, [2]), [0]);
+        assert_eq!(port.selected(), Some(2));
+
+        // Both of two die, and neither's socket is for the one that comes.
+        port.join(3, v1).unwrap();
+        port.abandon(2, false);
+        port.abandon(3, false);
+        let _clients = connect(&port, 3);
+        let rescued = port.tidy(acceptor).len();
+        port.join(4, None).unwrap();
+        assert_eq!(rescued + port.tidy(acceptor).len(), 3);
+        let _clients = connect(&port, 3);
+        assert_eq!(waiting(&port, [4]), [3]);
+    }
+
+    #[test]
+    fn a_taken_port_is_refused_whoever_has_it() {
+        let port = Port::open(V4, 1, None).unwrap();
+        let taken = |result: io::Result<_>| result.unwrap_err().kind() == io::ErrorKind::AddrInUse;
+        assert!(taken(Port::open(port.address(), 2, None).map(drop)));
+        assert!(taken(free(port.address()).map(drop)));
+        let third = Port::open(V4, 1, None).unwrap();
+        assert_ne!(third.address(), port.address());
+    }
+
+    #[test]
+    fn the_sockets_stay_blocking() {
+        let mut port = Port::open(V4, 1, None).unwrap();
+        port.join(2, None).unwrap();
+        port.rescue(Some(1), &mut Acceptor::new().unwrap());
+        assert!(!port.socket(1).unwrap().nonblocking().unwrap());
+        assert!(!port.socket(2).unwrap().nonblocking().unwrap());
+    }
+
+    #[test]
+    fn two_are_the_most() {
+        let mut port = Port::open(V4, 1, None).unwrap();
+        port.join(2, None).unwrap();
+        assert!(port.join(3, None).is_err());
+    }
+
+    /// Nobody is lost who waits in it, and nobody gets it.
+    #[test]
+    fn a_socket_that_was_spoilt_is_nobodys_again() {
+        type Spoil = fn(&Socket);
+        let shut: Spoil = |socket| socket.shutdown(Shutdown::Both).unwrap();
+        let dissolve: Spoil = |socket| {
+            let unspecified = [0_u8; 16]; // AF_UNSPEC is 0
+            // SAFETY: the kernel reads 16 bytes, as many as there are.
+            let result =
+                unsafe { nix::libc::connect(socket.as_raw_fd(), unspecified.as_ptr().cast(), 16) };
+            assert_eq!(result, 0);
+        };
+        let lock: Spoil = |socket| {
+            let drop_all = [socket2::SockFilter::new(nix::libc::BPF_RET as u16, 0, 0, 0)];
+            socket.attach_filter(&drop_all).unwrap();
+            setsockopt(socket, LockFilter, &true).unwrap();
+        };
+        let fail: Spoil = |_| {};
+        for (name, spoil, waits) in [
+            ("shut", shut, 0),
+            ("dissolved", dissolve, 0),
+            ("locked", lock, 2),
+            ("failed", fail, 2),
+        ] {
+            let mut port = Port::open(V4, 1, None).unwrap();
+            let _clients = connect(&port, 2);
+            let copy = port.socket(1).unwrap().try_clone().unwrap();
+            spoil(&copy);
+            port.abandon(1, std::ptr::fn_addr_eq(spoil, fail));
+            port.join(2, None).unwrap();
+            let inode = |socket: &Socket| crate::net::diag::inode_of(socket).unwrap();
+            assert_ne!(inode(port.socket(2).unwrap()), inode(&copy));
+            let rescued = port.tidy(&mut Acceptor::new().unwrap());
+            assert_eq!(rescued.len(), waits, "{name}");
+            assert_eq!(port.selected(), Some(2));
+            let _clients = connect(&port, 20);
+            assert_eq!(waiting(&port, [2]), [20]);
+            port.abandon(2, false);
+            port.join(3, None).unwrap();
+            let _clients = connect(&port, 20);
+            assert_eq!(waiting(&port, [3]), [20], "and it goes on as ever");
+        }
+    }
+
+    #[test]
+    fn a_successor_finds_the_socket_as_it_was_made() {
+        let mut port = Port::open(V4, 1, None).unwrap();
+        let socket = port.socket(1).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        socket.listen(0).unwrap();
+        port.abandon(1, false);
+        port.join(2, None).unwrap();
+        assert!(!port.socket(2).unwrap().nonblocking().unwrap());
+        let _clients = connect(&port, 50);
+        assert_eq!(waiting(&port, [2]), [50]);
+    }
+
+    #[test]
+    fn a_program_that_was_taken_off_is_put_on_again() {
+        let mut port = Port::open(V4, 1, None).unwrap();
+        port.join(2, None).unwrap();
+        port.select(2).unwrap();
+        let other = Steering { default: 0, exception: None };
+        other.attach(port.socket(1).unwrap(), port.address().ip()).unwrap();
+        let _clients = connect(&port, 20);
+        assert_eq!(waiting(&port, [1, 2]), [20, 0]);
+        let _probe = port.way_to(2).unwrap();
+        let _clients = connect(&port, 20);
+        assert_eq!(waiting(&port, [1, 2]), [0, 20]);
+    }
+}

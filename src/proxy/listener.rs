@@ -1,0 +1,406 @@
+//! The sockets that clients connect to.
+//!
+//! One open file description serves all data threads: with one `SO_REUSEPORT` listener each, closing
+//! one resets what is queued in it.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    os::fd::{AsFd, BorrowedFd},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use nix::{
+    libc,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+};
+use socket2::{Domain, Socket, TcpKeepalive, Type};
+
+use super::{binding::BindError, relay::Reach, shared::Shared};
+use crate::{
+    config::{Listen, UnixAccess},
+    net::{
+        self,
+        diag::{Diag, inode_of},
+        pathname::{Rights, SocketFile, listen_at},
+    },
+};
+
+/// Asked for; the kernel caps it to `net.core.somaxconn`.
+const BACKLOG: i32 = 4096;
+
+/// A bound and listening socket.
+///
+/// Dropped, it closes, and removes its path where that is a unix socket's and still its own.
+#[derive(Debug)]
+pub struct Listener {
+    /// Of a unix socket that lbd has bound. It is removed before the socket is closed, so that no
+    /// client finds a path that leads nowhere.
+    file: Option<SocketFile>,
+    socket: Socket,
+    listen: Listen,
+    /// Where the socket is somebody else's too: nothing is done to it that they would notice.
+    shared: Option<Arc<Shared>>,
+    /// It could not accept when it last tried.
+    failing: AtomicBool,
+}
+
+/// Where a connection comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Peer {
+    Inet(SocketAddr),
+    /// A unix client has no address.
+    Unix,
+}
+
+impl Peer {
+    pub(super) fn reach(self) -> Reach {
+        match self {
+            Self::Inet(address) if address.ip().to_canonical().is_loopback() => Reach::Loopback,
+            Self::Inet(_) => Reach::Network,
+            Self::Unix => Reach::Unix,
+        }
+    }
+
+    pub(super) fn ip(self) -> Option<IpAddr> {
+        match self {
+            Self::Inet(address) => Some(address.ip()),
+            Self::Unix => None,
+        }
+    }
+}
+
+impl std::fmt::Display for Peer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            // A v4 client looks the same on every listener.
+            Self::Inet(address) => {
+                SocketAddr::new(address.ip().to_canonical(), address.port()).fmt(f)
+            }
+            Self::Unix => f.write_str("unix"),
+        }
+    }
+}
+
+impl Listener {
+    /// Binds and listens; never blocks.
+    ///
+    /// An IPv6 address takes IPv6 clients only. A unix socket's file left behind by a dead process
+    /// is replaced, and `access` says who may connect; it means nothing to an IP address.
+    ///
+    /// # Errors
+    ///
+    /// Where the address is taken, not this machine's, or not allowed.
+    pub fn bind(listen: &Listen, access: &UnixAccess) -> Result<Self, BindError> {
+        match listen {
+            Listen::Tcp(address) => bind_tcp(*address).and_then(|s| Self::adopt(s, listen)),
+            Listen::Unix(path) => listen_at(path, access, BACKLOG).and_then(|(socket, file)| {
+                let mut listener = Self::over(socket, listen, None)?;
+                listener.file = Some(file);
+                Ok(listener)
+            }),
+        }
+        .map_err(|cause| BindError::new(listen, cause))
+    }
+
+    /// As [`Self::bind`], where these listeners of the same process have an overlapping address.
+    ///
+    /// `SO_REUSEPORT` lets sockets of one user share a port if all have it at the time of the bind
+    /// (socket(7)); nobody needs it afterwards, and with it any program of that user could join.
+    pub(super) fn bind_beside(address: SocketAddr, others: &[&Self]) -> Result<Self, BindError> {
+        let listen = &Listen::Tcp(address);
+        let share = |yes| others.iter().try_for_each(|other| other.socket.set_reuse_port(yes));
+        let bound = share(true)
+            .and_then(|()| tcp_socket(address))
+            .and_then(|socket| {
+                socket.set_reuse_port(true)?;
+                socket.bind(&address.into())?;
+                Ok(socket)
+            })
+            // The kernel looks for conflicts once more when it begins to listen.
+            .and_then(|socket| Self::adopt(socket, listen))
+            .and_then(|listener| listener.socket.set_reuse_port(false).map(|()| listener));
+        let unshared = share(false);
+        bound
+            .and_then(|listener| unshared.map(|()| listener))
+            .map_err(|cause| BindError::new(listen, cause))
+    }
+
+    /// Takes over a bound TCP socket, and listens.
+    fn adopt(socket: Socket, listen: &Listen) -> io::Result<Self> {
+        socket.listen(BACKLOG)?;
+        Self::over(socket, listen, None)
+    }
+
+    /// Prepares a listening socket to be accepted from.
+    pub(super) fn over(
+        socket: Socket,
+        listen: &Listen,
+        shared: Option<Arc<Shared>>,
+    ) -> io::Result<Self> {
+        socket.set_nonblocking(true)?;
+        if let Listen::Tcp(_) = listen {
+            // Accepted sockets inherit it (tcp(7)), which saves a call for each.
+            socket.set_tcp_nodelay(true)?;
+        }
+        let (listen, failing) = (listen.clone(), AtomicBool::new(false));
+        Ok(Self { file: None, socket, listen, shared, failing })
+    }
+
+    /// Takes over a socket that listens at `listen` already.
+    ///
+    /// # Errors
+    ///
+    /// Where it is of an unexpected kind.
+    pub fn again(socket: Socket, listen: &Listen) -> Result<Self, BindError> {
+        Self::over(socket, listen, None).map_err(|cause| BindError::new(listen, cause))
+    }
+
+    /// Has `access` say who may connect, from now on, where it is a unix socket that lbd has bound.
+    /// Nobody who may still connect is refused meanwhile. Gives back what takes it back.
+    ///
+    /// # Errors
+    ///
+    /// Where there is no such user or group, or the file may not be given to them; nothing has
+    /// changed then.
+    pub fn set_access(&self, access: &UnixAccess) -> Result<Option<Rights>, BindError> {
+        let set = self.file.as_ref().map(|file| file.set_access(access)).transpose();
+        set.map_err(|cause| BindError::new(&self.listen, cause))
+    }
+
+    /// Takes [`Self::set_access`] back.
+    pub(super) fn restore(&self, rights: Rights) {
+        // They were in force a moment ago: that they can't be had again is not to be expected, and
+        // leaves the stricter of both.
+        _ = self.file.as_ref().map(|file| file.set(rights));
+    }
+
+    /// Has TCP ask clients that are silent for so long whether they are still there.
+    ///
+    /// Accepted sockets inherit it (`tcp_create_openreq_child` in the kernel's net/ipv4/tcp_minisocks.c
+    /// starts the timer), which saves four calls for each.
+    pub(super) fn keep_alive(&self, after: Duration) {
+        if self.is_tcp() {
+            // Fails only for values that there are none of in a configuration.
+            _ = self.socket.set_tcp_keepalive(&keepalive(after));
+        }
+    }
+
+    /// A copy of its socket, for somebody who is to steer what comes to it.
+    ///
+    /// # Errors
+    ///
+    /// Where there is no descriptor left.
+    pub fn socket(&self) -> io::Result<Socket> {
+        self.socket.try_clone()
+    }
+
+    /// The address asked for.
+    #[must_use]
+    pub fn listen(&self) -> &Listen {
+        &self.listen
+    }
+
+    /// The port it is bound to, also where port 0 was asked for; `None` on unix.
+    #[must_use]
+    pub fn port(&self) -> Option<u16> {
+        Some(self.socket.local_addr().ok()?.as_socket()?.port())
+    }
+
+    /// Whether a client waits to be accepted, where it may have been [quiesced](Self::quiesce).
+    pub(super) fn has_clients(&self, is_quiet: bool) -> bool {
+        let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+        let is_readable = poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0);
+        // A unix socket that is shut down is readable whoever waits (`unix_poll` in the kernel's
+        // net/unix/af_unix.c).
+        is_readable && (self.is_tcp() || !is_quiet || self.has_pending().unwrap_or(true))
+    }
+
+    /// Whether the kernel knows somebody in a unix socket's queue.
+    fn has_pending(&self) -> io::Result<bool> {
+        Ok(!Diag::open()?.unix_pending(inode_of(&self.socket)?)?.is_empty())
+    }
+
+    /// Takes the next waiting client, non-blocking and close-on-exec in the one call.
+    pub(super) fn accept(&self) -> io::Result<(Socket, Peer)> {
+        let (socket, address) = self.socket.accept4(libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC)?;
+        Ok((socket, address.as_socket().map_or(Peer::Unix, Peer::Inet)))
+    }
+
+    /// Lets no new client in, while those whose connect has been answered stay to be accepted.
+    ///
+    /// On TCP, new SYNs are dropped: a client sends its SYN again a second later, and then finds
+    /// either a successor or a closed port, but is never reset after its connect succeeded. On unix,
+    /// connects are refused from here on.
+    ///
+    /// Does nothing to a shared socket: who comes now is for whoever has it next.
+    pub(super) fn quiesce(&self) -> io::Result<()> {
+        if self.is_shared() {
+            return Ok(());
+        }
+        match self.listen {
+            Listen::Tcp(_) => net::refuse_new(&self.socket),
+            Listen::Unix(_) => {
+                if let Some(file) = &self.file {
+                    file.remove();
+                }
+                self.socket.shutdown(std::net::Shutdown::Read)
+            }
+        }
+    }
+
+    pub(super) fn is_tcp(&self) -> bool {
+        matches!(self.listen, Listen::Tcp(_))
+    }
+
+    /// Whether others have the socket too, and will have it when this is dropped.
+    #[must_use]
+    pub fn is_shared(&self) -> bool {
+        self.shared.is_some()
+    }
+
+    /// Notes that accepting failed. Whether that is news.
+    pub(super) fn fails(&self) -> bool {
+        !self.failing.swap(true, Relaxed)
+    }
+
+    /// Notes that accepting went well. Whether that is news.
+    pub(super) fn recovers(&self) -> bool {
+        self.failing.load(Relaxed) && self.failing.swap(false, Relaxed)
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// Asks after this long in silence, and then a few times more (tcp(7), `TCP_KEEPIDLE`).
+pub(super) fn keepalive(after: Duration) -> TcpKeepalive {
+    const INTERVAL: Duration = Duration::from_secs(15);
+    const PROBES: u32 = 4;
+    TcpKeepalive::new().with_time(after).with_interval(INTERVAL).with_retries(PROBES)
+}
+
+fn bind_tcp(address: SocketAddr) -> io::Result<Socket> {
+    let socket = tcp_socket(address)?;
+    socket.bind(&address.into())?;
+    Ok(socket)
+}
+
+fn tcp_socket(address: SocketAddr) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), None)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    // Connections of a former run that linger in TIME_WAIT don't hold the address.
+    socket.set_reuse_address(true)?;
+    Ok(socket)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs,
+        net::TcpStream,
+        os::unix::fs::PermissionsExt,
+        os::unix::net::{UnixListener, UnixStream},
+    };
+
+    use super::*;
+
+    fn tcp(address: &str) -> Listen {
+        Listen::Tcp(address.parse().unwrap())
+    }
+
+    #[test]
+    fn accepted_sockets_have_nodelay_without_asking() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let listener = Listener::bind(&tcp(address), &UnixAccess::default()).unwrap();
+            let bound = listener.socket.local_addr().unwrap().as_socket().unwrap();
+            let client = TcpStream::connect(bound).unwrap();
+            let (socket, peer) = listener.accept().unwrap();
+            assert!(socket.tcp_nodelay().unwrap());
+            assert_eq!(peer, Peer::Inet(client.local_addr().unwrap()));
+            let flags = nix::fcntl::fcntl(&socket, nix::fcntl::FcntlArg::F_GETFL).unwrap();
+            assert_ne!(flags & libc::O_NONBLOCK, 0);
+        }
+    }
+
+    #[test]
+    fn accepted_sockets_are_kept_alive_without_asking() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let listener = Listener::bind(&tcp(address), &UnixAccess::default()).unwrap();
+            let bound = listener.socket.local_addr().unwrap().as_socket().unwrap();
+            for seconds in [60, 7] {
+                listener.keep_alive(Duration::from_secs(seconds));
+                let _client = TcpStream::connect(bound).unwrap();
+                let (socket, _) = listener.accept().unwrap();
+                assert!(socket.keepalive().unwrap());
+                assert_eq!(socket.tcp_keepalive_time().unwrap().as_secs(), seconds);
+                assert_eq!(socket.tcp_keepalive_interval().unwrap().as_secs(), 15);
+                assert_eq!(socket.tcp_keepalive_retries().unwrap(), 4);
+            }
+        }
+    }
+
+    #[test]
+    fn a_quiet_listener_keeps_its_queue_and_lets_nobody_in() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let listener = Listener::bind(&tcp(address), &UnixAccess::default()).unwrap();
+            let bound = listener.socket.local_addr().unwrap().as_socket().unwrap();
+            let queued = TcpStream::connect(bound).unwrap();
+            listener.quiesce().unwrap();
+            let late = TcpStream::connect_timeout(&bound, Duration::from_millis(200));
+            assert_eq!(late.unwrap_err().kind(), io::ErrorKind::TimedOut);
+            let (_socket, peer) = listener.accept().unwrap();
+            assert_eq!(peer, Peer::Inet(queued.local_addr().unwrap()));
+            assert_eq!(listener.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        }
+    }
+
+    #[test]
+    fn a_stale_unix_socket_is_replaced_and_a_live_one_is_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lbd.sock");
+        let listen = Listen::Unix(path.clone());
+        let other = UnixListener::bind(&path).unwrap();
+        let text = Listener::bind(&listen, &UnixAccess::default()).unwrap_err().to_string();
+        assert!(text.contains("; `ss -lxp src "), "{text}");
+        drop(other);
+        let listener = Listener::bind(&listen, &UnixAccess::default()).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o666);
+        let _client = UnixStream::connect(&path).unwrap();
+        assert_eq!(listener.accept().unwrap().1, Peer::Unix);
+        drop(listener);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_file_that_is_no_socket_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("precious");
+        fs::write(&path, "data").unwrap();
+        let text = Listener::bind(&Listen::Unix(path.clone()), &UnixAccess::default())
+            .unwrap_err()
+            .to_string();
+        assert!(text.ends_with("; the file there is no socket: remove it or choose another path"));
+        assert_eq!(fs::read(&path).unwrap(), b"data");
+    }
+
+    #[test]
+    fn a_successors_path_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lbd.sock");
+        let listener = Listener::bind(&Listen::Unix(path.clone()), &UnixAccess::default()).unwrap();
+        fs::rename(&path, dir.path().join("old")).unwrap();
+        let _successor = UnixListener::bind(&path).unwrap();
+        drop(listener);
+        assert!(path.exists());
+    }
+}

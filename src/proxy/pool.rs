@@ -1,0 +1,388 @@
+//! The immutable snapshot that connections are placed by.
+
+use std::{
+    net::IpAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    time::Instant,
+};
+
+use super::upstream::{Denied, Lease, Upstream};
+use crate::config::{Balance, Routing};
+
+/// Where a service's connections may go, as the supervisor last saw it.
+///
+/// Only the rotation's cursor moves; it is shared by all threads, so that connections that come one
+/// after another go to one worker after another, whichever thread takes them.
+#[derive(Debug)]
+pub struct Pool {
+    upstreams: Box<[Arc<Upstream>]>,
+    coming: Option<Instant>,
+    routing: Arc<Routing>,
+    cursor: AtomicUsize,
+}
+
+/// Why there is no worker for a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Nobody {
+    /// All were tried.
+    Left,
+    /// Some were not, but their accept queues were full a moment ago.
+    Congested,
+    /// Some were not, but have as many connections as they may.
+    HasRoom,
+}
+
+/// Who is picked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Choice {
+    /// Anybody whose accept queue is not known to be full.
+    Clear,
+    /// Those first, and then the others: somebody has to find out whether they have room again.
+    Any,
+}
+
+impl Pool {
+    /// A pool of the healthy workers, in the order of the rotation. `coming` is the earliest
+    /// instant at which another is on its way (in the past: it is being started now), `None` where
+    /// none is to come.
+    #[must_use]
+    pub fn new(
+        upstreams: Vec<Arc<Upstream>>,
+        coming: Option<Instant>,
+        routing: Arc<Routing>,
+    ) -> Self {
+        Self { upstreams: upstreams.into(), coming, routing, cursor: AtomicUsize::new(0) }
+    }
+
+    /// The healthy workers, in the order of the rotation.
+    #[must_use]
+    pub fn upstreams(&self) -> &[Arc<Upstream>] {
+        &self.upstreams
+    }
+
+    /// How connections are to be treated.
+    #[must_use]
+    pub fn routing(&self) -> &Routing {
+        &self.routing
+    }
+
+    /// Whether the workers are those of `other`.
+    pub(super) fn has_those_of(&self, other: &Self) -> bool {
+        let ids = |pool: &Self| pool.upstreams.iter().map(|u| u.id()).collect::<Vec<_>>();
+        ids(self) == ids(other)
+    }
+
+    /// Whether a worker is on its way for a connection that came then, within `hold-timeout`.
+    pub(super) fn is_coming_by(&self, came: Instant) -> bool {
+        let until = came.checked_add(self.routing.hold_timeout);
+        self.coming.is_some_and(|at| until.is_none_or(|until| at <= until))
+    }
+
+    /// Goes on where `old` stopped: with the first slot after the one last used, so that a change
+    /// of members hits no worker twice in a row.
+    pub(super) fn succeed(&mut self, old: &Self) {
+        let used = old.cursor.load(Relaxed);
+        let Some(last) =
+            used.checked_sub(1).and_then(|i| old.upstreams.get(i % old.upstreams.len().max(1)))
+        else {
+            return;
+        };
+        let next = self.upstreams.iter().position(|u| u.slot() > last.slot()).unwrap_or(0);
+        // A cursor of 0 means "none used yet"; one whole turn on is the same place.
+        *self.cursor.get_mut() = next + self.upstreams.len();
+    }
+
+    /// The worker for a connection from `client` (`None`: it has no address), leaving out those
+    /// whose ids are in `tried`, which is as it was on return.
+    pub(super) fn pick(
+        &self,
+        client: Option<IpAddr>,
+        tried: &mut Vec<u64>,
+        choice: Choice,
+    ) -> Result<Lease, Nobody> {
+        match (self.pick_of(client, tried, Choice::Clear), choice) {
+            (Err(Nobody::Congested), Choice::Any) => self.pick_of(client, tried, Choice::Any),
+            (Err(Nobody::HasRoom), Choice::Any) if self.is_congested() => {
+                self.pick_of(client, tried, Choice::Any)
+            }
+            (picked, _) => picked,
+        }
+    }
+
+    fn is_congested(&self) -> bool {
+        self.upstreams.iter().any(|upstream| upstream.is_congested())
+    }
+
+    fn pick_of(
+        &self,
+        client: Option<IpAddr>,
+        tried: &mut Vec<u64>,
+        choice: Choice,
+    ) -> Result<Lease, Nobody> {
+        let (before, mut nobody) = (tried.len(), Nobody::Left);
+        let lease = loop {
+            let upstream = match (self.routing.balance, client) {
+                (Balance::SourceHash, Some(client)) => self.hashed(client, tried),
+                (Balance::LeastConnections, _) => self.least(tried),
+                _ => self.next(tried),
+            };
+            let Some(upstream) = upstream else { break Err(nobody) };
+            if choice == Choice::Clear && upstream.is_congested() {
+                if nobody == Nobody::Left {
+                    nobody = Nobody::Congested;
+                }
+                tried.push(upstream.id());
+                continue;
+            }
+            match upstream.acquire(self.routing.worker_connections) {
+                Ok(lease) => break Ok(lease),
+                Err(Denied::Full) => nobody = Nobody::HasRoom,
+                // Since this snapshot was taken.
+                Err(Denied::Retired) => {}
+            }
+            tried.push(upstream.id());
+        };
+        tried.truncate(before);
+        lease
+    }
+
+    /// Each look takes a turn of the rotation, so that those passed over don't give their turns to
+    /// their neighbour alone.
+    fn next(&self, tried: &[u64]) -> Option<&Arc<Upstream>> {
+        let count = self.upstreams.len();
+        let turns = (0..count).map(|_| self.turn());
+        // Other threads take turns too, so that one round of looks may have missed one.
+        turns.chain(0..count).map(|i| &self.upstreams[i]).find(|u| !tried.contains(&u.id()))
+    }
+
+    fn least(&self, tried: &[u64]) -> Option<&Arc<Upstream>> {
+        let (before, after) = self.upstreams.split_at(self.turn().min(self.upstreams.len()));
+        // The first of several least ones is taken.
+        after.iter().chain(before).filter(|u| !tried.contains(&u.id())).min_by_key(|u| u.active())
+    }
+
+    /// Rendezvous hashing (Thaler and Ravishankar, 1998): each slot draws a number for the client,
+    /// the highest wins. So a slot that leaves moves its own clients only, and gets them back.
+    fn hashed(&self, client: IpAddr, tried: &[u64]) -> Option<&Arc<Upstream>> {
+        let client = match client.to_canonical() {
+            IpAddr::V4(v4) => u128::from(v4.to_bits()),
+            IpAddr::V6(v6) => v6.to_bits(),
+        };
+        let seed = mix(mix(client as u64) ^ (client >> 64) as u64);
+        self.upstreams
+            .iter()
+            .filter(|u| !tried.contains(&u.id()))
+            .max_by_key(|u| mix(seed ^ u64::from(u.slot())))
+    }
+
+    fn turn(&self) -> usize {
+        self.cursor.fetch_add(1, Relaxed) % self.upstreams.len().max(1)
+    }
+}
+
+/// splitmix64's step: each bit of the input changes about half of the output's.
+fn mix(value: u64) -> u64 {
+    let z = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        collections::HashMap,
+        net::{Ipv4Addr, SocketAddr},
+        num::NonZeroU32,
+        time::Duration,
+    };
+
+    use super::*;
+
+    fn upstream(slot: u32) -> Arc<Upstream> {
+        let address = SocketAddr::from(([127, 0, 0, 1], 9002));
+        Upstream::new(
+            slot.into(),
+            slot,
+            format!("web/{slot}").into(),
+            address.into(),
+            None,
+            Arc::default(),
+        )
+    }
+
+    fn pool(balance: Balance, upstreams: &[Arc<Upstream>]) -> Pool {
+        Pool::new(upstreams.to_vec(), None, Arc::new(Routing { balance, ..Routing::default() }))
+    }
+
+    fn slots(pool: &Pool, count: usize) -> Vec<u32> {
+        (0..count).map(|_| pool.pick(None, &mut vec![], Choice::Clear).unwrap().slot()).collect()
+    }
+
+    fn four() -> Vec<Arc<Upstream>> {
+        (0..4).map(upstream).collect()
+    }
+
+    #[test]
+    fn connections_rotate() {
+        let pool = pool(Balance::RoundRobin, &four());
+        assert_eq!(slots(&pool, 9), [0, 1, 2, 3, 0, 1, 2, 3, 0]);
+    }
+
+    #[test]
+    fn an_empty_pool_has_nobody() {
+        for balance in [Balance::RoundRobin, Balance::LeastConnections, Balance::SourceHash] {
+            let client = Some(Ipv4Addr::LOCALHOST.into());
+            assert!(pool(balance, &[]).pick(client, &mut vec![], Choice::Clear).is_err());
+        }
+    }
+
+    #[test]
+    fn the_rotation_goes_on_over_a_change_of_members() {
+        let all = four();
+        for (used, members, expected) in [
+            (0, vec![0, 1, 2, 3], vec![0, 1, 2, 3]),
+            (1, vec![0, 1, 2, 3], vec![1, 2, 3, 0]),
+            (2, vec![0, 2, 3], vec![2, 3, 0, 2]),
+            (2, vec![0, 1, 3], vec![3, 0, 1, 3]),
+            (4, vec![1, 2, 3], vec![1, 2, 3, 1]),
+            (3, vec![0, 1], vec![0, 1, 0, 1]),
+        ] {
+            let old = pool(Balance::RoundRobin, &all);
+            slots(&old, used);
+            let members: Vec<_> = members.iter().map(|&i: &usize| Arc::clone(&all[i])).collect();
+            let mut new = pool(Balance::RoundRobin, &members);
+            new.succeed(&old);
+            let mut again = pool(Balance::RoundRobin, &members);
+            again.succeed(&new);
+            assert_eq!(slots(&new, 4), expected, "after {used}");
+            assert_eq!(slots(&again, 4), expected, "after {used}, published twice");
+        }
+    }
+
+    #[test]
+    fn a_refused_connection_takes_the_next_turn() {
+        let pool = pool(Balance::RoundRobin, &four());
+        assert_eq!(slots(&pool, 1), [0]);
+        assert_eq!(pool.pick(None, &mut vec![1], Choice::Clear).unwrap().slot(), 2);
+        assert_eq!(slots(&pool, 2), [3, 0]);
+        assert_eq!(
+            pool.pick(None, &mut vec![0, 1, 2, 3], Choice::Clear).unwrap_err(),
+            Nobody::Left
+        );
+    }
+
+    #[test]
+    fn a_retired_worker_is_passed_over() {
+        let all = four();
+        let pool = pool(Balance::RoundRobin, &all);
+        all[1].retire();
+        assert_eq!(slots(&pool, 4), [0, 2, 3, 0]);
+        all.iter().for_each(|u| _ = u.retire());
+        assert_eq!(pool.pick(None, &mut vec![], Choice::Clear).unwrap_err(), Nobody::Left);
+    }
+
+    #[test]
+    fn a_full_worker_is_passed_over_whatever_the_balance() {
+        let client = Some(Ipv4Addr::LOCALHOST.into());
+        for balance in [Balance::RoundRobin, Balance::LeastConnections, Balance::SourceHash] {
+            let worker_connections = NonZeroU32::new(2);
+            let routing = Routing { balance, worker_connections, ..Routing::default() };
+            let pool = Pool::new(four(), None, Arc::new(routing));
+            let leases: Vec<_> =
+                (0..8).map(|_| pool.pick(client, &mut vec![], Choice::Clear).unwrap()).collect();
+            let mut slots: Vec<_> = leases.iter().map(|lease| lease.slot()).collect();
+            slots.sort_unstable();
+            assert_eq!(slots, [0, 0, 1, 1, 2, 2, 3, 3]);
+            assert_eq!(pool.pick(client, &mut vec![], Choice::Clear).unwrap_err(), Nobody::HasRoom);
+            let mut tried = vec![0, 1, 2, 3];
+            assert_eq!(pool.pick(client, &mut tried, Choice::Clear).unwrap_err(), Nobody::Left);
+            drop(leases);
+            assert!(pool.pick(client, &mut vec![], Choice::Clear).is_ok());
+        }
+    }
+
+    #[test]
+    fn one_whose_queue_was_full_is_picked_last_and_by_those_alone_who_look() {
+        for balance in [Balance::RoundRobin, Balance::LeastConnections, Balance::SourceHash] {
+            let all = four();
+            let pool = pool(balance, &all);
+            let client = Some(Ipv4Addr::LOCALHOST.into());
+            let pick = |choice, tried: &[u64]| {
+                pool.pick(client, &mut tried.to_vec(), choice).map(|lease| lease.slot())
+            };
+            all[..3].iter().for_each(|upstream| upstream.set_congested(true));
+            for choice in [Choice::Clear, Choice::Any, Choice::Clear] {
+                assert_eq!(pick(choice, &[]), Ok(3));
+            }
+            assert_eq!(pick(Choice::Clear, &[3]), Err(Nobody::Congested));
+            assert!(pick(Choice::Any, &[3]).is_ok_and(|slot| slot < 3));
+            all[1].set_congested(false);
+            assert_eq!(pick(Choice::Clear, &[3]), Ok(1));
+            assert_eq!(pick(Choice::Any, &[3]), Ok(1));
+            assert_eq!(pick(Choice::Any, &[0, 1, 2, 3]), Err(Nobody::Left));
+        }
+    }
+
+    #[test]
+    fn every_thread_shares_one_rotation() {
+        let all = four();
+        let pool = pool(Balance::RoundRobin, &all);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..1_000 {
+                        pool.pick(None, &mut vec![], Choice::Clear)
+                            .unwrap()
+                            .count_taken(0, Duration::ZERO);
+                    }
+                });
+            }
+        });
+        assert_eq!(all.iter().map(|u| u.traffic().total).collect::<Vec<_>>(), [Some(1_000); 4]);
+    }
+
+    #[test]
+    fn the_least_loaded_is_taken_and_the_rotation_decides_between_equals() {
+        let all = four();
+        let pool = pool(Balance::LeastConnections, &all);
+        assert_eq!(slots(&pool, 5), [0, 1, 2, 3, 0]);
+        let _busy = (all[0].acquire(None), all[1].acquire(None), all[2].acquire(None));
+        assert_eq!(slots(&pool, 3), [3, 3, 3]);
+        assert_eq!(pool.pick(None, &mut vec![3], Choice::Clear).unwrap().slot(), 0);
+    }
+
+    #[test]
+    fn a_client_keeps_its_worker_and_only_the_leavers_clients_move() {
+        let all = four();
+        let whole = pool(Balance::SourceHash, &all);
+        let fewer = pool(Balance::SourceHash, &[&all[..1], &all[2..]].concat());
+        let mut share = HashMap::new();
+        for client in 0..4_000_u32 {
+            let client = Some(IpAddr::from(Ipv4Addr::from_bits(0x0a00_0000 + client)));
+            let home = whole.pick(client, &mut vec![], Choice::Clear).unwrap().slot();
+            assert_eq!(whole.pick(client, &mut vec![], Choice::Clear).unwrap().slot(), home);
+            let moved = fewer.pick(client, &mut vec![], Choice::Clear).unwrap().slot();
+            assert!(home == 1 || moved == home);
+            *share.entry(home).or_insert(0) += 1;
+        }
+        assert!((0..4).all(|slot| (900..1_100).contains(&share[&slot])), "{share:?}");
+    }
+
+    #[test]
+    fn a_mapped_address_is_the_same_client() {
+        let pool = pool(Balance::SourceHash, &four());
+        for client in 0..64 {
+            let v4 = Ipv4Addr::new(10, 0, 0, client);
+            let plain = pool.pick(Some(v4.into()), &mut vec![], Choice::Clear).unwrap().slot();
+            let mapped = pool
+                .pick(Some(v4.to_ipv6_mapped().into()), &mut vec![], Choice::Clear)
+                .unwrap()
+                .slot();
+            assert_eq!(plain, mapped);
+        }
+    }
+}
