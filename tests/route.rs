@@ -17,8 +17,8 @@ use std::{
 
 use lbd::{
     config::{Listen, Routing, UnixAccess},
-    net::Nameless,
-    proxy::{DataPlane, Listener, ListenerId, Pool, ServiceRoute, Settings, Upstream},
+    net::UnnamedUnixListener,
+    proxy::{Backend, DataPlane, Listener, ListenerId, Pool, ServiceHandle, Settings},
 };
 use socket2::{Domain, SockRef, Socket, Type};
 
@@ -27,28 +27,28 @@ const DEADLINE: Duration = Duration::from_secs(20);
 /// A plane of two threads with one service and one listener.
 struct Rig {
     plane: DataPlane,
-    route: Arc<ServiceRoute>,
+    route: Arc<ServiceHandle>,
     listener: ListenerId,
     address: SocketAddr,
 }
 
 impl Rig {
     fn new(routing: Routing, workers: &[SocketAddr]) -> Self {
-        Self::with(routing, &upstreams(workers), None)
+        Self::with(routing, &backends(workers), None)
     }
 
-    fn with(routing: Routing, upstreams: &[Arc<Upstream>], coming: Option<Instant>) -> Self {
-        Self::on("127.0.0.1:0", 10_000, routing, upstreams, coming)
+    fn with(routing: Routing, backends: &[Arc<Backend>], coming: Option<Instant>) -> Self {
+        Self::on("127.0.0.1:0", 10_000, routing, backends, coming)
     }
 
     fn on(
         address: &str,
         max_held: usize,
         routing: Routing,
-        upstreams: &[Arc<Upstream>],
+        backends: &[Arc<Backend>],
         coming: Option<Instant>,
     ) -> Self {
-        Self::of(2, address, max_held, routing, upstreams, coming)
+        Self::of(2, address, max_held, routing, backends, coming)
     }
 
     /// A plane of so many threads.
@@ -57,10 +57,10 @@ impl Rig {
         address: &str,
         max_held: usize,
         routing: Routing,
-        upstreams: &[Arc<Upstream>],
+        backends: &[Arc<Backend>],
         coming: Option<Instant>,
     ) -> Self {
-        Self::of_early(threads, address, max_held, routing, upstreams, coming, |_| {})
+        Self::of_early(threads, address, max_held, routing, backends, coming, |_| {})
     }
 
     /// The same, where `early` comes to the address before anybody accepts there.
@@ -69,7 +69,7 @@ impl Rig {
         address: &str,
         max_held: usize,
         routing: Routing,
-        upstreams: &[Arc<Upstream>],
+        backends: &[Arc<Backend>],
         coming: Option<Instant>,
         early: impl FnOnce(SocketAddr),
     ) -> Self {
@@ -78,7 +78,7 @@ impl Rig {
             max_held: NonZeroUsize::new(max_held).unwrap(),
         };
         let plane = DataPlane::start(settings).unwrap();
-        let pool = Pool::new(upstreams.to_vec(), coming, Arc::new(routing));
+        let pool = Pool::new(backends.to_vec(), coming, Arc::new(routing));
         let route = plane.service("web".into(), pool, Arc::new(AtomicBool::new(false)));
         let mut address: SocketAddr = address.parse().unwrap();
         let listener = Listener::bind(&Listen::Tcp(address), &UnixAccess::default()).unwrap();
@@ -102,8 +102,8 @@ impl Rig {
         client.read(&mut [0])
     }
 
-    fn publish(&self, routing: Routing, upstreams: &[Arc<Upstream>], coming: Option<Instant>) {
-        self.route.publish(Pool::new(upstreams.to_vec(), coming, Arc::new(routing)));
+    fn publish(&self, routing: Routing, backends: &[Arc<Backend>], coming: Option<Instant>) {
+        self.route.publish(Pool::new(backends.to_vec(), coming, Arc::new(routing)));
     }
 
     fn close(&self) -> io::Result<()> {
@@ -115,12 +115,12 @@ fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
 }
 
-fn upstreams(workers: &[SocketAddr]) -> Vec<Arc<Upstream>> {
-    let upstream = |(slot, &address): (usize, &SocketAddr)| {
+fn backends(workers: &[SocketAddr]) -> Vec<Arc<Backend>> {
+    let backend = |(slot, &address): (usize, &SocketAddr)| {
         let label = format!("web/{}", address.port()).into();
-        Upstream::new(slot as u64, slot as u32, label, address.into(), None, Arc::default())
+        Backend::new(slot as u64, slot as u32, label, address.into(), None, Arc::default())
     };
-    workers.iter().enumerate().map(upstream).collect()
+    workers.iter().enumerate().map(backend).collect()
 }
 
 /// A worker that treats each connection in a thread of its own.
@@ -268,7 +268,7 @@ fn a_worker_that_speaks_first_is_not_kept_waiting() {
 
 #[test]
 fn a_client_that_ends_without_a_byte_costs_no_connection_to_a_worker() {
-    let all = upstreams(&[naming("1")]);
+    let all = backends(&[naming("1")]);
     for way in 0..3 {
         let mut shut = None;
         let end = |address| {
@@ -301,7 +301,7 @@ fn a_client_that_ends_without_a_byte_costs_no_connection_to_a_worker() {
 #[test]
 fn a_refused_worker_is_skipped() {
     let (_bound, refusing) = refusing();
-    let all = upstreams(&[naming("1"), refusing, naming("3"), naming("4")]);
+    let all = backends(&[naming("1"), refusing, naming("3"), naming("4")]);
     let rig = Rig::with(Routing::default(), &all, None);
     let names: Vec<_> = (0..6).map(|_| said(rig.connect())).collect();
     assert_eq!(names, ["1", "3", "4", "1", "3", "4"]);
@@ -331,7 +331,7 @@ fn a_connection_is_held_while_a_worker_is_on_its_way() {
     until("held", || rig.route.held() == 1);
     assert_eq!(rig.route.active(), 1);
     rig.publish(Routing::default(), &[], Some(Instant::now() + Duration::from_secs(1)));
-    rig.publish(Routing::default(), &upstreams(&[naming("1")]), None);
+    rig.publish(Routing::default(), &backends(&[naming("1")]), None);
     assert_eq!(said(client), "1");
     until("released", || rig.route.held() == 0 && rig.route.active() == 0);
 }
@@ -343,7 +343,7 @@ fn a_held_connection_outlives_a_worker_that_refuses() {
     let client = rig.connect();
     until("held", || rig.route.held() == 1);
     rig.publish(Routing::default(), &[], Some(Instant::now()));
-    rig.publish(Routing::default(), &upstreams(&[naming("1")]), None);
+    rig.publish(Routing::default(), &backends(&[naming("1")]), None);
     assert_eq!(said(client), "1");
 }
 
@@ -565,7 +565,7 @@ fn expect_noise(mut stream: &TcpStream, seed: u64) {
 
 #[test]
 fn bytes_pass_unchanged_both_ways_at_once() {
-    let all = upstreams(&[worker(|stream| {
+    let all = backends(&[worker(|stream| {
         thread::scope(|scope| {
             scope.spawn(|| send_noise(&stream, 1));
             expect_noise(&stream, 2);
@@ -662,7 +662,7 @@ fn no_more_than_max_connections_reach_the_workers() {
         }
     });
     let limit = |max| Routing { max_connections: NonZeroU32::new(max), ..Routing::default() };
-    let all = upstreams(&[worker]);
+    let all = backends(&[worker]);
     let rig = Rig::with(limit(3), &all, None);
     thread::scope(|scope| {
         for _ in 0..16 {
@@ -704,7 +704,7 @@ fn no_worker_has_more_than_it_may_and_whoever_waits_gets_the_first_free_place() 
             stream.write_all(&[u8::try_from(has).unwrap()]).unwrap();
         })
     });
-    let all = upstreams(&workers);
+    let all = backends(&workers);
     let rig = Rig::with(each_at_most(2), &all, None);
     thread::scope(|scope| {
         for _ in 0..32 {
@@ -715,21 +715,18 @@ fn no_worker_has_more_than_it_may_and_whoever_waits_gets_the_first_free_place() 
                     let mut has = [0];
                     client.read_exact(&mut has).unwrap();
                     assert!(has[0] <= 2, "{has:?}");
-                    assert!(all.iter().all(|upstream| upstream.active() <= 2));
+                    assert!(all.iter().all(|backend| backend.active() <= 2));
                 }
             });
         }
     });
-    assert_eq!(
-        all.iter().map(|upstream| upstream.traffic().total).sum::<Option<u64>>(),
-        Some(1600)
-    );
+    assert_eq!(all.iter().map(|backend| backend.traffic().total).sum::<Option<u64>>(), Some(1600));
     until("released", || rig.route.held() == 0 && rig.route.active() == 0);
 }
 
 #[test]
 fn the_longest_waiting_goes_first_and_a_wider_limit_lets_all_in() {
-    let all = upstreams(&[worker(echo)]);
+    let all = backends(&[worker(echo)]);
     let rig = Rig::with(each_at_most(1), &all, None);
     let mut clients: Vec<_> = (0..6)
         .map(|number| {
@@ -765,7 +762,7 @@ fn the_longest_waiting_goes_first_and_a_wider_limit_lets_all_in() {
 #[test]
 fn where_all_are_full_a_connection_waits_no_longer_than_the_hold_timeout() {
     let routing = Routing { hold_timeout: Duration::from_millis(200), ..each_at_most(1) };
-    let all = upstreams(&[worker(echo)]);
+    let all = backends(&[worker(echo)]);
     let rig = Rig::with(routing, &all, None);
     let _first = rig.connect();
     until("full", || all[0].traffic().total == Some(1));
@@ -777,7 +774,7 @@ fn where_all_are_full_a_connection_waits_no_longer_than_the_hold_timeout() {
 #[test]
 fn a_full_worker_is_waited_for_though_another_refuses() {
     let (_bound, refusing) = refusing();
-    let all = upstreams(&[refusing, worker(echo)]);
+    let all = backends(&[refusing, worker(echo)]);
     let rig = Rig::with(each_at_most(1), &all, None);
     let first = rig.connect();
     until("full", || all[1].traffic().total == Some(1));
@@ -790,20 +787,20 @@ fn a_full_worker_is_waited_for_though_another_refuses() {
 }
 
 /// A worker on unix whose queue has room for one, which is taken.
-fn full() -> (Nameless, UnixStream, Arc<Upstream>) {
+fn full() -> (UnnamedUnixListener, UnixStream, Arc<Backend>) {
     let folder = tempfile::tempdir().unwrap();
-    let worker = Nameless::open(folder.path()).unwrap();
+    let worker = UnnamedUnixListener::open(folder.path()).unwrap();
     worker.socket().listen(0).unwrap();
     worker.socket().set_read_timeout(Some(DEADLINE)).unwrap();
     let client = worker.endpoint().unconnected().unwrap();
     worker.endpoint().connect(&client).unwrap();
-    let upstream =
-        Upstream::new(7, 7, "web/7".into(), worker.endpoint().clone(), None, Arc::default());
-    (worker, client.into(), upstream)
+    let backend =
+        Backend::new(7, 7, "web/7".into(), worker.endpoint().clone(), None, Arc::default());
+    (worker, client.into(), backend)
 }
 
 /// Takes the next connection and says who it is.
-fn name_next(worker: &Nameless, name: &str) {
+fn name_next(worker: &UnnamedUnixListener, name: &str) {
     let (mut connection, _) = worker.socket().accept().unwrap();
     // Whoever has left takes no name.
     _ = connection.write_all(name.as_bytes());
@@ -813,7 +810,7 @@ fn name_next(worker: &Nameless, name: &str) {
 fn a_worker_with_a_full_queue_is_skipped() {
     let (_worker, _client, full) = full();
     let mut all = vec![Arc::clone(&full)];
-    all.extend(upstreams(&[naming("a")]));
+    all.extend(backends(&[naming("a")]));
     let rig = Rig::with(Routing::default(), &all, None);
     for _ in 0..4 {
         assert_eq!(said(rig.connect()), "a");
@@ -826,8 +823,8 @@ fn a_worker_with_a_full_queue_is_skipped() {
 fn where_all_queues_are_full_connections_wait_in_order_for_one_that_is_not() {
     let (worker, _client, full) = full();
     // Each thread has an order of its own.
-    let (one, upstreams) = (1, [Arc::clone(&full)]);
-    let rig = Rig::of(one, "127.0.0.1:0", 100, Routing::default(), &upstreams, None);
+    let (one, backends) = (1, [Arc::clone(&full)]);
+    let rig = Rig::of(one, "127.0.0.1:0", 100, Routing::default(), &backends, None);
     let clients: Vec<_> = (0..3)
         .map(|count| {
             let client = rig.connect();
@@ -858,7 +855,7 @@ fn where_all_queues_stay_full_a_connection_waits_no_longer_than_the_hold_timeout
 
 #[test]
 fn the_budget_of_the_process_holds_over_all_services() {
-    let all = upstreams(&[worker(echo)]);
+    let all = backends(&[worker(echo)]);
     let rig = Rig::on("127.0.0.1:0", 4, Routing::default(), &all, None);
     let mut clients: Vec<_> = (0..8).map(|_| rig.connect()).collect();
     until("full", || all[0].traffic().total == Some(4));
@@ -879,7 +876,7 @@ fn closing_a_listener_resets_nobody() {
             stream.read_exact(&mut byte).unwrap();
             stream.write_all(&byte).unwrap();
         });
-        let rig = Rig::on(listen, 10_000, Routing::default(), &upstreams(&[worker]), None);
+        let rig = Rig::on(listen, 10_000, Routing::default(), &backends(&[worker]), None);
         let served = AtomicUsize::new(0);
         thread::scope(|scope| {
             for _ in 0..8 {
@@ -1009,7 +1006,7 @@ fn who_was_refused_while_another_worker_is_on_its_way_is_served_by_the_first_tha
     let bound = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
     bound.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
     let address = bound.local_addr().unwrap().as_socket().unwrap();
-    let all = upstreams(&[address]);
+    let all = backends(&[address]);
     let coming = Some(Instant::now());
     let rig = Rig::of(1, "127.0.0.1:0", 10_000, Routing::default(), &all, coming);
     let first = rig.connect();
@@ -1031,12 +1028,12 @@ fn who_was_refused_while_another_worker_is_on_its_way_is_served_by_the_first_tha
 #[test]
 fn a_cut_resets_both_sides() {
     let (heard, hears) = std::sync::mpsc::channel();
-    let upstreams = upstreams(&[worker(move |mut stream| {
+    let backends = backends(&[worker(move |mut stream| {
         heard.send(stream.read(&mut [0])).unwrap();
     })]);
-    let rig = Rig::with(Routing::default(), &upstreams, None);
+    let rig = Rig::with(Routing::default(), &backends, None);
     let mut client = rig.connect();
-    until("taken", || upstreams[0].traffic().total == Some(1));
+    until("taken", || backends[0].traffic().total == Some(1));
     assert_eq!((rig.route.active(), rig.plane.held()), (1, 1));
     rig.plane.cut();
     assert!(is_reset(client.read(&mut [0])));
@@ -1056,15 +1053,15 @@ fn every_thread_makes_progress_when_asked() {
 #[test]
 fn a_retired_upstream_tells_when_its_last_connection_ends() {
     let drained = Arc::new(tokio::sync::Notify::new());
-    let upstream =
-        Upstream::new(1, 0, "web/1".into(), worker(echo).into(), None, Arc::clone(&drained));
-    let rig = Rig::with(Routing::default(), &[Arc::clone(&upstream)], None);
+    let backend =
+        Backend::new(1, 0, "web/1".into(), worker(echo).into(), None, Arc::clone(&drained));
+    let rig = Rig::with(Routing::default(), &[Arc::clone(&backend)], None);
     let client = rig.connect();
-    until("taken", || upstream.traffic().total == Some(1));
-    assert!(!upstream.retire());
+    until("taken", || backend.traffic().total == Some(1));
+    assert!(!backend.retire());
     drop(client);
     runtime().block_on(drained.notified());
-    assert_eq!(upstream.active(), 0);
+    assert_eq!(backend.active(), 0);
 }
 
 #[derive(Clone, Default)]
@@ -1096,7 +1093,7 @@ fn each_connection_gets_one_line_at_its_end() {
     let access = Arc::new(AtomicBool::new(true));
     let worker = worker(echo);
     let pool = |all| Pool::new(all, None, Arc::new(Routing::default()));
-    let route = plane.service("logged".into(), pool(upstreams(&[worker])), Arc::clone(&access));
+    let route = plane.service("logged".into(), pool(backends(&[worker])), Arc::clone(&access));
     let listener =
         Listener::bind(&Listen::Tcp(([127, 0, 0, 1], 0).into()), &UnixAccess::default()).unwrap();
     let address = SocketAddr::from(([127, 0, 0, 1], listener.port().unwrap()));

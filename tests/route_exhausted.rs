@@ -13,7 +13,7 @@ use std::{
 
 use lbd::{
     config::{Listen, Routing, UnixAccess},
-    proxy::{DataPlane, Listener, Pool, Settings, Upstream},
+    proxy::{Backend, DataPlane, Listener, Pool, Settings},
 };
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
@@ -28,7 +28,7 @@ fn until(what: &str, mut is_so: impl FnMut() -> bool) {
 #[test]
 fn without_descriptors_clients_wait_and_nothing_spins() {
     let worker = TcpListener::bind("127.0.0.1:0").unwrap();
-    let upstream = Upstream::new(
+    let backend = Backend::new(
         1,
         0,
         "web/1".into(),
@@ -60,7 +60,7 @@ fn without_descriptors_clients_wait_and_nothing_spins() {
 
     setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
     until("all held", || route.held() == 10);
-    route.publish(pool(vec![upstream], None));
+    route.publish(pool(vec![backend], None));
     for _ in &clients {
         worker.accept().unwrap().0.write_all(b"x").unwrap();
     }

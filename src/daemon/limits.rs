@@ -14,7 +14,7 @@ impl Daemon<'_> {
             let current = service.slots.iter().filter_map(|slot| slot.current.as_ref());
             current.map(move |worker| (worker.id, limit))
         });
-        self.fleet.measure(workers);
+        self.workers.measure(workers);
     }
 }
 

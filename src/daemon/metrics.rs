@@ -9,7 +9,7 @@ use super::Daemon;
 use crate::{
     admin::{metrics, status},
     proxy::ServiceTally,
-    supervisor::{self, Cause},
+    supervisor::{self, ExitCause},
 };
 
 impl Daemon<'_> {
@@ -21,7 +21,7 @@ impl Daemon<'_> {
         let services = self.supervisor.services().iter().zip(&status.services);
         let services: Vec<_> = services
             .map(|(service, shown)| {
-                let route = self.fronts.route(&service.config.name);
+                let route = self.frontends.route(&service.config.name);
                 let counted = route.map(|route| route.tally()).unwrap_or_default();
                 let waiting = route.map_or(0, |route| route.held());
                 let mut slots = BTreeMap::new();
@@ -33,7 +33,7 @@ impl Daemon<'_> {
             })
             .collect();
         let mut snapshot = metrics::Snapshot {
-            reloads: self.loads.counts(),
+            reloads: self.reload_history.counts(),
             dropped_log_lines: self.logging.dropped_lines() as u64,
             services,
         };
@@ -42,8 +42,8 @@ impl Daemon<'_> {
             for slot in &mut service.slots {
                 let workers = known.into_iter().flat_map(supervisor::Service::workers);
                 let workers = workers.filter(|worker| worker.slot == slot.number);
-                slot.guards = workers.filter_map(|worker| self.fleet.guard(worker.id)).collect();
-                let entry = self.fleet.ledger.read(&service.name, slot.number);
+                slot.guards = workers.filter_map(|worker| self.workers.guard(worker.id)).collect();
+                let entry = self.workers.slot_stats.read(&service.name, slot.number);
                 slot.active = entry.active.map(|active| active as u64);
                 slot.total = slot.total.and(Some(entry.tally.total));
                 slot.sent = slot.sent.and(Some(entry.tally.sent));
@@ -64,7 +64,7 @@ impl Daemon<'_> {
     /// configuration, also where nobody ever looks.
     pub(super) fn forget_slots(&mut self) {
         let services = self.supervisor.services();
-        self.fleet.ledger.retain(|name, number| {
+        self.workers.slot_stats.retain(|name, number| {
             let service = services.iter().find(|service| &*service.config.name == name);
             service.is_some_and(|service| {
                 service.slots.iter().any(|slot| slot.number == number)
@@ -111,7 +111,7 @@ fn slot(service: &supervisor::Service, shown: &status::Worker, now: Instant) -> 
         sent: shown.bytes.sent,
         received: shown.bytes.received,
         queued: shown.connections.queued,
-        exits: Cause::ALL.iter().map(|cause| (cause.name(), exits[*cause as usize])).collect(),
+        exits: ExitCause::ALL.iter().map(|cause| (cause.name(), exits[*cause as usize])).collect(),
         ..metrics::Slot::default()
     }
 }

@@ -4,23 +4,23 @@
 //! are started. It holds no state that the supervisor holds: processes, sockets and routes by their
 //! incarnation or name, and nothing of what they mean.
 
-mod acting;
 mod descriptors;
-mod fleet;
-mod fronts;
-mod ledger;
+mod direct_listeners;
+mod effects;
+mod event_log;
+mod frontends;
 mod limits;
 mod metrics;
-mod notes;
 mod notify;
 mod passed;
-mod publics;
 mod reload;
 mod requests;
-mod sentence;
+mod shutdown;
+mod slot_stats;
 mod status;
-mod stopping;
+mod status_line;
 mod warnings;
+mod workers;
 
 use std::{
     io,
@@ -55,16 +55,16 @@ use crate::{
     proxy::{BindError, DataPlane, Settings},
     supervisor::{Event, Supervisor},
 };
-use acting::Berths;
 use descriptors::Descriptors;
-use fleet::Fleet;
-use fronts::Fronts;
-use notes::Notes;
+pub use direct_listeners::SteerError;
+use effects::ReservedPermits;
+use event_log::EventLog;
+use frontends::Frontends;
 use notify::Manager;
 pub use passed::Passed;
 use passed::PassedSockets;
-pub use publics::SteerError;
-use requests::{Asker, Loads, Requests};
+use requests::{Asker, ReloadHistory, Requests};
+use workers::WorkerTable;
 
 /// Events that wait for the main thread; whoever brings one more waits too.
 const QUEUED_EVENTS: usize = 1024;
@@ -171,8 +171,8 @@ struct Daemon<'a> {
     /// The configuration in force.
     config: Config,
     supervisor: Supervisor,
-    fleet: Fleet,
-    fronts: Fronts,
+    workers: WorkerTable,
+    frontends: Frontends,
     plane: Rc<DataPlane>,
     access: Arc<AtomicBool>,
     /// What the admin API asks for over TCP.
@@ -181,19 +181,19 @@ struct Daemon<'a> {
     manager: Manager,
     /// Why workers' processes can't be limited, where they can't.
     no_process_limits: Option<String>,
-    notes: Notes,
+    event_log: EventLog,
     events: mpsc::Receiver<Event>,
     idle: Arc<Notify>,
     /// Listeners that are being emptied; the service where all of its are.
     closing: JoinSet<Option<Arc<str>>>,
     /// Places for connections that were taken out of accept queues.
-    berths: Berths,
+    reserved: ReservedPermits,
     /// When accept queues are looked at again, whatever happens.
-    rescue_at: Option<Instant>,
+    drain_at: Option<Instant>,
     /// A reload that waits for that, and who waits for it.
     reload_wanted: Option<Vec<Asker>>,
     requests: Requests,
-    loads: Loads,
+    reload_history: ReloadHistory,
     stage: Stage,
     ready: bool,
     started: Instant,
@@ -240,7 +240,7 @@ impl<'a> Daemon<'a> {
         let passed = PassedSockets::choose(passed, &config.services);
         let mut daemon = Self {
             supervisor: Supervisor::new(seed()),
-            fleet: Fleet::new(
+            workers: WorkerTable::new(
                 descriptors,
                 cgroups.ok(),
                 sender,
@@ -248,22 +248,22 @@ impl<'a> Daemon<'a> {
                 folder,
                 config.log.output_rate,
             )?,
-            fronts: Fronts::new(Rc::clone(&plane), Arc::clone(&access), passed),
+            frontends: Frontends::new(Rc::clone(&plane), Arc::clone(&access), passed),
             plane,
             access,
             token,
             logging,
             manager: Manager::from_environment(now, now + patience),
             no_process_limits,
-            notes: Notes::default(),
+            event_log: EventLog::default(),
             events,
             idle,
             closing: JoinSet::new(),
-            berths: Berths::default(),
-            rescue_at: None,
+            reserved: ReservedPermits::default(),
+            drain_at: None,
             reload_wanted: None,
             requests: Requests::default(),
-            loads: Loads::new(),
+            reload_history: ReloadHistory::new(),
             stage: Stage::Running,
             ready: false,
             started: now,
@@ -273,22 +273,22 @@ impl<'a> Daemon<'a> {
         };
         let services = &daemon.config.services;
         let bound = daemon
-            .fronts
-            .bind(services, &daemon.fleet.publics)
+            .frontends
+            .bind(services, &daemon.workers.direct_listeners)
             .map_err(|(service, source)| DaemonError::Bind { service, source })?;
         let steerable = daemon
-            .fleet
-            .publics
-            .prepare(services, |address| daemon.fronts.socket(address, &bound))
+            .workers
+            .direct_listeners
+            .prepare(services, |address| daemon.frontends.socket(address, &bound))
             .map_err(|(service, source)| DaemonError::Steer { service, source })?;
         let pid = std::process::id();
         info!(version = env!("CARGO_PKG_VERSION"), pid, "starting");
         let connections = daemon.plane.max_held();
         info!(limit = descriptors.limit, connections, "descriptors");
-        daemon.fleet.publics.adopt(steerable, &daemon.config.services);
+        daemon.workers.direct_listeners.adopt(steerable, &daemon.config.services);
         let (services, ticket) = (daemon.config.services.clone(), daemon.requests.ticket());
         daemon.handle(Event::Apply { services, ticket });
-        daemon.fronts.open(bound, Vec::new());
+        daemon.frontends.open(bound, Vec::new());
         warnings::tell(&daemon.config);
         Ok(daemon)
     }
@@ -313,7 +313,7 @@ impl<'a> Daemon<'a> {
         self.flush(&mut signals, &mut asked).await;
         // Before the last line: each connection that is cut has its own.
         self.plane.cut();
-        let uptime = notes::seconds(self.started.elapsed());
+        let uptime = event_log::seconds(self.started.elapsed());
         info!(uptime, "stopped");
     }
 
@@ -322,7 +322,7 @@ impl<'a> Daemon<'a> {
             Stage::Aborting(since) => Some(since + ABORT_PATIENCE),
             Stage::Running | Stage::Stopping(_) | Stage::Finished(_) => self.supervisor.deadline(),
         };
-        own.into_iter().chain(self.rescue_at).chain(self.manager.deadline()).min()
+        own.into_iter().chain(self.drain_at).chain(self.manager.deadline()).min()
     }
 
     fn timeout(&mut self) {
@@ -334,8 +334,8 @@ impl<'a> Daemon<'a> {
             self.stage = Stage::Finished(None);
             return;
         }
-        let actions = self.supervisor.timeout(now);
-        self.perform(actions);
+        let effects = self.supervisor.timeout(now);
+        self.perform(effects);
     }
 
     fn signal(&mut self, signal: i32) {
@@ -346,9 +346,9 @@ impl<'a> Daemon<'a> {
             SIGTERM | SIGINT | SIGQUIT => self.abort(),
             SIGUSR1 => {
                 self.logging.reopen();
-                self.fleet.reopen_outputs();
+                self.workers.reopen_outputs();
             }
-            SIGCHLD => self.fleet.reap(),
+            SIGCHLD => self.workers.reap(),
             _ => {}
         }
     }
@@ -365,20 +365,20 @@ impl<'a> Daemon<'a> {
 
     fn handle(&mut self, event: Event) {
         match event {
-            Event::Exited { id, .. } => self.departed(id),
+            Event::Exited { id, .. } => self.exited(id),
             Event::Gone { id } => {
-                self.departed(id);
+                self.exited(id);
                 self.forget_worker(id);
             }
-            Event::Probed { id, ref outcome } => self.fleet.probed(id, outcome),
+            Event::Probed { id, ref outcome } => self.workers.probed(id, outcome),
             _ => {}
         }
-        let actions = self.supervisor.handle(event, Instant::now());
-        self.perform(actions);
+        let effects = self.supervisor.handle(event, Instant::now());
+        self.perform(effects);
     }
 
     fn look_for_idle(&mut self) {
-        for id in self.fleet.idle() {
+        for id in self.workers.idle() {
             self.handle(Event::Idle { id });
         }
     }
@@ -390,14 +390,14 @@ impl<'a> Daemon<'a> {
         let services = self.supervisor.services();
         self.ready = services.iter().all(|service| !service.rotation().workers.is_empty());
         if self.ready {
-            let after = notes::seconds(self.started.elapsed());
+            let after = event_log::seconds(self.started.elapsed());
             info!(after, "ready");
             self.tell_ready();
         }
     }
 
     fn tell_ready(&mut self) {
-        self.manager.ready(&self.sentence(), Instant::now());
+        self.manager.ready(&self.status_line(), Instant::now());
     }
 
     /// What there is to say to the service manager at the end of a turn.
@@ -405,7 +405,7 @@ impl<'a> Daemon<'a> {
         let now = Instant::now();
         self.manager.timeout(now, || self.plane.progress());
         if self.manager.wants_status(now) {
-            self.manager.status(&self.sentence(), now);
+            self.manager.status(&self.status_line(), now);
         }
     }
 

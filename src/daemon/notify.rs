@@ -17,7 +17,7 @@ use std::{
 use sd_notify::NotifyState;
 use tracing::{debug, warn};
 
-use super::notes::seconds;
+use super::event_log::seconds;
 
 /// The sentence is sent no sooner after the one before. And so soon it is tried again to say what
 /// the manager had no room for.
@@ -48,7 +48,7 @@ struct Told {
     /// The state that is under way and has a timeout: until then the manager is asked for time, next
     /// at that time.
     extending: Option<(Instant, Instant)>,
-    stopping: bool,
+    shutdown: bool,
     status: String,
     status_at: Option<Instant>,
     /// The sentence may have changed since; it was too early to send it.
@@ -77,7 +77,7 @@ impl Manager {
             channel,
             watchdog: sd_notify::watchdog_enabled().map(watchdog),
             extending: Some((until, now)),
-            stopping: false,
+            shutdown: false,
             status: String::new(),
             status_at: None,
             status_due: false,
@@ -100,9 +100,9 @@ impl Manager {
     }
 
     /// The daemon stops, which may take until `until`.
-    pub(super) fn stopping(&mut self, status: &str, until: Instant, now: Instant) {
+    pub(super) fn shutdown(&mut self, status: &str, until: Instant, now: Instant) {
         let Some(told) = &mut self.0 else { return };
-        told.stopping = true;
+        told.shutdown = true;
         told.extending = Some((until, now + EXTENSION_EVERY));
         told.enter(&[NotifyState::Stopping, extension()], status, now);
     }
@@ -131,7 +131,7 @@ impl Manager {
         let told = self.0.as_ref()?;
         let watchdog = told.watchdog.as_ref().map(|watchdog| watchdog.next);
         let extension = told.extending.map(|(_, next)| next);
-        let pause = match (told.status_due || told.channel.is_full(), told.stopping) {
+        let pause = match (told.status_due || told.channel.is_full(), told.shutdown) {
             (true, _) => Some(PAUSE),
             (false, true) => Some(DRAINING_LOOK),
             (false, false) => None,

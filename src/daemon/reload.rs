@@ -6,8 +6,8 @@ use tracing::{info, warn};
 
 use super::{
     Daemon, Stage,
-    fronts::Bound,
-    publics::{SteerError, Steerable},
+    direct_listeners::{SteerError, Steerable},
+    frontends::Bound,
     requests::{Asker, Generations, Waiting},
     warnings,
 };
@@ -75,20 +75,20 @@ impl Daemon<'_> {
                 let restarts = askers.iter().any(|asker| matches!(asker, Asker::Restart { .. }));
                 let before = if restarts { self.generations() } else { Generations::new() };
                 let ticket = self.requests.wait(Waiting::Reload { askers, reloaded, before });
-                self.loads.accepted(ticket);
-                let moved = self.fronts.detach(&bound);
-                self.fleet.publics.adopt(steerable, &new.services);
+                self.reload_history.accepted(ticket);
+                let moved = self.frontends.detach(&bound);
+                self.workers.direct_listeners.adopt(steerable, &new.services);
                 self.apply(new, &diff, ticket);
-                for service in self.fleet.publics.opened(bound.addresses()) {
+                for service in self.workers.direct_listeners.opened(bound.addresses()) {
                     self.publish(&service);
                 }
-                self.fronts.open(bound, moved);
+                self.frontends.open(bound, moved);
                 info!(added, removed, changed, "reloaded");
                 warnings::tell(&self.config);
             }
             Err(error) => {
                 warn!(%error, "reload refused");
-                self.loads.refused(error.to_string());
+                self.reload_history.refused(error.to_string());
                 let failure = Failure::from(error);
                 askers.into_iter().for_each(|asker| asker.refuse(failure.clone()));
             }
@@ -118,13 +118,13 @@ impl Daemon<'_> {
         }
         let diff = diff(&self.config, &new)?;
         let bound = self
-            .fronts
-            .bind(&new.services, &self.fleet.publics)
+            .frontends
+            .bind(&new.services, &self.workers.direct_listeners)
             .map_err(|(service, error)| Refused::Bind(service, error))?;
         let steerable = self
-            .fleet
-            .publics
-            .prepare(&new.services, |address| self.fronts.socket(address, &bound))
+            .workers
+            .direct_listeners
+            .prepare(&new.services, |address| self.frontends.socket(address, &bound))
             .map_err(|(service, error)| Refused::Steer(service, error))?;
         Ok(Prepared { new, diff, bound, steerable })
     }
@@ -138,7 +138,7 @@ impl Daemon<'_> {
         }
         for change in &diff.changed {
             self.close_publics(&change.name, &change.new.listen);
-            let listeners = self.fronts.take_closing(&change.name, &change.new.listen);
+            let listeners = self.frontends.take_closing(&change.name, &change.new.listen);
             if !listeners.is_empty() {
                 self.close(listeners, None);
             }
@@ -147,7 +147,7 @@ impl Daemon<'_> {
             self.token.send_replace(new.admin.token.clone());
         }
         self.config = new;
-        self.fronts.tell_unused(&self.config.services);
+        self.frontends.tell_unused(&self.config.services);
         let services = self.config.services.clone();
         self.handle(Event::Apply { services, ticket });
         self.forget_slots();

@@ -80,7 +80,7 @@ impl Asker {
 
 /// When the configuration was read, and how that went.
 #[derive(Debug)]
-pub(super) struct Loads {
+pub(super) struct ReloadHistory {
     /// When the one in force was.
     pub(super) loaded_at: SystemTime,
     /// How the last attempt went; the start counts as one that went well.
@@ -130,7 +130,7 @@ impl Requests {
     }
 }
 
-impl Loads {
+impl ReloadHistory {
     pub(super) fn new() -> Self {
         let now = SystemTime::now();
         let last = status::Reload { ok: true, at: rfc3339(now), error: None };
@@ -221,7 +221,7 @@ impl Daemon<'_> {
     fn tell_asker(&mut self, ticket: Ticket, result: Result<Vec<String>, String>) {
         match self.requests.waiting.remove(&ticket) {
             Some(Waiting::Reload { askers, mut reloaded, before }) => {
-                self.loads.rolled_out(ticket, &result);
+                self.reload_history.rolled_out(ticket, &result);
                 if let Ok(warnings) = &result {
                     reloaded.warnings.clone_from(warnings);
                 }
@@ -369,7 +369,7 @@ impl Daemon<'_> {
         let known = worker.connections.active.unwrap_or(0) + worker.connections.queued.unwrap_or(0);
         let current = service.slots.iter().find(|found| found.number == slot);
         let current = current.and_then(|slot| slot.current.as_ref());
-        let unseen = current.is_some_and(|worker| !self.fleet.holds_nothing(worker.id));
+        let unseen = current.is_some_and(|worker| !self.workers.holds_nothing(worker.id));
         let active = known.max(u64::from(unseen));
         Ok(Placed { drained: worker.drained, state, active, in_rotation, warning })
     }

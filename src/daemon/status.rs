@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Daemon, notes::seconds, requests::rfc3339};
+use super::{Daemon, event_log::seconds, requests::rfc3339};
 use crate::{
     admin::status::{Bytes, Config, Connections, Probe, Service, State, Status, Steering, Worker},
     config::{Route, WorkerSpec},
@@ -22,8 +22,8 @@ impl Daemon<'_> {
             uptime_seconds: seconds(now - self.started),
             config: Config {
                 path,
-                loaded_at: rfc3339(self.loads.loaded_at),
-                last_reload: self.loads.last.clone(),
+                loaded_at: rfc3339(self.reload_history.loaded_at),
+                last_reload: self.reload_history.last.clone(),
             },
             services: self.supervisor.services().iter().map(|s| self.service(s, now)).collect(),
         }
@@ -66,14 +66,14 @@ impl Daemon<'_> {
 
     /// How the kernel shares out the service's connections, where it does.
     fn steering(&self, service: &supervisor::Service) -> Option<Steering> {
-        let steering = self.fleet.publics.steering(&service.config.name)?;
+        let steering = self.workers.direct_listeners.steering(&service.config.name)?;
         Some(Steering { kind: steering.kind.to_string(), why: steering.why.clone() })
     }
 
     /// `slot` is its slot, or that of its successors; a reload may have taken it away.
     fn worker(&self, worker: &supervisor::Worker, slot: Option<&Slot>, now: Instant) -> Worker {
         let generation = worker.generation;
-        let traffic = self.fleet.upstream(worker.id).map(|upstream| upstream.traffic());
+        let traffic = self.workers.backend(worker.id).map(|backend| backend.traffic());
         let traffic = traffic.unwrap_or_else(|| nothing(&worker.spec));
         Worker {
             slot: worker.slot,
@@ -81,7 +81,7 @@ impl Daemon<'_> {
             pid: worker.pid,
             generation,
             state: state(worker),
-            drained: worker.aside.is_some(),
+            drained: worker.drained.is_some(),
             since_seconds: seconds(now.saturating_duration_since(since(worker))),
             restarts: slot.map_or_else(|| generation.saturating_sub(1), |slot| slot.restarts),
             last_exit: slot.and_then(last_exit),
@@ -89,13 +89,13 @@ impl Daemon<'_> {
                 active: traffic.active.map(|active| active as u64),
                 total: traffic.total,
                 failed: traffic.failed,
-                queued: self.fleet.publics.queued(worker.id),
+                queued: self.workers.direct_listeners.queued(worker.id),
                 per_second: None,
             },
             bytes: Bytes { sent: traffic.sent, received: traffic.received },
-            guard: self.fleet.guard(worker.id),
+            guard: self.workers.guard(worker.id),
             // As its limit takes it, where it has one.
-            resident_bytes: worker.wear.resident,
+            resident_bytes: worker.usage.resident,
             cpu_seconds: None,
             last_probe: worker.last_probe.as_ref().map(|probe| Probe {
                 ok: probe.error().is_none(),
@@ -153,7 +153,7 @@ fn last_exit(slot: &Slot) -> Option<String> {
 fn state(worker: &supervisor::Worker) -> State {
     match worker.phase {
         Phase::Launching | Phase::Starting => State::Starting,
-        Phase::Healthy if worker.aside.is_some() => State::Draining,
+        Phase::Healthy if worker.drained.is_some() => State::Draining,
         Phase::Healthy => State::Healthy,
         Phase::Unhealthy => State::Unhealthy,
         Phase::Draining { .. } => State::Draining,
@@ -164,7 +164,7 @@ fn state(worker: &supervisor::Worker) -> State {
 /// Since when it is in its [`state`].
 fn since(worker: &supervisor::Worker) -> Instant {
     match worker.phase {
-        Phase::Healthy => worker.aside.map_or(worker.since, |aside| aside.max(worker.since)),
+        Phase::Healthy => worker.drained.map_or(worker.since, |drained| drained.max(worker.since)),
         Phase::Launching
         | Phase::Starting
         | Phase::Unhealthy

@@ -36,12 +36,12 @@ const BOUND: Duration = Duration::from_millis(20);
 /// Accepts from blocking sockets on the thread that made it.
 pub struct Acceptor {
     alarm: Alarm,
-    permit: Option<Permit>,
+    permit: Option<MayAccept>,
     is_short: bool,
 }
 
 /// Asked before each connection: whether there is room for one more.
-pub type Permit = Box<dyn FnMut() -> bool>;
+pub type MayAccept = Box<dyn FnMut() -> bool>;
 
 impl std::fmt::Debug for Acceptor {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -59,7 +59,7 @@ impl Acceptor {
     }
 
     /// From now on accepts only as long as `permit` says so; with `None`, whatever there is.
-    pub fn set_permit(&mut self, permit: Option<Permit>) {
+    pub fn set_permit(&mut self, permit: Option<MayAccept>) {
         self.permit = permit;
     }
 

@@ -1,5 +1,5 @@
 //! The workers' own listening sockets, where lbd makes them: on a port ([`Port`], `socket =
-//! "inherit"`), as follows, without one ([`Nameless`], `socket = "unix"`), or on the public address
+//! "inherit"`), as follows, without one ([`UnnamedUnixListener`], `socket = "unix"`), or on the public address
 //! ([`direct`]).
 //!
 //! Each worker incarnation has a listening socket of its own: two that accept from one socket can't
@@ -28,10 +28,10 @@ pub mod proxy_protocol;
 mod steer;
 mod unix;
 
-pub use accept::{Acceptor, Permit, accept_nonblocking};
+pub use accept::{Acceptor, MayAccept, accept_nonblocking};
 pub use holder::Holder;
-pub use port::{Port, Rescued, SHARERS};
-pub use unix::{Endpoint, Nameless};
+pub use port::{DrainedConnection, Port, SHARERS};
+pub use unix::{Endpoint, UnnamedUnixListener};
 
 use std::{
     io,

@@ -63,7 +63,7 @@ impl<Owner> Member<Owner> {
 
 /// A connection that was taken out of a queue.
 #[derive(Debug)]
-pub struct Rescued {
+pub struct DrainedConnection {
     /// The connection.
     pub socket: Socket,
     /// The header that is the first in it, or will be in a moment.
@@ -106,7 +106,7 @@ impl<Owner: Copy + PartialEq> Port<Owner> {
 
     /// Gives `owner` a socket: the one that nobody has, with all that is queued in it for such a
     /// worker, if that is as it was made; or else a new one, beside that of the worker it is to
-    /// replace. Who still waits in one that is left so comes from [`tidy`](Self::tidy).
+    /// replace. Who still waits in one that is left so comes from [`collect_leftovers`](Self::collect_leftovers).
     ///
     /// # Errors
     /// Where the system refuses it, or two workers are on the port already.
@@ -181,17 +181,21 @@ impl<Owner: Copy + PartialEq> Port<Owner> {
 
     /// Accepts every connection that waits for `owner`, which may go on to accept too, or, with
     /// `None`, in a socket that nobody has.
-    pub fn rescue(&self, owner: Option<Owner>, acceptor: &mut Acceptor) -> Vec<Rescued> {
+    pub fn drain_queue(
+        &self,
+        owner: Option<Owner>,
+        acceptor: &mut Acceptor,
+    ) -> Vec<DrainedConnection> {
         let chosen = self.members.iter().filter(|member| member.owner == owner);
         chosen.flat_map(|member| self.clients(member, acceptor)).collect()
     }
 
     /// Closes the sockets that nobody has, if somebody is on the port, or no worker could have both
     /// of them; gives back what still waited in them.
-    pub fn tidy(&mut self, acceptor: &mut Acceptor) -> Vec<Rescued> {
+    pub fn collect_leftovers(&mut self, acceptor: &mut Acceptor) -> Vec<DrainedConnection> {
         let first = self.members[0].proxy_protocol;
         let is_mixed = self.members.iter().any(|member| member.proxy_protocol != first);
-        let mut rescued = Vec::new();
+        let mut drained = Vec::new();
         while (self.is_owned() || is_mixed && self.members.len() > 1)
             && let Some(index) = self.members.iter().position(|member| member.owner.is_none())
         {
@@ -201,7 +205,7 @@ impl<Owner: Copy + PartialEq> Port<Owner> {
                     break; // nothing is lost: it is tried again with the next change
                 }
             }
-            rescued.extend(self.clients(&self.members[index], acceptor));
+            drained.extend(self.clients(&self.members[index], acceptor));
             if acceptor.is_short() {
                 break; // somebody may wait there still
             }
@@ -214,19 +218,19 @@ impl<Owner: Copy + PartialEq> Port<Owner> {
             self.selected = 0;
             let _ = self.steer(None);
         }
-        rescued
+        drained
     }
 
     /// What waits, without lbd's own probes: another worker's answer would pass for the one's that
     /// was meant.
-    fn clients(&self, member: &Member<Owner>, acceptor: &mut Acceptor) -> Vec<Rescued> {
+    fn clients(&self, member: &Member<Owner>, acceptor: &mut Acceptor) -> Vec<DrainedConnection> {
         let mut waiting = accept_all(&member.socket, acceptor);
         waiting.retain(|connection| {
             let peer = connection.peer_addr().ok().and_then(|peer| peer.as_socket());
             peer.is_none_or(|peer| !self.probes.contains(&peer.port()))
         });
         let proxy_protocol = member.proxy_protocol;
-        waiting.into_iter().map(|socket| Rescued { socket, proxy_protocol }).collect()
+        waiting.into_iter().map(|socket| DrainedConnection { socket, proxy_protocol }).collect()
     }
 
     fn position(&self, owner: Owner) -> Option<usize> {
@@ -305,7 +309,7 @@ mod tests {
                 port.join(2, None).unwrap();
                 port.select(selected).unwrap();
                 port.abandon(leaver, false);
-                assert_eq!(port.tidy(&mut Acceptor::new().unwrap()).len(), 0);
+                assert_eq!(port.collect_leftovers(&mut Acceptor::new().unwrap()).len(), 0);
                 let _clients = connect(&port, 50);
                 assert_eq!(waiting(&port, [stayer]), [50], "{leaver} left, {selected} selected");
                 port.join(3, None).unwrap();
@@ -326,7 +330,7 @@ mod tests {
             port.select(stayer).unwrap();
             let _copy = port.socket(leaver).unwrap().try_clone().unwrap();
             port.abandon(leaver, false);
-            port.tidy(&mut Acceptor::new().unwrap());
+            port.collect_leftovers(&mut Acceptor::new().unwrap());
             let _clients = connect(&port, 50);
             assert_eq!(waiting(&port, [stayer]), [50], "{leaver} left");
         }
@@ -339,17 +343,19 @@ mod tests {
         for client in &mut clients {
             client.write_all(b"hello").unwrap();
         }
-        assert_eq!(port.rescue(None, &mut Acceptor::new().unwrap()).len(), 0);
+        assert_eq!(port.drain_queue(None, &mut Acceptor::new().unwrap()).len(), 0);
         port.join(2, None).unwrap();
         port.select(2).unwrap();
         port.abandon(1, false);
-        let rescued = port.tidy(&mut Acceptor::new().unwrap());
-        assert_eq!(rescued.len(), 3);
-        for (Rescued { socket: mut rescued, .. }, client) in rescued.into_iter().zip(&mut clients) {
+        let drained = port.collect_leftovers(&mut Acceptor::new().unwrap());
+        assert_eq!(drained.len(), 3);
+        for (DrainedConnection { socket: mut drained, .. }, client) in
+            drained.into_iter().zip(&mut clients)
+        {
             let mut hello = [0; 5];
-            rescued.read_exact(&mut hello).unwrap();
+            drained.read_exact(&mut hello).unwrap();
             assert_eq!(&hello, b"hello");
-            rescued.write_all(b"world").unwrap();
+            drained.write_all(b"world").unwrap();
             client.read_exact(&mut hello).unwrap();
             assert_eq!(&hello, b"world");
         }
@@ -365,7 +371,7 @@ mod tests {
             probe
         });
         let _clients = connect(&port, 2);
-        assert_eq!(port.rescue(Some(1), &mut Acceptor::new().unwrap()).len(), 2);
+        assert_eq!(port.drain_queue(Some(1), &mut Acceptor::new().unwrap()).len(), 2);
         let mut byte = [0];
         for mut probe in probes {
             assert_eq!(probe.read(&mut byte).unwrap(), 0, "it is closed");
@@ -378,7 +384,11 @@ mod tests {
         let _clients = connect(&port, 3);
         port.abandon(1, false);
         assert!(!port.is_owned());
-        assert_eq!(port.tidy(&mut Acceptor::new().unwrap()).len(), 0, "the last socket stays");
+        assert_eq!(
+            port.collect_leftovers(&mut Acceptor::new().unwrap()).len(),
+            0,
+            "the last socket stays"
+        );
         port.join(2, None).unwrap();
         assert_eq!(waiting(&port, [2]), [3]);
     }
@@ -392,9 +402,9 @@ mod tests {
         port.abandon(1, false);
         assert_eq!(port.selected(), None);
         port.join(2, v2).unwrap();
-        let rescued = port.tidy(acceptor);
-        assert_eq!(rescued.len(), 3);
-        assert!(rescued.iter().all(|rescued| rescued.proxy_protocol == v1));
+        let drained = port.collect_leftovers(acceptor);
+        assert_eq!(drained.len(), 3);
+        assert!(drained.iter().all(|drained| drained.proxy_protocol == v1));
         assert_eq!(waiting(&port, [2]), [0]);
         assert_eq!(port.selected(), Some(2));
 
@@ -403,9 +413,9 @@ mod tests {
         port.abandon(2, false);
         port.abandon(3, false);
         let _clients = connect(&port, 3);
-        let rescued = port.tidy(acceptor).len();
+        let drained = port.collect_leftovers(acceptor).len();
         port.join(4, None).unwrap();
-        assert_eq!(rescued + port.tidy(acceptor).len(), 3);
+        assert_eq!(drained + port.collect_leftovers(acceptor).len(), 3);
         let _clients = connect(&port, 3);
         assert_eq!(waiting(&port, [4]), [3]);
     }
@@ -424,7 +434,7 @@ mod tests {
     fn the_sockets_stay_blocking() {
         let mut port = Port::open(V4, 1, None).unwrap();
         port.join(2, None).unwrap();
-        port.rescue(Some(1), &mut Acceptor::new().unwrap());
+        port.drain_queue(Some(1), &mut Acceptor::new().unwrap());
         assert!(!port.socket(1).unwrap().nonblocking().unwrap());
         assert!(!port.socket(2).unwrap().nonblocking().unwrap());
     }
@@ -468,8 +478,8 @@ mod tests {
             port.join(2, None).unwrap();
             let inode = |socket: &Socket| crate::net::diag::inode_of(socket).unwrap();
             assert_ne!(inode(port.socket(2).unwrap()), inode(&copy));
-            let rescued = port.tidy(&mut Acceptor::new().unwrap());
-            assert_eq!(rescued.len(), waits, "{name}");
+            let drained = port.collect_leftovers(&mut Acceptor::new().unwrap());
+            assert_eq!(drained.len(), waits, "{name}");
             assert_eq!(port.selected(), Some(2));
             let _clients = connect(&port, 20);
             assert_eq!(waiting(&port, [2]), [20]);

@@ -31,7 +31,7 @@ use super::{Acceptor, BACKLOG, accept_all};
 #[derive(Debug, Clone)]
 pub struct Endpoint {
     address: SockAddr,
-    /// What a path of `/proc/self/fd` in `address` leads through, as long as its [`Nameless`] is
+    /// What a path of `/proc/self/fd` in `address` leads through, as long as its [`UnnamedUnixListener`] is
     /// there. Counters and older pools outlive that one, and must keep no descriptor open.
     file: Option<Weak<OwnedFd>>,
 }
@@ -84,7 +84,7 @@ impl Endpoint {
         Socket::new(self.address.domain(), Type::STREAM.nonblocking(), None)
     }
 
-    /// The same for a probe, whose connections [`Nameless::rescue`] tells from clients'.
+    /// The same for a probe, whose connections [`UnnamedUnixListener::drain_queue`] tells from clients'.
     ///
     /// # Errors
     /// Where there is no descriptor left for it.
@@ -101,14 +101,14 @@ impl Endpoint {
 
 /// A listening unix socket without a name.
 #[derive(Debug)]
-pub struct Nameless {
+pub struct UnnamedUnixListener {
     socket: Socket,
     endpoint: Endpoint,
     /// What the endpoint leads through.
     _file: Arc<OwnedFd>,
 }
 
-impl Nameless {
+impl UnnamedUnixListener {
     /// Makes one, by way of a folder in `folder` that is gone on return. It is blocking, as every
     /// socket that is passed to a worker.
     ///
@@ -156,7 +156,7 @@ impl Nameless {
 
     /// Accepts every connection that waits, without lbd's own probes. Its worker, if it is there,
     /// may go on to accept too.
-    pub fn rescue(&self, acceptor: &mut Acceptor) -> Vec<Socket> {
+    pub fn drain_queue(&self, acceptor: &mut Acceptor) -> Vec<Socket> {
         let mut waiting = accept_all(&self.socket, acceptor);
         waiting.retain(|connection| connection.peer_addr().is_ok_and(|peer| peer.is_unnamed()));
         waiting
@@ -172,10 +172,10 @@ mod tests {
     #[test]
     fn what_is_kept_of_it_keeps_no_descriptor() {
         let folder = tempfile::tempdir().unwrap();
-        let nameless = Nameless::open(folder.path()).unwrap();
-        let endpoint = nameless.endpoint().clone();
+        let unnamed = UnnamedUnixListener::open(folder.path()).unwrap();
+        let endpoint = unnamed.endpoint().clone();
         let file = endpoint.file.clone().unwrap();
-        drop(nameless);
+        drop(unnamed);
         assert!(file.upgrade().is_none());
         assert_eq!(connected(&endpoint).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
     }
@@ -189,16 +189,16 @@ mod tests {
     #[test]
     fn it_leads_to_the_socket_and_leaves_nothing_behind() {
         let folder = tempfile::tempdir().unwrap();
-        let one = Nameless::open(folder.path()).unwrap();
-        let other = Nameless::open(folder.path()).unwrap();
+        let one = UnnamedUnixListener::open(folder.path()).unwrap();
+        let other = UnnamedUnixListener::open(folder.path()).unwrap();
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
         assert!(!one.socket().nonblocking().unwrap());
-        for (nameless, said) in [(&one, b"1"), (&other, b"2")] {
-            connected(nameless.endpoint()).unwrap().write_all(said).unwrap();
+        for (unnamed, said) in [(&one, b"1"), (&other, b"2")] {
+            connected(unnamed.endpoint()).unwrap().write_all(said).unwrap();
         }
-        for (nameless, said) in [(&one, "1"), (&other, "2")] {
+        for (unnamed, said) in [(&one, "1"), (&other, "2")] {
             let mut heard = String::new();
-            nameless.socket().accept().unwrap().0.read_to_string(&mut heard).unwrap();
+            unnamed.socket().accept().unwrap().0.read_to_string(&mut heard).unwrap();
             assert_eq!(heard, said);
         }
         // The mode is that of a file, if there were one: who has no descriptor has no way in.
@@ -210,10 +210,10 @@ mod tests {
     #[test]
     fn an_endpoint_never_leads_to_another_socket() {
         let folder = tempfile::tempdir().unwrap();
-        let first = Nameless::open(folder.path()).unwrap();
+        let first = UnnamedUnixListener::open(folder.path()).unwrap();
         let endpoint = first.endpoint().clone();
         drop(first);
-        let later = Nameless::open(folder.path()).unwrap();
+        let later = UnnamedUnixListener::open(folder.path()).unwrap();
         let error = connected(&endpoint).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
         connected(later.endpoint()).unwrap();
@@ -222,33 +222,33 @@ mod tests {
     #[test]
     fn what_waits_is_rescued_and_probes_are_not() {
         let folder = tempfile::tempdir().unwrap();
-        let nameless = Nameless::open(folder.path()).unwrap();
-        let clients = [(); 3].map(|()| connected(nameless.endpoint()).unwrap());
-        let probe = nameless.endpoint().way_of_a_probe().unwrap();
-        nameless.endpoint().connect(&probe).unwrap();
+        let unnamed = UnnamedUnixListener::open(folder.path()).unwrap();
+        let clients = [(); 3].map(|()| connected(unnamed.endpoint()).unwrap());
+        let probe = unnamed.endpoint().way_of_a_probe().unwrap();
+        unnamed.endpoint().connect(&probe).unwrap();
         let mut acceptor = Acceptor::new().unwrap();
-        assert_eq!(nameless.rescue(&mut acceptor).len(), 3);
+        assert_eq!(unnamed.drain_queue(&mut acceptor).len(), 3);
         probe.set_nonblocking(false).unwrap();
         assert_eq!((&probe).read(&mut [0]).unwrap(), 0, "it is closed");
-        assert!(nameless.rescue(&mut acceptor).is_empty());
+        assert!(unnamed.drain_queue(&mut acceptor).is_empty());
         drop(clients);
 
-        let _late = connected(nameless.endpoint()).unwrap();
-        nameless.refuse().unwrap();
-        let error = connected(nameless.endpoint()).unwrap_err();
+        let _late = connected(unnamed.endpoint()).unwrap();
+        unnamed.refuse().unwrap();
+        let error = connected(unnamed.endpoint()).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
-        assert_eq!(nameless.rescue(&mut acceptor).len(), 1);
-        assert!(nameless.rescue(&mut acceptor).is_empty());
+        assert_eq!(unnamed.drain_queue(&mut acceptor).len(), 1);
+        assert!(unnamed.drain_queue(&mut acceptor).is_empty());
     }
 
     #[test]
     fn a_folder_that_will_not_do_is_an_error() {
         let folder = tempfile::tempdir().unwrap();
-        let missing = Nameless::open(&folder.path().join("no")).unwrap_err();
+        let missing = UnnamedUnixListener::open(&folder.path().join("no")).unwrap_err();
         assert_eq!(missing.kind(), io::ErrorKind::NotFound);
         let long = folder.path().join("x".repeat(100));
         fs::create_dir(&long).unwrap();
-        assert!(Nameless::open(&long).is_err());
+        assert!(UnnamedUnixListener::open(&long).is_err());
         assert_eq!(fs::read_dir(&long).unwrap().count(), 0);
     }
 }

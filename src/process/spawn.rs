@@ -100,10 +100,10 @@ pub enum ChildEvent {
 /// not the children that the process had from the beginning (those of a shell that ended with
 /// `exec lbd`), nor theirs. So nothing else in this process may start children.
 #[derive(Debug, Clone)]
-pub struct Spawner(Rc<Family>);
+pub struct Spawner(Rc<ChildRegistry>);
 
 #[derive(Debug)]
-struct Family {
+struct ChildRegistry {
     guard: PathBuf,
     /// The guards that are not reaped yet.
     guards: RefCell<BTreeSet<i32>>,
@@ -123,15 +123,15 @@ impl Spawner {
     /// `exec` command, for processes that are not lbd: tests.
     pub fn with_guard(guard: PathBuf) -> io::Result<Self> {
         prctl::set_child_subreaper(true)?;
-        let family = Family {
+        let registry = ChildRegistry {
             guard,
             guards: RefCell::default(),
             strangers: RefCell::default(),
             unfinished: Cell::new(false),
         };
         let before = below(&processes(), &[getpid().as_raw()]);
-        family.strangers.borrow_mut().extend(before.iter().map(identity));
-        Ok(Self(Rc::new(family)))
+        registry.strangers.borrow_mut().extend(before.iter().map(identity));
+        Ok(Self(Rc::new(registry)))
     }
 
     /// Starts a worker. What becomes of it, a program that does not exist included, comes from
@@ -176,11 +176,11 @@ impl Spawner {
         let pid = guard.id().and_then(|id| i32::try_from(id).ok()).unwrap_or_default();
         self.0.guards.borrow_mut().insert(pid);
         Ok(Child {
-            line: Rc::new(Line { channel, guard: pid, alive: Cell::new(true) }),
+            line: Rc::new(GuardChannel { channel, guard: pid, alive: Cell::new(true) }),
             guard,
             phase: Phase::Starting(streams.pid),
             cgroup,
-            family: Rc::clone(&self.0),
+            registry: Rc::clone(&self.0),
         })
     }
 
@@ -193,7 +193,7 @@ impl Spawner {
     }
 }
 
-impl Family {
+impl ChildRegistry {
     /// Kills and reaps what is below this process and was neither started here nor there before.
     /// How many such children it found: none are left when it finds none.
     fn sweep(&self) -> usize {
@@ -228,12 +228,12 @@ impl Family {
 /// A started worker. Dropping it kills the worker, as the end of lbd would.
 #[derive(Debug)]
 pub struct Child {
-    line: Rc<Line>,
+    line: Rc<GuardChannel>,
     guard: tokio::process::Child,
     phase: Phase,
     /// Removed as soon as nothing is left.
     cgroup: Option<Cgroup>,
-    family: Rc<Family>,
+    registry: Rc<ChildRegistry>,
 }
 
 #[derive(Debug)]
@@ -275,7 +275,7 @@ impl Child {
                     // An error would say that somebody else has reaped it.
                     let status = self.guard.wait().await.ok();
                     self.line.alive.set(false);
-                    self.family.guards.borrow_mut().remove(&self.line.guard);
+                    self.registry.guards.borrow_mut().remove(&self.line.guard);
                     self.phase = match status.and_then(|status| status.signal()) {
                         // It ends by itself only when nothing is left.
                         None => Phase::Clearing(Instant::now()),
@@ -289,7 +289,7 @@ impl Child {
                 }
                 Phase::Clearing(until) => {
                     let until = *until;
-                    if Instant::now() < until && self.family.sweep() > 0 {
+                    if Instant::now() < until && self.registry.sweep() > 0 {
                         sleep(TICK).await;
                     } else {
                         self.phase = Phase::Gone;
@@ -325,7 +325,7 @@ impl Child {
 
 /// Signals a worker. After its end, nothing happens.
 #[derive(Debug, Clone)]
-pub struct Controller(Weak<Line>);
+pub struct Controller(Weak<GuardChannel>);
 
 impl Controller {
     /// Sends `signal` to the program and its process group; in the group's stead, if it has not
@@ -363,14 +363,14 @@ impl Controller {
 
 /// The way to a guard.
 #[derive(Debug)]
-struct Line {
+struct GuardChannel {
     channel: AsyncFd<OwnedFd>,
     guard: i32,
     /// The guard has not been reaped, so `guard` is nobody else's.
     alive: Cell<bool>,
 }
 
-impl Line {
+impl GuardChannel {
     /// What the guard reports next; `None` where it has ended.
     async fn hear(&self) -> Option<Report> {
         let report = self.channel.async_io(Interest::READABLE, |channel| hear(channel)).await;

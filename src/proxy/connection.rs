@@ -5,25 +5,25 @@ use std::{fmt, time::Instant};
 use tracing::{debug, info};
 
 use super::{
+    backend::Lease,
+    deadlines::Links,
     listener::Peer,
-    queue::Links,
     relay::{Fault, Flow, Pumped, Side},
-    service::{Place, ServiceRoute},
-    upstream::Lease,
+    service::{Permit, ServiceHandle},
 };
 use crate::{
     config::ProxyProtocol,
     net::proxy_protocol::{Ends, Header},
 };
 
-/// What a connection waits for. But for [`Self::Waiting`], which is a [line](super::line), each has its
+/// What a connection waits for. But for [`Self::AwaitingWorker`], which is a [list](super::wait_list), each has its
 /// own deadline, and so its own queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stage {
     /// The PROXY header that it has to begin with.
-    Header,
+    AwaitingHeader,
     /// The client's first bytes, for a moment, so that they reach the worker with the connection.
-    Fresh,
+    AwaitingFirstBytes,
     /// A worker's answer to the connect.
     Connecting,
     /// Bytes, from either side.
@@ -31,18 +31,23 @@ pub(super) enum Stage {
     /// Both sides to take note of the end that lbd has made.
     Ending,
     /// A worker that is healthy and has room.
-    Waiting,
+    AwaitingWorker,
 }
 
 impl Stage {
     /// Those that have a queue.
-    pub(super) const QUEUED: [Self; 5] =
-        [Self::Header, Self::Fresh, Self::Connecting, Self::Relaying, Self::Ending];
+    pub(super) const QUEUED: [Self; 5] = [
+        Self::AwaitingHeader,
+        Self::AwaitingFirstBytes,
+        Self::Connecting,
+        Self::Relaying,
+        Self::Ending,
+    ];
 }
 
 /// How a connection ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum End {
+pub(super) enum Outcome {
     /// Both sides ended their streams.
     Closed,
     /// The worker ended it without a word, though the client had said something and had not ended.
@@ -66,7 +71,7 @@ pub(super) enum End {
     Failed,
 }
 
-impl End {
+impl Outcome {
     /// Those of a connection that a worker has taken, but [`Self::Closed`].
     pub(super) const OF_TAKEN: [Self; 6] = [
         Self::ClientReset,
@@ -110,7 +115,7 @@ impl End {
     }
 }
 
-impl fmt::Display for End {
+impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
     }
@@ -141,7 +146,7 @@ pub(super) struct Connection {
     peer: Peer,
     pub(super) said: Option<Box<Said>>,
     begun: Instant,
-    pub(super) end: End,
+    pub(super) end: Outcome,
     /// The worker was the first to end, when it had not said anything yet.
     is_mute: bool,
     /// Which sides have been told that it ends here, and took all that was for them: the client and
@@ -165,7 +170,7 @@ pub(super) struct Connection {
     /// Whether its thread goes on with it without an edge.
     pub(super) is_runnable: bool,
     pub(super) links: Links,
-    place: Place,
+    permit: Permit,
 }
 
 impl Connection {
@@ -174,7 +179,7 @@ impl Connection {
         peer: Peer,
         service: u32,
         generation: u32,
-        place: Place,
+        permit: Permit,
         now: Instant,
     ) -> Self {
         Self {
@@ -187,7 +192,7 @@ impl Connection {
             peer,
             said: None,
             begun: now,
-            end: End::Stopped,
+            end: Outcome::Stopped,
             is_mute: false,
             told: [false; 2],
             noticed: [false; 2],
@@ -200,7 +205,7 @@ impl Connection {
             stage: None,
             is_runnable: false,
             links: Links::new(now),
-            place,
+            permit,
         }
     }
 
@@ -215,11 +220,11 @@ impl Connection {
     }
 
     /// How it ended, the client having left before anything was done for it.
-    pub(super) fn early_end(&self) -> End {
+    pub(super) fn early_end(&self) -> Outcome {
         match self.said.as_deref() {
             // It has waited at a worker.
-            Some(Said::ByLbd(_)) => End::ClientGone,
-            Some(Said::ByProxy(_)) | None => End::NothingSaid,
+            Some(Said::ByLbd(_)) => Outcome::ClientGone,
+            Some(Said::ByProxy(_)) | None => Outcome::NothingSaid,
         }
     }
 
@@ -227,8 +232,8 @@ impl Connection {
         self.begun
     }
 
-    pub(super) fn service(&self) -> &ServiceRoute {
-        self.place.service()
+    pub(super) fn service(&self) -> &ServiceHandle {
+        self.permit.service()
     }
 
     pub(super) fn bytes(&self) -> u64 {
@@ -240,7 +245,7 @@ impl Connection {
         &mut self,
         version: ProxyProtocol,
         buffer: &mut [u8],
-    ) -> Result<(), End> {
+    ) -> Result<(), Outcome> {
         let header = Header::new(version, self.ends());
         let Some((worker, lease)) = &mut self.worker else { return Ok(()) };
         let before = (self.sent, self.received);
@@ -251,8 +256,8 @@ impl Connection {
         }
         lease.count_bytes(self.sent - before.0, self.received - before.1);
         led.map_err(|fault| match fault {
-            Fault::Reading => End::ClientReset,
-            Fault::Writing => End::WorkerReset,
+            Fault::Reading => Outcome::ClientReset,
+            Fault::Writing => Outcome::WorkerReset,
         })
     }
 
@@ -270,7 +275,7 @@ impl Connection {
     }
 
     /// Moves bytes both ways. `Pumped::Done` when both directions have ended.
-    pub(super) fn relay(&mut self, buffer: &mut [u8]) -> Result<Pumped, End> {
+    pub(super) fn relay(&mut self, buffer: &mut [u8]) -> Result<Pumped, Outcome> {
         let Some((worker, lease)) = &mut self.worker else { return Ok(Pumped::Waits) };
         let before = (self.sent, self.received);
         let (client, sent, received) = (&mut self.client, &mut self.sent, &mut self.received);
@@ -293,20 +298,20 @@ impl Connection {
             lease.count_answered();
         }
         match (down, up) {
-            (Err(Fault::Reading), _) | (_, Err(Fault::Writing)) => Err(End::WorkerReset),
-            (Err(Fault::Writing), _) | (_, Err(Fault::Reading)) => Err(End::ClientReset),
+            (Err(Fault::Reading), _) | (_, Err(Fault::Writing)) => Err(Outcome::WorkerReset),
+            (Err(Fault::Writing), _) | (_, Err(Fault::Reading)) => Err(Outcome::ClientReset),
             (Ok(Pumped::Done), Ok(Pumped::Done)) => Ok(Pumped::Done),
             (Ok(Pumped::Yields), _) | (_, Ok(Pumped::Yields)) => Ok(Pumped::Yields),
             // The worker's end was passed on, and nobody is left to read what the client may say: a
             // client that does not look at an idle connection would keep it for ever.
-            (Ok(Pumped::Done), Ok(Pumped::Waits)) if lease.is_departed() => Ok(Pumped::Done),
+            (Ok(Pumped::Done), Ok(Pumped::Waits)) if lease.is_exited() => Ok(Pumped::Done),
             _ => Ok(Pumped::Waits),
         }
     }
 
     /// How it ended, both sides having ended their streams.
-    pub(super) fn own_end(&self) -> End {
-        if self.is_mute { End::NoAnswer } else { End::Closed }
+    pub(super) fn own_end(&self) -> Outcome {
+        if self.is_mute { Outcome::NoAnswer } else { Outcome::Closed }
     }
 
     /// Makes an end of it on both sides, behind what is on its way to them. What one of them has not
@@ -330,12 +335,12 @@ impl Connection {
     }
 
     fn log(&self) {
-        let service = self.place.service();
+        let service = self.permit.service();
         if !service.is_logged() {
             return;
         }
         let lease = self.worker.as_ref().map(|(_, lease)| lease);
-        if self.end == End::NothingSaid {
+        if self.end == Outcome::NothingSaid {
             let service = service.name();
             debug!(target: "access", service, client = %self.peer, end = %self.end, "connection");
             return;

@@ -1,6 +1,6 @@
 //! The data plane: listeners, the pool of workers, and the relay between the two.
 //!
-//! A connection's way: [`Listener`] → `doors` (accept) → `steps` (a PROXY header in front, the client's first
+//! A connection's way: [`Listener`] → `acceptor` (accept) → `steps` (a PROXY header in front, the client's first
 //! bytes, [`Pool`], connect, or the `line` of those that wait) → `relay` → one line in the access log. It owns the clients' connections and nothing else: it never starts,
 //! probes or stops a worker, and asks nobody. The supervisor publishes a [`Pool`] and reads counters.
 //!
@@ -34,7 +34,7 @@
 //!   (medians of `bench/run new-connections`; the bytes alone, or the segment alone, gain nothing).
 //! - The end of a stream travels with its last bytes.
 //! - Listeners are registered exclusively, so that one client wakes one thread. A thread that then
-//!   has more connections than another hands the new one over (`crew`): without that,
+//!   has more connections than another hands the new one over (`threads`): without that,
 //!   `bench/run` gets 7 % fewer requests on kept connections, and 8 % fewer new connections.
 //! - Of large bodies little stays in the kernel's queues on loopback (`relay`).
 //! - What is counted at the end of a connection is counted in the thread's own cache lines, by the
@@ -47,7 +47,7 @@
 //! Whatever connections wait for a worker for, they wait in one `line` for each service and thread, in
 //! the order in which they came. Only the first looks for a worker, and what it finds is the answer
 //! for all, so that a new [`Pool`] or a place given back costs the same however many wait. The
-//! threads tell each other when their first came ([`ServiceRoute`]), and let the one go first that came first. Beside
+//! threads tell each other when their first came ([`ServiceHandle`]), and let the one go first that came first. Beside
 //! four workers that crash again and again, 9,000 that wait cost what 2,000 cost (0.2 s of processor
 //! time in 8 s, the workers' starts included), where each start had cost a look at each of them.
 //!
@@ -65,31 +65,31 @@
 //! moment to take it. It never exceeds `max-connections`. It never closes a listener with
 //! clients in its queue, but one that others have too ([`Shared`]): theirs is the queue then.
 
+mod acceptor;
+mod backend;
 mod binding;
 mod connection;
-mod crew;
-mod doors;
-mod gate;
-mod line;
+mod counters;
+mod deadlines;
+mod limit;
 mod listener;
 mod plane;
 mod pool;
-mod queue;
 mod reactor;
 mod relay;
 mod service;
 mod shared;
 mod shortage;
-mod steps;
-mod tally;
-mod upstream;
+mod threads;
+mod transitions;
+mod wait_list;
 
+pub use backend::{Backend, PinnedRoutes, Traffic};
 pub use binding::BindError;
-pub use crew::ListenerId;
+pub use counters::{Reasons, ServiceTally, WorkerTally};
 pub use listener::Listener;
 pub use plane::{AccessChange, DataPlane, Settings};
 pub use pool::Pool;
-pub use service::{Reserved, ServiceRoute};
+pub use service::{ReservedPermit, ServiceHandle};
 pub use shared::Shared;
-pub use tally::{Reasons, ServiceTally, WorkerTally};
-pub use upstream::{Traffic, Upstream, Ways};
+pub use threads::ListenerId;

@@ -16,13 +16,13 @@ use std::{
 use socket2::Socket;
 
 use super::{
+    backend::Backend,
     binding::BindError,
-    crew::{Command, Crew, ListenerId},
     listener::Listener,
     pool::Pool,
     reactor::Reactor,
-    service::{Reserved, ServiceRoute},
-    upstream::Upstream,
+    service::{ReservedPermit, ServiceHandle},
+    threads::{Command, ListenerId, Threads},
 };
 use crate::{
     config::UnixAccess,
@@ -42,8 +42,8 @@ pub struct Settings {
 /// The data threads. Dropped, it resets every connection and waits for the threads to end.
 #[derive(Debug)]
 pub struct DataPlane {
-    crew: Arc<Crew>,
-    threads: Mutex<Vec<JoinHandle<()>>>,
+    threads: Arc<Threads>,
+    handles: Mutex<Vec<JoinHandle<()>>>,
     listeners: Mutex<BTreeMap<ListenerId, Arc<Listener>>>,
     next: AtomicU32,
 }
@@ -56,17 +56,17 @@ impl DataPlane {
     /// Where the system refuses a thread or a descriptor.
     pub fn start(settings: Settings) -> io::Result<Self> {
         let count = settings.threads.get();
-        let crew = Crew::new(count, settings.max_held.get())?;
+        let threads = Threads::new(count, settings.max_held.get())?;
         let plane = Self {
-            crew: Arc::clone(&crew),
-            threads: Mutex::default(),
+            threads: Arc::clone(&threads),
+            handles: Mutex::default(),
             listeners: Mutex::default(),
             next: AtomicU32::new(0),
         };
         for thread in 0..count {
-            let reactor = Reactor::new(Arc::clone(&crew), thread)?;
+            let reactor = Reactor::new(Arc::clone(&threads), thread)?;
             let builder = thread::Builder::new().name(format!("lbd-data-{thread}"));
-            lock(&plane.threads).push(builder.spawn(move || reactor.run())?);
+            lock(&plane.handles).push(builder.spawn(move || reactor.run())?);
         }
         Ok(plane)
     }
@@ -78,17 +78,17 @@ impl DataPlane {
         name: Arc<str>,
         pool: Pool,
         access: Arc<AtomicBool>,
-    ) -> Arc<ServiceRoute> {
-        ServiceRoute::new(name, pool, access, Arc::clone(&self.crew))
+    ) -> Arc<ServiceHandle> {
+        ServiceHandle::new(name, pool, access, Arc::clone(&self.threads))
     }
 
     /// Begins to accept from `listener`, on all threads.
-    pub fn open(&self, service: &Arc<ServiceRoute>, listener: Listener) -> ListenerId {
+    pub fn open(&self, service: &Arc<ServiceHandle>, listener: Listener) -> ListenerId {
         let id = ListenerId(self.next.fetch_add(1, Relaxed));
         listener.keep_alive(service.current().0.routing().keepalive);
         let listener = Arc::new(listener);
         self.listeners().insert(id, Arc::clone(&listener));
-        self.crew.tell(|| Command::Open {
+        self.threads.tell(|| Command::Open {
             id,
             listener: Arc::clone(&listener),
             service: Arc::clone(service),
@@ -97,9 +97,9 @@ impl DataPlane {
     }
 
     /// Hands a listener to another service, with who waits there: nobody is turned away meanwhile.
-    pub fn reassign(&self, id: ListenerId, service: &Arc<ServiceRoute>) {
+    pub fn reassign(&self, id: ListenerId, service: &Arc<ServiceHandle>) {
         self.keep_alive(id, service.current().0.routing().keepalive);
-        self.crew.tell(|| Command::Reassign { id, service: Arc::clone(service) });
+        self.threads.tell(|| Command::Reassign { id, service: Arc::clone(service) });
     }
 
     /// Has TCP ask clients that come from now on, and are silent for so long, whether they are still
@@ -145,22 +145,22 @@ impl DataPlane {
         self.listeners().get(&id).map(|listener| listener.socket())
     }
 
-    /// The process of `upstream` is gone: connections whose answer is complete are closed, although
+    /// The process of `backend` is gone: connections whose answer is complete are closed, although
     /// their clients may not have noticed.
-    pub fn departed(&self, upstream: &Upstream) {
-        upstream.depart();
+    pub fn exited(&self, backend: &Backend) {
+        backend.depart();
         // One that gets one after all looks for itself: that it is departed was said before.
-        if upstream.active() > 0 {
-            self.crew.departed();
+        if backend.active() > 0 {
+            self.threads.exited();
         }
     }
 
     /// Takes over a connection that was accepted in a worker's stead, and places it as if a client
     /// had just made it: the one with these ends, or one unknown.
-    pub fn adopt(&self, place: Reserved, connection: Socket, client: Option<Ends>) {
-        place.0.service().counters().count_rescued();
-        let thread = self.crew.seat_anywhere();
-        self.crew.tell_one(thread, Command::Adopt { connection, client, place });
+    pub fn adopt(&self, permit: ReservedPermit, connection: Socket, client: Option<Ends>) {
+        permit.0.service().counters().count_rescued();
+        let thread = self.threads.seat_anywhere();
+        self.threads.tell_one(thread, Command::Adopt { connection, client, permit });
     }
 
     /// Closes a listener without losing anybody: no new client gets in, those that wait are
@@ -178,14 +178,14 @@ impl DataPlane {
         // Before the threads let go, so that theirs is the last.
         drop(listener);
         let (done, mut let_go) = tokio::sync::mpsc::channel(1);
-        self.crew.tell(|| Command::Close { id, done: done.clone() });
-        let crew = Arc::clone(&self.crew);
+        self.threads.tell(|| Command::Close { id, done: done.clone() });
+        let threads = Arc::clone(&self.threads);
         async move {
             drop(done);
             while let_go.recv().await.is_some() {}
             // The last may be on their way from one thread to another, or have said nothing yet.
             let (done, mut placed) = tokio::sync::mpsc::channel(1);
-            crew.tell(|| Command::PlaceAll { done: done.clone() });
+            threads.tell(|| Command::AssignAll { done: done.clone() });
             drop(done);
             while placed.recv().await.is_some() {}
             quiet
@@ -195,34 +195,34 @@ impl DataPlane {
     /// Resets every connection and ends the threads. It waits for them: that they have nothing to
     /// wait for themselves makes it short. Nothing can be done with the plane afterwards.
     pub fn cut(&self) {
-        self.crew.tell(|| Command::Stop);
-        for thread in lock(&self.threads).drain(..) {
+        self.threads.tell(|| Command::Stop);
+        for thread in lock(&self.handles).drain(..) {
             // A thread that panicked has reported it, and has reset what it had.
             _ = thread.join();
         }
-        (0..self.crew.turns().len()).for_each(|thread| self.crew.ended(thread));
+        (0..self.threads.turns().len()).for_each(|thread| self.threads.ended(thread));
     }
 
     /// The turns that each thread's loop has made so far, for a watchdog. It wakes the threads, so
     /// that one which has made no turn by the next call hangs.
     #[must_use]
     pub fn progress(&self) -> Vec<u64> {
-        let turns = self.crew.turns();
-        self.crew.wake_all();
+        let turns = self.threads.turns();
+        self.threads.wake_all();
         turns
     }
 
     /// Connections held, by all services together.
     #[must_use]
     pub fn held(&self) -> usize {
-        self.crew.budget().held() + self.crew.spare().held()
+        self.threads.budget().held() + self.threads.spare().held()
     }
 
     /// How many clients' connections there may be: all places but a few that are kept for those that
     /// wait for a worker which is gone.
     #[must_use]
     pub fn max_held(&self) -> usize {
-        self.crew.budget().limit()
+        self.threads.budget().limit()
     }
 
     fn listeners(&self) -> MutexGuard<'_, BTreeMap<ListenerId, Arc<Listener>>> {

@@ -9,7 +9,7 @@ use std::{
     time::Instant,
 };
 
-use super::upstream::{Denied, Lease, Upstream};
+use super::backend::{Backend, Lease, LeaseError};
 use crate::config::{Balance, Routing};
 
 /// Where a service's connections may go, as the supervisor last saw it.
@@ -18,7 +18,7 @@ use crate::config::{Balance, Routing};
 /// after another go to one worker after another, whichever thread takes them.
 #[derive(Debug)]
 pub struct Pool {
-    upstreams: Box<[Arc<Upstream>]>,
+    backends: Box<[Arc<Backend>]>,
     coming: Option<Instant>,
     routing: Arc<Routing>,
     cursor: AtomicUsize,
@@ -26,7 +26,7 @@ pub struct Pool {
 
 /// Why there is no worker for a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Nobody {
+pub(super) enum NoBackend {
     /// All were tried.
     Left,
     /// Some were not, but their accept queues were full a moment ago.
@@ -50,17 +50,17 @@ impl Pool {
     /// none is to come.
     #[must_use]
     pub fn new(
-        upstreams: Vec<Arc<Upstream>>,
+        backends: Vec<Arc<Backend>>,
         coming: Option<Instant>,
         routing: Arc<Routing>,
     ) -> Self {
-        Self { upstreams: upstreams.into(), coming, routing, cursor: AtomicUsize::new(0) }
+        Self { backends: backends.into(), coming, routing, cursor: AtomicUsize::new(0) }
     }
 
     /// The healthy workers, in the order of the rotation.
     #[must_use]
-    pub fn upstreams(&self) -> &[Arc<Upstream>] {
-        &self.upstreams
+    pub fn backends(&self) -> &[Arc<Backend>] {
+        &self.backends
     }
 
     /// How connections are to be treated.
@@ -71,7 +71,7 @@ impl Pool {
 
     /// Whether the workers are those of `other`.
     pub(super) fn has_those_of(&self, other: &Self) -> bool {
-        let ids = |pool: &Self| pool.upstreams.iter().map(|u| u.id()).collect::<Vec<_>>();
+        let ids = |pool: &Self| pool.backends.iter().map(|u| u.id()).collect::<Vec<_>>();
         ids(self) == ids(other)
     }
 
@@ -86,13 +86,13 @@ impl Pool {
     pub(super) fn succeed(&mut self, old: &Self) {
         let used = old.cursor.load(Relaxed);
         let Some(last) =
-            used.checked_sub(1).and_then(|i| old.upstreams.get(i % old.upstreams.len().max(1)))
+            used.checked_sub(1).and_then(|i| old.backends.get(i % old.backends.len().max(1)))
         else {
             return;
         };
-        let next = self.upstreams.iter().position(|u| u.slot() > last.slot()).unwrap_or(0);
+        let next = self.backends.iter().position(|u| u.slot() > last.slot()).unwrap_or(0);
         // A cursor of 0 means "none used yet"; one whole turn on is the same place.
-        *self.cursor.get_mut() = next + self.upstreams.len();
+        *self.cursor.get_mut() = next + self.backends.len();
     }
 
     /// The worker for a connection from `client` (`None`: it has no address), leaving out those
@@ -102,10 +102,10 @@ impl Pool {
         client: Option<IpAddr>,
         tried: &mut Vec<u64>,
         choice: Choice,
-    ) -> Result<Lease, Nobody> {
+    ) -> Result<Lease, NoBackend> {
         match (self.pick_of(client, tried, Choice::Clear), choice) {
-            (Err(Nobody::Congested), Choice::Any) => self.pick_of(client, tried, Choice::Any),
-            (Err(Nobody::HasRoom), Choice::Any) if self.is_congested() => {
+            (Err(NoBackend::Congested), Choice::Any) => self.pick_of(client, tried, Choice::Any),
+            (Err(NoBackend::HasRoom), Choice::Any) if self.is_congested() => {
                 self.pick_of(client, tried, Choice::Any)
             }
             (picked, _) => picked,
@@ -113,7 +113,7 @@ impl Pool {
     }
 
     fn is_congested(&self) -> bool {
-        self.upstreams.iter().any(|upstream| upstream.is_congested())
+        self.backends.iter().any(|backend| backend.is_congested())
     }
 
     fn pick_of(
@@ -121,29 +121,29 @@ impl Pool {
         client: Option<IpAddr>,
         tried: &mut Vec<u64>,
         choice: Choice,
-    ) -> Result<Lease, Nobody> {
-        let (before, mut nobody) = (tried.len(), Nobody::Left);
+    ) -> Result<Lease, NoBackend> {
+        let (before, mut nobody) = (tried.len(), NoBackend::Left);
         let lease = loop {
-            let upstream = match (self.routing.balance, client) {
+            let backend = match (self.routing.balance, client) {
                 (Balance::SourceHash, Some(client)) => self.hashed(client, tried),
                 (Balance::LeastConnections, _) => self.least(tried),
                 _ => self.next(tried),
             };
-            let Some(upstream) = upstream else { break Err(nobody) };
-            if choice == Choice::Clear && upstream.is_congested() {
-                if nobody == Nobody::Left {
-                    nobody = Nobody::Congested;
+            let Some(backend) = backend else { break Err(nobody) };
+            if choice == Choice::Clear && backend.is_congested() {
+                if nobody == NoBackend::Left {
+                    nobody = NoBackend::Congested;
                 }
-                tried.push(upstream.id());
+                tried.push(backend.id());
                 continue;
             }
-            match upstream.acquire(self.routing.worker_connections) {
+            match backend.acquire(self.routing.worker_connections) {
                 Ok(lease) => break Ok(lease),
-                Err(Denied::Full) => nobody = Nobody::HasRoom,
+                Err(LeaseError::Full) => nobody = NoBackend::HasRoom,
                 // Since this snapshot was taken.
-                Err(Denied::Retired) => {}
+                Err(LeaseError::Retired) => {}
             }
-            tried.push(upstream.id());
+            tried.push(backend.id());
         };
         tried.truncate(before);
         lease
@@ -151,35 +151,35 @@ impl Pool {
 
     /// Each look takes a turn of the rotation, so that those passed over don't give their turns to
     /// their neighbour alone.
-    fn next(&self, tried: &[u64]) -> Option<&Arc<Upstream>> {
-        let count = self.upstreams.len();
+    fn next(&self, tried: &[u64]) -> Option<&Arc<Backend>> {
+        let count = self.backends.len();
         let turns = (0..count).map(|_| self.turn());
         // Other threads take turns too, so that one round of looks may have missed one.
-        turns.chain(0..count).map(|i| &self.upstreams[i]).find(|u| !tried.contains(&u.id()))
+        turns.chain(0..count).map(|i| &self.backends[i]).find(|u| !tried.contains(&u.id()))
     }
 
-    fn least(&self, tried: &[u64]) -> Option<&Arc<Upstream>> {
-        let (before, after) = self.upstreams.split_at(self.turn().min(self.upstreams.len()));
+    fn least(&self, tried: &[u64]) -> Option<&Arc<Backend>> {
+        let (before, after) = self.backends.split_at(self.turn().min(self.backends.len()));
         // The first of several least ones is taken.
         after.iter().chain(before).filter(|u| !tried.contains(&u.id())).min_by_key(|u| u.active())
     }
 
     /// Rendezvous hashing (Thaler and Ravishankar, 1998): each slot draws a number for the client,
     /// the highest wins. So a slot that leaves moves its own clients only, and gets them back.
-    fn hashed(&self, client: IpAddr, tried: &[u64]) -> Option<&Arc<Upstream>> {
+    fn hashed(&self, client: IpAddr, tried: &[u64]) -> Option<&Arc<Backend>> {
         let client = match client.to_canonical() {
             IpAddr::V4(v4) => u128::from(v4.to_bits()),
             IpAddr::V6(v6) => v6.to_bits(),
         };
         let seed = mix(mix(client as u64) ^ (client >> 64) as u64);
-        self.upstreams
+        self.backends
             .iter()
             .filter(|u| !tried.contains(&u.id()))
             .max_by_key(|u| mix(seed ^ u64::from(u.slot())))
     }
 
     fn turn(&self) -> usize {
-        self.cursor.fetch_add(1, Relaxed) % self.upstreams.len().max(1)
+        self.cursor.fetch_add(1, Relaxed) % self.backends.len().max(1)
     }
 }
 
@@ -202,9 +202,9 @@ mod tests {
 
     use super::*;
 
-    fn upstream(slot: u32) -> Arc<Upstream> {
+    fn backend(slot: u32) -> Arc<Backend> {
         let address = SocketAddr::from(([127, 0, 0, 1], 9002));
-        Upstream::new(
+        Backend::new(
             slot.into(),
             slot,
             format!("web/{slot}").into(),
@@ -214,16 +214,16 @@ mod tests {
         )
     }
 
-    fn pool(balance: Balance, upstreams: &[Arc<Upstream>]) -> Pool {
-        Pool::new(upstreams.to_vec(), None, Arc::new(Routing { balance, ..Routing::default() }))
+    fn pool(balance: Balance, backends: &[Arc<Backend>]) -> Pool {
+        Pool::new(backends.to_vec(), None, Arc::new(Routing { balance, ..Routing::default() }))
     }
 
     fn slots(pool: &Pool, count: usize) -> Vec<u32> {
         (0..count).map(|_| pool.pick(None, &mut vec![], Choice::Clear).unwrap().slot()).collect()
     }
 
-    fn four() -> Vec<Arc<Upstream>> {
-        (0..4).map(upstream).collect()
+    fn four() -> Vec<Arc<Backend>> {
+        (0..4).map(backend).collect()
     }
 
     #[test]
@@ -271,7 +271,7 @@ mod tests {
         assert_eq!(slots(&pool, 2), [3, 0]);
         assert_eq!(
             pool.pick(None, &mut vec![0, 1, 2, 3], Choice::Clear).unwrap_err(),
-            Nobody::Left
+            NoBackend::Left
         );
     }
 
@@ -282,7 +282,7 @@ mod tests {
         all[1].retire();
         assert_eq!(slots(&pool, 4), [0, 2, 3, 0]);
         all.iter().for_each(|u| _ = u.retire());
-        assert_eq!(pool.pick(None, &mut vec![], Choice::Clear).unwrap_err(), Nobody::Left);
+        assert_eq!(pool.pick(None, &mut vec![], Choice::Clear).unwrap_err(), NoBackend::Left);
     }
 
     #[test]
@@ -297,9 +297,12 @@ mod tests {
             let mut slots: Vec<_> = leases.iter().map(|lease| lease.slot()).collect();
             slots.sort_unstable();
             assert_eq!(slots, [0, 0, 1, 1, 2, 2, 3, 3]);
-            assert_eq!(pool.pick(client, &mut vec![], Choice::Clear).unwrap_err(), Nobody::HasRoom);
+            assert_eq!(
+                pool.pick(client, &mut vec![], Choice::Clear).unwrap_err(),
+                NoBackend::HasRoom
+            );
             let mut tried = vec![0, 1, 2, 3];
-            assert_eq!(pool.pick(client, &mut tried, Choice::Clear).unwrap_err(), Nobody::Left);
+            assert_eq!(pool.pick(client, &mut tried, Choice::Clear).unwrap_err(), NoBackend::Left);
             drop(leases);
             assert!(pool.pick(client, &mut vec![], Choice::Clear).is_ok());
         }
@@ -314,16 +317,16 @@ mod tests {
             let pick = |choice, tried: &[u64]| {
                 pool.pick(client, &mut tried.to_vec(), choice).map(|lease| lease.slot())
             };
-            all[..3].iter().for_each(|upstream| upstream.set_congested(true));
+            all[..3].iter().for_each(|backend| backend.set_congested(true));
             for choice in [Choice::Clear, Choice::Any, Choice::Clear] {
                 assert_eq!(pick(choice, &[]), Ok(3));
             }
-            assert_eq!(pick(Choice::Clear, &[3]), Err(Nobody::Congested));
+            assert_eq!(pick(Choice::Clear, &[3]), Err(NoBackend::Congested));
             assert!(pick(Choice::Any, &[3]).is_ok_and(|slot| slot < 3));
             all[1].set_congested(false);
             assert_eq!(pick(Choice::Clear, &[3]), Ok(1));
             assert_eq!(pick(Choice::Any, &[3]), Ok(1));
-            assert_eq!(pick(Choice::Any, &[0, 1, 2, 3]), Err(Nobody::Left));
+            assert_eq!(pick(Choice::Any, &[0, 1, 2, 3]), Err(NoBackend::Left));
         }
     }
 

@@ -12,16 +12,16 @@ use slab::Slab;
 use socket2::Socket;
 
 use super::{
-    connection::{Connection, End, Said, Stage},
-    crew::{Command, Crew},
-    doors::Doors,
-    line::Line,
+    acceptor::Acceptor,
+    connection::{Connection, Outcome, Said, Stage},
+    counters::ConnectError,
+    deadlines::DeadlineList,
     listener::Peer,
     pool::Pool,
-    queue::Queue,
     relay::{BUFFER, Reach, Side},
-    service::{Place, Reserved, ServiceRoute},
-    tally::Refusal,
+    service::{Permit, ReservedPermit, ServiceHandle},
+    threads::{Command, Threads},
+    wait_list::WaitList,
 };
 use crate::net::proxy_protocol::Ends;
 
@@ -50,13 +50,13 @@ const NOTICE: Duration = Duration::from_secs(1);
 pub(super) enum Subject {
     Client = 0,
     Worker = 1,
-    Door = 2,
-    Bell = 3,
+    Listener = 2,
+    Wakeup = 3,
 }
 
 /// One data thread.
 pub(super) struct Reactor {
-    pub(super) crew: Arc<Crew>,
+    pub(super) threads: Arc<Threads>,
     pub(super) thread: usize,
     pub(super) epoll: Epoll,
     /// When the last edges were taken: the time of everything that follows from them.
@@ -65,22 +65,22 @@ pub(super) struct Reactor {
     pub(super) connections: Slab<Connection>,
     generation: u32,
     pub(super) services: Slab<Service>,
-    pub(super) doors: Doors,
+    pub(super) acceptor: Acceptor,
     /// How many departures of workers it has seen to.
-    departures: u64,
+    exits: u64,
     /// Connections that could go on, but had their turn.
     pub(super) runnable: Vec<u64>,
 }
 
 /// A thread's view of a service.
 pub(super) struct Service {
-    pub(super) route: Arc<ServiceRoute>,
+    pub(super) route: Arc<ServiceHandle>,
     pub(super) pool: Arc<Pool>,
     version: u64,
     /// The version by which those that wait have last looked for a worker.
     offered: u64,
-    queues: [Queue; Stage::QUEUED.len()],
-    pub(super) line: Line,
+    queues: [DeadlineList; Stage::QUEUED.len()],
+    pub(super) line: WaitList,
     /// All of its workers are on this machine.
     pub(super) is_local: bool,
     /// Doors and connections that refer to it.
@@ -88,12 +88,12 @@ pub(super) struct Service {
 }
 
 impl Reactor {
-    pub(super) fn new(crew: Arc<Crew>, thread: usize) -> io::Result<Self> {
+    pub(super) fn new(threads: Arc<Threads>, thread: usize) -> io::Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        let bell = EpollEvent::new(EpollFlags::EPOLLIN, Subject::Bell as u64);
-        epoll.add(&crew.mailbox(thread).bell, bell)?;
+        let wakeup = EpollEvent::new(EpollFlags::EPOLLIN, Subject::Wakeup as u64);
+        epoll.add(&threads.mailbox(thread).wakeup, wakeup)?;
         Ok(Self {
-            crew,
+            threads,
             thread,
             epoll,
             now: Instant::now(),
@@ -101,8 +101,8 @@ impl Reactor {
             connections: Slab::new(),
             generation: 0,
             services: Slab::new(),
-            doors: Doors::default(),
-            departures: 0,
+            acceptor: Acceptor::default(),
+            exits: 0,
             runnable: Vec::new(),
         })
     }
@@ -115,16 +115,16 @@ impl Reactor {
             // It fails with EINTR; its other errors tell of a wrong argument.
             let count = self.epoll.wait(&mut edges, self.timeout(timeout)).unwrap_or(0);
             self.now = Instant::now();
-            self.crew.mailbox(self.thread).turns.fetch_add(1, Relaxed);
+            self.threads.mailbox(self.thread).turns.fetch_add(1, Relaxed);
 
-            let mut rung = false;
+            let mut is_woken = false;
             let mut opened = Vec::new();
             let waited = std::mem::take(&mut self.runnable);
             for edge in &edges[..count] {
                 let token = edge.data();
                 match subject(token) {
-                    Subject::Bell => rung = true,
-                    Subject::Door => opened.push((token >> 2) as u32),
+                    Subject::Wakeup => is_woken = true,
+                    Subject::Listener => opened.push((token >> 2) as u32),
                     side => self.shielded(token, |reactor, key| {
                         reactor.step(key, side, edge.events());
                     }),
@@ -136,7 +136,7 @@ impl Reactor {
                     reactor.relay(key);
                 });
             }
-            if rung && self.obey() {
+            if is_woken && self.run_commands() {
                 break;
             }
             if timeout.is_some_and(|deadline| deadline <= self.now) {
@@ -148,36 +148,36 @@ impl Reactor {
             }
         }
         for key in self.connections.iter().map(|(key, _)| key).collect::<Vec<_>>() {
-            self.finish(key, End::Stopped);
+            self.finish(key, Outcome::Stopped);
         }
     }
 
     /// Does what the main thread has asked for. True when that is to stop.
-    fn obey(&mut self) -> bool {
+    fn run_commands(&mut self) -> bool {
         let mut stops = false;
-        for command in self.crew.mailbox(self.thread).empty() {
+        for command in self.threads.mailbox(self.thread).empty() {
             match command {
                 Command::Open { id, listener, service } => {
                     let service = self.use_service(service);
-                    self.open_door(id.0, listener, service);
+                    self.open_listener(id.0, listener, service);
                 }
                 Command::Reassign { id, service } => {
                     let service = self.use_service(service);
-                    self.reassign_door(id.0, service);
+                    self.reassign_listener(id.0, service);
                 }
-                Command::Close { id, done } => self.close_door(id.0, done),
-                Command::Adopt { connection, client, place } => {
-                    self.adopt(connection, client, place);
+                Command::Close { id, done } => self.close_listener(id.0, done),
+                Command::Adopt { connection, client, permit } => {
+                    self.adopt(connection, client, permit);
                 }
-                Command::Take { connection, peer, place, begun } => {
-                    let service = self.use_service(Arc::clone(place.route()));
-                    self.admit(service, place, connection, peer, None, begun);
+                Command::Take { connection, peer, permit, begun } => {
+                    let service = self.use_service(Arc::clone(permit.route()));
+                    self.admit(service, permit, connection, peer, None, begun);
                     self.leave_service(service);
                 }
-                Command::PlaceAll { done } => {
-                    for key in self.keys(Stage::Fresh, |_| true) {
+                Command::AssignAll { done } => {
+                    for key in self.keys(Stage::AwaitingFirstBytes, |_| true) {
                         let token = self.token(key, Subject::Client);
-                        self.shielded(token, Self::place);
+                        self.shielded(token, Self::assign);
                     }
                     drop(done);
                 }
@@ -197,35 +197,40 @@ impl Reactor {
                 self.advance(service);
             }
         }
-        self.leave_departed();
-        self.retry_doors();
+        self.leave_exited();
+        self.retry_listeners();
         false
     }
 
     /// Has another look at the connections of workers whose process is gone.
-    fn leave_departed(&mut self) {
-        let departures = self.crew.departures();
-        if std::mem::replace(&mut self.departures, departures) == departures {
+    fn leave_exited(&mut self) {
+        let exits = self.threads.exits();
+        if std::mem::replace(&mut self.exits, exits) == exits {
             return;
         }
-        let is_departed =
-            |c: &Connection| c.worker.as_ref().is_some_and(|(_, lease)| lease.is_departed());
-        for key in self.keys(Stage::Relaying, is_departed) {
+        let is_exited =
+            |c: &Connection| c.worker.as_ref().is_some_and(|(_, lease)| lease.is_exited());
+        for key in self.keys(Stage::Relaying, is_exited) {
             let token = self.token(key, Subject::Client);
             self.shielded(token, Self::relay);
         }
     }
 
     /// Starts a connection that waited for a worker, and was accepted in its stead.
-    fn adopt(&mut self, connection: Socket, client: Option<Ends>, Reserved(place): Reserved) {
-        let service = self.use_service(Arc::clone(place.route()));
+    fn adopt(
+        &mut self,
+        connection: Socket,
+        client: Option<Ends>,
+        ReservedPermit(permit): ReservedPermit,
+    ) {
+        let service = self.use_service(Arc::clone(permit.route()));
         let lbd = || connection.peer_addr().ok()?.as_socket();
         let peer = client.map(|ends| ends.client).or_else(lbd).map_or(Peer::Unix, Peer::Inet);
         if connection.set_nonblocking(true).is_ok() {
             let said = Some(Box::new(Said::ByLbd(client)));
-            self.admit(service, place, connection, peer, said, self.now);
+            self.admit(service, permit, connection, peer, said, self.now);
         } else {
-            self.crew.left(self.thread);
+            self.threads.left(self.thread);
         }
         self.leave_service(service);
     }
@@ -234,7 +239,7 @@ impl Reactor {
     pub(super) fn admit(
         &mut self,
         service: usize,
-        place: Place,
+        permit: Permit,
         socket: Socket,
         peer: Peer,
         said: Option<Box<Said>>,
@@ -247,18 +252,19 @@ impl Reactor {
         self.services[service].uses += 1;
         let generation = self.generation;
         let mut connection =
-            Connection::new(client, peer, service as u32, generation, place, begun);
+            Connection::new(client, peer, service as u32, generation, permit, begun);
         // lbd's own connection has begun with its own header, which is off already.
         let begins_with_header = said.is_none()
             && self.services[service].pool.routing().accept_proxy.contains(peer.ip());
-        let stage = if begins_with_header { Stage::Header } else { Stage::Fresh };
+        let stage =
+            if begins_with_header { Stage::AwaitingHeader } else { Stage::AwaitingFirstBytes };
         connection.said = said;
         let key = self.connections.insert(connection);
         let token = self.token(key, Subject::Client);
         let event = EpollEvent::new(Side::INTEREST, token);
         match self.epoll.add(&self.connections[key].client.socket, event) {
             Ok(()) => self.enter(key, stage),
-            Err(_) => self.finish(key, End::Failed),
+            Err(_) => self.finish(key, Outcome::Failed),
         }
     }
 
@@ -275,7 +281,7 @@ impl Reactor {
         if catch_unwind(AssertUnwindSafe(|| step(self, key))).is_err() {
             tracing::error!("a connection was reset because of a fault in lbd");
             if self.connections.get(key).is_some_and(is_current) {
-                self.finish(key, End::Failed);
+                self.finish(key, Outcome::Failed);
             }
         }
     }
@@ -291,18 +297,18 @@ impl Reactor {
                 {
                     let token = self.token(key, Subject::Client);
                     match stage {
-                        Stage::Header => self.finish(key, End::NoHeader),
-                        Stage::Fresh => self.shielded(token, Self::place),
+                        Stage::AwaitingHeader => self.finish(key, Outcome::NoHeader),
+                        Stage::AwaitingFirstBytes => self.shielded(token, Self::assign),
                         Stage::Connecting => self.shielded(token, |reactor, key| {
-                            reactor.skip(key, Refusal::Timeout);
+                            reactor.skip(key, ConnectError::Timeout);
                         }),
                         Stage::Relaying => self.shielded(token, Self::end_idle),
-                        Stage::Ending | Stage::Waiting => self.finish(key, End::Idle),
+                        Stage::Ending | Stage::AwaitingWorker => self.finish(key, Outcome::Idle),
                     }
                 }
             }
         }
-        self.tend_doors();
+        self.tend_listeners();
     }
 
     /// The next instant at which something has waited too long.
@@ -313,7 +319,7 @@ impl Reactor {
             Stage::QUEUED.into_iter().filter_map(deadline).chain(line).min()
         };
         let connections = self.services.iter().filter_map(|(_, service)| of(service)).min();
-        connections.into_iter().chain(self.doors.deadline()).min()
+        connections.into_iter().chain(self.acceptor.deadline()).min()
     }
 
     /// How long to wait at most: rounded up, so as not to come back early and wait again.
@@ -337,14 +343,14 @@ impl Reactor {
                 // Whatever was doubted, the supervisor has decided since.
                 service.line.doubt = None;
                 // Connects that are under way go to one of those before, where there is none now.
-                if !service.pool.upstreams().is_empty() {
+                if !service.pool.backends().is_empty() {
                     service.is_local = is_local(&service.pool);
                 }
             }
         }
     }
 
-    fn use_service(&mut self, route: Arc<ServiceRoute>) -> usize {
+    fn use_service(&mut self, route: Arc<ServiceHandle>) -> usize {
         let known = self.services.iter().find(|(_, known)| Arc::ptr_eq(&known.route, &route));
         let key = known.map(|(key, _)| key).unwrap_or_else(|| {
             let (pool, version) = route.current();
@@ -354,8 +360,8 @@ impl Reactor {
                 pool,
                 version,
                 offered: version,
-                queues: std::array::from_fn(|_| Queue::new()),
-                line: Line::default(),
+                queues: std::array::from_fn(|_| DeadlineList::new()),
+                line: WaitList::default(),
                 uses: 0,
             })
         });
@@ -391,40 +397,40 @@ impl Drop for Reactor {
     fn drop(&mut self) {
         // Nobody's turn comes after that of one who waits here.
         self.services.iter().for_each(|(_, service)| service.route.set_head(self.thread, None));
-        self.crew.ended(self.thread);
+        self.threads.ended(self.thread);
     }
 }
 
 /// The token of a door's edges.
-pub(super) fn door_token(id: u32) -> u64 {
-    u64::from(id) << 2 | Subject::Door as u64
+pub(super) fn listener_token(id: u32) -> u64 {
+    u64::from(id) << 2 | Subject::Listener as u64
 }
 
 fn subject(token: u64) -> Subject {
     match token & 3 {
         0 => Subject::Client,
         1 => Subject::Worker,
-        2 => Subject::Door,
-        _ => Subject::Bell,
+        2 => Subject::Listener,
+        _ => Subject::Wakeup,
     }
 }
 
 fn is_local(pool: &Pool) -> bool {
-    pool.upstreams().iter().all(|upstream| upstream.is_local())
+    pool.backends().iter().all(|backend| backend.is_local())
 }
 
 impl Service {
     fn deadline(&self, stage: Stage, all: &Slab<Connection>) -> Option<Instant> {
         let routing = self.pool.routing();
         let wait = match stage {
-            Stage::Header => HEADER,
-            Stage::Fresh => GRACE,
+            Stage::AwaitingHeader => HEADER,
+            Stage::AwaitingFirstBytes => GRACE,
             Stage::Connecting if self.is_local => routing.connect_timeout.min(LOCAL_ANSWER),
             Stage::Connecting => routing.connect_timeout,
             // Never early: the last byte may be a grain younger than the place in the queue.
             Stage::Relaying => routing.idle_timeout.saturating_add(grain(routing.idle_timeout)),
             Stage::Ending => NOTICE,
-            Stage::Waiting => return None,
+            Stage::AwaitingWorker => return None,
         };
         let first = self.queues[stage as usize].first()?;
         all[first].links.since.checked_add(wait)
@@ -441,7 +447,7 @@ impl Service {
         self.route.set_head(thread, self.line.first().map(|(came, _)| came));
     }
 
-    pub(super) fn queue(&mut self, stage: Stage) -> Option<&mut Queue> {
+    pub(super) fn queue(&mut self, stage: Stage) -> Option<&mut DeadlineList> {
         self.queues.get_mut(stage as usize)
     }
 }

@@ -12,20 +12,20 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 use super::{
-    crew::Crew,
-    gate::Gate,
+    counters::{ServiceCounters, ServiceTally},
+    limit::ConnectionLimit,
     pool::Pool,
     shortage::{Shortage, Shortages},
-    tally::{ServiceCounters, ServiceTally},
+    threads::Threads,
 };
 
 /// Where the supervisor publishes a service's [`Pool`] and reads what is held.
 #[derive(Debug)]
-pub struct ServiceRoute {
+pub struct ServiceHandle {
     name: Arc<str>,
     /// Whether each connection is logged at its end.
     access: Arc<AtomicBool>,
-    crew: Arc<Crew>,
+    threads: Arc<Threads>,
     pool: Mutex<Arc<Pool>>,
     /// Counts the pools, so that a data thread looks behind the lock only when there is a new one,
     /// and the times that full workers have room again for those that wait.
@@ -35,9 +35,9 @@ pub struct ServiceRoute {
     /// For each thread, when the first came of those that wait there: nanoseconds since the threads
     /// were started, or [`NOBODY`].
     heads: Box<[AtomicU64]>,
-    gate: Gate,
+    gate: ConnectionLimit,
     /// The places that no other service can take from it.
-    share: Gate,
+    share: ConnectionLimit,
     waiting: AtomicUsize,
     emptied: Notify,
     /// Nobody waits for a worker any more.
@@ -46,21 +46,21 @@ pub struct ServiceRoute {
     counters: ServiceCounters,
 }
 
-impl ServiceRoute {
+impl ServiceHandle {
     pub(super) fn new(
         name: Arc<str>,
         pool: Pool,
         access: Arc<AtomicBool>,
-        crew: Arc<Crew>,
+        threads: Arc<Threads>,
     ) -> Arc<Self> {
-        let heads = (0..crew.threads()).map(|_| AtomicU64::new(NOBODY)).collect();
+        let heads = (0..threads.threads()).map(|_| AtomicU64::new(NOBODY)).collect();
         let service = Arc::new(Self {
             name,
             access,
-            crew,
+            threads,
             heads,
-            gate: Gate::new(limit(&pool)),
-            share: Gate::new(usize::MAX),
+            gate: ConnectionLimit::new(limit(&pool)),
+            share: ConnectionLimit::new(usize::MAX),
             pool: Mutex::new(Arc::new(pool)),
             version: AtomicU64::new(0),
             crowded: AtomicBool::new(false),
@@ -70,7 +70,7 @@ impl ServiceRoute {
             shortages: Shortages::default(),
             counters: ServiceCounters::default(),
         });
-        service.crew.enrol(&service);
+        service.threads.enrol(&service);
         service
     }
 
@@ -95,12 +95,12 @@ impl ServiceRoute {
         // Those turned away at the gate, timeouts that became shorter, and workers that are to be let go
         // of are every thread's business; else it is that of the threads where somebody waits.
         if self.gate.set_limit(limit) || concerns_all {
-            self.crew.wake_all();
+            self.threads.wake_all();
         } else {
             let heads = self.heads.iter().enumerate();
             heads
                 .filter(|(_, head)| head.load(SeqCst) != NOBODY)
-                .for_each(|(thread, _)| self.crew.wake(thread));
+                .for_each(|(thread, _)| self.threads.wake(thread));
         }
     }
 
@@ -152,11 +152,11 @@ impl ServiceRoute {
 
     /// A place for a connection that is about to be taken out of a worker's accept queue, where the
     /// process has room for it. That the service is full does not matter: its client is there already.
-    pub fn reserve(self: &Arc<Self>) -> Option<Reserved> {
+    pub fn reserve(self: &Arc<Self>) -> Option<ReservedPermit> {
         let held =
-            Held::take(self).or_else(|| self.crew.spare().try_enter().then_some(Held::Spare))?;
+            Held::take(self).or_else(|| self.threads.spare().try_enter().then_some(Held::Spare))?;
         self.gate.force();
-        Some(Reserved(Place { service: Arc::clone(self), held }))
+        Some(ReservedPermit(Permit { service: Arc::clone(self), held }))
     }
 
     /// How many places are the service's alone; all, with `usize::MAX`, where it is the only one.
@@ -172,7 +172,7 @@ impl ServiceRoute {
     pub(super) fn is_short_of(&self, what: Shortage) {
         let limit = match what {
             Shortage::Service => Some(self.gate.limit()),
-            Shortage::Descriptors => Some(self.crew.budget().limit()),
+            Shortage::Descriptors => Some(self.threads.budget().limit()),
             Shortage::Workers => {
                 let pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
                 pool.routing().worker_connections.map(|most| most.get() as usize)
@@ -216,18 +216,18 @@ impl ServiceRoute {
 
     /// Says who is the first of those that wait at `thread`, by when it came.
     pub(super) fn set_head(&self, thread: usize, came: Option<Instant>) {
-        let head = came.map_or(NOBODY, |came| self.crew.nanoseconds(came));
+        let head = came.map_or(NOBODY, |came| self.threads.nanoseconds(came));
         self.heads[thread].store(head, SeqCst);
     }
 
     /// Whether it is the turn of one at `thread` who came then, or near enough; if not, whose it is
     /// has been told.
     pub(super) fn is_turn(&self, thread: usize, came: Instant) -> bool {
-        let came = self.crew.nanoseconds(came);
+        let came = self.threads.nanoseconds(came);
         match self.longest(Some(thread)) {
             Some((other, before)) if before.saturating_add(NEAR) < came => {
                 self.version.fetch_add(1, SeqCst);
-                self.crew.wake(other);
+                self.threads.wake(other);
                 false
             }
             _ => true,
@@ -238,7 +238,7 @@ impl ServiceRoute {
     pub(super) fn pass_on(&self, but: Option<usize>) {
         if let Some((thread, _)) = self.longest(but) {
             self.version.fetch_add(1, SeqCst);
-            self.crew.wake(thread);
+            self.threads.wake(thread);
         }
     }
 
@@ -271,10 +271,10 @@ const NOBODY: u64 = u64::MAX;
 /// In nanoseconds: whoever came so soon after another, at another thread, need not let it go first.
 const NEAR: u64 = Duration::from_millis(1).as_nanos() as u64;
 
-impl Drop for ServiceRoute {
+impl Drop for ServiceHandle {
     fn drop(&mut self) {
         // The others' shares grow.
-        self.crew.share_out();
+        self.threads.share_out();
     }
 }
 
@@ -296,19 +296,19 @@ enum Held {
 }
 
 impl Held {
-    fn take(service: &ServiceRoute) -> Option<Self> {
-        let crew = &service.crew;
+    fn take(service: &ServiceHandle) -> Option<Self> {
+        let threads = &service.threads;
         let held = match service.share.limit() {
             usize::MAX => Self::Any,
             _ if service.share.try_enter() => Self::Share,
-            _ if crew.common().enter() => Self::Common,
+            _ if threads.common().enter() => Self::Common,
             // Marks that one waits for it, which has to be told.
             _ if service.share.enter() => Self::Share,
             _ => return None,
         };
-        if !crew.budget().enter() {
+        if !threads.budget().enter() {
             if held.give_back_part(service) {
-                crew.wake_all();
+                threads.wake_all();
             }
             return None;
         }
@@ -316,20 +316,20 @@ impl Held {
     }
 
     /// What it has besides one of all. Whether somebody waits for it.
-    fn give_back_part(self, service: &ServiceRoute) -> bool {
+    fn give_back_part(self, service: &ServiceHandle) -> bool {
         match self {
             Self::Any | Self::Spare => false,
             Self::Share => service.share.leave().wake,
-            Self::Common => service.crew.common().leave().wake,
+            Self::Common => service.threads.common().leave().wake,
         }
     }
 
     /// Whether somebody waits for it.
-    fn give_back(self, service: &ServiceRoute) -> bool {
+    fn give_back(self, service: &ServiceHandle) -> bool {
         let part = self.give_back_part(service);
         let all = match self {
-            Self::Spare => service.crew.spare().leave(),
-            Self::Any | Self::Share | Self::Common => service.crew.budget().leave(),
+            Self::Spare => service.threads.spare().leave(),
+            Self::Any | Self::Share | Self::Common => service.threads.budget().leave(),
         };
         part || all.wake
     }
@@ -338,53 +338,53 @@ impl Held {
 /// A connection's place among those held at once, by its service and by the whole process. It is
 /// taken before the connection is accepted, so that the limits are never exceeded.
 #[derive(Debug)]
-pub(super) struct Place {
-    service: Arc<ServiceRoute>,
+pub(super) struct Permit {
+    service: Arc<ServiceHandle>,
     held: Held,
 }
 
 /// A place for a connection that is to be [adopted](super::DataPlane::adopt).
 #[derive(Debug)]
-pub struct Reserved(pub(super) Place);
+pub struct ReservedPermit(pub(super) Permit);
 
-impl Place {
+impl Permit {
     /// # Errors
     /// What there is no more of; the threads are woken when there may be.
-    pub(super) fn take(service: &Arc<ServiceRoute>) -> Result<Self, Shortage> {
+    pub(super) fn take(service: &Arc<ServiceHandle>) -> Result<Self, Shortage> {
         if !service.gate.enter() {
             return Err(Shortage::Service);
         }
         let Some(held) = Held::take(service) else {
             if leave(service) {
-                service.crew.wake_all();
+                service.threads.wake_all();
             }
             return Err(Shortage::Descriptors);
         };
         Ok(Self { service: Arc::clone(service), held })
     }
 
-    pub(super) fn service(&self) -> &ServiceRoute {
+    pub(super) fn service(&self) -> &ServiceHandle {
         &self.service
     }
 
-    pub(super) fn route(&self) -> &Arc<ServiceRoute> {
+    pub(super) fn route(&self) -> &Arc<ServiceHandle> {
         &self.service
     }
 }
 
-impl Drop for Place {
+impl Drop for Permit {
     fn drop(&mut self) {
         // A connection gives back its worker first.
         self.service.has_room();
         let wake = self.held.give_back(&self.service);
         if leave(&self.service) || wake {
-            self.service.crew.wake_all();
+            self.service.threads.wake_all();
         }
     }
 }
 
 /// Whether somebody waits for the place.
-fn leave(service: &ServiceRoute) -> bool {
+fn leave(service: &ServiceHandle) -> bool {
     let left = service.gate.leave();
     if left.empty {
         service.emptied.notify_waiters();
@@ -396,23 +396,23 @@ fn leave(service: &ServiceRoute) -> bool {
 mod tests {
     use super::*;
 
-    fn service(crew: &Arc<Crew>, name: &str) -> Arc<ServiceRoute> {
+    fn service(threads: &Arc<Threads>, name: &str) -> Arc<ServiceHandle> {
         let pool = Pool::new(Vec::new(), None, Arc::default());
-        ServiceRoute::new(name.into(), pool, Arc::default(), Arc::clone(crew))
+        ServiceHandle::new(name.into(), pool, Arc::default(), Arc::clone(threads))
     }
 
     /// As many places as it gets.
-    fn all(service: &Arc<ServiceRoute>) -> Vec<Place> {
-        std::iter::from_fn(|| Place::take(service).ok()).collect()
+    fn all(service: &Arc<ServiceHandle>) -> Vec<Permit> {
+        std::iter::from_fn(|| Permit::take(service).ok()).collect()
     }
 
     #[test]
     fn no_service_takes_the_share_of_another() {
         // Eight of them are kept.
-        let crew = Crew::new(2, 128).unwrap();
-        let first = service(&crew, "first");
+        let threads = Threads::new(2, 128).unwrap();
+        let first = service(&threads, "first");
         assert_eq!(all(&first).len(), 120, "alone, it has all");
-        let second = service(&crew, "second");
+        let second = service(&threads, "second");
         let (of_first, of_second) = (all(&first), all(&second));
         assert_eq!((of_first.len(), of_second.len()), (90, 30));
         assert_eq!(all(&first).len() + all(&second).len(), 0);
@@ -425,25 +425,26 @@ mod tests {
         drop(second);
         let of_first = all(&first);
         assert_eq!(of_first.len(), 120);
-        let second = service(&crew, "second");
-        assert!(Place::take(&second).is_err());
+        let second = service(&threads, "second");
+        assert!(Permit::take(&second).is_err());
         drop(of_first);
         assert_eq!(all(&second).len(), 90);
-        assert_eq!(crew.budget().held(), 0);
+        assert_eq!(threads.budget().held(), 0);
     }
 
     #[test]
     fn where_there_is_not_a_place_for_each_nothing_is_divided_by_zero() {
-        let crew = Crew::new(1, 2).unwrap();
-        let services: Vec<_> = (0..5).map(|number| service(&crew, &number.to_string())).collect();
+        let threads = Threads::new(1, 2).unwrap();
+        let services: Vec<_> =
+            (0..5).map(|number| service(&threads, &number.to_string())).collect();
         let places: Vec<_> = services.iter().flat_map(all).collect();
         assert_eq!(places.len(), 2);
     }
 
     #[test]
     fn the_longest_waiting_goes_first_whichever_thread_it_is_at() {
-        let crew = Crew::new(3, 128).unwrap();
-        let service = service(&crew, "web");
+        let threads = Threads::new(3, 128).unwrap();
+        let service = service(&threads, "web");
         let came = |millis| Instant::now() + Duration::from_millis(millis);
         let (first, second) = (came(10), came(30));
         assert!(service.is_turn(0, second));

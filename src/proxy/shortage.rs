@@ -38,7 +38,7 @@ impl Shortage {
     pub(super) const OF_WORKERS: [Self; 4] =
         [Self::Workers, Self::Queues, Self::Ports, Self::Memory];
     /// Those that clients wait for in the accept queue.
-    pub(super) const OF_DOORS: [Self; 2] = [Self::Service, Self::Descriptors];
+    pub(super) const OF_LISTENERS: [Self; 2] = [Self::Service, Self::Descriptors];
 
     /// What lbd itself is short of when a system call fails like this. It says nothing about the
     /// worker that was to be connected to (connect(2), socket(2)).

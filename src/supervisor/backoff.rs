@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::event::Failure;
+use super::event::DownKind;
 use crate::config::Restart;
 
 /// The longest delay where nothing is started before it is known that it would be in vain.
@@ -27,7 +27,7 @@ impl Backoff {
     pub fn failed(
         &mut self,
         healthy: Duration,
-        failure: Failure,
+        failure: DownKind,
         settings: &Restart,
         random: f64,
     ) -> Duration {
@@ -36,8 +36,8 @@ impl Backoff {
             return Duration::ZERO;
         }
         let max = match failure {
-            Failure::NotTried => settings.max_delay.min(SOON.max(settings.min_delay)),
-            Failure::NotStarted | Failure::Exited | Failure::NotHealthy => settings.max_delay,
+            DownKind::NotTried => settings.max_delay.min(SOON.max(settings.min_delay)),
+            DownKind::NotStarted | DownKind::Exited | DownKind::NotHealthy => settings.max_delay,
         };
         let base = 2u32
             .checked_pow(self.doublings)
@@ -67,7 +67,7 @@ impl Backoff {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use Failure::{Exited, NotTried};
+    use DownKind::{Exited, NotTried};
 
     const MS: fn(u64) -> Duration = Duration::from_millis;
 

@@ -11,7 +11,7 @@ use crate::config;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct WorkerId(pub u64);
 
-/// A request that somebody waits for; echoed in [`Action::Answer`].
+/// A request that somebody waits for; echoed in [`Effect::Answer`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Ticket(pub u64);
 
@@ -47,7 +47,7 @@ impl From<Option<u32>> for Chosen {
 /// What happened outside.
 #[derive(Debug, Clone)]
 pub enum Event {
-    /// [`Action::Spawn`] was carried out: its guard runs, and the worker will be on this port.
+    /// [`Effect::Spawn`] was carried out: its guard runs, and the worker will be on this port.
     Spawned {
         /// The incarnation.
         id: WorkerId,
@@ -102,14 +102,14 @@ pub enum Event {
         /// Resident, in bytes.
         bytes: u64,
     },
-    /// A retired worker holds no connection any more. Not to be said for a [`Action::Retire`] that
-    /// an [`Action::Reinstate`] took back.
+    /// A retired worker holds no connection any more. Not to be said for a [`Effect::Retire`] that
+    /// an [`Effect::Reinstate`] took back.
     Idle {
         /// The incarnation.
         id: WorkerId,
     },
     /// Nobody will ask this service for a worker any more: its listeners are closed and emptied.
-    /// Not to be said for a [`Action::Close`] that an [`Event::Apply`] with the service overtook.
+    /// Not to be said for a [`Effect::Close`] that an [`Event::Apply`] with the service overtook.
     Closed {
         /// The service.
         service: Arc<str>,
@@ -189,11 +189,11 @@ pub enum Verdict {
 
 /// What the driver shall do, in this order.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Action {
+pub enum Effect {
     /// Start a worker; answer with [`Event::Spawned`] or [`Event::Failed`] and [`Event::Gone`].
     Spawn(Spawn),
     /// Ask the worker to stop with this signal. Its end is told when its whole tree has ended, or at
-    /// [`Action::Kill`].
+    /// [`Effect::Kill`].
     Signal {
         /// The incarnation.
         id: WorkerId,
@@ -329,7 +329,7 @@ pub enum Fact {
         /// How often in a row it failed.
         failures: u32,
         /// What went wrong.
-        failure: Failure,
+        failure: DownKind,
         /// It had been healthy before.
         was_healthy: bool,
     },
@@ -341,7 +341,7 @@ pub enum Fact {
     /// Out of rotation; its connections are given time to end.
     Draining {
         /// Why.
-        why: Why,
+        why: RetireReason,
     },
     /// An operator took its slot out of rotation; it runs on.
     Drained,
@@ -356,7 +356,7 @@ pub enum Fact {
     /// is to be stopped first.
     Recycling {
         /// Which limit.
-        worn: Worn,
+        worn: LimitExceeded,
     },
     /// The successor of a worker that was to be replaced failed: the worker stays for now.
     NotRecycled {
@@ -386,7 +386,7 @@ pub enum Fact {
 
 /// Why a worker is replaced at nobody's order: the limit that it is past, or what is wrong with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Worn {
+pub enum LimitExceeded {
     /// It has more memory than it may have.
     Memory {
         /// How much it has, in bytes.
@@ -412,7 +412,7 @@ pub enum Worn {
 
 /// What went wrong with a worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Failure {
+pub enum DownKind {
     /// What it needs is taken for now: nothing was started.
     NotTried,
     /// The program could not be started.
@@ -425,7 +425,7 @@ pub enum Failure {
 
 /// Why a worker is no more, as the metrics count it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Cause {
+pub enum ExitCause {
     /// The program ended by itself, with whatever status.
     Exit,
     /// A signal ended it that lbd did not send.
@@ -438,7 +438,7 @@ pub enum Cause {
     Stopped,
 }
 
-impl Cause {
+impl ExitCause {
     /// All of them.
     pub const ALL: [Self; 5] =
         [Self::Exit, Self::Signal, Self::NotStarted, Self::Unhealthy, Self::Stopped];
@@ -458,7 +458,7 @@ impl Cause {
 
 /// Why a worker is taken out of service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Why {
+pub enum RetireReason {
     /// A reload removed it.
     Removed,
     /// Another one takes its place.
@@ -469,7 +469,7 @@ pub enum Why {
     Stopping,
 }
 
-impl fmt::Display for Why {
+impl fmt::Display for RetireReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Removed => "removed",

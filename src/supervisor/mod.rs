@@ -2,7 +2,7 @@
 //!
 //! It owns the state of every service, slot and worker, and does nothing itself: no I/O, no clock,
 //! no task. The driver tells it what happened ([`Supervisor::handle`]) and what time it is
-//! ([`Supervisor::timeout`]), and carries out the [`Action`]s that come back. So each transition can
+//! ([`Supervisor::timeout`]), and carries out the [`Effect`]s that come back. So each transition can
 //! be tested by name, and whole histories by simulation.
 //!
 //! ```text
@@ -31,8 +31,8 @@ mod worker;
 use std::{collections::HashMap, sync::Arc, time::Instant};
 
 pub use event::{
-    Action, Cause, Chosen, Event, Fact, Failure, Note, NoteWorker, ProbeOutcome, Spawn, Ticket,
-    Verdict, Why, WorkerId, Worn,
+    Chosen, DownKind, Effect, Event, ExitCause, Fact, LimitExceeded, Note, NoteWorker,
+    ProbeOutcome, RetireReason, Spawn, Ticket, Verdict, WorkerId,
 };
 pub use ports::WORKERS_ON_A_PORT;
 pub use service::{Coming, Rotation, Service};
@@ -83,9 +83,9 @@ impl Supervisor {
 
     /// Takes in what happened, at `now`, and tells what to do. Events about a worker or service
     /// that is gone change nothing.
-    pub fn handle(&mut self, event: Event, now: Instant) -> Vec<Action> {
-        let mut actions = Vec::new();
-        let mut cx = Context { now, shared: &mut self.shared, actions: &mut actions };
+    pub fn handle(&mut self, event: Event, now: Instant) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        let mut cx = Context { now, shared: &mut self.shared, effects: &mut effects };
         match event {
             Event::Spawned { id, .. }
             | Event::Started { id, .. }
@@ -106,9 +106,9 @@ impl Supervisor {
                     service.closed(&mut cx);
                 }
             }
-            Event::Apply { services, ticket } => self.apply(services, ticket, now, &mut actions),
+            Event::Apply { services, ticket } => self.apply(services, ticket, now, &mut effects),
             Event::Restart { service, slots, ticket } => {
-                self.restart(service.as_deref(), &slots, ticket, now, &mut actions);
+                self.restart(service.as_deref(), &slots, ticket, now, &mut effects);
             }
             Event::Drain { service: name, slot } => {
                 if let Some(service) = open(&mut self.services, &name) {
@@ -123,7 +123,7 @@ impl Supervisor {
             Event::Stop => {
                 self.stopping = true;
                 for service in &mut self.services {
-                    service.close(Why::Stopping, &mut cx);
+                    service.close(RetireReason::Stopping, &mut cx);
                 }
             }
             Event::Abort => {
@@ -133,17 +133,17 @@ impl Supervisor {
                 }
             }
         }
-        self.settle(actions, now)
+        self.settle(effects, now)
     }
 
     /// Looks at the clock: to be called when [`Self::deadline`] has come.
-    pub fn timeout(&mut self, now: Instant) -> Vec<Action> {
-        let mut actions = Vec::new();
-        let mut cx = Context { now, shared: &mut self.shared, actions: &mut actions };
+    pub fn timeout(&mut self, now: Instant) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        let mut cx = Context { now, shared: &mut self.shared, effects: &mut effects };
         for service in &mut self.services {
             service.timeout(&mut cx);
         }
-        self.settle(actions, now)
+        self.settle(effects, now)
     }
 
     /// When [`Self::timeout`] has something to do, if nothing happens before.
@@ -176,21 +176,21 @@ impl Supervisor {
         targets: Vec<crate::config::Service>,
         ticket: Ticket,
         now: Instant,
-        actions: &mut Vec<Action>,
+        effects: &mut Vec<Effect>,
     ) {
         if self.stopping {
-            actions.push(Action::Answer { ticket, result: Err("lbd is stopping".to_owned()) });
+            effects.push(Effect::Answer { ticket, result: Err("lbd is stopping".to_owned()) });
             return;
         }
         self.waiting.insert(ticket, Waiting::new(targets.len()));
-        let mut cx = Context { now, shared: &mut self.shared, actions };
+        let mut cx = Context { now, shared: &mut self.shared, effects };
         cx.shared.owners.clear();
         for target in &targets {
             cx.shared.claim_ports(target);
         }
         for service in &mut self.services {
             if !targets.iter().any(|target| target.name == service.config.name) {
-                service.close(Why::Removed, &mut cx);
+                service.close(RetireReason::Removed, &mut cx);
             }
         }
         for target in targets {
@@ -198,7 +198,7 @@ impl Supervisor {
                 Some(service) => service.apply(target, Some(ticket), Kind::Reload, &mut cx),
                 None => {
                     self.services.push(Service::new(target, now));
-                    cx.actions.push(Action::Answer { ticket, result: Ok(Vec::new()) });
+                    cx.effects.push(Effect::Answer { ticket, result: Ok(Vec::new()) });
                 }
             }
         }
@@ -210,7 +210,7 @@ impl Supervisor {
         slots: &Chosen,
         ticket: Ticket,
         now: Instant,
-        actions: &mut Vec<Action>,
+        effects: &mut Vec<Effect>,
     ) {
         let chosen = |service: &Service| {
             service.is_open()
@@ -227,11 +227,11 @@ impl Supervisor {
                 (Some(name), Chosen::One(slot)) => format!("there is no slot {slot} in {name:?}"),
                 (None, _) => "there is no service".to_owned(),
             };
-            actions.push(Action::Answer { ticket, result: Err(error) });
+            effects.push(Effect::Answer { ticket, result: Err(error) });
             return;
         }
         self.waiting.insert(ticket, Waiting::new(services));
-        let mut cx = Context { now, shared: &mut self.shared, actions };
+        let mut cx = Context { now, shared: &mut self.shared, effects };
         for service in self.services.iter_mut().filter(|service| chosen(service)) {
             service.restart(slots, ticket, &mut cx);
         }
@@ -239,40 +239,40 @@ impl Supervisor {
 
     /// Lets every service draw its conclusions, forgets those that are gone, and puts the actions
     /// in order.
-    fn settle(&mut self, mut actions: Vec<Action>, now: Instant) -> Vec<Action> {
+    fn settle(&mut self, mut effects: Vec<Effect>, now: Instant) -> Vec<Effect> {
         for index in 0..self.services.len() {
             loop {
                 let outgoing = self.outgoing();
-                let mut cx = Context { now, shared: &mut self.shared, actions: &mut actions };
+                let mut cx = Context { now, shared: &mut self.shared, effects: &mut effects };
                 if !self.services[index].advance_rollout(&outgoing, &mut cx) {
                     break;
                 }
             }
         }
         let outgoing = self.outgoing();
-        let mut cx = Context { now, shared: &mut self.shared, actions: &mut actions };
+        let mut cx = Context { now, shared: &mut self.shared, effects: &mut effects };
         for service in &mut self.services {
             service.settle(&outgoing, &mut cx);
         }
         self.services.retain(|service| {
             let gone = service.is_gone();
             if gone {
-                actions.push(Action::Forget { service: Arc::clone(&service.config.name) });
+                effects.push(Effect::Forget { service: Arc::clone(&service.config.name) });
             }
             !gone
         });
         if self.stopping && self.services.is_empty() && !self.finished {
             self.finished = true;
-            actions.push(Action::Finished);
+            effects.push(Effect::Finished);
         }
-        let mut actions = self.join_answers(actions);
+        let mut effects = self.join_answers(effects);
         // Data threads must see a rotation without a worker before that worker turns them away.
-        actions.sort_by_key(|action| match action {
-            Action::Reinstate { .. } => 0,
-            Action::Publish { .. } => 1,
+        effects.sort_by_key(|effect| match effect {
+            Effect::Reinstate { .. } => 0,
+            Effect::Publish { .. } => 1,
             _ => 2,
         });
-        actions
+        effects
     }
 
     /// The workers on their way out, of all services: a port may move from one to another.
@@ -281,15 +281,15 @@ impl Supervisor {
     }
 
     /// One answer to a request that several services work on, when the last has answered.
-    fn join_answers(&mut self, actions: Vec<Action>) -> Vec<Action> {
-        let mut joined = Vec::with_capacity(actions.len());
-        for action in actions {
-            let Action::Answer { ticket, result } = &action else {
-                joined.push(action);
+    fn join_answers(&mut self, effects: Vec<Effect>) -> Vec<Effect> {
+        let mut joined = Vec::with_capacity(effects.len());
+        for effect in effects {
+            let Effect::Answer { ticket, result } = &effect else {
+                joined.push(effect);
                 continue;
             };
             let Some(waiting) = self.waiting.get_mut(ticket) else {
-                joined.push(action);
+                joined.push(effect);
                 continue;
             };
             waiting.services -= 1;
@@ -304,7 +304,7 @@ impl Supervisor {
                 let apart =
                     if errors.iter().any(|error| error.contains('\n')) { "\n" } else { "; " };
                 let result = if errors.is_empty() { Ok(warnings) } else { Err(errors.join(apart)) };
-                joined.push(Action::Answer { ticket: *ticket, result });
+                joined.push(Effect::Answer { ticket: *ticket, result });
             }
         }
         joined

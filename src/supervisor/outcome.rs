@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{
-    event::{Cause, Event, Fact, Failure, NoteWorker, Why, WorkerId, Worn},
+    event::{DownKind, Event, ExitCause, Fact, LimitExceeded, NoteWorker, RetireReason, WorkerId},
     rollout::Rollout,
     service::{Context, Service},
     slot::{LastExit, note_of},
@@ -17,8 +17,8 @@ const STOOD_IN: &str = " (started on a free port, to stand in while the port is 
 /// How a program ended, or why it could not be started.
 struct End {
     status: String,
-    cause: Cause,
-    failure: Failure,
+    cause: ExitCause,
+    failure: DownKind,
     /// What it wrote last.
     said: Vec<String>,
 }
@@ -30,7 +30,7 @@ struct Loss {
     /// The longest it had been healthy without a break.
     healthy: Duration,
     reason: String,
-    failure: Failure,
+    failure: DownKind,
     /// What it wrote last.
     said: Vec<String>,
     /// It was to stand in for one on the slot's own port.
@@ -55,25 +55,25 @@ impl Service {
             }
             Event::Started { pid, .. } => {
                 let now = cx.now;
-                let actions = &mut *cx.actions;
+                let effects = &mut *cx.effects;
                 self.with(id, |worker, config| {
-                    worker.program_started(pid, &config.stop, now, actions);
+                    worker.program_started(pid, &config.stop, now, effects);
                 });
                 self.note_worker(id, Fact::Started, cx);
             }
             Event::Failed { reason, cheap, .. } => {
-                let failure = if cheap { Failure::NotTried } else { Failure::NotStarted };
-                let (cause, said) = (Cause::NotStarted, Vec::new());
+                let failure = if cheap { DownKind::NotTried } else { DownKind::NotStarted };
+                let (cause, said) = (ExitCause::NotStarted, Vec::new());
                 self.ended(id, End { status: reason, cause, failure, said }, cx);
             }
             Event::Exited { status, by_signal, said, .. } => {
-                let cause = if by_signal { Cause::Signal } else { Cause::Exit };
-                self.ended(id, End { status, cause, failure: Failure::Exited, said }, cx);
+                let cause = if by_signal { ExitCause::Signal } else { ExitCause::Exit };
+                self.ended(id, End { status, cause, failure: DownKind::Exited, said }, cx);
             }
             Event::Gone { .. } => {
                 // A guard that died without a word says only this.
                 let (status, said) = ("lost".to_owned(), Vec::new());
-                let (cause, failure) = (Cause::Signal, Failure::Exited);
+                let (cause, failure) = (ExitCause::Signal, DownKind::Exited);
                 self.ended(id, End { status, cause, failure, said }, cx);
                 self.retiring.retain(|worker| worker.id != id);
             }
@@ -90,8 +90,8 @@ impl Service {
             }
             Event::Idle { .. } => {
                 let now = cx.now;
-                let actions = &mut *cx.actions;
-                self.with(id, |worker, config| worker.idle(&config.stop, now, actions));
+                let effects = &mut *cx.effects;
+                self.with(id, |worker, config| worker.idle(&config.stop, now, effects));
             }
             Event::Closed { .. }
             | Event::Apply { .. }
@@ -109,9 +109,9 @@ impl Service {
         let ids: Vec<_> = self.workers().map(|worker| worker.id).collect();
         for id in ids {
             let (now, mut change) = (cx.now, Change::None);
-            let actions = &mut *cx.actions;
+            let effects = &mut *cx.effects;
             self.with(id, |worker, config| {
-                change = worker.timeout(&config.health, now, actions);
+                change = worker.timeout(&config.health, now, effects);
             });
             self.changed(id, change, cx);
         }
@@ -155,20 +155,20 @@ impl Service {
                 self.replace_failed(id, reason, cx);
             }
             Change::DrainTimeout => {
-                let actions = &mut *cx.actions;
+                let effects = &mut *cx.effects;
                 self.with(id, |worker, config| {
                     if let Phase::Draining { why, .. } = worker.phase {
-                        worker.ask_to_stop(why, &config.stop, now, actions);
+                        worker.ask_to_stop(why, &config.stop, now, effects);
                     }
                 });
             }
             Change::StopTimeout => {
                 let why = "it did not end within the stop timeout";
                 self.note_worker(id, Fact::Killed { why }, cx);
-                let actions = &mut *cx.actions;
+                let effects = &mut *cx.effects;
                 self.with(id, |worker, _| {
                     if let Phase::Stopping { why, .. } = worker.phase {
-                        worker.kill(why, now, actions);
+                        worker.kill(why, now, effects);
                     }
                 });
             }
@@ -181,7 +181,7 @@ impl Service {
             slot.next.is_some() && slot.current.as_ref().is_some_and(|worker| worker.id == id)
         });
         let because = self.rollout.as_ref().and_then(Rollout::recycles);
-        if is_replaced && matches!(because, Some(Worn::Unhealthy { .. })) {
+        if is_replaced && matches!(because, Some(LimitExceeded::Unhealthy { .. })) {
             self.abandon_rollout("the worker is healthy again", None, cx);
         }
     }
@@ -195,7 +195,7 @@ impl Service {
         } else {
             // There is no other in the slot: it stays, for it may come back.
             slot.promote();
-            self.fail_rollout(index, &reason, Failure::NotHealthy, &[], cx);
+            self.fail_rollout(index, &reason, DownKind::NotHealthy, &[], cx);
         }
     }
 
@@ -218,12 +218,12 @@ impl Service {
         let (subject, healthy) = (note_of(&worker), worker.longest_health(cx.now));
         let stood_in = worker.stands_in;
         if starting {
-            worker.kill(Why::Unhealthy, cx.now, cx.actions);
+            worker.kill(RetireReason::Unhealthy, cx.now, cx.effects);
             self.retiring.push(worker);
         } else {
-            self.dismiss(worker, Why::Unhealthy, cx);
+            self.dismiss(worker, RetireReason::Unhealthy, cx);
         }
-        let (failure, said) = (Failure::NotHealthy, Vec::new());
+        let (failure, said) = (DownKind::NotHealthy, Vec::new());
         self.failed(index, Loss { id, subject, healthy, reason, failure, said, stood_in }, cx);
     }
 
@@ -236,8 +236,8 @@ impl Service {
             }
             let subject = note_of(worker);
             let cause = match worker.phase {
-                Phase::Stopping { why: Why::Unhealthy, .. } => Cause::Unhealthy,
-                Phase::Stopping { .. } => Cause::Stopped,
+                Phase::Stopping { why: RetireReason::Unhealthy, .. } => ExitCause::Unhealthy,
+                Phase::Stopping { .. } => ExitCause::Stopped,
                 Phase::Launching
                 | Phase::Starting
                 | Phase::Healthy
@@ -246,7 +246,9 @@ impl Service {
                 | Phase::Ended => cause,
             };
             let asked = match worker.phase {
-                Phase::Draining { why, .. } | Phase::Stopping { why, .. } => why != Why::Unhealthy,
+                Phase::Draining { why, .. } | Phase::Stopping { why, .. } => {
+                    why != RetireReason::Unhealthy
+                }
                 Phase::Launching
                 | Phase::Starting
                 | Phase::Healthy
@@ -279,7 +281,7 @@ impl Service {
         let Loss { id, subject, healthy, mut reason, failure, said, stood_in } = loss;
         let is_filled = self.is_filled();
         let slot = &mut self.slots[index];
-        if matches!(failure, Failure::NotTried | Failure::NotStarted) {
+        if matches!(failure, DownKind::NotTried | DownKind::NotStarted) {
             // Perhaps somebody has the port that was asked for: try another one, if any will do.
             slot.last_port = slot.fixed_port;
         }

@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, mem, sync::Arc};
 
 use super::{
-    event::{Fact, Why},
+    event::{Fact, RetireReason},
     service::{Context, Service},
     slot::{Slot, note_of},
     worker::{Phase, Worker},
@@ -30,7 +30,7 @@ impl Service {
                 if let Some(worker) = &slot.current {
                     slot.generation = worker.generation;
                     // It was out of rotation before the slot was away.
-                    slot.drained = worker.aside.is_some();
+                    slot.drained = worker.drained.is_some();
                     slot.last_port = worker.port;
                 }
                 slot
@@ -38,7 +38,7 @@ impl Service {
             self.slots.push(slot);
         }
         for worker in old.into_iter().flat_map(Slot::into_workers) {
-            self.dismiss(worker, Why::Removed, cx);
+            self.dismiss(worker, RetireReason::Removed, cx);
         }
     }
 
@@ -46,15 +46,15 @@ impl Service {
     /// like this again.
     fn resumable(&mut self, slot: &Slot, cx: &mut Context<'_>) -> Option<Worker> {
         let index = self.retiring.iter().position(|worker| {
-            matches!(worker.phase, Phase::Draining { why: Why::Removed, .. })
+            matches!(worker.phase, Phase::Draining { why: RetireReason::Removed, .. })
                 && worker.spec == slot.spec
                 && worker.slot == slot.number
                 && worker.fixed_port == slot.fixed_port
         })?;
         let mut worker = self.retiring.remove(index);
-        worker.resume(cx.now, cx.actions);
-        if slot.drained && worker.aside.is_none() {
-            worker.set_aside(cx.now, cx.actions);
+        worker.resume(cx.now, cx.effects);
+        if slot.drained && worker.drained.is_none() {
+            worker.drain(cx.now, cx.effects);
         }
         self.note_of(note_of(&worker), Fact::Resumed, cx);
         Some(worker)

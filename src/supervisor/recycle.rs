@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::{
     backoff::Backoff,
-    event::{Fact, Failure, ProbeOutcome, WorkerId, Worn},
+    event::{DownKind, Fact, LimitExceeded, ProbeOutcome, WorkerId},
     ports::Outgoing,
     rollout::{Beside, Kind, Rollout},
     service::{Context, Service},
@@ -31,7 +31,7 @@ impl Recycling {
     fn put_off(
         &mut self,
         healthy: Duration,
-        failure: Failure,
+        failure: DownKind,
         restart: &Restart,
         now: Instant,
         random: f64,
@@ -44,7 +44,7 @@ impl Recycling {
 
 /// What a worker has used up of its limits.
 #[derive(Debug, Clone, Default)]
-pub struct Wear {
+pub struct LimitUsage {
     /// Its memory when it was last measured, in bytes.
     pub resident: Option<u64>,
     /// Since when it has more than it may, as far as was measured.
@@ -53,34 +53,34 @@ pub struct Wear {
     early: f64,
 }
 
-impl Wear {
+impl LimitUsage {
     /// That of a new worker.
     pub(super) fn new(random: &mut fastrand::Rng) -> Self {
         Self { early: SPREAD * random.f64(), ..Self::default() }
     }
 
-    fn over_memory(&self, limits: &Limits) -> Option<Worn> {
+    fn over_memory(&self, limits: &Limits) -> Option<LimitExceeded> {
         let (bytes, limit) = (self.resident?, limits.memory?.get());
-        (bytes > limit).then_some(Worn::Memory { bytes, limit })
+        (bytes > limit).then_some(LimitExceeded::Memory { bytes, limit })
     }
 }
 
 impl Worker {
     /// Its memory was measured.
     pub(super) fn measured(&mut self, bytes: u64, limits: &Limits, now: Instant) {
-        let wear = &mut self.wear;
-        wear.resident = Some(bytes);
-        wear.outgrown = wear.over_memory(limits).and(wear.outgrown.or(Some(now)));
+        let usage = &mut self.usage;
+        usage.resident = Some(bytes);
+        usage.outgrown = usage.over_memory(limits).and(usage.outgrown.or(Some(now)));
     }
 
     /// Since when it is to be replaced, or when it will be if nothing changes.
     fn worn_at(&self, limits: &Limits, restart: &Restart) -> Option<Instant> {
         match self.phase {
-            Phase::Healthy if self.stands_in || self.wear.over_memory(limits).is_some() => {
+            Phase::Healthy if self.stands_in || self.usage.over_memory(limits).is_some() => {
                 Some(self.started)
             }
             Phase::Healthy => {
-                limits.max_age.map(|age| self.started + age.mul_f64(1.0 - self.wear.early))
+                limits.max_age.map(|age| self.started + age.mul_f64(1.0 - self.usage.early))
             }
             Phase::Unhealthy => Some(self.since + restart.unhealthy_after),
             Phase::Launching
@@ -92,16 +92,18 @@ impl Worker {
     }
 
     /// Why it is to be replaced, once it is.
-    fn worn(&self, limits: &Limits, now: Instant) -> Option<Worn> {
+    fn worn(&self, limits: &Limits, now: Instant) -> Option<LimitExceeded> {
         if self.phase == Phase::Unhealthy {
-            return Some(Worn::Unhealthy { time: now.saturating_duration_since(self.since) });
+            return Some(LimitExceeded::Unhealthy {
+                time: now.saturating_duration_since(self.since),
+            });
         }
         if self.stands_in {
-            return Some(Worn::StandIn);
+            return Some(LimitExceeded::StandIn);
         }
         let age = now.saturating_duration_since(self.started);
-        let by_age = || limits.max_age.map(|limit| Worn::Age { age, limit });
-        self.wear.over_memory(limits).or_else(by_age)
+        let by_age = || limits.max_age.map(|limit| LimitExceeded::Age { age, limit });
+        self.usage.over_memory(limits).or_else(by_age)
     }
 }
 
@@ -125,8 +127,10 @@ impl Service {
         let Some(worn) = worker.worn(&self.config.limits, cx.now) else { return false };
         let (number, subject) = (slot.number, note_of(worker));
         let fact = match worn {
-            Worn::Memory { .. } | Worn::Age { .. } | Worn::StandIn => Fact::Recycling { worn },
-            Worn::Unhealthy { .. } => {
+            LimitExceeded::Memory { .. } | LimitExceeded::Age { .. } | LimitExceeded::StandIn => {
+                Fact::Recycling { worn }
+            }
+            LimitExceeded::Unhealthy { .. } => {
                 let shown = humantime::format_duration(self.config.restart.unhealthy_after);
                 let error = worker.last_probe.as_ref().and_then(ProbeOutcome::error);
                 let error = error.map_or_else(String::new, |error| format!(": {error}"));
@@ -134,7 +138,7 @@ impl Service {
                     reason: format!("unhealthy for {shown}{error}"),
                     restart_in: None,
                     failures: slot.backoff.failures(),
-                    failure: Failure::NotHealthy,
+                    failure: DownKind::NotHealthy,
                     was_healthy: true,
                 }
             }
@@ -150,20 +154,23 @@ impl Service {
         let Some(slot) = self.slots.iter_mut().find(|slot| slot.holds(id)) else { return };
         let worker = slot.current.as_ref().filter(|worker| worker.id == id);
         match (worn, worker) {
-            (Some(Worn::Memory { .. } | Worn::Unhealthy { .. }), Some(worker)) => {
+            (
+                Some(LimitExceeded::Memory { .. } | LimitExceeded::Unhealthy { .. }),
+                Some(worker),
+            ) => {
                 // Not the time for which it was put off: that would forgive every other one.
-                let until = worker.wear.outgrown.unwrap_or(cx.now);
+                let until = worker.usage.outgrown.unwrap_or(cx.now);
                 let healthy = match worker.phase {
                     Phase::Unhealthy => worker.longest_health(cx.now),
                     _ => until.saturating_duration_since(worker.since),
                 };
                 let random = cx.shared.random.f64();
-                let (failure, restart) = (Failure::NotHealthy, &self.config.restart);
+                let (failure, restart) = (DownKind::NotHealthy, &self.config.restart);
                 slot.recycling.put_off(healthy, failure, restart, cx.now, random);
             }
             // It came in the stead of such a one, perhaps.
-            (Some(Worn::StandIn), Some(_)) => {}
-            (Some(Worn::Age { .. }) | None, _) | (_, None) => {
+            (Some(LimitExceeded::StandIn), Some(_)) => {}
+            (Some(LimitExceeded::Age { .. }) | None, _) | (_, None) => {
                 slot.recycling = Recycling::default();
             }
         }
@@ -174,7 +181,7 @@ impl Service {
         &mut self,
         index: usize,
         reason: &str,
-        failure: Failure,
+        failure: DownKind,
         cx: &mut Context<'_>,
     ) {
         let (restart, random) = (&self.config.restart, cx.shared.random.f64());

@@ -20,9 +20,9 @@ use std::{
 };
 
 use super::{
-    event::{Action, Chosen, Fact, Failure, Ticket, Why, WorkerId, Worn},
+    event::{Chosen, DownKind, Effect, Fact, LimitExceeded, RetireReason, Ticket, WorkerId},
     ports::Outgoing,
-    service::{Context, Place, Service},
+    service::{Context, Position, Service},
     slot::Slot,
     worker::Phase,
 };
@@ -60,7 +60,7 @@ pub(super) enum Kind {
     /// A reload failed, and they go back to what they ran before.
     Rollback,
     /// One is past this limit. Nobody waits for it, and anything else goes first.
-    Recycle(Worn),
+    Recycle(LimitExceeded),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -115,7 +115,7 @@ impl Rollout {
     }
 
     /// Why a worker is replaced at nobody's order, where it is that.
-    pub(super) fn recycles(&self) -> Option<Worn> {
+    pub(super) fn recycles(&self) -> Option<LimitExceeded> {
         match self.kind {
             Kind::Recycle(worn) => Some(worn),
             Kind::Reload | Kind::Restart | Kind::Rollback => None,
@@ -186,7 +186,7 @@ impl Service {
         };
         if self.rollout.is_some() {
             let busy = format!("a rolling replacement of {} is already under way", self.name());
-            cx.actions.push(Action::Answer { ticket, result: Err(busy) });
+            cx.effects.push(Effect::Answer { ticket, result: Err(busy) });
             return;
         }
         // One that was just started in its stead counts as restarted.
@@ -209,8 +209,8 @@ impl Service {
                 tickets.extend(ticket);
             }
             Some(Rollout { kind: Kind::Restart | Kind::Recycle(_), .. }) | None => {
-                let answer = |ticket| Action::Answer { ticket, result: Ok(Vec::new()) };
-                cx.actions.extend(ticket.map(answer));
+                let answer = |ticket| Effect::Answer { ticket, result: Ok(Vec::new()) };
+                cx.effects.extend(ticket.map(answer));
             }
         }
     }
@@ -248,8 +248,8 @@ impl Service {
                         rollout.todo.pop_front();
                     }
                     match beside {
-                        Beside::Now => self.start_beside(index, Place::Beside, cx),
-                        Beside::StandIn => self.start_beside(index, Place::StandIn, cx),
+                        Beside::Now => self.start_beside(index, Position::Beside, cx),
+                        Beside::StandIn => self.start_beside(index, Position::StandIn, cx),
                         Beside::Never | Beside::Later => self.start_after(index, cx),
                     }
                     return true;
@@ -284,7 +284,7 @@ impl Service {
         let proven = slot.workers().find(|worker| worker.id == id);
         let stands_in = proven.is_some_and(|worker| worker.stands_in);
         // A new worker that an operator wants in rotation brings its slot back.
-        slot.drained &= proven.is_none_or(|worker| worker.aside.is_some());
+        slot.drained &= proven.is_none_or(|worker| worker.drained.is_some());
         match rollout.kind {
             // The slot has another turn, when the old worker has left the port.
             Kind::Reload | Kind::Restart | Kind::Rollback if stands_in => {
@@ -310,10 +310,13 @@ impl Service {
     }
 
     /// Why the worker whose turn it is makes way.
-    fn why_replaced(&self) -> Why {
+    fn why_replaced(&self) -> RetireReason {
         match self.rollout.as_ref().and_then(Rollout::recycles) {
-            Some(Worn::Unhealthy { .. }) => Why::Unhealthy,
-            Some(Worn::Memory { .. } | Worn::Age { .. } | Worn::StandIn) | None => Why::Replaced,
+            Some(LimitExceeded::Unhealthy { .. }) => RetireReason::Unhealthy,
+            Some(
+                LimitExceeded::Memory { .. } | LimitExceeded::Age { .. } | LimitExceeded::StandIn,
+            )
+            | None => RetireReason::Replaced,
         }
     }
 
@@ -322,7 +325,7 @@ impl Service {
         &mut self,
         index: usize,
         reason: &str,
-        failure: Failure,
+        failure: DownKind,
         said: &[String],
         cx: &mut Context<'_>,
     ) {
@@ -350,7 +353,7 @@ impl Service {
                 true
             }
             // Nobody is served by it anyway, and perhaps the program can't run twice.
-            (_, Kind::Recycle(Worn::Unhealthy { .. })) if kept => {
+            (_, Kind::Recycle(LimitExceeded::Unhealthy { .. })) if kept => {
                 self.start_after(index, cx);
                 return;
             }
@@ -393,7 +396,7 @@ impl Service {
                 }
             }
             cx.shared.claim_ports(&old);
-            cx.actions.push(Action::Restored(Box::new(old.clone())));
+            cx.effects.push(Effect::Restored(Box::new(old.clone())));
             for slot in self.slots.iter_mut().filter(|slot| slot.is_vacant()) {
                 slot.backoff.reset();
                 slot.start_at = cx.now;
@@ -430,7 +433,7 @@ impl Service {
                     self.retire(old, why, cx);
                     self.slots[index].promote();
                 }
-                Some(_) => self.retire(next, Why::Replaced, cx),
+                Some(_) => self.retire(next, RetireReason::Replaced, cx),
             }
         }
         self.realign();
@@ -472,7 +475,7 @@ impl Service {
     }
 
     /// Starts the replacement of the worker in the slot at `index`, which goes on meanwhile.
-    fn start_beside(&mut self, index: usize, place: Place, cx: &mut Context<'_>) {
+    fn start_beside(&mut self, index: usize, position: Position, cx: &mut Context<'_>) {
         self.renew(index);
         let current = self.slots[index].current.as_ref().map(|worker| worker.id);
         let stand_in = self.rollout.as_mut().and_then(|rollout| rollout.stand_in.take());
@@ -480,7 +483,7 @@ impl Service {
             true => Proof::Port,
             false => Proof::Settings,
         };
-        let id = self.spawn(index, place, cx);
+        let id = self.spawn(index, position, cx);
         if let Some(rollout) = &mut self.rollout {
             rollout.step = Step::Proving { id, proof };
         }
@@ -547,7 +550,7 @@ impl Service {
         let skipped = rollout.skipped.iter().map(|skipped| format!("{name}: {skipped}"));
         let result = result.map(|()| skipped.collect::<Vec<_>>());
         for ticket in rollout.tickets {
-            cx.actions.push(Action::Answer { ticket, result: result.clone() });
+            cx.effects.push(Effect::Answer { ticket, result: result.clone() });
         }
     }
 }

@@ -4,10 +4,10 @@
 use std::{collections::BTreeMap, mem, net::SocketAddr, sync::Arc, time::Instant};
 
 use super::{
-    event::{Action, Fact, Note, NoteWorker, Spawn, Ticket, Why, WorkerId, Worn},
+    event::{Effect, Fact, LimitExceeded, Note, NoteWorker, RetireReason, Spawn, Ticket, WorkerId},
     ports::Outgoing,
     reconcile::numbered,
-    recycle::Wear,
+    recycle::LimitUsage,
     rollout::{Kind, Rollout},
     slot::{Slot, note_of, note_of_slot},
     worker::{Phase, Worker},
@@ -18,7 +18,7 @@ use crate::config::{self, Order, Slots};
 pub(super) struct Context<'a> {
     pub now: Instant,
     pub shared: &'a mut Shared,
-    pub actions: &'a mut Vec<Action>,
+    pub effects: &'a mut Vec<Effect>,
 }
 
 /// What the services have in common.
@@ -68,7 +68,7 @@ pub enum Coming {
 
 /// Where in a slot a worker is started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum Position {
     /// In a vacant one.
     Slot,
     /// As the replacement of the one that fills it.
@@ -97,7 +97,7 @@ pub struct Service {
 enum Life {
     Open,
     /// Its listeners are being emptied; the workers still serve.
-    Closing(Why),
+    Closing(RetireReason),
     /// Its workers are on their way out.
     Closed,
 }
@@ -152,7 +152,7 @@ impl Service {
     /// Whether its vacant slots are filled: while it is meant to be, and, when lbd stops, for as long
     /// as clients are let in that may have to wait for a worker.
     pub(super) fn is_filled(&self) -> bool {
-        matches!(self.life, Life::Open | Life::Closing(Why::Stopping))
+        matches!(self.life, Life::Open | Life::Closing(RetireReason::Stopping))
     }
 
     /// The workers on their way out, and those that will be as soon as its listeners are empty.
@@ -200,16 +200,18 @@ impl Service {
 
     /// Stops accepting; the workers are stopped when [`Event::Closed`](super::Event::Closed) says that nobody will ask
     /// for one any more.
-    pub(super) fn close(&mut self, why: Why, cx: &mut Context<'_>) {
+    pub(super) fn close(&mut self, why: RetireReason, cx: &mut Context<'_>) {
         match self.life {
             Life::Open => {
                 let reason = match why {
-                    Why::Stopping => "lbd is stopping",
-                    Why::Removed | Why::Replaced | Why::Unhealthy => "the service was removed",
+                    RetireReason::Stopping => "lbd is stopping",
+                    RetireReason::Removed | RetireReason::Replaced | RetireReason::Unhealthy => {
+                        "the service was removed"
+                    }
                 };
                 self.abandon_rollout(reason, None, cx);
                 self.life = Life::Closing(why);
-                cx.actions.push(Action::Close { service: self.name() });
+                cx.effects.push(Effect::Close { service: self.name() });
             }
             // What was removed is not filled again because lbd stops as well.
             Life::Closing(_) | Life::Closed => {}
@@ -222,7 +224,7 @@ impl Service {
         self.life = Life::Closed;
         self.retiring.extend(self.slots.drain(..).flat_map(Slot::into_workers));
         for worker in &mut self.retiring {
-            worker.kill(Why::Stopping, cx.now, cx.actions);
+            worker.kill(RetireReason::Stopping, cx.now, cx.effects);
         }
     }
 
@@ -255,7 +257,7 @@ impl Service {
         for index in 0..self.slots.len() {
             let slot = &self.slots[index];
             if slot.start_at <= cx.now && self.may_fill(slot, outgoing) {
-                let id = self.spawn(index, Place::Slot, cx);
+                let id = self.spawn(index, Position::Slot, cx);
                 if let Some(rollout) = &mut self.rollout {
                     rollout.filled(self.slots[index].number, id);
                 }
@@ -264,7 +266,7 @@ impl Service {
         let now = (self.rotation(), self.config.routing.clone());
         if self.published.as_ref() != Some(&now) && !self.is_gone() {
             self.published = Some(now);
-            cx.actions.push(Action::Publish { service: self.name() });
+            cx.effects.push(Effect::Publish { service: self.name() });
         }
     }
 
@@ -273,56 +275,61 @@ impl Service {
     }
 
     pub(super) fn note(&self, fact: Fact, cx: &mut Context<'_>) {
-        cx.actions.push(Action::Note(Note { service: self.name(), worker: None, fact }));
+        cx.effects.push(Effect::Note(Note { service: self.name(), worker: None, fact }));
     }
 
     /// Starts a worker in the slot at `index`.
-    pub(super) fn spawn(&mut self, index: usize, place: Place, cx: &mut Context<'_>) -> WorkerId {
+    pub(super) fn spawn(
+        &mut self,
+        index: usize,
+        position: Position,
+        cx: &mut Context<'_>,
+    ) -> WorkerId {
         cx.shared.ids += 1;
         let id = WorkerId(cx.shared.ids);
         let slot = &mut self.slots[index];
         // One that is replaced on purpose is no sign of trouble; but one that was unhealthy is.
         let vacates = |rollout: &Rollout| {
-            !matches!(rollout.recycles(), Some(Worn::Unhealthy { .. }))
-                && (place != Place::Slot || rollout.vacates(slot.number))
+            !matches!(rollout.recycles(), Some(LimitExceeded::Unhealthy { .. }))
+                && (position != Position::Slot || rollout.vacates(slot.number))
         };
         let wanted = self.rollout.as_ref().is_some_and(vacates);
         slot.restarts += u64::from(slot.generation > 0 && !wanted);
         slot.generation += 1;
-        let port = match place {
-            Place::Slot => slot.wanted_port(),
-            Place::Beside => slot.fixed_port,
-            Place::StandIn => None,
+        let port = match position {
+            Position::Slot => slot.wanted_port(),
+            Position::Beside => slot.fixed_port,
+            Position::StandIn => None,
         };
         let spec = Arc::clone(&slot.spec);
         let mut worker = Worker::new(id, spec, slot.number, slot.fixed_port, cx.now);
         worker.port = port;
-        worker.wear = Wear::new(&mut cx.shared.random);
+        worker.usage = LimitUsage::new(&mut cx.shared.random);
         worker.generation = slot.generation;
-        worker.stands_in = place == Place::StandIn;
-        cx.actions.push(Action::Spawn(Spawn {
+        worker.stands_in = position == Position::StandIn;
+        cx.effects.push(Effect::Spawn(Spawn {
             id,
             service: Arc::clone(&self.config.name),
             slot: slot.number,
             port,
-            stands_in_for: slot.fixed_port.filter(|_| place == Place::StandIn),
+            stands_in_for: slot.fixed_port.filter(|_| position == Position::StandIn),
             spec: Arc::clone(&slot.spec),
         }));
         let undrains = self.rollout.as_ref().is_some_and(|rollout| rollout.undrains(slot.number));
         // With no worker beside it that is out of rotation, the slot itself is back.
-        slot.drained &= !(undrains && place == Place::Slot);
+        slot.drained &= !(undrains && position == Position::Slot);
         if slot.drained && !undrains {
-            worker.set_aside(cx.now, cx.actions);
+            worker.drain(cx.now, cx.effects);
         }
-        match place {
-            Place::Slot => slot.current = Some(worker),
-            Place::Beside | Place::StandIn => slot.next = Some(worker),
+        match position {
+            Position::Slot => slot.current = Some(worker),
+            Position::Beside | Position::StandIn => slot.next = Some(worker),
         }
         id
     }
 
     /// Takes a worker out of its slot, and out of service by the rules of `stop`.
-    pub(super) fn retire(&mut self, id: WorkerId, why: Why, cx: &mut Context<'_>) {
+    pub(super) fn retire(&mut self, id: WorkerId, why: RetireReason, cx: &mut Context<'_>) {
         if let Some(worker) = self.slots.iter_mut().find_map(|slot| slot.take(id)) {
             self.dismiss(worker, why, cx);
         }
@@ -335,7 +342,7 @@ impl Service {
         if let Some(rollout) = &mut self.rollout {
             rollout.leave_drained(number);
         }
-        let is_in_rotation = |worker: &Worker| worker.aside.is_none();
+        let is_in_rotation = |worker: &Worker| worker.drained.is_none();
         if self.slots[index].drained && !self.slots[index].workers().any(is_in_rotation) {
             return;
         }
@@ -345,8 +352,8 @@ impl Service {
             self.abandon_rollout("an operator took the worker out of rotation", None, cx);
         }
         let slot = &mut self.slots[index];
-        for worker in slot.workers_mut().filter(|worker| worker.aside.is_none()) {
-            worker.set_aside(cx.now, cx.actions);
+        for worker in slot.workers_mut().filter(|worker| worker.drained.is_none()) {
+            worker.drain(cx.now, cx.effects);
         }
         let subject = note_of_slot(slot);
         self.note_of(subject, Fact::Drained, cx);
@@ -357,19 +364,19 @@ impl Service {
         let slot = self.slots.iter_mut().find(|slot| slot.number == number && slot.drained);
         let Some(slot) = slot else { return };
         slot.drained = false;
-        for worker in slot.workers_mut().filter(|worker| worker.aside.is_some()) {
-            worker.bring_back(cx.now, cx.actions);
+        for worker in slot.workers_mut().filter(|worker| worker.drained.is_some()) {
+            worker.undrain(cx.now, cx.effects);
         }
         let subject = note_of_slot(slot);
         self.note_of(subject, Fact::Resumed, cx);
     }
 
     /// Takes a worker that left its slot out of service.
-    pub(super) fn dismiss(&mut self, mut worker: Worker, why: Why, cx: &mut Context<'_>) {
+    pub(super) fn dismiss(&mut self, mut worker: Worker, why: RetireReason, cx: &mut Context<'_>) {
         if !matches!(worker.phase, Phase::Draining { .. } | Phase::Stopping { .. } | Phase::Ended) {
             self.note_of(note_of(&worker), Fact::Draining { why }, cx);
         }
-        worker.retire(why, &self.config.stop, cx.now, cx.actions);
+        worker.retire(why, &self.config.stop, cx.now, cx.effects);
         self.retiring.push(worker);
     }
 
@@ -388,7 +395,7 @@ impl Service {
     fn runs_one_at_a_time(&self, slot: &Slot) -> bool {
         let is_tried_alone = |rollout: &Rollout| {
             rollout.vacates(slot.number)
-                && matches!(rollout.recycles(), Some(Worn::Unhealthy { .. }))
+                && matches!(rollout.recycles(), Some(LimitExceeded::Unhealthy { .. }))
         };
         self.config.rollout.order == Order::StopFirst
             || self.rollout.as_ref().is_some_and(is_tried_alone)
@@ -407,7 +414,7 @@ impl Service {
 
     pub(super) fn note_of(&self, worker: NoteWorker, fact: Fact, cx: &mut Context<'_>) {
         let note = Note { service: self.name(), worker: Some(worker), fact };
-        cx.actions.push(Action::Note(note));
+        cx.effects.push(Effect::Note(note));
     }
 
     pub(super) fn with(&mut self, id: WorkerId, act: impl FnOnce(&mut Worker, &config::Service)) {

@@ -63,7 +63,7 @@ fn disturb(machine: &mut Machine) {
         86..90 => machine.sleep(),
         90..94 => apply(machine),
         94..95 => restart(machine),
-        95..96 => place(machine),
+        95..96 => position(machine),
         96..98 => machine.grow(),
         _ => machine.sweep(),
     }
@@ -84,11 +84,11 @@ fn restart(machine: &mut Machine) {
 }
 
 /// An operator takes a worker out of rotation, or puts it back.
-fn place(machine: &mut Machine) {
+fn position(machine: &mut Machine) {
     let names = ["a", "b", "c", "none"];
     let service = machine.random.choice(names).unwrap_or("a").into();
     let (slot, drain) = (machine.random.u32(0..4), machine.random.u8(..) < 160);
-    machine.place(service, slot, drain);
+    machine.position(service, slot, drain);
 }
 
 /// A valid configuration: no port twice.

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Instant};
 
 use super::{
     backoff::Backoff,
-    event::{Cause, NoteWorker, WorkerId},
+    event::{ExitCause, NoteWorker, WorkerId},
     recycle::Recycling,
     worker::Worker,
 };
@@ -38,8 +38,8 @@ pub struct Slot {
     pub generation: u64,
     /// Workers started here in the place of one that ended, or could not be started, unasked.
     pub restarts: u64,
-    /// Workers of this slot that are no more, by [`Cause`], in the order of [`Cause::ALL`].
-    pub exits: [u64; Cause::ALL.len()],
+    /// Workers of this slot that are no more, by [`ExitCause`], in the order of [`ExitCause::ALL`].
+    pub exits: [u64; ExitCause::ALL.len()],
     /// How and when the last worker here ended, or why it could not be started; that of the last one
     /// that nobody had asked to, if there was one.
     pub last_exit: Option<LastExit>,
@@ -74,7 +74,7 @@ impl Slot {
             recycling: Recycling::default(),
             generation: 0,
             restarts: 0,
-            exits: [0; Cause::ALL.len()],
+            exits: [0; ExitCause::ALL.len()],
             last_exit: None,
             last_port: fixed_port,
         }
@@ -106,7 +106,7 @@ impl Slot {
     /// Whether a worker in it that clients will be sent to is being started.
     #[must_use]
     pub fn on_its_way(&self) -> bool {
-        self.workers().any(|worker| worker.on_its_way() && worker.aside.is_none())
+        self.workers().any(|worker| worker.on_its_way() && worker.drained.is_none())
     }
 
     /// The replacement fills it from now on.

@@ -21,7 +21,7 @@ use std::{
 };
 
 use super::{
-    Action, Chosen, Coming, Event, Fact, Phase, ProbeOutcome, Service, Spawn, Supervisor, Ticket,
+    Chosen, Coming, Effect, Event, Fact, Phase, ProbeOutcome, Service, Spawn, Supervisor, Ticket,
     Verdict, WorkerId,
 };
 use crate::config::{
@@ -118,11 +118,11 @@ impl World {
     }
 
     /// What was asked for, as text; facts are kept apart.
-    fn record(&mut self, actions: Vec<Action>) -> Vec<String> {
+    fn record(&mut self, effects: Vec<Effect>) -> Vec<String> {
         let mut shown = Vec::new();
-        for action in actions {
-            shown.push(match action {
-                Action::Spawn(spawn) => {
+        for effect in effects {
+            shown.push(match effect {
+                Effect::Spawn(spawn) => {
                     let port = spawn.port.map_or_else(|| "any".to_owned(), |port| port.to_string());
                     let Program::Command(command) = &spawn.spec.program else {
                         panic!("{spawn:?}")
@@ -131,25 +131,25 @@ impl World {
                     self.spawns.push(spawn);
                     text
                 }
-                Action::Signal { id, signal, .. } => format!("{signal} {}", id.0),
-                Action::Kill { id } => format!("kill {}", id.0),
-                Action::Probe { id } => {
+                Effect::Signal { id, signal, .. } => format!("{signal} {}", id.0),
+                Effect::Kill { id } => format!("kill {}", id.0),
+                Effect::Probe { id } => {
                     assert!(self.probing.insert(id.0), "{} is probed twice at once", id.0);
                     format!("probe {}", id.0)
                 }
-                Action::Publish { service } => format!("publish {service}"),
-                Action::Retire { id } => format!("retire {}", id.0),
-                Action::Reinstate { id } => format!("reinstate {}", id.0),
-                Action::Close { service } => format!("close {service}"),
-                Action::Forget { service } => format!("forget {service}"),
-                Action::Answer { ticket, result: Ok(warnings) } => {
+                Effect::Publish { service } => format!("publish {service}"),
+                Effect::Retire { id } => format!("retire {}", id.0),
+                Effect::Reinstate { id } => format!("reinstate {}", id.0),
+                Effect::Close { service } => format!("close {service}"),
+                Effect::Forget { service } => format!("forget {service}"),
+                Effect::Answer { ticket, result: Ok(warnings) } => {
                     let warnings = warnings.iter().map(|warning| format!(" ({warning})"));
                     format!("answer {}{}", ticket.0, warnings.collect::<String>())
                 }
-                Action::Answer { ticket, result: Err(e) } => format!("answer {}: {e}", ticket.0),
-                Action::Restored(service) => format!("restored {}", service.name),
-                Action::Finished => "finished".to_owned(),
-                Action::Note(note) => {
+                Effect::Answer { ticket, result: Err(e) } => format!("answer {}: {e}", ticket.0),
+                Effect::Restored(service) => format!("restored {}", service.name),
+                Effect::Finished => "finished".to_owned(),
+                Effect::Note(note) => {
                     self.facts.push(note.fact);
                     continue;
                 }
@@ -159,8 +159,8 @@ impl World {
     }
 
     fn event(&mut self, event: Event) -> Vec<String> {
-        let actions = self.supervisor.handle(event, self.now);
-        self.record(actions)
+        let effects = self.supervisor.handle(event, self.now);
+        self.record(effects)
     }
 
     fn apply<const N: usize>(
@@ -194,8 +194,8 @@ impl World {
         let (end, mut shown) = (self.now + time, Vec::new());
         while let Some(deadline) = self.supervisor.deadline().filter(|&at| at <= end) {
             self.now = self.now.max(deadline);
-            let actions = self.supervisor.timeout(self.now);
-            shown.extend(self.record(actions));
+            let effects = self.supervisor.timeout(self.now);
+            shown.extend(self.record(effects));
             let next = self.supervisor.deadline();
             assert!(next.is_none_or(|next| next > self.now), "a deadline that does not pass");
         }

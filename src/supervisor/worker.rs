@@ -21,9 +21,9 @@ use std::{
 };
 
 use super::{
-    event::{Action, ProbeOutcome, Verdict, Why, WorkerId},
+    event::{Effect, ProbeOutcome, RetireReason, Verdict, WorkerId},
     health::Tally,
-    recycle::Wear,
+    recycle::LimitUsage,
 };
 use crate::config::{Drain, Health, SocketMode, Stop, WorkerSpec};
 
@@ -61,11 +61,11 @@ pub struct Worker {
     /// What the last probe showed.
     pub last_probe: Option<ProbeOutcome>,
     /// How near it is to its limits.
-    pub wear: Wear,
+    pub usage: LimitUsage,
     /// It fills its slot on a port of its own, while the slot's port is not to be had.
     pub stands_in: bool,
     /// Since when an operator has it out of rotation, whatever its phase; see [`Slot::drained`](super::Slot::drained).
-    pub aside: Option<Instant>,
+    pub drained: Option<Instant>,
     /// It was said that it is not healthy yet.
     late: bool,
     tally: Tally,
@@ -91,14 +91,14 @@ pub enum Phase {
     /// Out of rotation for good; its connections are given until then.
     Draining {
         /// Why it is to go.
-        why: Why,
+        why: RetireReason,
         /// When it is signalled even if it still holds connections.
         until: Instant,
     },
     /// Asked to end.
     Stopping {
         /// Why.
-        why: Why,
+        why: RetireReason,
         /// When it is killed; `None` once that was done.
         kill_at: Option<Instant>,
     },
@@ -166,9 +166,9 @@ impl Worker {
             since: now,
             started: now,
             last_probe: None,
-            wear: Wear::default(),
+            usage: LimitUsage::default(),
             stands_in: false,
-            aside: None,
+            drained: None,
             late: false,
             tally: Tally::default(),
             probe: ProbeClock::Off,
@@ -189,7 +189,7 @@ impl Worker {
     /// Whether new connections may go to it.
     #[must_use]
     pub fn in_rotation(&self) -> bool {
-        self.phase == Phase::Healthy && self.aside.is_none()
+        self.phase == Phase::Healthy && self.drained.is_none()
     }
 
     /// Whether it can go on while its replacement is started beside it.
@@ -224,7 +224,7 @@ impl Worker {
         pid: i32,
         stop: &Stop,
         now: Instant,
-        actions: &mut Vec<Action>,
+        effects: &mut Vec<Effect>,
     ) {
         self.pid = Some(pid);
         match self.phase {
@@ -235,7 +235,7 @@ impl Worker {
             }
             Phase::Stopping { kill_at: Some(at), .. } => {
                 let timeout = at.saturating_duration_since(now);
-                actions.push(self.signal(stop, timeout));
+                effects.push(self.signal(stop, timeout));
             }
             Phase::Starting
             | Phase::Healthy
@@ -314,24 +314,30 @@ impl Worker {
 
     /// Takes it out of service: gives its connections time, or asks it to end at once, as `stop`
     /// says. Does nothing where that was done before.
-    pub fn retire(&mut self, why: Why, stop: &Stop, now: Instant, actions: &mut Vec<Action>) {
+    pub fn retire(
+        &mut self,
+        why: RetireReason,
+        stop: &Stop,
+        now: Instant,
+        effects: &mut Vec<Effect>,
+    ) {
         match self.phase {
             Phase::Launching | Phase::Starting => {
-                actions.push(Action::Retire { id: self.id });
-                self.ask_to_stop(why, stop, now, actions);
+                effects.push(Effect::Retire { id: self.id });
+                self.ask_to_stop(why, stop, now, effects);
             }
             Phase::Healthy | Phase::Unhealthy => {
                 // Where the worker ends its own connections the signal follows at once; retiring comes
                 // first so that no new one is on its way to it. One that is replaced for its failed
                 // probes may be busy with what it has, and gets the time that a drain is given.
-                if stop.drain == Drain::Signal && why != Why::Unhealthy {
-                    actions.push(Action::Retire { id: self.id });
-                    self.ask_to_stop(why, stop, now, actions);
+                if stop.drain == Drain::Signal && why != RetireReason::Unhealthy {
+                    effects.push(Effect::Retire { id: self.id });
+                    self.ask_to_stop(why, stop, now, effects);
                 } else {
                     self.stop_probing();
                     self.drained_from = Some((self.phase, self.since));
                     self.enter(Phase::Draining { why, until: now + stop.drain_timeout }, now);
-                    actions.push(Action::Retire { id: self.id });
+                    effects.push(Effect::Retire { id: self.id });
                 }
             }
             Phase::Draining { .. } | Phase::Stopping { .. } | Phase::Ended => {}
@@ -340,59 +346,65 @@ impl Worker {
 
     /// Takes it out of rotation for as long as an operator wants. It runs on and is probed, but no
     /// probe changes that, and how ill it may be is the operator's business.
-    pub fn set_aside(&mut self, now: Instant, actions: &mut Vec<Action>) {
-        self.aside = Some(now);
-        actions.push(Action::Retire { id: self.id });
+    pub fn drain(&mut self, now: Instant, effects: &mut Vec<Effect>) {
+        self.drained = Some(now);
+        effects.push(Effect::Retire { id: self.id });
     }
 
     /// The operator wants it back: in rotation at once where it is healthy. One that is not has its
     /// full time to become so.
-    pub fn bring_back(&mut self, now: Instant, actions: &mut Vec<Action>) {
-        self.aside = None;
+    pub fn undrain(&mut self, now: Instant, effects: &mut Vec<Effect>) {
+        self.drained = None;
         if self.phase == Phase::Unhealthy {
             self.since = now;
         }
-        actions.push(Action::Reinstate { id: self.id });
+        effects.push(Effect::Reinstate { id: self.id });
     }
 
     /// Brings a worker that only drains back to where it was: one that was unhealthy has still to
     /// prove itself, and one that an operator had set aside stays so.
-    pub fn resume(&mut self, now: Instant, actions: &mut Vec<Action>) {
+    pub fn resume(&mut self, now: Instant, effects: &mut Vec<Effect>) {
         let Some((phase, since)) = self.drained_from.take() else { return };
         self.enter(phase, since);
         self.tally = Tally::default();
         if self.probe == ProbeClock::Off {
             self.probe = ProbeClock::Due(now);
         }
-        if self.aside.is_none() {
-            actions.push(Action::Reinstate { id: self.id });
+        if self.drained.is_none() {
+            effects.push(Effect::Reinstate { id: self.id });
         }
     }
 
     /// Its last connection ended: a draining worker is asked to end.
-    pub fn idle(&mut self, stop: &Stop, now: Instant, actions: &mut Vec<Action>) {
+    pub fn idle(&mut self, stop: &Stop, now: Instant, effects: &mut Vec<Effect>) {
         if let Phase::Draining { why, .. } = self.phase {
-            self.ask_to_stop(why, stop, now, actions);
+            self.ask_to_stop(why, stop, now, effects);
         }
     }
 
     /// Sends the stop signal; SIGKILL follows at the deadline. Where the program does not run yet
     /// the signal would be lost, and is sent when it does.
-    pub fn ask_to_stop(&mut self, why: Why, stop: &Stop, now: Instant, actions: &mut Vec<Action>) {
+    pub fn ask_to_stop(
+        &mut self,
+        why: RetireReason,
+        stop: &Stop,
+        now: Instant,
+        effects: &mut Vec<Effect>,
+    ) {
         self.stop_probing();
         self.drained_from = None;
         self.enter(Phase::Stopping { why, kill_at: Some(now + stop.timeout) }, now);
         if self.pid.is_some() {
-            actions.push(self.signal(stop, stop.timeout));
+            effects.push(self.signal(stop, stop.timeout));
         }
     }
 
-    fn signal(&self, stop: &Stop, timeout: Duration) -> Action {
-        Action::Signal { id: self.id, signal: stop.signal, to: stop.to, timeout }
+    fn signal(&self, stop: &Stop, timeout: Duration) -> Effect {
+        Effect::Signal { id: self.id, signal: stop.signal, to: stop.to, timeout }
     }
 
     /// Kills it and everything it started, once.
-    pub fn kill(&mut self, why: Why, now: Instant, actions: &mut Vec<Action>) {
+    pub fn kill(&mut self, why: RetireReason, now: Instant, effects: &mut Vec<Effect>) {
         self.stop_probing();
         self.drained_from = None;
         match self.phase {
@@ -404,7 +416,7 @@ impl Worker {
             | Phase::Unhealthy
             | Phase::Draining { .. } => self.enter(Phase::Stopping { why, kill_at: None }, now),
         }
-        actions.push(Action::Kill { id: self.id });
+        effects.push(Effect::Kill { id: self.id });
     }
 
     /// The program ended.
@@ -432,7 +444,7 @@ impl Worker {
     }
 
     /// Looks at the clock: tells which deadline has passed, or else asks for the probe that is due.
-    pub fn timeout(&mut self, health: &Health, now: Instant, actions: &mut Vec<Action>) -> Change {
+    pub fn timeout(&mut self, health: &Health, now: Instant, effects: &mut Vec<Effect>) -> Change {
         let change = match self.phase {
             Phase::Launching | Phase::Starting if now >= self.started + health.start_timeout => {
                 Change::StartTimeout
@@ -452,7 +464,7 @@ impl Worker {
             && change == Change::None
         {
             self.probe = ProbeClock::Running(now);
-            actions.push(Action::Probe { id: self.id });
+            effects.push(Effect::Probe { id: self.id });
         }
         change
     }

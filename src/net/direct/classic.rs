@@ -20,7 +20,7 @@ use socket2::Socket;
 use super::{
     ebpf::detach,
     steer::Steer,
-    turns::{Choice, FOLD, Key, LAST, PARKING, STEPS, Turn, buckets, words},
+    turns::{Choice, FALLBACK, FOLD, Key, LAST, STEPS, Turn, buckets, words},
 };
 use crate::net::steer::{NETWORK_HEADER, attach, instruction, load_source_port};
 
@@ -41,7 +41,7 @@ pub(super) struct Classic {
 #[derive(Debug)]
 struct State {
     /// A copy, until the end: what is attached to one is attached to the group.
-    parking: Option<Socket>,
+    fallback: Option<Socket>,
     /// In the kernel's order.
     members: Vec<Key>,
     choice: Choice,
@@ -50,15 +50,15 @@ struct State {
 }
 
 impl Classic {
-    /// Takes over the group that `parking` is in, alone. `inside` is the address that lbd reaches it
+    /// Takes over the group that `fallback` is in, alone. `inside` is the address that lbd reaches it
     /// at.
     ///
     /// # Errors
     /// Where the kernel refuses it.
-    pub(super) fn start(parking: &Socket, inside: SocketAddr) -> io::Result<Self> {
+    pub(super) fn start(fallback: &Socket, inside: SocketAddr) -> io::Result<Self> {
         let state = State {
-            parking: Some(parking.try_clone()?),
-            members: vec![PARKING],
+            fallback: Some(fallback.try_clone()?),
+            members: vec![FALLBACK],
             choice: Choice::Rotation,
             turns: Vec::new(),
             exceptions: Vec::new(),
@@ -77,8 +77,8 @@ impl Classic {
         if program.len() > libc::BPF_MAXINSNS as usize {
             return Err(io::Error::other("too many workers for a classic BPF program"));
         }
-        match &state.parking {
-            Some(parking) => attach(parking, &mut program),
+        match &state.fallback {
+            Some(fallback) => attach(fallback, &mut program),
             None => Ok(()),
         }
     }
@@ -150,10 +150,10 @@ impl Steer for Classic {
         true
     }
 
-    fn end(&self, parking: &Socket) {
+    fn end(&self, fallback: &Socket) {
         // In this order: whoever drops its pass now attaches nothing any more.
-        self.state().parking = None;
-        detach(parking);
+        self.state().fallback = None;
+        detach(fallback);
     }
 
     fn routed(&self, _key: Key) -> Option<u64> {

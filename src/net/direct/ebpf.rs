@@ -36,7 +36,7 @@ use super::{
     },
     bpf::{Map, MapKind, Memory, Program, Refused, Shared},
     steer::Steer,
-    turns::{Choice, FOLD, Key, LAST, PARKING, STEPS, Turn, buckets, words},
+    turns::{Choice, FALLBACK, FOLD, Key, LAST, STEPS, Turn, buckets, words},
 };
 use crate::net::options::{AttachReusePortEbpf, DetachReusePortBpf};
 
@@ -115,11 +115,11 @@ pub(super) struct Ebpf {
 }
 
 impl Ebpf {
-    /// Takes over the group that `parking` is in. `inside` is the address that lbd reaches it at.
+    /// Takes over the group that `fallback` is in. `inside` is the address that lbd reaches it at.
     ///
     /// # Errors
     /// Where the kernel refuses it: without `CAP_BPF`, or an old one.
-    pub(super) fn start(parking: &Socket, inside: SocketAddr) -> Result<Self, Refused> {
+    pub(super) fn start(fallback: &Socket, inside: SocketAddr) -> Result<Self, Refused> {
         let failed = |source| Refused { source, log: None };
         let memory = Memory::new("lbd_rotation");
         let memory = memory.map_err(failed)?;
@@ -128,16 +128,16 @@ impl Ebpf {
         let code = program(inside.ip(), &memory, &sockets, &exceptions);
         let program = Program::load(&code, "lbd_direct")?;
         // That of an lbd before this one, whose socket it was.
-        detach(parking);
+        detach(fallback);
         let until = Instant::now() + PATIENCE;
-        while let Err(error) = sockets.put(PARKING, parking.as_raw_fd() as u32) {
+        while let Err(error) = sockets.put(FALLBACK, fallback.as_raw_fd() as u32) {
             let busy = error.kind() == io::ErrorKind::ResourceBusy;
             if !busy || Instant::now() >= until {
                 return Err(failed(error));
             }
             thread::sleep(Duration::from_millis(5));
         }
-        attach(parking, &program).map_err(failed)?;
+        attach(fallback, &program).map_err(failed)?;
         let turns = Mutex::default();
         Ok(Self { memory, sockets, exceptions, program, turns })
     }
@@ -199,20 +199,20 @@ impl Steer for Ebpf {
         true
     }
 
-    fn renew(&self, parking: &Socket) -> io::Result<()> {
-        attach(parking, &self.program)
+    fn renew(&self, fallback: &Socket) -> io::Result<()> {
+        attach(fallback, &self.program)
     }
 
     fn except_renews(&self) -> bool {
         false
     }
 
-    fn end(&self, parking: &Socket) {
+    fn end(&self, fallback: &Socket) {
         // First of all: a program that finds nobody in its map refuses the client.
-        detach(parking);
+        detach(fallback);
         // A socket is in one map at most, and this one stays for as long as anybody still asks what
         // was routed: the parking could be steered by no other.
-        _ = self.sockets.remove(PARKING);
+        _ = self.sockets.remove(FALLBACK);
     }
 
     fn routed(&self, key: Key) -> Option<u64> {
@@ -345,7 +345,7 @@ fn program(
     code.label("nobody");
     code.jump32_if(R9, Equal, CLOSED as i32, "refuse");
     code.label("park");
-    code.set(R1, PARKING as i32);
+    code.set(R1, FALLBACK as i32);
     code.store(Word, R10, -4, R1);
     select(&mut code);
     // Without an answer the kernel would choose by a hash, whomever.

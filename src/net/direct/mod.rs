@@ -14,7 +14,7 @@
 //!
 //! Who has no turn gets nothing: workers that are not proven yet, that hang, drain or are gone. With
 //! none in rotation the parking gets everybody. lbd keeps a copy of each socket, so that what queues in
-//! it outlives the worker, and reaches one worker in particular by a [`Way`]: a connection from a
+//! it outlives the worker, and reaches one worker in particular by a [`PinnedRoute`]: a connection from a
 //! source port that the program knows, as a probe needs it.
 //!
 //! Each worker has the group by its socket, and can replace the program or take it off (socket(7)). So
@@ -49,10 +49,10 @@ use classic::Classic;
 use ebpf::{Ebpf, KEYS};
 use steer::Steer;
 pub use turns::Choice;
-use turns::{Key, PARKING, Turn};
+use turns::{FALLBACK, Key, Turn};
 
 /// The socket that makes a group of the parking.
-const SENTINEL: Key = PARKING + 1;
+const SENTINEL: Key = FALLBACK + 1;
 
 /// How long a socket without turns stays open where the kernel does not move what waits in it: for
 /// handshakes whose last segment is still on its way.
@@ -91,7 +91,7 @@ pub struct Public<Owner> {
     address: SocketAddr,
     inside: SocketAddr,
     /// A copy of lbd's own.
-    parking: Socket,
+    fallback: Socket,
     sentinel: Socket,
     /// A test whose connection will be made by the next [`watch`](Self::watch), and one whose was.
     prepared: Option<Test>,
@@ -109,7 +109,7 @@ pub struct Public<Owner> {
 struct Test {
     socket: Socket,
     /// Until it is made.
-    pass: Option<Pass>,
+    pass: Option<PinGuard>,
 }
 
 impl Test {
@@ -173,28 +173,28 @@ struct Member<Owner> {
 }
 
 impl<Owner: Copy + PartialEq> Public<Owner> {
-    /// Makes a group around `parking`, a listening TCP socket that goes on taking every client until
+    /// Makes a group around `fallback`, a listening TCP socket that goes on taking every client until
     /// [`rotate`](Self::rotate) says otherwise.
     ///
     /// # Errors
     /// Where others can't listen beside it (it is another user's, or not lbd's alone), or the kernel
     /// lets nobody steer.
-    pub fn open(parking: &Socket) -> io::Result<Self> {
-        let parking = parking.try_clone()?;
-        let address = parking.local_addr()?.as_socket().ok_or(io::ErrorKind::InvalidInput)?;
+    pub fn open(fallback: &Socket) -> io::Result<Self> {
+        let fallback = fallback.try_clone()?;
+        let address = fallback.local_addr()?.as_socket().ok_or(io::ErrorKind::InvalidInput)?;
         let inside = inside(address);
-        parking.set_reuse_port(true)?;
+        fallback.set_reuse_port(true)?;
         // The kernel makes a group of a socket that listens already when a second one joins it, and
         // a program can only be attached then. Whom that one gets before comes from the first `watch`.
-        let sentinel = beside(&parking, address)?;
+        let sentinel = beside(&fallback, address)?;
         sentinel.listen(BACKLOG)?;
-        let (steer, steering) = Self::steer(&parking, inside)?;
+        let (steer, steering) = Self::steer(&fallback, inside)?;
         let (members, leaving) = (Vec::new(), Vec::new());
         steer.join(SENTINEL, &sentinel)?;
         Ok(Self {
             address,
             inside,
-            parking,
+            fallback,
             sentinel,
             prepared: None,
             sent: None,
@@ -215,15 +215,15 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
         }
     }
 
-    fn steer(parking: &Socket, inside: SocketAddr) -> io::Result<(Arc<dyn Steer>, Steering)> {
-        match Ebpf::start(parking, inside) {
+    fn steer(fallback: &Socket, inside: SocketAddr) -> io::Result<(Arc<dyn Steer>, Steering)> {
+        match Ebpf::start(fallback, inside) {
             Ok(steer) => Ok((Arc::new(steer), Steering { kind: Kind::Ebpf, why: None })),
             Err(refused) => {
                 let why = match refused.source.kind() {
                     io::ErrorKind::PermissionDenied => "lbd has no CAP_BPF".to_owned(),
                     _ => format!("the kernel refuses the eBPF program: {refused}"),
                 };
-                let steer = Classic::start(parking, inside)?;
+                let steer = Classic::start(fallback, inside)?;
                 Ok((Arc::new(steer), Steering { kind: Kind::Classic, why: Some(why) }))
             }
         }
@@ -252,7 +252,7 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
         };
         let free = (SENTINEL + 1..KEYS).find(|key| !taken(key));
         let key = free.ok_or_else(|| io::Error::other("too many workers on this address"))?;
-        let socket = beside(&self.parking, self.address)?;
+        let socket = beside(&self.fallback, self.address)?;
         socket.listen(BACKLOG)?;
         self.steer.join(key, &socket)?;
         self.members.push(Member { owner, key, socket });
@@ -279,11 +279,11 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
         if self.closed == Some(Closed::Program) {
             return Ok(());
         }
-        let key = |owner| self.member(owner).map_or(PARKING, |member| member.key);
+        let key = |owner| self.member(owner).map_or(FALLBACK, |member| member.key);
         let turn = |(place, owner)| Turn { place, key: key(owner) };
         let turns: Vec<Turn> = turns.into_iter().map(turn).collect();
         // The same as nobody, and at no cost for each connection.
-        let all_parked = turns.iter().all(|turn| turn.key == PARKING);
+        let all_parked = turns.iter().all(|turn| turn.key == FALLBACK);
         self.steer.rotate(choice, if all_parked { &[] } else { &turns })
     }
 
@@ -295,7 +295,7 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
         // Before the program is put on anew, so that it is the one in force which is asked.
         let test = self.prepared.take().or_else(|| self.prepare_test());
         self.sent = test.and_then(|test| test.send(self.inside));
-        let renewed = self.steer.renew(&self.parking);
+        let renewed = self.steer.renew(&self.fallback);
         if self.steer.except_renews() {
             self.prepared = self.prepare_test();
         }
@@ -304,16 +304,16 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
 
     fn prepare_test(&self) -> Option<Test> {
         let steer = Arc::clone(&self.steer);
-        let way = Way { inside: self.inside, key: SENTINEL, routed_before: 0, steer };
+        let way = PinnedRoute { inside: self.inside, key: SENTINEL, routed_before: 0, steer };
         let (socket, pass) = way.open().ok()?;
         Some(Test { socket, pass: Some(pass) })
     }
 
     /// How lbd reaches `owner`, and nobody else.
     #[must_use]
-    pub fn way_to(&self, owner: Owner) -> Option<Way> {
+    pub fn way_to(&self, owner: Owner) -> Option<PinnedRoute> {
         let key = self.member(owner)?.key;
-        Some(Way {
+        Some(PinnedRoute {
             inside: self.inside,
             key,
             routed_before: self.steer.routed(key).unwrap_or_default(),
@@ -328,14 +328,14 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
     }
 
     /// Accepts every connection that waits for `owner`, which may go on to accept too. Those that came
-    /// by a [`Way`] are among them.
-    pub fn rescue(&self, owner: Owner, acceptor: &mut Acceptor) -> Vec<Socket> {
+    /// by a [`PinnedRoute`] are among them.
+    pub fn drain_queue(&self, owner: Owner, acceptor: &mut Acceptor) -> Vec<Socket> {
         let member = self.member(owner);
         member.map_or_else(Vec::new, |member| accept_all(&member.socket, acceptor))
     }
 
     /// Nobody has the socket of `owner` any more but lbd. What waits in it goes to the others by the
-    /// kernel, or comes from [`tidy`](Self::tidy). It must have no turn.
+    /// kernel, or comes from [`collect_leftovers`](Self::collect_leftovers). It must have no turn.
     pub fn leave(&mut self, owner: Owner, now: Instant) {
         let Some(index) = self.members.iter().position(|member| member.owner == owner) else {
             return;
@@ -346,22 +346,22 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
 
     /// Accepts what waits in sockets that [`leave`](Self::leave), and closes those that have had
     /// their time.
-    pub fn tidy(&mut self, now: Instant, acceptor: &mut Acceptor) -> Vec<Socket> {
-        let mut rescued = Vec::new();
+    pub fn collect_leftovers(&mut self, now: Instant, acceptor: &mut Acceptor) -> Vec<Socket> {
+        let mut drained = Vec::new();
         for (since, key, socket) in std::mem::take(&mut self.leaving) {
-            rescued.extend(accept_all(&socket, acceptor));
+            drained.extend(accept_all(&socket, acceptor));
             if now >= since + HANDSHAKE && !acceptor.is_short() {
                 self.steer.leave(key, &socket);
             } else {
                 self.leaving.push((since, key, socket));
             }
         }
-        rescued
+        drained
     }
 
-    /// Whether [`tidy`](Self::tidy) has still something to do.
+    /// Whether [`collect_leftovers`](Self::collect_leftovers) has still something to do.
     #[must_use]
-    pub fn is_untidy(&self) -> bool {
+    pub fn has_leftovers(&self) -> bool {
         !self.leaving.is_empty()
     }
 
@@ -402,7 +402,7 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
             Some(Closed::Filters) => {
                 // Those that joined since have none, which is an error to take off.
                 self.members.iter().for_each(|member| _ = member.socket.detach_filter());
-                self.parking.detach_filter()
+                self.fallback.detach_filter()
             }
         }
     }
@@ -411,8 +411,8 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
     ///
     /// # Errors
     /// Where there is no descriptor left.
-    pub fn parking(&self) -> io::Result<Socket> {
-        self.parking.try_clone()
+    pub fn fallback(&self) -> io::Result<Socket> {
+        self.fallback.try_clone()
     }
 
     fn member(&self, owner: Owner) -> Option<&Member<Owner>> {
@@ -428,18 +428,18 @@ impl<Owner> Drop for Public<Owner> {
             self.steer.leave(key, &socket);
         }
         self.steer.leave(SENTINEL, &self.sentinel);
-        self.steer.end(&self.parking);
+        self.steer.end(&self.fallback);
         // Else any program of the same user could join.
-        _ = self.parking.set_reuse_port(false);
+        _ = self.fallback.set_reuse_port(false);
     }
 }
 
-/// A socket bound to the `address` that `parking` is bound to. A dual-stack one (IPV6_V6ONLY, ipv6(7))
+/// A socket bound to the `address` that `fallback` is bound to. A dual-stack one (IPV6_V6ONLY, ipv6(7))
 /// shares its port with its like alone.
-fn beside(parking: &Socket, address: SocketAddr) -> io::Result<Socket> {
+fn beside(fallback: &Socket, address: SocketAddr) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     if address.is_ipv6() {
-        socket.set_only_v6(parking.only_v6()?)?;
+        socket.set_only_v6(fallback.only_v6()?)?;
     }
     socket.set_reuse_address(true)?;
     socket.set_reuse_port(true)?;
@@ -459,14 +459,14 @@ fn inside(mut address: SocketAddr) -> SocketAddr {
 
 /// How one worker is reached, whoever has turns. For any thread.
 #[derive(Debug, Clone)]
-pub struct Way {
+pub struct PinnedRoute {
     inside: SocketAddr,
     key: Key,
     routed_before: u64,
     steer: Arc<dyn Steer>,
 }
 
-impl Way {
+impl PinnedRoute {
     /// Where to connect to.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
@@ -474,16 +474,16 @@ impl Way {
     }
 
     /// A socket to connect with, non-blocking. The connection reaches the worker if it is made while
-    /// the [`Pass`] is there, and is refused where that one does not listen.
+    /// the [`PinGuard`] is there, and is refused where that one does not listen.
     ///
     /// # Errors
     /// Where there is no descriptor or no port for it.
-    pub fn open(&self) -> io::Result<(Socket, Pass)> {
+    pub fn open(&self) -> io::Result<(Socket, PinGuard)> {
         let socket = unconnected(self.inside)?;
         socket.bind(&SocketAddr::new(self.inside.ip(), 0).into())?;
         let local = socket.local_addr()?.as_socket().ok_or(io::ErrorKind::InvalidData)?;
         self.steer.except(local.port(), self.key)?;
-        Ok((socket, Pass { steer: Arc::clone(&self.steer), source: local.port() }))
+        Ok((socket, PinGuard { steer: Arc::clone(&self.steer), source: local.port() }))
     }
 
     /// How many connections the worker was given by its turns, if that is counted.
@@ -495,12 +495,12 @@ impl Way {
 
 /// What brings a connection to the worker that is meant. To be dropped when it is made.
 #[derive(Debug)]
-pub struct Pass {
+pub struct PinGuard {
     steer: Arc<dyn Steer>,
     source: u16,
 }
 
-impl Drop for Pass {
+impl Drop for PinGuard {
     fn drop(&mut self) {
         self.steer.except_no_more(self.source);
     }

@@ -8,7 +8,7 @@ use super::turns::{Choice, Key, Turn};
 
 /// Says which socket of one `SO_REUSEPORT` group gets a new connection. Nothing here blocks.
 ///
-/// At first that is [`PARKING`](super::turns::PARKING), lbd's own socket, which is in the group from
+/// At first that is [`FALLBACK`](super::turns::FALLBACK), lbd's own socket, which is in the group from
 /// the beginning and stays.
 pub(super) trait Steer: fmt::Debug + Send + Sync {
     /// `socket` has just begun to listen in the group, and gets nothing yet.
@@ -35,14 +35,14 @@ pub(super) trait Steer: fmt::Debug + Send + Sync {
     /// had, which is told, or else goes to the parking.
     fn close(&self) -> bool;
 
-    /// Puts the program on anew, whatever is in force instead. `parking` is in the group.
-    fn renew(&self, parking: &Socket) -> io::Result<()>;
+    /// Puts the program on anew, whatever is in force instead. `fallback` is in the group.
+    fn renew(&self, fallback: &Socket) -> io::Result<()>;
 
     /// Whether [`except`](Self::except) does so too.
     fn except_renews(&self) -> bool;
 
     /// Lets go of its copies of sockets: nobody is steered any more.
-    fn end(&self, parking: &Socket);
+    fn end(&self, fallback: &Socket);
 
     /// How many connections went to `key` by its turns, if that is counted. It goes on where an
     /// earlier holder of the number left off.

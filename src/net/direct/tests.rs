@@ -11,11 +11,11 @@ const REQUIRED: &str = "LBD_REQUIRE_BPF";
 
 /// A group of workers 1 to `count`, in rotation, steered by `kind`.
 fn group(address: &str, kind: Kind, choice: Choice, count: u8) -> Option<Public<u8>> {
-    let parking = Socket::from(OwnedFd::from(TcpListener::bind(address).unwrap()));
-    parking.listen(BACKLOG).unwrap();
-    let mut public = Public::open(&parking).unwrap();
+    let fallback = Socket::from(OwnedFd::from(TcpListener::bind(address).unwrap()));
+    fallback.listen(BACKLOG).unwrap();
+    let mut public = Public::open(&fallback).unwrap();
     if kind == Kind::Classic && public.steering.kind == Kind::Ebpf {
-        public.steer = Arc::new(Classic::start(&parking, public.inside).unwrap());
+        public.steer = Arc::new(Classic::start(&fallback, public.inside).unwrap());
         public.steer.join(SENTINEL, &public.sentinel).unwrap();
         public.steering.kind = Kind::Classic;
     }
@@ -48,7 +48,7 @@ fn connect(public: &Public<u8>, times: usize) -> Vec<TcpStream> {
 fn waiting(public: &Public<u8>) -> BTreeMap<u8, usize> {
     let mut acceptor = Acceptor::new().unwrap();
     let members = public.members.iter().map(|member| (member.owner, &member.socket));
-    let mut all = members.chain([(0, &public.parking)]);
+    let mut all = members.chain([(0, &public.fallback)]);
     let mut waiting = BTreeMap::new();
     for (owner, socket) in &mut all {
         let count = accept_all(socket, &mut acceptor).len();
@@ -171,13 +171,13 @@ fn whoever_leaves_the_others_get_everything() {
             let now = Instant::now();
             public.leave(leaver, now);
             let mut acceptor = Acceptor::new().unwrap();
-            let mut rescued = public.tidy(now, &mut acceptor).len();
-            assert_eq!(public.is_untidy(), kind == Kind::Classic);
-            rescued += public.tidy(now + HANDSHAKE, &mut acceptor).len();
-            assert!(!public.is_untidy());
+            let mut drained = public.collect_leftovers(now, &mut acceptor).len();
+            assert_eq!(public.has_leftovers(), kind == Kind::Classic);
+            drained += public.collect_leftovers(now + HANDSHAKE, &mut acceptor).len();
+            assert!(!public.has_leftovers());
             let taken = waiting(&public);
-            assert_eq!(taken.values().sum::<usize>() + rescued, 40, "{leaver}: {taken:?}");
-            assert_eq!(rescued, if kind == Kind::Classic { queued } else { 0 });
+            assert_eq!(taken.values().sum::<usize>() + drained, 40, "{leaver}: {taken:?}");
+            assert_eq!(drained, if kind == Kind::Classic { queued } else { 0 });
             goes_to(&public, &stayers, 60);
             for owner in &stayers {
                 let way = public.way_to(*owner).unwrap();
@@ -201,9 +201,9 @@ fn the_last_to_leave_leaves_what_waits_to_lbd() {
         let _clients = connect(&public, 10);
         public.rotate(Choice::Rotation, []).unwrap();
         public.leave(1, Instant::now());
-        let rescued = public.tidy(Instant::now(), &mut Acceptor::new().unwrap()).len();
+        let drained = public.collect_leftovers(Instant::now(), &mut Acceptor::new().unwrap()).len();
         let parked = waiting(&public).get(&0).copied().unwrap_or_default();
-        assert_eq!((parked, rescued), if kind == Kind::Ebpf { (10, 0) } else { (0, 10) });
+        assert_eq!((parked, drained), if kind == Kind::Ebpf { (10, 0) } else { (0, 10) });
     });
 }
 
@@ -273,7 +273,7 @@ fn connections_are_counted_by_ebpf_but_not_those_by_a_way() {
     let (socket, _pass) = ways[0].open().unwrap();
     socket.set_nonblocking(false).unwrap();
     socket.connect(&public.inside.into()).unwrap();
-    assert_eq!(ways.each_ref().map(Way::routed), [Some(5), Some(5)]);
+    assert_eq!(ways.each_ref().map(PinnedRoute::routed), [Some(5), Some(5)]);
     assert_eq!([1, 2].map(|owner| public.queued(owner)), [Some(6), Some(5)]);
     // Whoever gets a number next begins at nothing.
     public.rotate(Choice::Rotation, [(2, 2)]).unwrap();
@@ -314,17 +314,17 @@ fn the_rotation_goes_on_over_a_change() {
 fn dropped_it_leaves_an_ordinary_listener() {
     both(|group, _| {
         let Some(public) = group(Choice::Rotation, 2) else { return };
-        let (parking, inside) = (public.parking.try_clone().unwrap(), public.inside);
+        let (fallback, inside) = (public.fallback.try_clone().unwrap(), public.inside);
         drop(public);
         // And one that can be steered anew.
-        let mut public = Public::open(&parking).unwrap();
+        let mut public = Public::open(&fallback).unwrap();
         public.join(7).unwrap();
         public.rotate(Choice::Rotation, [(7, 7)]).unwrap();
         goes_to(&public, &[7], 10);
         drop(public);
-        assert!(!parking.reuse_port().unwrap());
+        assert!(!fallback.reuse_port().unwrap());
         let _clients: Vec<_> = (0..10).map(|_| TcpStream::connect(inside).unwrap()).collect();
-        assert_eq!(accept_all(&parking, &mut Acceptor::new().unwrap()).len(), 10);
+        assert_eq!(accept_all(&fallback, &mut Acceptor::new().unwrap()).len(), 10);
     });
 }
 
@@ -348,10 +348,10 @@ fn one_that_is_closed_by_its_program_refuses_and_can_be_opened_again() {
 #[test]
 fn a_parking_is_steered_again_while_somebody_asks_what_was_routed_before() {
     let Some(public) = group("127.0.0.1:0", Kind::Ebpf, Choice::Rotation, 2) else { return };
-    let (parking, way) = (public.parking().unwrap(), public.way_to(1).unwrap());
+    let (fallback, way) = (public.fallback().unwrap(), public.way_to(1).unwrap());
     let _clients = connect(&public, 4);
     drop(public);
-    let again = Public::<u8>::open(&parking).unwrap();
+    let again = Public::<u8>::open(&fallback).unwrap();
     assert_eq!(again.steering, Steering { kind: Kind::Ebpf, why: None });
     assert_eq!(way.routed(), Some(2));
 }

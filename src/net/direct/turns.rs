@@ -6,7 +6,7 @@ use std::net::IpAddr;
 pub(super) type Key = u32;
 
 /// The socket that gets what no other one is to get: lbd's own.
-pub(super) const PARKING: Key = 0;
+pub(super) const FALLBACK: Key = 0;
 
 /// How a connection is given its turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -9,8 +9,8 @@ use std::{
 
 use super::{
     super::{
-        Action, Event, Fact, ProbeOutcome, Rotation, Slot, Spawn, Supervisor, Ticket, Verdict,
-        WORKERS_ON_A_PORT, Why, WorkerId,
+        Effect, Event, Fact, ProbeOutcome, RetireReason, Rotation, Slot, Spawn, Supervisor, Ticket,
+        Verdict, WORKERS_ON_A_PORT, WorkerId,
     },
     MS,
     process::{Process, Told},
@@ -135,8 +135,8 @@ impl Machine {
     pub(super) fn sweep(&mut self) {
         // A timeout of zero is a deadline at once, but a worker has only so many of them.
         for _ in 0..4 {
-            let actions = self.supervisor.timeout(self.now);
-            self.perform(actions);
+            let effects = self.supervisor.timeout(self.now);
+            self.perform(effects);
             if self.supervisor.deadline().is_none_or(|at| at > self.now) {
                 return;
             }
@@ -204,7 +204,7 @@ impl Machine {
     }
 
     /// An operator's wish, which holds at once and for as long as the slot is there.
-    pub(super) fn place(&mut self, service: Arc<str>, slot: u32, drain: bool) {
+    pub(super) fn position(&mut self, service: Arc<str>, slot: u32, drain: bool) {
         let name = Arc::clone(&service);
         if !drain {
             self.drained.remove(&(Arc::clone(&name), slot));
@@ -227,13 +227,13 @@ impl Machine {
             service.slots.iter().map(|slot| (Arc::clone(&service.config.name), slot.number))
         });
         for (service, slot) in slots.collect::<Vec<_>>() {
-            self.place(service, slot, false);
+            self.position(service, slot, false);
         }
     }
 
     pub(super) fn handle(&mut self, event: Event) {
-        let actions = self.supervisor.handle(event, self.now);
-        self.perform(actions);
+        let effects = self.supervisor.handle(event, self.now);
+        self.perform(effects);
     }
 
     fn any_running(&mut self) -> Option<WorkerId> {
@@ -322,12 +322,12 @@ impl Machine {
         }
     }
 
-    fn perform(&mut self, actions: Vec<Action>) {
+    fn perform(&mut self, effects: Vec<Effect>) {
         self.steps += 1;
-        self.check_retirements(&actions);
-        for action in actions {
-            assert!(!self.finished, "{action:?} after the end");
-            self.carry_out(action);
+        self.check_retirements(&effects);
+        for effect in effects {
+            assert!(!self.finished, "{effect:?} after the end");
+            self.carry_out(effect);
         }
         let services = &self.supervisor;
         let is_there = |(name, slot): &(Arc<str>, u32)| {
@@ -339,10 +339,10 @@ impl Machine {
         self.check();
     }
 
-    fn carry_out(&mut self, action: Action) {
-        match action {
-            Action::Spawn(spawn) => self.spawn(spawn),
-            Action::Signal { id, .. } => {
+    fn carry_out(&mut self, effect: Effect) {
+        match effect {
+            Effect::Spawn(spawn) => self.spawn(spawn),
+            Effect::Signal { id, .. } => {
                 let process = &self.processes[&id];
                 assert_eq!(process.told, Told::Started, "{id:?} is signalled: {process:?}");
                 assert!(process.retired, "{id:?} is signalled before it was retired");
@@ -352,20 +352,20 @@ impl Machine {
                     self.end(id, 2 * PROMPT);
                 }
             }
-            Action::Kill { id } => {
+            Effect::Kill { id } => {
                 let process = self.processes.get_mut(&id).unwrap();
                 assert!(process.told < Told::Ended && !process.killed, "{id:?} is killed");
                 process.killed = true;
                 self.end(id, PROMPT);
             }
-            Action::Probe { id } => {
+            Effect::Probe { id } => {
                 let calm = self.calm;
                 let process = self.processes.get_mut(&id).unwrap();
                 assert!(process.told == Told::Started && !process.probing, "{id:?} is probed");
                 let known =
                     self.supervisor.services().iter().flat_map(super::super::Service::workers);
-                let aside = known.filter(|w| w.aside.is_some()).any(|worker| worker.id == id);
-                assert!(!process.retired || aside, "{id:?} is probed");
+                let drained = known.filter(|w| w.drained.is_some()).any(|worker| worker.id == id);
+                assert!(!process.retired || drained, "{id:?} is probed");
                 process.probing = true;
                 let good = !process.ending && (calm || !(process.hung || process.bad));
                 let took = MS(self.random.u64(0..100));
@@ -379,49 +379,51 @@ impl Machine {
                 let outcome = ProbeOutcome { took, verdict };
                 self.later(self.now + took, Pending::Event(Event::Probed { id, outcome }));
             }
-            Action::Publish { service } => {
+            Effect::Publish { service } => {
                 let rotation = self.supervisor.rotation(&service).expect("nothing to publish");
                 self.published.insert(service, rotation);
             }
-            Action::Retire { id } => {
+            Effect::Retire { id } => {
                 assert!(!self.is_published(id), "{id:?} is retired while it is in rotation");
                 if !self.processes[&id].retired {
                     self.turn(id, true);
                 }
                 self.look_if_idle(id);
             }
-            Action::Reinstate { id } => {
+            Effect::Reinstate { id } => {
                 assert!(!self.is_published(id), "{id:?} is in rotation before it is reinstated");
                 self.turn(id, false);
             }
-            Action::Close { service } => {
+            Effect::Close { service } => {
                 let at = self.now + MS(self.random.u64(0..PROMPT));
                 self.later(at, Pending::Closed { service });
             }
-            Action::Forget { service } => {
+            Effect::Forget { service } => {
                 let left = |p: &Process| p.service == service;
                 assert!(!self.processes.values().any(left), "{service} is forgotten");
                 let rotation = self.published.remove(&service);
                 assert!(rotation.is_none_or(|rotation| rotation.workers.is_empty()));
             }
-            Action::Answer { ticket, .. } => {
+            Effect::Answer { ticket, .. } => {
                 let index = self.tickets.iter().position(|&waiting| waiting == ticket);
                 self.tickets.remove(index.expect("nobody waits for this answer"));
             }
-            Action::Restored(service) => {
+            Effect::Restored(service) => {
                 let old = self.wanted.iter_mut().find(|wanted| wanted.name == service.name);
                 *old.expect("nobody wants this service") = *service;
             }
-            Action::Note(note) => {
+            Effect::Note(note) => {
                 let pid = note.worker.and_then(|worker| worker.pid);
-                if let (Fact::Draining { why: Why::Unhealthy }, Some(pid)) = (note.fact, pid) {
+                if let (Fact::Draining { why: RetireReason::Unhealthy }, Some(pid)) =
+                    (note.fact, pid)
+                {
                     let service = self.supervisor.service(&note.service).unwrap();
                     let until = self.now + service.config.stop.drain_timeout;
                     let id = WorkerId(u64::try_from(pid).unwrap());
                     self.processes.get_mut(&id).unwrap().spared_until = Some(until);
                 }
             }
-            Action::Finished => {
+            Effect::Finished => {
                 assert!(self.processes.is_empty());
                 self.finished = true;
             }
@@ -519,9 +521,9 @@ impl Machine {
 
     /// Where the new one comes first, no worker that serves makes way in its slot for one that has
     /// not been healthy for `rollout.settle`. But a stand-in has proven what it is there for.
-    fn check_retirements(&self, actions: &[Action]) {
-        for action in actions {
-            let Action::Retire { id } = action else { continue };
+    fn check_retirements(&self, effects: &[Effect]) {
+        for effect in effects {
+            let Effect::Retire { id } = effect else { continue };
             let serves = |process: &&Process| {
                 !process.stands_in && process.book.since.is_some() && self.is_published(*id)
             };

@@ -11,8 +11,8 @@ fn drained() -> World {
     world
 }
 
-fn aside(world: &World, id: u64) -> bool {
-    world.web().workers().any(|worker| worker.id.0 == id && worker.aside.is_some())
+fn is_drained(world: &World, id: u64) -> bool {
+    world.web().workers().any(|worker| worker.id.0 == id && worker.drained.is_some())
 }
 
 #[test]
@@ -24,7 +24,7 @@ fn a_healthy_worker_leaves_the_rotation_and_runs_on() {
     assert_eq!(world.idle(1), [""; 0]);
     assert_eq!(world.pass(1), [""; 0]);
     assert_eq!(world.drain(0), [""; 0]);
-    assert!(!world.wait(SEC(3600)).iter().any(|action| action != "probe 1" && action != "probe 2"));
+    assert!(!world.wait(SEC(3600)).iter().any(|effect| effect != "probe 1" && effect != "probe 2"));
     assert_eq!(world.rotation(), [2]);
     assert_eq!(world.resume(0), ["reinstate 1", "publish web"]);
     assert_eq!((world.facts.last(), world.rotation()), (Some(&Fact::Resumed), vec![1, 2]));
@@ -68,7 +68,7 @@ fn an_unhealthy_worker_is_left_alone_and_has_its_time_again() {
     world.fall(1);
     assert_eq!(world.phase(1), Some(Phase::Unhealthy));
     let shown = world.wait(SEC(3600));
-    assert!(shown.iter().all(|action| action.starts_with("probe")), "{shown:?}");
+    assert!(shown.iter().all(|effect| effect.starts_with("probe")), "{shown:?}");
     assert_eq!(world.resume(0), ["reinstate 1"]);
     assert_eq!(world.rotation(), [2], "it has still to prove itself");
     world.probing.clear();
@@ -91,7 +91,7 @@ fn one_that_was_unhealthy_before_is_left_alone_too() {
     world.fall(1);
     assert_eq!(world.drain(0), ["retire 1"]);
     let shown = world.wait(SEC(3600));
-    assert!(shown.iter().all(|action| action.starts_with("probe")), "{shown:?}");
+    assert!(shown.iter().all(|effect| effect.starts_with("probe")), "{shown:?}");
     world.pass(1);
     assert_eq!((world.phase(1), world.rotation()), (Some(Phase::Healthy), vec![2]));
 }
@@ -181,13 +181,13 @@ fn a_limit_does_not_replace_it() {
     world.drain(0);
     world.drain(1);
     let shown = world.wait(SEC(1000));
-    assert!(shown.iter().all(|action| action.starts_with("probe")), "{shown:?}");
+    assert!(shown.iter().all(|effect| effect.starts_with("probe")), "{shown:?}");
     // Back in service it is due at once.
     let shown = world.resume(0);
     assert_eq!(shown, ["reinstate 1", "publish web", "spawn 3 a on any"]);
     // While that is under way it can be kept.
     assert_eq!(world.drain(0), ["publish web", "retire 3", "retire 1"]);
-    assert_eq!((aside(&world, 1), world.rotation()), (true, vec![]));
+    assert_eq!((is_drained(&world, 1), world.rotation()), (true, vec![]));
 }
 
 #[test]
@@ -314,7 +314,7 @@ fn a_restart_that_fails_leaves_it_drained() {
     world.drain(0);
     world.restart_slot(1, 0);
     world.fail_to_start(3);
-    assert!(world.web().slots[0].drained && aside(&world, 1));
+    assert!(world.web().slots[0].drained && is_drained(&world, 1));
     assert_eq!(world.rotation(), [2]);
 }
 
@@ -326,7 +326,7 @@ fn a_drain_meanwhile_wins_over_a_restart() {
     world.started(3);
     assert_eq!(world.drain(0), ["publish web", "retire 3"]);
     assert_eq!(world.pass(3), ["retire 1", "answer 1"]);
-    assert_eq!((world.rotation(), aside(&world, 3)), (vec![2], true));
+    assert_eq!((world.rotation(), is_drained(&world, 3)), (vec![2], true));
     assert_eq!(world.resume(0), ["reinstate 3", "publish web"]);
     // Also before the new one is there.
     let mut world = World::healthy(stop_first(ports("a", &[9002, 9003])));
@@ -344,7 +344,7 @@ fn a_restart_of_all_leaves_it_drained() {
     assert_eq!(world.restart(1, Some("web")), ["spawn 3 a on any", "retire 3"]);
     assert!(world.up(3).contains(&"retire 1".to_owned()));
     world.up(4);
-    assert_eq!((world.rotation(), aside(&world, 3)), (vec![4], true));
+    assert_eq!((world.rotation(), is_drained(&world, 3)), (vec![4], true));
 }
 
 #[test]

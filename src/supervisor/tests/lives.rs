@@ -84,7 +84,7 @@ fn the_delay_doubles_with_each_failure_and_health_ends_that() {
 fn a_program_that_can_not_be_started_is_tried_again() {
     let mut world = World::begin(ports("a", &[9002]));
     assert_eq!(world.fail_to_start(1), ["publish web"]);
-    let Some(Fact::Down { reason, failure: crate::supervisor::Failure::NotStarted, .. }) =
+    let Some(Fact::Down { reason, failure: crate::supervisor::DownKind::NotStarted, .. }) =
         world.facts.last()
     else {
         panic!()
@@ -137,13 +137,13 @@ fn coming_tells_when_a_worker_can_be_there() {
 
 #[test]
 fn each_end_is_counted_once_and_by_its_cause() {
-    use crate::supervisor::Cause::{self, Exit, NotStarted, Signal, Stopped, Unhealthy};
-    let mut counted: Vec<Cause> = Vec::new();
+    use crate::supervisor::ExitCause::{self, Exit, NotStarted, Signal, Stopped, Unhealthy};
+    let mut counted: Vec<ExitCause> = Vec::new();
     let mut world = World::healthy(stop_first(ports("a", &[9002])));
-    let mut counts = |world: &World, cause: Cause| {
+    let mut counts = |world: &World, cause: ExitCause| {
         counted.push(cause);
-        let of = |cause: Cause| counted.iter().filter(|known| **known == cause).count() as u64;
-        assert_eq!(world.web().slots[0].exits, Cause::ALL.map(of), "{cause:?}");
+        let of = |cause: ExitCause| counted.iter().filter(|known| **known == cause).count() as u64;
+        assert_eq!(world.web().slots[0].exits, ExitCause::ALL.map(of), "{cause:?}");
     };
     world.end(1);
     counts(&world, Exit);
@@ -195,7 +195,7 @@ fn a_port_that_is_taken_is_looked_at_every_other_second() {
         else {
             panic!("{:?}", world.facts)
         };
-        assert_eq!((u64::from(*failures), *failure), (id, crate::supervisor::Failure::NotTried));
+        assert_eq!((u64::from(*failures), *failure), (id, crate::supervisor::DownKind::NotTried));
         assert!(*delay <= SEC(2), "{delay:?}");
         assert_eq!(world.wait(SEC(2)).last(), Some(&format!("spawn {} a on 9002", id + 1)));
     }

@@ -85,7 +85,7 @@ fn a_worker_that_is_not_healthy_in_time_is_killed_and_counts_as_failed() {
     assert_eq!(reason, "not healthy within 1m: connection refused");
     assert_eq!(
         (*restart_in, *failures, *failure),
-        (Some(MS(100)), 1, crate::supervisor::Failure::NotHealthy)
+        (Some(MS(100)), 1, crate::supervisor::DownKind::NotHealthy)
     );
     assert_eq!(world.gone(1), [""; 0]);
     assert_eq!(world.wait(MS(100)), ["publish web", "spawn 2 a on 9002"]);
@@ -229,7 +229,7 @@ fn a_start_that_is_hopeless_is_given_up_at_once() {
     let Some(Fact::Down { reason, restart_in: Some(_), failure, .. }) = world.facts.last() else {
         panic!("{:?}", world.facts)
     };
-    let expected = ("it listens on port 3000", crate::supervisor::Failure::NotHealthy);
+    let expected = ("it listens on port 3000", crate::supervisor::DownKind::NotHealthy);
     assert_eq!((&**reason, *failure), expected);
     world.gone(1);
     assert_eq!(world.wait(MS(100)), ["publish web", "spawn 2 a on 9002"]);

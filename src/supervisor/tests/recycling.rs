@@ -3,7 +3,7 @@
 use std::num::NonZeroU64;
 
 use super::*;
-use crate::supervisor::Worn;
+use crate::supervisor::LimitExceeded;
 
 /// `service`, whose workers may have 100 bytes.
 fn small(mut service: config::Service) -> config::Service {
@@ -42,7 +42,7 @@ impl World {
             }
         }
         self.now = end;
-        shown.retain(|action| !action.starts_with("probe "));
+        shown.retain(|effect| !effect.starts_with("probe "));
         shown
     }
 }
@@ -52,7 +52,7 @@ fn a_worker_past_its_memory_serves_until_its_successor_does() {
     let mut world = World::healthy(small(count("a", 2)));
     assert_eq!(world.memory(1, 100), [""; 0], "just as much as it may have");
     assert_eq!(world.memory(1, 101), ["publish web", "spawn 3 a on any"]);
-    let worn = Worn::Memory { bytes: 101, limit: 100 };
+    let worn = LimitExceeded::Memory { bytes: 101, limit: 100 };
     assert_eq!(world.facts.last(), Some(&Fact::Recycling { worn }));
     assert_eq!(world.rotation(), [1, 2]);
     assert_eq!(world.memory(1, 200), [""; 0], "already on its way");
@@ -164,7 +164,7 @@ fn max_age_comes_a_little_earlier_for_some_and_never_for_all_at_once() {
     assert!(total <= SEC(101), "{due:?}");
     let limit = SEC(1000);
     for fact in &world.facts {
-        if let Fact::Recycling { worn: Worn::Age { age, limit: of } } = fact {
+        if let Fact::Recycling { worn: LimitExceeded::Age { age, limit: of } } = fact {
             assert!(*of == limit && *age <= limit && *age >= SEC(900), "{fact:?}");
         }
     }

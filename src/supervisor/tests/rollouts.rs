@@ -42,7 +42,7 @@ fn stopped_first_no_two_of_a_slot_run_at_once_on_whatever_sockets() {
         assert_eq!(world.idle(1), ["SIGTERM 1"]);
         world.exit(1);
         assert_eq!(world.spawns.len(), 2, "{socket:?}: its children may still run");
-        assert!(world.gone(1).iter().any(|action| action.starts_with("spawn 3 a")));
+        assert!(world.gone(1).iter().any(|effect| effect.starts_with("spawn 3 a")));
         world.up(3);
         assert_eq!((world.rotation(), world.spawns.len()), (vec![3], 3), "{socket:?}");
         world.idle(2);

@@ -44,7 +44,7 @@ fn one_that_ends_before_it_has_settled_ends_the_rollout() {
     world.wait(MS(999));
     assert_eq!(world.exit(3), [refused("exit status 1")]);
     assert_eq!(world.rotation(), [1, 2]);
-    assert!(!world.wait(SEC(60)).iter().any(|action| action.starts_with("spawn")));
+    assert!(!world.wait(SEC(60)).iter().any(|effect| effect.starts_with("spawn")));
 }
 
 #[test]
@@ -77,7 +77,7 @@ fn health_counts_without_a_break_only() {
     world.wait(SEC(4));
     let shown = world.answer_probe(2, Some("connection refused"));
     assert!(
-        shown.iter().any(|action| action.starts_with("answer 1: web: slot 0: unhealthy again"))
+        shown.iter().any(|effect| effect.starts_with("answer 1: web: slot 0: unhealthy again"))
     );
     assert!(shown.contains(&"restored web".to_owned()), "{shown:?}");
 }

@@ -1,7 +1,7 @@
 //! Replacing a worker that binds the slot's own port, with one on a free port that serves meanwhile.
 
 use super::*;
-use crate::supervisor::Worn;
+use crate::supervisor::LimitExceeded;
 
 const SEE: &str = " (started on a free port, to stand in while the port is handed over: for a \
     program that ignores $PORT or can't run twice set rollout.order = \"stop-first\")";
@@ -85,7 +85,7 @@ fn one_that_fails_refuses_the_rollout_and_names_the_key() {
     assert_eq!(world.exit(2), ["publish web", &answer, "restored web"]);
     assert_eq!((world.rotation(), world.web().config.clone()), (vec![1], one("a")));
     world.gone(2);
-    assert!(!world.wait(SEC(60)).iter().any(|action| action.starts_with("spawn")));
+    assert!(!world.wait(SEC(60)).iter().any(|effect| effect.starts_with("spawn")));
     // The same of a restart.
     world.restart(2, None);
     let shown = world.fail_to_start(3);
@@ -105,7 +105,7 @@ fn it_serves_on_where_the_one_on_the_port_fails() {
     // And tries again when nothing of that is left.
     assert_eq!(world.wait(SEC(1)), ["probe 2"]);
     assert_eq!(world.gone(3), ["publish web", "spawn 4 b on 9002"]);
-    assert_eq!(world.facts.last(), Some(&Fact::Recycling { worn: Worn::StandIn }));
+    assert_eq!(world.facts.last(), Some(&Fact::Recycling { worn: LimitExceeded::StandIn }));
     world.end(4);
     assert_eq!(world.wait(MS(100)).last().map(String::as_str), Some("spawn 5 b on 9002"));
     assert_eq!(world.rotation(), [2]);

@@ -125,7 +125,7 @@ fn a_stop_refuses_what_is_asked_for_later() {
 #[test]
 fn a_stop_of_nothing_is_finished_at_once() {
     let mut supervisor = Supervisor::new(1);
-    assert_eq!(supervisor.handle(Event::Stop, Instant::now()), [Action::Finished]);
+    assert_eq!(supervisor.handle(Event::Stop, Instant::now()), [Effect::Finished]);
 }
 
 #[test]

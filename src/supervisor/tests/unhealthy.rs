@@ -1,14 +1,14 @@
 //! A worker that stays unhealthy is replaced, by way of draining: it may be busy, not dead.
 
 use super::*;
-use crate::supervisor::Failure;
+use crate::supervisor::DownKind;
 
 /// One worker on a free port, unhealthy for as long as it may be, and the start of its replacement.
 fn replaced(config: config::Service) -> World {
     let mut world = World::healthy(config);
     world.fall(1);
     assert_eq!(world.coming(), Coming::Never, "nothing is on its way");
-    assert!(!world.wait(MS(29_999)).iter().any(|action| action.starts_with("spawn")));
+    assert!(!world.wait(MS(29_999)).iter().any(|effect| effect.starts_with("spawn")));
     assert_eq!(world.wait(MS(1)), ["publish web", "spawn 2 a on any"]);
     assert_eq!((world.phase(1), world.coming()), (Some(Phase::Unhealthy), Coming::Now));
     world
@@ -23,11 +23,11 @@ fn its_replacement_is_proven_before_it_is_retired() {
         };
         assert_eq!(
             (&**reason, *failure),
-            ("unhealthy for 30s: connection refused", Failure::NotHealthy)
+            ("unhealthy for 30s: connection refused", DownKind::NotHealthy)
         );
         assert_eq!(world.up(2), ["publish web", "retire 1"]);
         assert_eq!(world.rotation(), [2]);
-        let why = crate::supervisor::Why::Unhealthy;
+        let why = crate::supervisor::RetireReason::Unhealthy;
         assert!(world.facts.contains(&Fact::Draining { why }));
     }
 }
@@ -40,7 +40,7 @@ fn it_is_drained_whatever_the_rules_of_a_stop() {
     world.up(2);
     assert!(matches!(world.phase(1), Some(Phase::Draining { .. })));
     let shown = world.wait(MS(29_999));
-    assert!(!shown.iter().any(|action| action.contains("TERM")), "{shown:?}");
+    assert!(!shown.iter().any(|effect| effect.contains("TERM")), "{shown:?}");
     assert!(world.wait(MS(1)).contains(&"SIGTERM 1".to_owned()));
     assert!(world.wait(SEC(10)).contains(&"kill 1".to_owned()));
     // Or as soon as it holds nothing more.
@@ -70,7 +70,7 @@ fn one_that_recovers_meanwhile_stays() {
     assert_eq!(world.pass(1), ["publish web", "retire 2", "SIGTERM 2"]);
     assert_eq!(world.rotation(), [1]);
     world.end(2);
-    assert!(!world.wait(SEC(60)).iter().any(|action| action.starts_with("spawn")));
+    assert!(!world.wait(SEC(60)).iter().any(|effect| effect.starts_with("spawn")));
     // Also where the replacement is healthy already, and serves for it while it settles.
     let mut config = count("a", 1);
     config.rollout.settle = SEC(5);

@@ -10,28 +10,28 @@ use std::{
 
 use socket2::Socket;
 
-use crate::net::direct::{Pass, Way};
+use crate::net::direct::{PinGuard, PinnedRoute};
 
 /// How a worker is reached on its addresses, of which there is one at least.
 #[derive(Debug, Clone)]
-pub struct Ways {
+pub struct PinnedRoutes {
     /// On the first of them.
-    pub first: Way,
+    pub first: PinnedRoute,
     /// On the others.
-    pub others: Vec<Way>,
+    pub others: Vec<PinnedRoute>,
 }
 
-impl Ways {
+impl PinnedRoutes {
     /// How many connections it was given on all of them, if that is counted.
     fn routed(&self) -> Option<u64> {
-        std::iter::once(&self.first).chain(&self.others).map(Way::routed).sum()
+        std::iter::once(&self.first).chain(&self.others).map(PinnedRoute::routed).sum()
     }
 }
 
 /// The connections that the kernel hands to one worker: counted by the program that steers them, and
 /// looked up from time to time.
 pub(super) struct Direct {
-    ways: Ways,
+    routes: PinnedRoutes,
     /// How many it was given, once it gets no more.
     routed: OnceLock<Option<u64>>,
     /// How often it was retired: a sample from before does not say that it is idle.
@@ -44,9 +44,9 @@ pub(super) struct Direct {
 const UNKNOWN: u32 = u32::MAX;
 
 impl Direct {
-    pub(super) fn new(ways: Ways) -> Self {
+    pub(super) fn new(routes: PinnedRoutes) -> Self {
         let (epoch, sample) = (AtomicU32::new(0), AtomicU64::new(0));
-        Self { ways, routed: OnceLock::new(), epoch, sample }
+        Self { routes, routed: OnceLock::new(), epoch, sample }
     }
 
     /// How many it has, by the last sample; `None` where that can't be told.
@@ -57,7 +57,7 @@ impl Direct {
 
     /// How many it was given ever, if that is counted.
     pub(super) fn routed(&self) -> Option<u64> {
-        self.routed.get().copied().unwrap_or_else(|| self.ways.routed())
+        self.routed.get().copied().unwrap_or_else(|| self.routes.routed())
     }
 
     pub(super) fn epoch(&self) -> u32 {
@@ -82,12 +82,12 @@ impl Direct {
     /// It gets none any more, and has none.
     pub(super) fn left(&self) {
         // It leaves once.
-        _ = self.routed.set(self.ways.routed());
+        _ = self.routed.set(self.routes.routed());
         self.sampled(self.epoch(), Some(0));
     }
 
     /// A socket to connect to the worker with.
-    pub(super) fn open(&self) -> io::Result<(Socket, Pass)> {
-        self.ways.first.open()
+    pub(super) fn open(&self) -> io::Result<(Socket, PinGuard)> {
+        self.routes.first.open()
     }
 }

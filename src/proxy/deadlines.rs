@@ -29,12 +29,12 @@ impl Links {
 
 /// The connections that wait for one thing, longest first.
 #[derive(Debug)]
-pub(super) struct Queue {
+pub(super) struct DeadlineList {
     first: u32,
     last: u32,
 }
 
-impl Queue {
+impl DeadlineList {
     pub(super) fn new() -> Self {
         Self { first: NIL, last: NIL }
     }

@@ -11,27 +11,27 @@ use std::{
 
 use socket2::Socket;
 
-use super::{passed::PassedSockets, publics::Publics};
+use super::{direct_listeners::DirectListeners, passed::PassedSockets};
 use crate::{
     config::{self, Listen, UnixAccess},
-    proxy::{AccessChange, BindError, DataPlane, Listener, ListenerId, Pool, ServiceRoute},
+    proxy::{AccessChange, BindError, DataPlane, Listener, ListenerId, Pool, ServiceHandle},
 };
 
 /// The public sides of all services, by name.
 #[derive(Debug)]
-pub(super) struct Fronts {
+pub(super) struct Frontends {
     plane: Rc<DataPlane>,
     access: Arc<AtomicBool>,
     /// What the service manager made, and keeps.
     passed: PassedSockets,
-    fronts: HashMap<Arc<str>, Front>,
+    frontends: HashMap<Arc<str>, Front>,
     /// Services that are gone but still hold connections: clients that read slowly.
-    lingering: Vec<Arc<ServiceRoute>>,
+    lingering: Vec<Arc<ServiceHandle>>,
 }
 
 #[derive(Debug)]
 struct Front {
-    route: Arc<ServiceRoute>,
+    route: Arc<ServiceHandle>,
     open: HashMap<Listen, ListenerId>,
     /// What its listeners were last told.
     keepalive: Duration,
@@ -65,21 +65,21 @@ struct Move {
     to: Arc<str>,
 }
 
-impl Fronts {
+impl Frontends {
     pub(super) fn new(
         plane: Rc<DataPlane>,
         access: Arc<AtomicBool>,
         passed: PassedSockets,
     ) -> Self {
-        Self { plane, access, passed, fronts: HashMap::new(), lingering: Vec::new() }
+        Self { plane, access, passed, frontends: HashMap::new(), lingering: Vec::new() }
     }
 
     /// Binds every address of `services` that is not open yet and for which no socket was passed, or is
-    /// among the `publics`. Nobody is accepted until [`Self::open`]; dropped, all are let go.
+    /// among the `direct_listeners`. Nobody is accepted until [`Self::open`]; dropped, all are let go.
     pub(super) fn bind(
         &self,
         services: &[config::Service],
-        publics: &Publics,
+        direct_listeners: &DirectListeners,
     ) -> Result<Bound, (Arc<str>, BindError)> {
         let mut bound = Bound::default();
         for service in services {
@@ -100,7 +100,7 @@ impl Fronts {
                         from: Arc::clone(owner),
                         to: name,
                     }),
-                    None => match self.bind_one(listen, &access, services, publics) {
+                    None => match self.bind_one(listen, &access, services, direct_listeners) {
                         Ok(listener) => bound.new.push((name, listener)),
                         Err(error) => return Err((name, error)),
                     },
@@ -113,7 +113,7 @@ impl Fronts {
     /// lbd's own socket at `address`: one that is open, or was just bound.
     pub(super) fn socket(&self, address: SocketAddr, bound: &Bound) -> Option<io::Result<Socket>> {
         let listen = Listen::Tcp(address);
-        let open = self.fronts.values().find_map(|front| front.open.get(&listen));
+        let open = self.frontends.values().find_map(|front| front.open.get(&listen));
         open.and_then(|id| self.plane.socket(*id)).or_else(|| {
             let new = bound.new.iter().find(|(_, listener)| *listener.listen() == listen);
             new.map(|(_, listener)| listener.socket())
@@ -123,7 +123,7 @@ impl Fronts {
     /// Detaches what changes hands from the service that had it, which is not to close it.
     pub(super) fn detach(&mut self, bound: &Bound) -> Vec<(Arc<str>, Listen, ListenerId)> {
         let take = |change: &Move| {
-            let id = self.fronts.get_mut(&change.from)?.open.remove(&change.listen)?;
+            let id = self.frontends.get_mut(&change.from)?.open.remove(&change.listen)?;
             Some((Arc::clone(&change.to), change.listen.clone(), id))
         };
         bound.moving.iter().filter_map(take).collect()
@@ -134,7 +134,7 @@ impl Fronts {
     pub(super) fn open(&mut self, bound: Bound, moved: Vec<(Arc<str>, Listen, ListenerId)>) {
         bound.access.into_iter().for_each(AccessChange::keep);
         for (name, listen, id) in moved {
-            if let Some(front) = self.fronts.get_mut(&name) {
+            if let Some(front) = self.frontends.get_mut(&name) {
                 let socket = self.passed.find(&listen).map(|shared| shared.name());
                 tracing::info!(service = &*name, address = %listen, socket, "listening");
                 self.plane.reassign(id, &front.route);
@@ -142,7 +142,7 @@ impl Fronts {
             }
         }
         for (name, listener) in bound.new {
-            if let Some(front) = self.fronts.get_mut(&name) {
+            if let Some(front) = self.frontends.get_mut(&name) {
                 let listen = listener.listen().clone();
                 let socket = self.passed.find(&listen).map(|shared| shared.name());
                 tracing::info!(service = &*name, address = %listen, socket, "listening");
@@ -153,12 +153,12 @@ impl Fronts {
     }
 
     fn id(&self, listen: &Listen) -> Option<ListenerId> {
-        self.fronts.values().find_map(|front| front.open.get(listen)).copied()
+        self.frontends.values().find_map(|front| front.open.get(listen)).copied()
     }
 
     fn owner(&self, listen: &Listen) -> Option<&Arc<str>> {
         let has = |front: &Front| front.open.contains_key(listen);
-        self.fronts.iter().find(|(_, front)| has(front)).map(|(name, _)| name)
+        self.frontends.iter().find(|(_, front)| has(front)).map(|(name, _)| name)
     }
 
     /// Binds beside those of our own listeners on the same port that `services` do without: as
@@ -169,13 +169,13 @@ impl Fronts {
         listen: &Listen,
         access: &UnixAccess,
         services: &[config::Service],
-        publics: &Publics,
+        direct_listeners: &DirectListeners,
     ) -> Result<Listener, BindError> {
         if let Some(listener) = self.passed.listener(listen, access) {
             return listener;
         }
         if let Listen::Tcp(address) = listen
-            && let Some(Ok(socket)) = publics.reopen(*address)
+            && let Some(Ok(socket)) = direct_listeners.reopen(*address)
         {
             return Listener::again(socket, listen);
         }
@@ -187,7 +187,7 @@ impl Fronts {
             (Listen::Tcp(open), Listen::Tcp(new)) => open.port() == new.port(),
             (Listen::Tcp(_) | Listen::Unix(_), _) => false,
         };
-        let open = self.fronts.values().flat_map(|front| &front.open);
+        let open = self.frontends.values().flat_map(|front| &front.open);
         let replaced: Vec<_> =
             open.filter(|(open, _)| goes(open) && overlaps(open)).map(|(_, id)| *id).collect();
         match listen {
@@ -201,7 +201,7 @@ impl Fronts {
 
     /// The listeners of `service` that are not in `keep`: to be closed by the caller.
     pub(super) fn take_closing(&mut self, service: &str, keep: &[Listen]) -> Vec<ListenerId> {
-        let Some(front) = self.fronts.get_mut(service) else { return Vec::new() };
+        let Some(front) = self.frontends.get_mut(service) else { return Vec::new() };
         front.open.extract_if(|listen, _| !keep.contains(listen)).map(|(_, id)| id).collect()
     }
 
@@ -219,7 +219,7 @@ impl Fronts {
     /// Publishes who can be handed a connection.
     pub(super) fn publish(&mut self, name: &Arc<str>, pool: Pool) {
         let keepalive = pool.routing().keepalive;
-        if let Some(front) = self.fronts.get_mut(name) {
+        if let Some(front) = self.frontends.get_mut(name) {
             front.route.publish(pool);
             if std::mem::replace(&mut front.keepalive, keepalive) != keepalive {
                 front.open.values().for_each(|id| self.plane.keep_alive(*id, keepalive));
@@ -228,16 +228,16 @@ impl Fronts {
         }
         let route = self.plane.service(Arc::clone(name), pool, Arc::clone(&self.access));
         let front = Front { route, open: HashMap::new(), keepalive };
-        self.fronts.insert(Arc::clone(name), front);
+        self.frontends.insert(Arc::clone(name), front);
     }
 
-    pub(super) fn route(&self, service: &str) -> Option<&Arc<ServiceRoute>> {
-        self.fronts.get(service).map(|front| &front.route)
+    pub(super) fn route(&self, service: &str) -> Option<&Arc<ServiceHandle>> {
+        self.frontends.get(service).map(|front| &front.route)
     }
 
     /// Lets go of a service that has neither listeners nor workers left.
     pub(super) fn forget(&mut self, service: &str) {
-        self.lingering.extend(self.fronts.remove(service).map(|front| front.route));
+        self.lingering.extend(self.frontends.remove(service).map(|front| front.route));
         self.lingering.retain(|route| route.active() > 0);
     }
 
@@ -253,7 +253,7 @@ impl Fronts {
         }
     }
 
-    fn routes(&self) -> impl Iterator<Item = &Arc<ServiceRoute>> {
-        self.fronts.values().map(|front| &front.route).chain(&self.lingering)
+    fn routes(&self) -> impl Iterator<Item = &Arc<ServiceHandle>> {
+        self.frontends.values().map(|front| &front.route).chain(&self.lingering)
     }
 }

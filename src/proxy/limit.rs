@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 
 /// Counts what is held, and never lets more in than the limit.
 #[derive(Debug)]
-pub(super) struct Gate {
+pub(super) struct ConnectionLimit {
     held: AtomicUsize,
     limit: AtomicUsize,
     /// Somebody was turned away since the last wakeup.
@@ -20,7 +20,7 @@ pub(super) struct Left {
     pub(super) empty: bool,
 }
 
-impl Gate {
+impl ConnectionLimit {
     pub(super) fn new(limit: usize) -> Self {
         Self {
             held: AtomicUsize::new(0),
@@ -83,7 +83,7 @@ mod tests {
 
     #[test]
     fn no_more_than_the_limit_and_a_wakeup_for_those_turned_away() {
-        let gate = Gate::new(2);
+        let gate = ConnectionLimit::new(2);
         assert!(gate.enter() && gate.enter() && !gate.enter());
         assert_eq!(gate.leave(), Left { wake: true, empty: false });
         assert_eq!(gate.leave(), Left { wake: false, empty: true });
@@ -96,7 +96,7 @@ mod tests {
 
     #[test]
     fn nobody_turned_away_is_forgotten() {
-        let gate = Gate::new(1);
+        let gate = ConnectionLimit::new(1);
         let (wake, woken) = mpsc::channel();
         thread::scope(|scope| {
             let holder = scope.spawn(|| {

@@ -13,15 +13,15 @@ use nix::{
 use socket2::{Domain, Socket};
 
 use super::{
-    connection::{Connection, End, Stage},
+    backend::{Backend, Lease},
+    connection::{Connection, Outcome, Stage},
+    counters::ConnectError,
+    deadlines::Links,
     listener::keepalive,
-    pool::{Choice, Nobody},
-    queue::Links,
+    pool::{Choice, NoBackend},
     reactor::{Reactor, Service, Subject, grain},
     relay::{Pumped, Side},
     shortage::Shortage,
-    tally::Refusal,
-    upstream::{Lease, Upstream},
 };
 use crate::{
     config::Routing,
@@ -47,12 +47,12 @@ enum Found {
     /// The connection has one, or is being connected, or is no more.
     Done,
     /// None: this is why.
-    None(Why),
+    None(WaitReason),
 }
 
 /// Why there is no worker for a connection, though there are some in the pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Why {
+enum WaitReason {
     /// Each of them refused it.
     Refused,
     /// Not all of them did, and for the others there is too little of this.
@@ -73,22 +73,28 @@ impl Reactor {
             (Some(Stage::Relaying), side) => {
                 self.relay(key);
                 // Where it couldn't be read for what is in front of it.
-                let end = if side == Subject::Worker { End::WorkerReset } else { End::ClientReset };
+                let end = if side == Subject::Worker {
+                    Outcome::WorkerReset
+                } else {
+                    Outcome::ClientReset
+                };
                 if is_broken && self.connections.contains(key) {
                     self.finish(key, end);
                 }
             }
             (Some(Stage::Ending), _) => self.look_whether_noticed(key),
             (Some(Stage::Connecting), Subject::Worker) => self.connected(key, edge),
-            (Some(Stage::Fresh | Stage::Header), _) if is_broken => {
+            (Some(Stage::AwaitingFirstBytes | Stage::AwaitingHeader), _) if is_broken => {
                 let end = connection.early_end();
                 self.finish(key, end);
             }
-            (Some(Stage::Connecting), _) if is_broken => self.finish(key, End::ClientGone),
-            (Some(Stage::Header), _) => self.read_header(key),
-            (Some(Stage::Fresh), _) if connection.client.is_readable() => self.place(key),
-            (Some(Stage::Fresh | Stage::Connecting), _) => {}
-            _ if is_broken || connection.client.is_spent() => self.finish(key, End::ClientGone),
+            (Some(Stage::Connecting), _) if is_broken => self.finish(key, Outcome::ClientGone),
+            (Some(Stage::AwaitingHeader), _) => self.read_header(key),
+            (Some(Stage::AwaitingFirstBytes), _) if connection.client.is_readable() => {
+                self.assign(key)
+            }
+            (Some(Stage::AwaitingFirstBytes | Stage::Connecting), _) => {}
+            _ if is_broken || connection.client.is_spent() => self.finish(key, Outcome::ClientGone),
             _ => {}
         }
     }
@@ -101,36 +107,36 @@ impl Reactor {
         }
         let begin = &mut self.buffer[..LONGEST_RECEIVED];
         let received = match connection.client.peek(begin) {
-            Ok(0) => return self.finish(key, End::NothingSaid),
+            Ok(0) => return self.finish(key, Outcome::NothingSaid),
             Ok(count) => received(&begin[..count]).map(|header| (header, count)),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-            Err(_) => return self.finish(key, End::ClientGone),
+            Err(_) => return self.finish(key, Outcome::ClientGone),
         };
         let header = match received {
             Ok((Some(header), count)) if header.length <= count => header,
             // The rest makes another edge.
             Ok((_, count)) if count < LONGEST_RECEIVED && !connection.client.is_closed() => return,
-            Ok(_) | Err(NoHeader) => return self.finish(key, End::NoHeader),
+            Ok(_) | Err(NoHeader) => return self.finish(key, Outcome::NoHeader),
         };
         let rest = &mut self.buffer[..header.length];
         if (&connection.client.socket).read_exact(rest).is_err() {
-            return self.finish(key, End::ClientGone);
+            return self.finish(key, Outcome::ClientGone);
         }
         if let Some(ends) = header.ends {
             connection.is_of(ends);
         }
-        self.enter(key, Stage::Fresh);
+        self.enter(key, Stage::AwaitingFirstBytes);
         // What is behind it may be there already, and makes no edge of its own then.
         if self.connections[key].client.look() {
-            self.place(key);
+            self.assign(key);
         }
     }
 
     /// Finds a worker for a connection that none waits in front of; else it waits behind them.
-    pub(super) fn place(&mut self, key: usize) {
+    pub(super) fn assign(&mut self, key: usize) {
         let connection = &mut self.connections[key];
         // Whoever only looks whether somebody is there has an answer, and the worker no connection.
-        if connection.stage == Some(Stage::Fresh) && connection.client.is_spent() {
+        if connection.stage == Some(Stage::AwaitingFirstBytes) && connection.client.is_spent() {
             let end = connection.early_end();
             return self.finish(key, end);
         }
@@ -141,13 +147,13 @@ impl Reactor {
             match self.find(key, Choice::Clear) {
                 Found::Done => {}
                 // An empty line needs somebody who looks.
-                Found::None(Why::Short(_)) => {
+                Found::None(WaitReason::Short(_)) => {
                     self.wait(key);
                     self.advance(service);
                 }
                 Found::None(why) => self.stay(key, why),
             }
-        } else if pool.upstreams().is_empty() {
+        } else if pool.backends().is_empty() {
             // Nothing to look for.
             self.hold(key);
         } else {
@@ -185,7 +191,7 @@ impl Reactor {
                 route.pass_on(Some(self.thread));
                 return;
             };
-            if pool.upstreams().is_empty() {
+            if pool.backends().is_empty() {
                 if !self.hold(key) {
                     continue;
                 }
@@ -214,7 +220,7 @@ impl Reactor {
         let token = self.token(key, Subject::Client);
         self.shielded(token, |reactor, key| match reactor.find(key, Choice::Any) {
             Found::Done => {}
-            Found::None(Why::Refused) if is_last => reactor.finish(key, End::NoWorker),
+            Found::None(WaitReason::Refused) if is_last => reactor.finish(key, Outcome::NoWorker),
             Found::None(why) => reactor.stay(key, why),
         });
     }
@@ -226,7 +232,7 @@ impl Reactor {
             && of.hold_deadline().is_some_and(|at| at <= self.now)
         {
             let is_refused = of.line.doubt.is_some();
-            self.finish(key, if is_refused { End::NoWorker } else { End::HoldTimeout });
+            self.finish(key, if is_refused { Outcome::NoWorker } else { Outcome::HoldTimeout });
         }
         let now = self.now;
         let Some(Service { line, .. }) = self.services.get_mut(service) else { return };
@@ -278,16 +284,16 @@ impl Reactor {
         loop {
             let mut lease = match pool.pick(client, &mut connection.tried, choice) {
                 Ok(lease) => lease,
-                Err(Nobody::Left) => break,
-                Err(Nobody::Congested) => {
+                Err(NoBackend::Left) => break,
+                Err(NoBackend::Congested) => {
                     short.get_or_insert(Shortage::Queues);
                     break;
                 }
-                Err(Nobody::HasRoom) if is_marked => {
+                Err(NoBackend::HasRoom) if is_marked => {
                     short.get_or_insert(Shortage::Workers);
                     break;
                 }
-                Err(Nobody::HasRoom) => {
+                Err(NoBackend::HasRoom) => {
                     route.mark_crowded();
                     is_marked = true;
                     continue;
@@ -341,12 +347,12 @@ impl Reactor {
                     // Looks are not counted: they are made for those that wait, and often.
                     if choice == Choice::Clear {
                         connection.is_retried = true;
-                        lease.count_refusal(Refusal::Timeout);
+                        lease.count_refusal(ConnectError::Timeout);
                     }
                 }
                 (None, error) => {
                     connection.is_retried = true;
-                    lease.count_refusal(Refusal::of(error));
+                    lease.count_refusal(ConnectError::of(error));
                 }
             }
             drop(lease);
@@ -357,17 +363,17 @@ impl Reactor {
         // What came to nothing because of a full queue, before this attempt.
         let was_full = self.connections[key].met_full_queue.then_some(Shortage::Queues);
         match short.or(was_full) {
-            Some(short) => Found::None(Why::Short(short)),
-            None => Found::None(Why::Refused),
+            Some(short) => Found::None(WaitReason::Short(short)),
+            None => Found::None(WaitReason::Refused),
         }
     }
 
     /// Waits, for that reason, in the line.
-    fn stay(&mut self, key: usize, why: Why) {
+    fn stay(&mut self, key: usize, why: WaitReason) {
         let connection = &self.connections[key];
         let (begun, service) = (connection.begun(), connection.service as usize);
         let Service { pool, .. } = &self.services[service];
-        if pool.upstreams().is_empty() {
+        if pool.backends().is_empty() {
             self.hold(key);
             return;
         }
@@ -378,7 +384,7 @@ impl Reactor {
         let now = self.now;
         let Service { line, route, pool, .. } = &mut self.services[service];
         match why {
-            Why::Short(short) => {
+            WaitReason::Short(short) => {
                 if !route.shortages().lasts(short) {
                     route.is_short_of(short);
                 }
@@ -386,10 +392,10 @@ impl Reactor {
                 line.look_again.get_or_insert(now + pause);
             }
             // It is published when it is there; but those that refused may take the next one before.
-            Why::Refused if is_coming => {
+            WaitReason::Refused if is_coming => {
                 line.look_again.get_or_insert(now + SHORT);
             }
-            Why::Refused => {
+            WaitReason::Refused => {
                 let doubt = pool.routing().hold_timeout.min(DOUBT);
                 line.doubt.get_or_insert(now + doubt);
             }
@@ -403,10 +409,10 @@ impl Reactor {
         if pool.is_coming_by(connection.begun()) {
             self.wait(key)
         } else if connection.client.is_spent() {
-            self.finish(key, End::ClientGone);
+            self.finish(key, Outcome::ClientGone);
             false
         } else {
-            self.finish(key, End::NoWorker);
+            self.finish(key, Outcome::NoWorker);
             false
         }
     }
@@ -414,14 +420,14 @@ impl Reactor {
     /// Joins those that wait, or stays among them, unless the client has left. Whether it does.
     fn wait(&mut self, key: usize) -> bool {
         let connection = &self.connections[key];
-        if connection.stage == Some(Stage::Waiting) {
+        if connection.stage == Some(Stage::AwaitingWorker) {
             return true;
         }
         if connection.client.is_spent() {
-            self.finish(key, End::ClientGone);
+            self.finish(key, Outcome::ClientGone);
             return false;
         }
-        self.enter(key, Stage::Waiting);
+        self.enter(key, Stage::AwaitingWorker);
         true
     }
 
@@ -430,7 +436,7 @@ impl Reactor {
         if edge.intersects(EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP) {
             let worker = self.connections[key].worker.as_ref();
             let error = worker.and_then(|(worker, _)| worker.socket.take_error().ok()?);
-            self.skip(key, Refusal::of(error.map_or(Errno::UnknownErrno, errno)));
+            self.skip(key, ConnectError::of(error.map_or(Errno::UnknownErrno, errno)));
         } else if edge.contains(EpollFlags::EPOLLOUT) {
             let connection = &self.connections[key];
             let (since, service) = (connection.links.since, connection.service as usize);
@@ -449,11 +455,11 @@ impl Reactor {
         let Some((worker, lease)) = &mut connection.worker else { return };
         lease.pass = None;
         if is_self_connected(&worker.socket, lease) {
-            return self.skip(key, Refusal::Refused);
+            return self.skip(key, ConnectError::Refused);
         }
         if lease.is_displaced() {
             self.leave_worker(key);
-            return self.place(key);
+            return self.assign(key);
         }
         lease.has_taken = true;
         if is_alone {
@@ -480,18 +486,18 @@ impl Reactor {
     }
 
     /// Leaves the worker that didn't take the connection, and tries the next.
-    pub(super) fn skip(&mut self, key: usize, refusal: Refusal) {
+    pub(super) fn skip(&mut self, key: usize, refusal: ConnectError) {
         let connection = &mut self.connections[key];
         let service = connection.service as usize;
         let was_looking = self.services[service].line.looking == Some(key);
         if let Some((_, lease)) = &connection.worker {
             connection.is_retried = true;
-            if refusal == Refusal::Timeout {
+            if refusal == ConnectError::Timeout {
                 connection.met_full_queue = true;
                 lease.set_congested(true);
             }
             // Looks are not counted: they are made for those that wait, and often.
-            if !was_looking || refusal != Refusal::Timeout {
+            if !was_looking || refusal != ConnectError::Timeout {
                 lease.count_refusal(refusal);
             }
         }
@@ -509,7 +515,7 @@ impl Reactor {
                 line.look_again = Some(self.now + FULL);
             }
         } else {
-            self.place(key);
+            self.assign(key);
         }
     }
 
@@ -562,7 +568,7 @@ impl Reactor {
 
     fn look_whether_noticed(&mut self, key: usize) {
         if self.connections[key].has_noticed(&mut self.buffer) {
-            self.finish(key, End::Idle);
+            self.finish(key, Outcome::Idle);
         }
     }
 
@@ -608,12 +614,12 @@ impl Reactor {
         }
     }
 
-    pub(super) fn finish(&mut self, key: usize, end: End) {
+    pub(super) fn finish(&mut self, key: usize, end: Outcome) {
         let stage = self.connections[key].stage;
         let is_taken = matches!(stage, Some(Stage::Relaying | Stage::Ending));
         self.leave(key);
         let mut connection = self.connections.remove(key);
-        self.crew.left(self.thread);
+        self.threads.left(self.thread);
         connection.end = end;
         match &connection.worker {
             Some((_, lease)) if is_taken => {
@@ -641,26 +647,26 @@ impl Reactor {
 ///
 /// On loopback the kernel tells at once when the other end is gone; elsewhere somebody has to ask.
 fn connect(
-    upstream: &mut Lease,
+    backend: &mut Lease,
     bytes_follow: bool,
     routing: &Routing,
 ) -> Result<(Socket, bool), Errno> {
-    let domain = upstream.domain();
-    let (socket, pass) = upstream.socket().map_err(errno)?;
-    upstream.pass = pass;
+    let domain = backend.domain();
+    let (socket, pass) = backend.socket().map_err(errno)?;
+    backend.pass = pass;
     if domain != Domain::UNIX {
         socket.set_tcp_nodelay(true).map_err(errno)?;
-        if bytes_follow && upstream.is_local() {
+        if bytes_follow && backend.is_local() {
             socket.set_tcp_quickack(false).map_err(errno)?;
         }
-        if !upstream.is_local() {
+        if !backend.is_local() {
             socket.set_tcp_keepalive(&keepalive(routing.keepalive)).map_err(errno)?;
         }
     }
     for _ in 0..2 {
-        match upstream.endpoint().connect(&socket).map_err(errno) {
+        match backend.endpoint().connect(&socket).map_err(errno) {
             Ok(()) => return Ok((socket, true)),
-            Err(Errno::EINPROGRESS) if upstream.is_local() => {}
+            Err(Errno::EINPROGRESS) if backend.is_local() => {}
             Err(Errno::EINPROGRESS | Errno::EALREADY) => break,
             Err(error) => return Err(error),
         }
@@ -674,7 +680,7 @@ fn errno(error: io::Error) -> Errno {
 
 /// Whether the system gave the connection the very port it was to reach, and so connected it to
 /// itself (RFC 9293, section 3.5, simultaneous open): nobody listens there.
-fn is_self_connected(socket: &Socket, upstream: &Upstream) -> bool {
-    let at = upstream.endpoint().address();
-    upstream.is_ephemeral() && socket.local_addr().is_ok_and(|local| local == *at)
+fn is_self_connected(socket: &Socket, backend: &Backend) -> bool {
+    let at = backend.endpoint().address();
+    backend.is_ephemeral() && socket.local_addr().is_ok_and(|local| local == *at)
 }

@@ -13,29 +13,30 @@ use std::{
 
 use tracing::debug;
 
-use super::{Daemon, Stage, fronts::Fronts};
+use super::{Daemon, Stage, frontends::Frontends};
 use crate::{
     config::{Output, Program, SocketMode},
     net::{
-        Permit, Rescued,
+        DrainedConnection, MayAccept,
         diag::{self, Diag},
         proxy_protocol::{self, Ends},
     },
-    proxy::{Pool, Reserved},
+    proxy::{Pool, ReservedPermit},
     supervisor::{
-        Action, Coming, Event, Fact, Failure, Note, NoteWorker, Phase, Supervisor, Worker, WorkerId,
+        Coming, DownKind, Effect, Event, Fact, Note, NoteWorker, Phase, Supervisor, Worker,
+        WorkerId,
     },
 };
 
 /// Places for connections that were taken out of an accept queue and are not handed over yet, by
 /// service.
-pub(super) type Berths = Rc<RefCell<HashMap<Arc<str>, Vec<Reserved>>>>;
+pub(super) type ReservedPermits = Rc<RefCell<HashMap<Arc<str>, Vec<ReservedPermit>>>>;
 
 /// How long the headers of rescued connections may take, all together: the thread that made such a
 /// connection sends its header with the next system call.
 const HEADER: Duration = Duration::from_millis(100);
 /// Between two looks at queues that may still grow without anybody telling.
-const RESCUE_PAUSE: Duration = Duration::from_millis(50);
+const DRAIN_PAUSE: Duration = Duration::from_millis(50);
 
 /// Of a program that ended well before it accepted a connection.
 const BACKGROUND: &str = "a program that goes into the background has to be told not to: daemon off, \
@@ -46,59 +47,59 @@ const UNBUFFERED: &str =
 
 impl Daemon<'_> {
     /// Does what the supervisor asks for, and tells it what comes of that at once.
-    pub(super) fn perform(&mut self, actions: Vec<Action>) {
+    pub(super) fn perform(&mut self, effects: Vec<Effect>) {
         // Before others come to the ports.
-        let rescued = self.rescue();
-        let mut queue = VecDeque::from(actions);
-        while let Some(action) = queue.pop_front() {
-            for event in self.act(action) {
+        let drained = self.drain_queue();
+        let mut queue = VecDeque::from(effects);
+        while let Some(effect) = queue.pop_front() {
+            for event in self.act(effect) {
                 queue.extend(self.supervisor.handle(event, Instant::now()));
             }
         }
         // When the data threads, and the kernel, know who is in rotation.
-        self.hand_over(rescued);
-        self.rescue_direct();
+        self.hand_over(drained);
+        self.drain_direct_queues();
         // Those of connections that went elsewhere at the last moment, or were probes.
-        self.berths.borrow_mut().clear();
+        self.reserved.borrow_mut().clear();
         self.look_whether_ready();
         self.measure();
     }
 
-    fn act(&mut self, action: Action) -> Vec<Event> {
-        match action {
-            Action::Spawn(order) => return self.fleet.spawn(&order),
-            Action::Signal { id, signal, to, timeout } => {
-                self.fleet.stop(id, signal, to, timeout);
+    fn act(&mut self, effect: Effect) -> Vec<Event> {
+        match effect {
+            Effect::Spawn(order) => return self.workers.spawn(&order),
+            Effect::Signal { id, signal, to, timeout } => {
+                self.workers.stop(id, signal, to, timeout);
             }
-            Action::Kill { id } => self.fleet.kill(id),
-            Action::Probe { id } => self.probe(id),
-            Action::Publish { service } => self.publish(&service),
-            Action::Retire { id } => {
-                if self.fleet.retire(id) {
+            Effect::Kill { id } => self.workers.kill(id),
+            Effect::Probe { id } => self.probe(id),
+            Effect::Publish { service } => self.publish(&service),
+            Effect::Retire { id } => {
+                if self.workers.retire(id) {
                     return vec![Event::Idle { id }];
                 }
             }
-            Action::Reinstate { id } => self.fleet.reinstate(id),
-            Action::Close { service } => {
+            Effect::Reinstate { id } => self.workers.reinstate(id),
+            Effect::Close { service } => {
                 self.close_publics(&service, &[]);
-                let listeners = self.fronts.take_closing(&service, &[]);
+                let listeners = self.frontends.take_closing(&service, &[]);
                 self.close(listeners, Some(service));
             }
-            Action::Forget { service } => self.fronts.forget(&service),
-            Action::Answer { ticket, result } => self.requests.finish(ticket, result),
-            Action::Restored(service) => {
+            Effect::Forget { service } => self.frontends.forget(&service),
+            Effect::Answer { ticket, result } => self.requests.finish(ticket, result),
+            Effect::Restored(service) => {
                 for slot in &mut self.config.services {
                     if slot.name == service.name {
                         slot.clone_from(&service);
                     }
                 }
             }
-            Action::Note(note) => {
+            Effect::Note(note) => {
                 let held = note.worker.and_then(|worker| self.connections(&note.service, worker));
                 let hint = self.hint(&note);
-                self.notes.write(&note, held, hint, Instant::now());
+                self.event_log.write(&note, held, hint, Instant::now());
             }
-            Action::Finished => {
+            Effect::Finished => {
                 self.stage = Stage::Finished(match self.stage {
                     Stage::Stopping(since) => Some(since),
                     Stage::Running | Stage::Aborting(_) | Stage::Finished(_) => None,
@@ -115,7 +116,7 @@ impl Daemon<'_> {
             .iter()
             .find(|service| service.workers().any(|worker| worker.id == id));
         if let Some(service) = service {
-            self.fleet.probe(id, &service.config.health);
+            self.workers.probe(id, &service.config.health);
         }
     }
 
@@ -123,27 +124,27 @@ impl Daemon<'_> {
         let Some(service) = self.supervisor.service(name) else { return };
         let rotation = service.rotation();
         // Before the pool, so that who is handed to a new worker gets there.
-        self.fleet.select(&rotation.workers);
-        self.fleet.rotate(name, service.config.routing.balance, &rotation.workers);
+        self.workers.select(&rotation.workers);
+        self.workers.rotate(name, service.config.routing.balance, &rotation.workers);
         let workers =
-            rotation.workers.iter().filter_map(|id| self.fleet.upstream(*id).cloned()).collect();
+            rotation.workers.iter().filter_map(|id| self.workers.backend(*id).cloned()).collect();
         let coming = match rotation.coming {
             Coming::Now => Some(Instant::now()),
             Coming::At(at) => Some(at),
             Coming::Never => None,
         };
         let pool = Pool::new(workers, coming, Arc::new(service.config.routing.clone()));
-        self.fronts.publish(name, pool);
+        self.frontends.publish(name, pool);
     }
 
-    pub(super) fn departed(&self, id: WorkerId) {
-        if let Some(upstream) = self.fleet.upstream(id) {
-            self.plane.departed(upstream);
+    pub(super) fn exited(&self, id: WorkerId) {
+        if let Some(backend) = self.workers.backend(id) {
+            self.plane.exited(backend);
         }
     }
 
     fn connections(&self, service: &str, noted: NoteWorker) -> Option<usize> {
-        self.fleet.upstream(self.noted(service, noted)?.id)?.connections()
+        self.workers.backend(self.noted(service, noted)?.id)?.connections()
     }
 
     fn noted(&self, service: &str, noted: NoteWorker) -> Option<&Worker> {
@@ -159,7 +160,7 @@ impl Daemon<'_> {
         else {
             return None;
         };
-        if let Fact::Down { failure: Failure::Exited, reason, .. } = &note.fact
+        if let Fact::Down { failure: DownKind::Exited, reason, .. } = &note.fact
             && reason == "exit status 0"
         {
             return Some(BACKGROUND);
@@ -168,7 +169,7 @@ impl Daemon<'_> {
         let Program::Command(argv) = &worker.spec.program else { return None };
         let name = Path::new(argv.first()?).file_name()?.to_str()?;
         let is_silent =
-            worker.spec.output == Output::Log && self.fleet.last_words(worker.id).is_empty();
+            worker.spec.output == Output::Log && self.workers.last_words(worker.id).is_empty();
         let keeps_back = name.starts_with("python")
             && argv.iter().all(|argument| argument != "-u")
             && !worker.spec.env.contains_key("PYTHONUNBUFFERED")
@@ -178,7 +179,7 @@ impl Daemon<'_> {
 
     /// The connections that wait for a worker that will not take them, to be handed to another one;
     /// closes the sockets that no worker inherits any more.
-    fn rescue(&mut self) -> Vec<(Arc<str>, Rescued)> {
+    fn drain_queue(&mut self) -> Vec<(Arc<str>, DrainedConnection)> {
         let mut needed = HashSet::new();
         for service in self.supervisor.services() {
             let slots = service.slots.iter().map(|slot| (&slot.spec, slot.last_port));
@@ -193,31 +194,31 @@ impl Daemon<'_> {
         let supervisor = &self.supervisor;
         let can_serve = |service: &str| can_serve(supervisor, service);
         let is = |service: &str| supervisor.rotation(service).is_some();
-        let (fronts, berths) = (&self.fronts, &self.berths);
-        let permit = |service: &Arc<str>| permit(fronts, berths, service);
-        self.fleet.rescue(&needed, &ejected, can_serve, is, permit)
+        let (frontends, reserved) = (&self.frontends, &self.reserved);
+        let permit = |service: &Arc<str>| permit(frontends, reserved, service);
+        self.workers.drain_queue(&needed, &ejected, can_serve, is, permit)
     }
 
     /// Hands them over where the kernel hands out connections, and those of workers that are asked to
     /// end: what the kernel gave to them, they may not take any more.
-    fn rescue_direct(&mut self) {
+    fn drain_direct_queues(&mut self) {
         let wanted = self.config.services.iter().flat_map(|service| &service.worker.public);
         let wanted = wanted.copied().collect();
         let ejected =
             self.workers_in(|phase| matches!(phase, Phase::Unhealthy | Phase::Stopping { .. }));
         let (supervisor, now) = (&self.supervisor, Instant::now());
         let can_serve = |service: &str| can_serve(supervisor, service);
-        let (fronts, berths) = (&self.fronts, &self.berths);
-        let permit = |service: &Arc<str>| permit(fronts, berths, service);
-        let rescued = self.fleet.rescue_direct(&wanted, &ejected, can_serve, permit, now);
-        self.hand_over(rescued);
+        let (frontends, reserved) = (&self.frontends, &self.reserved);
+        let permit = |service: &Arc<str>| permit(frontends, reserved, service);
+        let drained = self.workers.drain_direct_queues(&wanted, &ejected, can_serve, permit, now);
+        self.hand_over(drained);
         // The kernel may have given it a connection whose handshake ends only now, and where there was
         // no room for all that wait, there will be.
-        let again = self.fleet.is_direct(&ejected)
-            || self.fleet.publics.is_untidy()
-            || self.fleet.has_left_some();
-        let again = again.then(|| now + RESCUE_PAUSE);
-        self.rescue_at = again.into_iter().chain(self.fleet.watch_at()).min();
+        let again = self.workers.is_direct(&ejected)
+            || self.workers.direct_listeners.has_leftovers()
+            || self.workers.has_left_some();
+        let again = again.then(|| now + DRAIN_PAUSE);
+        self.drain_at = again.into_iter().chain(self.workers.watch_at()).min();
     }
 
     fn workers_in(&self, wanted: impl Fn(Phase) -> bool) -> Vec<WorkerId> {
@@ -227,14 +228,14 @@ impl Daemon<'_> {
 
     /// Nothing of the worker is left.
     pub(super) fn forget_worker(&mut self, id: WorkerId) {
-        let (fronts, berths) = (&self.fronts, &self.berths);
-        self.fleet.forget(id, |service| permit(fronts, berths, service));
+        let (frontends, reserved) = (&self.frontends, &self.reserved);
+        self.workers.forget(id, |service| permit(frontends, reserved, service));
     }
 
-    fn hand_over(&self, rescued: Vec<(Arc<str>, Rescued)>) {
+    fn hand_over(&self, drained: Vec<(Arc<str>, DrainedConnection)>) {
         let deadline = Instant::now() + HEADER;
         let mut own = None;
-        for (service, Rescued { socket, proxy_protocol }) in rescued {
+        for (service, DrainedConnection { socket, proxy_protocol }) in drained {
             let ends = Ends::of(&socket);
             // A worker's port is open to others on the machine too, who may say what they like.
             let mut is_own = || {
@@ -249,9 +250,9 @@ impl Daemon<'_> {
                     }
                 })
                 .transpose();
-            let place = self.berths.borrow_mut().get_mut(&service).and_then(Vec::pop);
-            match (taken_off, place) {
-                (Ok(client), Some(place)) => self.plane.adopt(place, socket, client.flatten()),
+            let permit = self.reserved.borrow_mut().get_mut(&service).and_then(Vec::pop);
+            match (taken_off, permit) {
+                (Ok(client), Some(permit)) => self.plane.adopt(permit, socket, client.flatten()),
                 // The service is gone.
                 (Ok(_), None) => {}
                 (Err(error), _) => {
@@ -265,13 +266,13 @@ impl Daemon<'_> {
 }
 
 /// Lets a connection be taken out of a queue where there is a place for it.
-fn permit(fronts: &Fronts, berths: &Berths, service: &Arc<str>) -> Permit {
-    let (berths, service) = (Rc::clone(berths), Arc::clone(service));
-    match fronts.route(&service).cloned() {
+fn permit(frontends: &Frontends, reserved: &ReservedPermits, service: &Arc<str>) -> MayAccept {
+    let (reserved, service) = (Rc::clone(reserved), Arc::clone(service));
+    match frontends.route(&service).cloned() {
         Some(route) => Box::new(move || {
-            let place = route.reserve();
-            let is_permitted = place.is_some();
-            berths.borrow_mut().entry(Arc::clone(&service)).or_default().extend(place);
+            let permit = route.reserve();
+            let is_permitted = permit.is_some();
+            reserved.borrow_mut().entry(Arc::clone(&service)).or_default().extend(permit);
             is_permitted
         }),
         // Of a service that is gone: nobody is there to serve it, and it is closed at once.

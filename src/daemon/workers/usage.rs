@@ -6,16 +6,16 @@ use tokio::sync::mpsc;
 
 use crate::{
     process::{ConnectionGauge, Counted, MemoryGauge, Watched},
-    proxy::Upstream,
+    proxy::Backend,
     supervisor::{Event, WorkerId},
 };
 
 /// Whose connections are counted, and since which of its retirements.
-type Sampled = (Arc<Upstream>, u32);
+type Sampled = (Arc<Backend>, u32);
 
 /// The threads that measure, each started when there is something to measure.
 #[derive(Debug)]
-pub(super) struct Gauges {
+pub(super) struct UsageSamplers {
     events: mpsc::Sender<Event>,
     memory: Option<MemoryGauge>,
     /// Whose memory is measured.
@@ -23,7 +23,7 @@ pub(super) struct Gauges {
     connections: Option<ConnectionGauge<Sampled>>,
 }
 
-impl Gauges {
+impl UsageSamplers {
     /// Memory is told as `events`.
     pub(super) fn new(events: mpsc::Sender<Event>) -> Self {
         Self { events, memory: None, watched: Vec::new(), connections: None }
@@ -40,8 +40,8 @@ impl Gauges {
             return;
         }
         let start = || {
-            ConnectionGauge::start(|(upstream, epoch): &Sampled, count| {
-                upstream.sampled(*epoch, count);
+            ConnectionGauge::start(|(backend, epoch): &Sampled, count| {
+                backend.sampled(*epoch, count);
             })
         };
         match self.connections.take().map_or_else(start, Ok) {

@@ -13,7 +13,7 @@ use signal_hook_tokio::Signals;
 use tokio::{sync::mpsc, time::sleep_until};
 use tracing::{info, warn};
 
-use super::{ABORT_PATIENCE, Daemon, SLACK, Stage, notes};
+use super::{ABORT_PATIENCE, Daemon, SLACK, Stage, event_log};
 use crate::{
     admin,
     config::{Listen, Stop},
@@ -34,7 +34,7 @@ impl Daemon<'_> {
         let patience = held.unwrap_or_default()
             + longest(|stop| stop.drain_timeout).unwrap_or_default()
             + longest(|stop| stop.timeout).unwrap_or_default();
-        self.manager.stopping(&self.sentence(), now + patience + SLACK, now);
+        self.manager.shutdown(&self.status_line(), now + patience + SLACK, now);
         self.handle(Event::Stop);
     }
 
@@ -45,14 +45,14 @@ impl Daemon<'_> {
         warn!(connections = self.all_held(), "stopping at once");
         let now = Instant::now();
         self.stage = Stage::Aborting(now);
-        self.manager.stopping(&self.sentence(), now + ABORT_PATIENCE + SLACK, now);
+        self.manager.shutdown(&self.status_line(), now + ABORT_PATIENCE + SLACK, now);
         self.handle(Event::Abort);
     }
 
     /// Gives no new client to the workers of `service`, at addresses that are not in `keep`.
     pub(super) fn close_publics(&mut self, service: &str, keep: &[Listen]) {
-        let fronts = &self.fronts;
-        self.fleet.publics.close(service, keep, |listen| fronts.is_passed(listen));
+        let frontends = &self.frontends;
+        self.workers.direct_listeners.close(service, keep, |listen| frontends.is_passed(listen));
     }
 
     /// Stops accepting on these, in the background; every client that waits there is taken first.
@@ -61,7 +61,7 @@ impl Daemon<'_> {
         // Those that wait for a worker were promised one that is due within `hold-timeout`.
         let is_stopping = matches!(self.stage, Stage::Stopping(_));
         let route = service.as_ref().filter(|_| is_stopping);
-        let route = route.and_then(|service| self.fronts.route(service)).cloned();
+        let route = route.and_then(|service| self.frontends.route(service)).cloned();
         self.closing.spawn_local(async move {
             for listener in listeners {
                 if let Err(error) = plane.close(listener).await {
@@ -95,18 +95,18 @@ impl Daemon<'_> {
 
     /// The connections of a service, those included that its workers have without lbd.
     fn held(&self, service: &str) -> usize {
-        let relayed = self.fronts.route(service).map_or(0, |route| route.active());
+        let relayed = self.frontends.route(service).map_or(0, |route| route.active());
         let workers = self.supervisor.service(service).into_iter().flat_map(|s| s.workers());
-        let upstreams = workers.filter_map(|worker| self.fleet.upstream(worker.id));
-        let direct = upstreams.filter(|upstream| upstream.is_direct());
-        relayed + direct.filter_map(|upstream| upstream.connections()).sum::<usize>()
+        let backends = workers.filter_map(|worker| self.workers.backend(worker.id));
+        let direct = backends.filter(|backend| backend.is_direct());
+        relayed + direct.filter_map(|backend| backend.connections()).sum::<usize>()
     }
 
     fn tell_draining(&self, service: &Arc<str>) {
         let held = self.held(service);
         let stop = self.supervisor.service(service).map(|service| &service.config.stop);
         if let (1.., Some(stop)) = (held, stop) {
-            let up_to = notes::seconds(stop.drain_timeout);
+            let up_to = event_log::seconds(stop.drain_timeout);
             let hint = "a second SIGTERM or Ctrl-C stops at once";
             info!(service = &**service, connections = held, up_to, hint, "draining");
         }
@@ -125,7 +125,7 @@ impl Daemon<'_> {
         loop {
             let deadline = self.manager.deadline().map_or(until, |at| at.min(until));
             tokio::select! {
-                () = self.fronts.emptied() => return,
+                () = self.frontends.emptied() => return,
                 () = sleep_until(deadline.into()) => {
                     if deadline == until {
                         return;

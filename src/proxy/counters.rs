@@ -12,12 +12,12 @@ use std::{
 
 use nix::errno::Errno;
 
-use super::connection::End;
+use super::connection::Outcome;
 use crate::histogram::{Durations, Histogram};
 
 /// Why a worker did not take a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Refusal {
+pub(super) enum ConnectError {
     Refused,
     /// It did not answer in time: as a rule, its accept queue is full.
     Timeout,
@@ -25,7 +25,7 @@ pub(super) enum Refusal {
     Error,
 }
 
-impl Refusal {
+impl ConnectError {
     const ALL: [Self; 3] = [Self::Refused, Self::Timeout, Self::Error];
 
     pub(super) fn of(errno: Errno) -> Self {
@@ -51,8 +51,8 @@ pub type Reasons<const N: usize> = [(&'static str, u64); N];
 /// One worker's counters.
 #[derive(Debug, Default)]
 pub(super) struct WorkerCounters {
-    refusals: [AtomicU64; Refusal::ALL.len()],
-    failures: [AtomicU64; End::OF_TAKEN.len()],
+    refusals: [AtomicU64; ConnectError::ALL.len()],
+    failures: [AtomicU64; Outcome::OF_TAKEN.len()],
     connect: Histogram,
     duration: Histogram,
 }
@@ -60,7 +60,7 @@ pub(super) struct WorkerCounters {
 /// One service's counters: of connections that no worker has, or not yet.
 #[derive(Debug, Default)]
 pub(super) struct ServiceCounters {
-    failures: [AtomicU64; End::OF_OTHERS.len()],
+    failures: [AtomicU64; Outcome::OF_OTHERS.len()],
     held: AtomicU64,
     hold: Histogram,
     retried: AtomicU64,
@@ -81,8 +81,8 @@ pub struct WorkerTally {
     pub connect: Durations,
     /// From acceptance to the end, of each connection it took that has ended.
     pub duration: Durations,
-    refusals: [u64; Refusal::ALL.len()],
-    failures: [u64; End::OF_TAKEN.len()],
+    refusals: [u64; ConnectError::ALL.len()],
+    failures: [u64; Outcome::OF_TAKEN.len()],
 }
 
 /// What was counted of a service.
@@ -96,11 +96,11 @@ pub struct ServiceTally {
     pub retried: u64,
     /// Connections taken over from the queue of a worker that was gone or hung.
     pub rescued: u64,
-    failures: [u64; End::OF_OTHERS.len()],
+    failures: [u64; Outcome::OF_OTHERS.len()],
 }
 
 impl WorkerCounters {
-    pub(super) fn count_refusal(&self, refusal: Refusal) {
+    pub(super) fn count_refusal(&self, refusal: ConnectError) {
         self.refusals[refusal as usize].fetch_add(1, Relaxed);
     }
 
@@ -108,9 +108,9 @@ impl WorkerCounters {
         self.connect.count(thread, took);
     }
 
-    pub(super) fn count_end(&self, thread: usize, end: End, lasted: Duration) {
+    pub(super) fn count_end(&self, thread: usize, end: Outcome, lasted: Duration) {
         self.duration.count(thread, lasted);
-        if let Some(reason) = End::OF_TAKEN.iter().position(|known| *known == end) {
+        if let Some(reason) = Outcome::OF_TAKEN.iter().position(|known| *known == end) {
             self.failures[reason].fetch_add(1, Relaxed);
         }
     }
@@ -132,8 +132,8 @@ impl WorkerCounters {
 }
 
 impl ServiceCounters {
-    pub(super) fn count_end(&self, end: End) {
-        if let Some(reason) = End::OF_OTHERS.iter().position(|known| *known == end) {
+    pub(super) fn count_end(&self, end: Outcome) {
+        if let Some(reason) = Outcome::OF_OTHERS.iter().position(|known| *known == end) {
             self.failures[reason].fetch_add(1, Relaxed);
         }
     }
@@ -168,22 +168,22 @@ impl ServiceCounters {
 impl WorkerTally {
     /// Connects that failed, by their reasons.
     #[must_use]
-    pub fn refusals(&self) -> Reasons<{ Refusal::ALL.len() }> {
-        array::from_fn(|reason| (Refusal::ALL[reason].name(), self.refusals[reason]))
+    pub fn refusals(&self) -> Reasons<{ ConnectError::ALL.len() }> {
+        array::from_fn(|reason| (ConnectError::ALL[reason].name(), self.refusals[reason]))
     }
 
     /// Connections it took that did not end well, by their reasons.
     #[must_use]
-    pub fn failures(&self) -> Reasons<{ End::OF_TAKEN.len() }> {
-        array::from_fn(|reason| (End::OF_TAKEN[reason].name(), self.failures[reason]))
+    pub fn failures(&self) -> Reasons<{ Outcome::OF_TAKEN.len() }> {
+        array::from_fn(|reason| (Outcome::OF_TAKEN[reason].name(), self.failures[reason]))
     }
 }
 
 impl ServiceTally {
     /// Connections that no worker took, by their reasons.
     #[must_use]
-    pub fn failures(&self) -> Reasons<{ End::OF_OTHERS.len() }> {
-        array::from_fn(|reason| (End::OF_OTHERS[reason].name(), self.failures[reason]))
+    pub fn failures(&self) -> Reasons<{ Outcome::OF_OTHERS.len() }> {
+        array::from_fn(|reason| (Outcome::OF_OTHERS[reason].name(), self.failures[reason]))
     }
 }
 

@@ -11,19 +11,19 @@ use std::{
 
 use crate::{
     histogram::Durations,
-    proxy::{Upstream, WorkerTally},
+    proxy::{Backend, WorkerTally},
     supervisor::{ProbeOutcome, Verdict},
 };
 
 /// The accounts of all slots, by service and number.
 #[derive(Debug, Default)]
-pub(super) struct Ledger(HashMap<Arc<str>, BTreeMap<u32, Account>>);
+pub(super) struct SlotStats(HashMap<Arc<str>, BTreeMap<u32, Account>>);
 
 /// One slot's.
 #[derive(Debug, Default)]
 struct Account {
     /// The generations that may still count.
-    open: Vec<Arc<Upstream>>,
+    open: Vec<Arc<Backend>>,
     /// The sum of the others.
     closed: WorkerTally,
     probes: Probes,
@@ -46,15 +46,15 @@ pub(super) struct Entry {
     pub(super) probes: Probes,
 }
 
-impl Ledger {
+impl SlotStats {
     /// A new generation of the slot.
-    pub(super) fn open(&mut self, service: &Arc<str>, slot: u32, upstream: Arc<Upstream>) {
+    pub(super) fn open(&mut self, service: &Arc<str>, slot: u32, backend: Arc<Backend>) {
         let slots = self.0.entry(Arc::clone(service)).or_default();
         let account = slots.entry(slot).or_default();
         // Here and not only when somebody looks, so that a crash loop which nobody looks at does not
         // grow.
         account.close();
-        account.open.push(upstream);
+        account.open.push(backend);
     }
 
     pub(super) fn probed(&mut self, service: &str, slot: u32, outcome: &ProbeOutcome) {
@@ -76,10 +76,10 @@ impl Ledger {
         let Some(account) = account else { return Entry { active: Some(0), ..Entry::default() } };
         account.close();
         let mut entry = Entry { tally: account.closed, probes: account.probes, active: None };
-        for upstream in &account.open {
-            entry.tally += upstream.tally();
+        for backend in &account.open {
+            entry.tally += backend.tally();
         }
-        entry.active = account.open.iter().map(|upstream| upstream.connections()).sum();
+        entry.active = account.open.iter().map(|backend| backend.connections()).sum();
         entry
     }
 
@@ -96,10 +96,10 @@ impl Account {
     /// Adds up the generations that nobody else knows any more: no pool, and no connection.
     fn close(&mut self) {
         let closed = &mut self.closed;
-        self.open.retain_mut(|upstream| {
-            let last = Arc::get_mut(upstream);
-            if let Some(upstream) = &last {
-                *closed += upstream.tally();
+        self.open.retain_mut(|backend| {
+            let last = Arc::get_mut(backend);
+            if let Some(backend) = &last {
+                *closed += backend.tally();
             }
             last.is_none()
         });
@@ -112,38 +112,38 @@ mod tests {
 
     use super::*;
 
-    fn upstream(id: u64) -> Arc<Upstream> {
+    fn backend(id: u64) -> Arc<Backend> {
         let address = SocketAddr::from(([127, 0, 0, 1], 9002));
-        Upstream::new(id, 0, "web/9002".into(), address.into(), None, Arc::default())
+        Backend::new(id, 0, "web/9002".into(), address.into(), None, Arc::default())
     }
 
     #[test]
     fn generations_that_nobody_holds_are_closed() {
-        let (mut ledger, web) = (Ledger::default(), Arc::from("web"));
-        let held = upstream(0);
-        ledger.open(&web, 0, Arc::clone(&held));
+        let (mut slot_stats, web) = (SlotStats::default(), Arc::from("web"));
+        let held = backend(0);
+        slot_stats.open(&web, 0, Arc::clone(&held));
         for id in 1..100 {
-            ledger.open(&web, 0, upstream(id));
+            slot_stats.open(&web, 0, backend(id));
         }
-        assert_eq!(ledger.0[&web][&0].open.len(), 2, "the held one, and the last");
+        assert_eq!(slot_stats.0[&web][&0].open.len(), 2, "the held one, and the last");
         drop(held);
-        ledger.read("web", 0);
-        assert!(ledger.0[&web][&0].open.is_empty());
+        slot_stats.read("web", 0);
+        assert!(slot_stats.0[&web][&0].open.is_empty());
     }
 
     #[test]
     fn slots_that_are_gone_are_forgotten() {
-        let (mut ledger, web) = (Ledger::default(), Arc::from("web"));
+        let (mut slot_stats, web) = (SlotStats::default(), Arc::from("web"));
         let passed = ProbeOutcome { took: Duration::from_millis(1), verdict: Verdict::Passed };
         for slot in 0..3 {
-            ledger.open(&web, slot, upstream(slot.into()));
-            ledger.probed("web", slot, &passed);
+            slot_stats.open(&web, slot, backend(slot.into()));
+            slot_stats.probed("web", slot, &passed);
         }
-        ledger.probed("api", 0, &passed);
-        ledger.retain(|_, slot| slot == 1);
-        let passed = |ledger: &mut Ledger, slot| ledger.read("web", slot).probes.passed;
-        assert_eq!([0, 1, 2].map(|slot| passed(&mut ledger, slot)), [0, 1, 0]);
-        ledger.retain(|_, _| false);
-        assert!(ledger.0.is_empty());
+        slot_stats.probed("api", 0, &passed);
+        slot_stats.retain(|_, slot| slot == 1);
+        let passed = |slot_stats: &mut SlotStats, slot| slot_stats.read("web", slot).probes.passed;
+        assert_eq!([0, 1, 2].map(|slot| passed(&mut slot_stats, slot)), [0, 1, 0]);
+        slot_stats.retain(|_, _| false);
+        assert!(slot_stats.0.is_empty());
     }
 }

@@ -18,10 +18,10 @@ use socket2::Socket;
 use crate::{
     config::{self, Balance, Listen, Route},
     net::{
-        Acceptor, Permit,
+        Acceptor, MayAccept,
         direct::{Choice, Public, Steering, Watched},
     },
-    proxy::Ways,
+    proxy::PinnedRoutes,
     supervisor::{Spawn, WorkerId},
 };
 
@@ -37,7 +37,7 @@ pub struct SteerError {
 
 /// All of them.
 #[derive(Debug, Default)]
-pub(super) struct Publics(HashMap<SocketAddr, Entry>);
+pub(super) struct DirectListeners(HashMap<SocketAddr, Entry>);
 
 /// How often it is looked whether connections are still steered as lbd has said.
 pub(super) const WATCH_PAUSE: Duration = Duration::from_secs(1);
@@ -62,16 +62,16 @@ struct Entry {
 #[derive(Debug, Default)]
 pub(super) struct Steerable(Vec<Public<WorkerId>>);
 
-impl Publics {
+impl DirectListeners {
     /// Makes sure that all addresses of `services` which are to be can be steered. Nothing changes for
-    /// anybody; `parking` finds lbd's own socket.
+    /// anybody; `fallback` finds lbd's own socket.
     ///
     /// # Errors
     /// The first that can't.
     pub(super) fn prepare(
         &self,
         services: &[config::Service],
-        parking: impl Fn(SocketAddr) -> Option<io::Result<Socket>>,
+        fallback: impl Fn(SocketAddr) -> Option<io::Result<Socket>>,
     ) -> Result<Steerable, (Arc<str>, SteerError)> {
         let mut steerable = Vec::new();
         for service in services.iter().filter(|service| service.worker.route() == Route::Direct) {
@@ -79,7 +79,7 @@ impl Publics {
                 if self.0.contains_key(&address) {
                     continue;
                 }
-                let own = parking(address).unwrap_or_else(|| Err(io::ErrorKind::NotFound.into()));
+                let own = fallback(address).unwrap_or_else(|| Err(io::ErrorKind::NotFound.into()));
                 let public = own.and_then(|own| Public::open(&own));
                 let failed = |cause| (Arc::clone(&service.name), SteerError::new(address, cause));
                 steerable.push(public.map_err(failed)?);
@@ -113,7 +113,7 @@ impl Publics {
     /// The listener of an address that is closed, but that workers have sockets on still: nobody else
     /// could bind it.
     pub(super) fn reopen(&self, address: SocketAddr) -> Option<io::Result<Socket>> {
-        self.0.get(&address).filter(|entry| entry.closed).map(|entry| entry.public.parking())
+        self.0.get(&address).filter(|entry| entry.closed).map(|entry| entry.public.fallback())
     }
 
     /// Lets clients in again where [`reopen`](Self::reopen) gave a listener to the data plane. The
@@ -176,10 +176,10 @@ impl Publics {
     }
 
     /// How lbd reaches a worker.
-    pub(super) fn ways_to(&self, order: &Spawn) -> Option<Ways> {
-        let way = |address| self.0.get(address)?.public.way_to(order.id);
-        let mut ways = order.spec.public.iter().filter_map(way);
-        Some(Ways { first: ways.next()?, others: ways.collect() })
+    pub(super) fn ways_to(&self, order: &Spawn) -> Option<PinnedRoutes> {
+        let pinned = |address| self.0.get(address)?.public.way_to(order.id);
+        let mut routes = order.spec.public.iter().filter_map(pinned);
+        Some(PinnedRoutes { first: routes.next()?, others: routes.collect() })
     }
 
     /// The workers in rotation, each with its slot, get the connections of the service.
@@ -214,8 +214,8 @@ impl Publics {
     }
 
     /// Accepts what waits for a worker that will not take it.
-    pub(super) fn rescue(&self, id: WorkerId, acceptor: &mut Acceptor) -> Vec<Socket> {
-        self.0.values().flat_map(|entry| entry.public.rescue(id, acceptor)).collect()
+    pub(super) fn drain_queue(&self, id: WorkerId, acceptor: &mut Acceptor) -> Vec<Socket> {
+        self.0.values().flat_map(|entry| entry.public.drain_queue(id, acceptor)).collect()
     }
 
     /// No process has the worker's sockets any more.
@@ -229,21 +229,21 @@ impl Publics {
 
     /// Takes what still comes in at sockets whose workers are gone, with whose it is, and lets go of
     /// the addresses that none of the `wanted` is and no worker has a socket on.
-    pub(super) fn tidy(
+    pub(super) fn collect_leftovers(
         &mut self,
         wanted: &BTreeSet<SocketAddr>,
         now: Instant,
         acceptor: &mut Acceptor,
-        permit: impl Fn(&Arc<str>) -> Permit,
+        permit: impl Fn(&Arc<str>) -> MayAccept,
     ) -> Vec<(Arc<str>, Socket)> {
-        let mut rescued = Vec::new();
+        let mut drained = Vec::new();
         self.0.retain(|address, entry| {
             acceptor.set_permit(Some(permit(&entry.service)));
-            let clients = entry.public.tidy(now, acceptor);
-            rescued.extend(clients.into_iter().map(|client| (Arc::clone(&entry.service), client)));
-            wanted.contains(address) || !entry.workers.is_empty() || entry.public.is_untidy()
+            let clients = entry.public.collect_leftovers(now, acceptor);
+            drained.extend(clients.into_iter().map(|client| (Arc::clone(&entry.service), client)));
+            wanted.contains(address) || !entry.workers.is_empty() || entry.public.has_leftovers()
         });
-        rescued
+        drained
     }
 
     /// Sees to it that connections are steered as lbd has said: every worker has the group by its
@@ -276,9 +276,9 @@ impl Publics {
         self.0.is_empty()
     }
 
-    /// Whether [`tidy`](Self::tidy) is to be called again soon.
-    pub(super) fn is_untidy(&self) -> bool {
-        self.0.values().any(|entry| entry.public.is_untidy())
+    /// Whether [`collect_leftovers`](Self::collect_leftovers) is to be called again soon.
+    pub(super) fn has_leftovers(&self) -> bool {
+        self.0.values().any(|entry| entry.public.has_leftovers())
     }
 }
 

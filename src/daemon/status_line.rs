@@ -16,15 +16,15 @@ const REASON: usize = 120;
 
 impl Daemon<'_> {
     /// The sentence. Of one line, and a few hundred characters at most.
-    pub(super) fn sentence(&self) -> String {
+    pub(super) fn status_line(&self) -> String {
         let services = self.supervisor.services();
         match self.stage {
             Stage::Running => {
-                let mut sentence = running(services, self.ready);
-                if let Some(error) = &self.loads.last.error {
-                    let _ = write!(sentence, "; the last reload failed: {}", short(error));
+                let mut status_line = running(services, self.ready);
+                if let Some(error) = &self.reload_history.last.error {
+                    let _ = write!(status_line, "; the last reload failed: {}", short(error));
                 }
-                sentence
+                status_line
             }
             Stage::Stopping(_) | Stage::Finished(Some(_)) => {
                 self.leaving("stopping", "waiting for")
@@ -37,7 +37,7 @@ impl Daemon<'_> {
 
     fn leaving(&self, how: &str, waits: &str) -> String {
         let workers = self.supervisor.services().iter().flat_map(Service::workers).count();
-        let connections = counted(self.fronts.active(), "connection");
+        let connections = counted(self.frontends.active(), "connection");
         format!("{how}, {waits} {connections} and {}", counted(workers, "worker"))
     }
 }
@@ -47,21 +47,21 @@ fn running(services: &[Service], ready: bool) -> String {
     let all: usize = services.iter().map(|service| service.slots.len()).sum();
     let serving: usize = services.iter().map(healthy).sum();
     let doing = if ready { "serving" } else { "starting" };
-    let mut sentence = format!("{doing}, {serving} of {} healthy", counted(all, "worker"));
+    let mut status_line = format!("{doing}, {serving} of {} healthy", counted(all, "worker"));
 
     let in_trouble: Vec<_> = services.iter().filter(|s| healthy(s) < s.slots.len()).collect();
     for service in in_trouble.iter().take(NAMED) {
         let (name, has, wants) = (&service.config.name, healthy(service), service.slots.len());
         let has = if has == 0 { "none".to_owned() } else { has.to_string() };
-        let _ = write!(sentence, "; {name} has {has} of {wants}");
+        let _ = write!(status_line, "; {name} has {has} of {wants}");
         if let Some(reason) = service.slots.iter().find_map(|slot| reason(service, slot)) {
-            let _ = write!(sentence, " ({})", short(reason));
+            let _ = write!(status_line, " ({})", short(reason));
         }
     }
     if let more @ 1.. = in_trouble.len().saturating_sub(NAMED) {
-        let _ = write!(sentence, "; {more} more of {} services lack workers", services.len());
+        let _ = write!(status_line, "; {more} more of {} services lack workers", services.len());
     }
-    sentence
+    status_line
 }
 
 /// Why the slot has no worker in rotation, where it has none and that is known.

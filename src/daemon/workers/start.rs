@@ -14,13 +14,13 @@ use std::{
 
 use tokio::{sync::mpsc, task::spawn_local};
 
-use super::{Fleet, InheritedPort, InheritedUnix, Member, listening::Listening};
+use super::{InheritedPort, InheritedUnix, WorkerHandle, WorkerTable, listening::Listening};
 use crate::{
     config::{Program, SocketMode},
-    net::{self, Endpoint, Holder, Nameless, Port},
+    net::{self, Endpoint, Holder, Port, UnnamedUnixListener},
     probe::Prober,
     process::{self, Cgroup, Child, ChildEvent, Exit, Identity, LastWords, Launch},
-    proxy::{Upstream, Ways},
+    proxy::{Backend, PinnedRoutes},
     supervisor::{Event, Spawn, WorkerId},
 };
 
@@ -45,7 +45,7 @@ enum StartError {
     Spawn(io::Error),
 }
 
-impl Fleet {
+impl WorkerTable {
     /// Starts a worker; what becomes of it comes as events, these being the first.
     pub(in crate::daemon) fn spawn(&mut self, order: &Spawn) -> Vec<Event> {
         let id = order.id;
@@ -76,7 +76,7 @@ impl Fleet {
         let address = endpoint.inet();
         let started = self.launch(order, endpoint, None);
         if started.is_err() {
-            self.nameless.remove(&order.id);
+            self.unnamed.remove(&order.id);
             if let Some(inherited) = address.and_then(|address| self.ports.get_mut(&address)) {
                 // No process has had it.
                 inherited.port.abandon(order.id, false);
@@ -88,13 +88,14 @@ impl Fleet {
     /// Starts a worker with sockets of its own on the public addresses. Its port is a name, if it has
     /// been given one.
     fn start_direct(&mut self, order: &Spawn) -> Result<Option<u16>, StartError> {
-        let join = self.publics.join(order);
+        let join = self.direct_listeners.join(order);
         join.map_err(|(address, error)| StartError::Bind(address, error))?;
-        let ways = self.publics.ways_to(order);
-        let address = ways.as_ref().map_or(order.spec.address(0), |ways| ways.first.address());
-        let started = self.launch(order, address.into(), ways);
+        let routes = self.direct_listeners.ways_to(order);
+        let address =
+            routes.as_ref().map_or(order.spec.address(0), |routes| routes.first.address());
+        let started = self.launch(order, address.into(), routes);
         if started.is_err() {
-            self.publics.leave(order.id, Instant::now());
+            self.direct_listeners.leave(order.id, Instant::now());
         }
         self.count_connections();
         started.map(|()| Some(order.port.unwrap_or(address.port())))
@@ -103,10 +104,10 @@ impl Fleet {
     /// A listening unix socket for the worker.
     fn inherit_unix(&mut self, order: &Spawn) -> Result<Endpoint, StartError> {
         let failed = |error| StartError::Unix(self.folder.clone(), error);
-        let socket = Nameless::open(&self.folder).map_err(failed)?;
+        let socket = UnnamedUnixListener::open(&self.folder).map_err(failed)?;
         let endpoint = socket.endpoint().clone();
         let (service, proxy_protocol) = (Arc::clone(&order.service), order.spec.proxy_protocol);
-        self.nameless.insert(order.id, InheritedUnix { socket, service, proxy_protocol });
+        self.unnamed.insert(order.id, InheritedUnix { socket, service, proxy_protocol });
         Ok(endpoint)
     }
 
@@ -130,17 +131,17 @@ impl Fleet {
         &mut self,
         order: &Spawn,
         endpoint: Endpoint,
-        ways: Option<Ways>,
+        routes: Option<PinnedRoutes>,
     ) -> Result<(), StartError> {
         let spec = &*order.spec;
         let port = endpoint.inet().map(|address| address.port());
         let identity = Identity {
             service: &order.service,
             slot: order.slot,
-            port: order.port.filter(|_| ways.is_some()).or(port),
+            port: order.port.filter(|_| routes.is_some()).or(port),
         };
         // Where all are on the same port, that tells nobody from the others.
-        let port = if ways.is_some() { order.port } else { port };
+        let port = if routes.is_some() { order.port } else { port };
         let number = port.map_or(order.slot, u32::from);
         let label: Arc<str> = format!("{}/{number}", order.service).into();
         let streams = self.outputs.open(&spec.output, identity).map_err(StartError::Output)?;
@@ -150,18 +151,18 @@ impl Fleet {
             Program::Root(root) => {
                 let root = root.to_string_lossy().into_owned();
                 let mut argv = vec!["lbd", "worker", "--root", &root];
-                if ways.is_some() {
+                if routes.is_some() {
                     argv.extend(["--served-by", &label]);
                 }
                 let argv = argv.into_iter().map(str::to_owned).collect();
                 (Some(PathBuf::from("/proc/self/exe")), argv)
             }
         };
-        let nameless = self.nameless.get(&order.id).map(|inherited| inherited.socket.socket());
+        let unnamed = self.unnamed.get(&order.id).map(|inherited| inherited.socket.socket());
         let on_port = || self.ports.get(&endpoint.inet()?)?.port.socket(order.id);
-        let inherited = match &ways {
-            Some(_) => self.publics.sockets(order),
-            None => nameless.or_else(on_port).into_iter().collect(),
+        let inherited = match &routes {
+            Some(_) => self.direct_listeners.sockets(order),
+            None => unnamed.or_else(on_port).into_iter().collect(),
         };
         let cgroup = self.cgroup(spec.processes)?;
         let launch = Launch {
@@ -188,16 +189,16 @@ impl Fleet {
         };
         let child = self.spawner.spawn(launch).map_err(StartError::Spawn)?;
         let (id, idle) = (order.id, Arc::clone(&self.idle));
-        let way = ways.as_ref().map(|ways| ways.first.clone());
-        let upstream = match ways {
-            Some(ways) => Upstream::direct(id.0, order.slot, label, ways, idle),
-            None => Upstream::new(id.0, order.slot, label, endpoint, spec.proxy_protocol, idle),
+        let pinned = routes.as_ref().map(|routes| routes.first.clone());
+        let backend = match routes {
+            Some(routes) => Backend::direct(id.0, order.slot, label, routes, idle),
+            None => Backend::new(id.0, order.slot, label, endpoint, spec.proxy_protocol, idle),
         };
         let (controller, guard) = (child.controller(), child.guard_pid());
         let service = Arc::clone(&order.service);
-        self.ledger.open(&service, order.slot, Arc::clone(&upstream));
+        self.slot_stats.open(&service, order.slot, Arc::clone(&backend));
         let was_healthy = Rc::new(Cell::new(false));
-        let address = upstream.endpoint().inet();
+        let address = backend.endpoint().inet();
         let listening = Listening::new(spec.socket, address, guard, order.stands_in_for);
         spawn_local(report(Reported {
             child,
@@ -208,22 +209,22 @@ impl Fleet {
             was_healthy: Rc::clone(&was_healthy),
             events: self.events.clone(),
         }));
-        let member = Member {
+        let handle = WorkerHandle {
             controller,
             guard,
             service,
-            upstream,
+            backend,
             retired: false,
             probing: false,
             proven: false,
-            way,
+            pinned,
             prober: Prober::default(),
             listening,
             probe: None,
             last_words,
             was_healthy,
         };
-        self.members.insert(id, member);
+        self.handles.insert(id, handle);
         Ok(())
     }
 

@@ -17,9 +17,9 @@ use socket2::Socket;
 use tokio::sync::mpsc;
 
 use super::{
-    gate::Gate,
+    limit::ConnectionLimit,
     listener::{Listener, Peer},
-    service::{Place, Reserved, ServiceRoute},
+    service::{Permit, ReservedPermit, ServiceHandle},
 };
 use crate::net::proxy_protocol::Ends;
 
@@ -37,12 +37,12 @@ pub(super) enum Command {
     Open {
         id: ListenerId,
         listener: Arc<Listener>,
-        service: Arc<ServiceRoute>,
+        service: Arc<ServiceHandle>,
     },
     /// Its clients are another service's from now on.
     Reassign {
         id: ListenerId,
-        service: Arc<ServiceRoute>,
+        service: Arc<ServiceHandle>,
     },
     /// Accept what is queued, then let go of the listener and drop `done`.
     Close {
@@ -53,18 +53,18 @@ pub(super) enum Command {
     Adopt {
         connection: Socket,
         client: Option<Ends>,
-        place: Reserved,
+        permit: ReservedPermit,
     },
     /// Go on with a connection that another thread has accepted, since it has more of them.
     Take {
         connection: Socket,
         peer: Peer,
-        place: Place,
+        permit: Permit,
         /// When it was accepted.
         begun: Instant,
     },
     /// Look for a worker for everybody who has come so far, then drop `done`.
-    PlaceAll {
+    AssignAll {
         done: mpsc::Sender<()>,
     },
     /// Reset every connection and end.
@@ -77,7 +77,7 @@ pub(super) enum Command {
 pub(super) struct Mailbox {
     /// `None` once the thread has ended.
     commands: Mutex<Option<Vec<Command>>>,
-    pub(super) bell: EventFd,
+    pub(super) wakeup: EventFd,
     /// Turns of the thread's loop.
     pub(super) turns: AtomicU64,
     /// Connections that it holds, those included that are on their way to it.
@@ -88,31 +88,31 @@ pub(super) struct Mailbox {
 
 /// All threads, and the number of connections they may hold together.
 #[derive(Debug)]
-pub(super) struct Crew {
+pub(super) struct Threads {
     mailboxes: Box<[Mailbox]>,
     /// All places for connections.
-    budget: Gate,
+    budget: ConnectionLimit,
     /// Those of them that no service has for itself.
-    common: Gate,
+    common: ConnectionLimit,
     /// A few more, for connections that waited for a worker which is gone.
-    spare: Gate,
+    spare: ConnectionLimit,
     /// The services that share the places.
-    services: Mutex<Vec<Weak<ServiceRoute>>>,
+    services: Mutex<Vec<Weak<ServiceHandle>>>,
     began: Instant,
     /// How often a worker's process was found to be gone.
-    departures: AtomicU64,
+    exits: AtomicU64,
     /// Which thread is the next to be told what only one is told.
     turn: AtomicUsize,
 }
 
-impl Crew {
+impl Threads {
     pub(super) fn new(threads: usize, max_held: usize) -> io::Result<Arc<Self>> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let mailboxes = (0..threads).map(|_| {
-            let bell = EventFd::from_flags(flags)?;
+            let wakeup = EventFd::from_flags(flags)?;
             Ok(Mailbox {
                 commands: Mutex::new(Some(Vec::new())),
-                bell,
+                wakeup,
                 turns: AtomicU64::new(0),
                 held: AtomicUsize::new(0),
                 other: AtomicUsize::new(0),
@@ -122,12 +122,12 @@ impl Crew {
         let spare = spare(max_held);
         Ok(Arc::new(Self {
             mailboxes,
-            budget: Gate::new(max_held - spare),
-            common: Gate::new(usize::MAX),
-            spare: Gate::new(spare),
+            budget: ConnectionLimit::new(max_held - spare),
+            common: ConnectionLimit::new(usize::MAX),
+            spare: ConnectionLimit::new(spare),
             services: Mutex::default(),
             began: Instant::now(),
-            departures: AtomicU64::new(0),
+            exits: AtomicU64::new(0),
             turn: AtomicUsize::new(0),
         }))
     }
@@ -136,15 +136,15 @@ impl Crew {
         &self.mailboxes[thread]
     }
 
-    pub(super) fn budget(&self) -> &Gate {
+    pub(super) fn budget(&self) -> &ConnectionLimit {
         &self.budget
     }
 
-    pub(super) fn common(&self) -> &Gate {
+    pub(super) fn common(&self) -> &ConnectionLimit {
         &self.common
     }
 
-    pub(super) fn spare(&self) -> &Gate {
+    pub(super) fn spare(&self) -> &ConnectionLimit {
         &self.spare
     }
 
@@ -159,7 +159,7 @@ impl Crew {
     }
 
     /// Counts a service among those that share the places.
-    pub(super) fn enrol(&self, service: &Arc<ServiceRoute>) {
+    pub(super) fn enrol(&self, service: &Arc<ServiceHandle>) {
         lock(&self.services).push(Arc::downgrade(service));
         self.share_out();
     }
@@ -193,12 +193,12 @@ impl Crew {
 
     /// Makes one thread look at its mailbox and at new pools.
     pub(super) fn wake(&self, thread: usize) {
-        self.mailboxes[thread].ring();
+        self.mailboxes[thread].wake();
     }
 
     /// Makes every thread look at its mailbox, at new pools and at the gates.
     pub(super) fn wake_all(&self) {
-        self.mailboxes.iter().for_each(Mailbox::ring);
+        self.mailboxes.iter().for_each(Mailbox::wake);
     }
 
     /// Finds a thread for one more connection, which counts as that one's until it has
@@ -237,7 +237,7 @@ impl Crew {
     pub(super) fn tell_one(&self, thread: usize, command: Command) {
         let mailbox = &self.mailboxes[thread];
         mailbox.put(command);
-        mailbox.ring();
+        mailbox.wake();
     }
 
     /// The thread has ended, or is about to: it is handed no further connection, those that are on
@@ -258,13 +258,13 @@ impl Crew {
     }
 
     /// A worker's process is gone: its connections are to be looked at.
-    pub(super) fn departed(&self) {
-        self.departures.fetch_add(1, Release);
+    pub(super) fn exited(&self) {
+        self.exits.fetch_add(1, Release);
         self.wake_all();
     }
 
-    pub(super) fn departures(&self) -> u64 {
-        self.departures.load(Acquire)
+    pub(super) fn exits(&self) -> u64 {
+        self.exits.load(Acquire)
     }
 
     pub(super) fn turns(&self) -> Vec<u64> {
@@ -295,14 +295,14 @@ impl Mailbox {
         }
     }
 
-    fn ring(&self) {
+    fn wake(&self) {
         // EAGAIN says that it has been rung more often than can be counted: rung it is.
-        _ = self.bell.write(1);
+        _ = self.wakeup.write(1);
     }
 
     /// Stops the ringing and takes what was put in before it.
     pub(super) fn empty(&self) -> Vec<Command> {
-        _ = self.bell.read();
+        _ = self.wakeup.read();
         lock(&self.commands).as_mut().map(std::mem::take).unwrap_or_default()
     }
 }
@@ -321,57 +321,58 @@ mod tests {
     use super::*;
     use crate::proxy::Pool;
 
-    fn held(crew: &Crew) -> Vec<usize> {
-        crew.mailboxes.iter().map(|mailbox| mailbox.held.load(Relaxed)).collect()
+    fn held(threads: &Threads) -> Vec<usize> {
+        threads.mailboxes.iter().map(|mailbox| mailbox.held.load(Relaxed)).collect()
     }
 
     #[test]
     fn connections_that_one_thread_accepts_are_spread() {
         for threads in [1, 2, 4] {
-            let crew = Crew::new(threads, 1000).unwrap();
-            (0..100).for_each(|_| _ = crew.seat(0, false));
-            assert_eq!(held(&crew).iter().sum::<usize>(), 100);
-            let (least, most) = (held(&crew).into_iter().min(), held(&crew).into_iter().max());
-            assert!(most.unwrap() - least.unwrap() <= 2, "{:?}", held(&crew));
+            let threads = Threads::new(threads, 1000).unwrap();
+            (0..100).for_each(|_| _ = threads.seat(0, false));
+            assert_eq!(held(&threads).iter().sum::<usize>(), 100);
+            let (least, most) =
+                (held(&threads).into_iter().min(), held(&threads).into_iter().max());
+            assert!(most.unwrap() - least.unwrap() <= 2, "{:?}", held(&threads));
         }
     }
 
     #[test]
     fn a_thread_that_has_ended_gets_nothing_and_what_was_on_its_way_is_reset() {
-        let crew = Crew::new(2, 1000).unwrap();
+        let threads = Threads::new(2, 1000).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let connection = Socket::from(listener.accept().unwrap().0);
         let pool = Pool::new(Vec::new(), None, Arc::default());
-        let service = ServiceRoute::new("web".into(), pool, Arc::default(), Arc::clone(&crew));
-        let place = Place::take(&service).unwrap();
-        assert_eq!(crew.seat(1, false), 1);
-        crew.tell_one(
+        let service = ServiceHandle::new("web".into(), pool, Arc::default(), Arc::clone(&threads));
+        let permit = Permit::take(&service).unwrap();
+        assert_eq!(threads.seat(1, false), 1);
+        threads.tell_one(
             1,
-            Command::Take { connection, peer: Peer::Unix, place, begun: Instant::now() },
+            Command::Take { connection, peer: Peer::Unix, permit, begun: Instant::now() },
         );
-        crew.ended(1);
+        threads.ended(1);
         let error = client.read(&mut [0]).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
         assert_eq!(service.active(), 0);
         for _ in 0..100 {
-            assert_eq!(crew.seat_anywhere(), 0);
+            assert_eq!(threads.seat_anywhere(), 0);
         }
         // Nobody waits for it.
         let (done, mut waits) = mpsc::channel(1);
-        crew.tell_one(1, Command::PlaceAll { done });
+        threads.tell_one(1, Command::AssignAll { done });
         assert_eq!(waits.try_recv(), Err::<(), _>(mpsc::error::TryRecvError::Disconnected));
     }
 
     #[test]
     fn a_thread_keeps_what_it_accepts_while_it_has_no_more_than_others() {
-        let crew = Crew::new(2, 1000).unwrap();
+        let threads = Threads::new(2, 1000).unwrap();
         for _ in 0..100 {
-            assert_eq!(crew.seat(1, false), 1);
-            crew.left(1);
+            assert_eq!(threads.seat(1, false), 1);
+            threads.left(1);
         }
         let seats = [(0, false), (1, false), (1, false), (1, true), (1, false)];
-        assert_eq!(seats.map(|(thread, stays)| crew.seat(thread, stays)), [0, 1, 1, 1, 0]);
-        assert_eq!(held(&crew), [2, 3]);
+        assert_eq!(seats.map(|(thread, stays)| threads.seat(thread, stays)), [0, 1, 1, 1, 0]);
+        assert_eq!(held(&threads), [2, 3]);
     }
 }

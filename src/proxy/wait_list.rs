@@ -8,7 +8,7 @@ use std::{collections::BTreeSet, time::Instant};
 
 /// Who waits, and when the first of them looks again.
 #[derive(Debug, Default)]
-pub(super) struct Line {
+pub(super) struct WaitList {
     /// When each came, and its key.
     members: BTreeSet<(Instant, usize)>,
     /// When the first has another look: room in an accept queue comes without anybody telling.
@@ -21,7 +21,7 @@ pub(super) struct Line {
     pub(super) looking: Option<usize>,
 }
 
-impl Line {
+impl WaitList {
     pub(super) fn is_empty(&self) -> bool {
         self.members.is_empty()
     }

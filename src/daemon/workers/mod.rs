@@ -1,10 +1,10 @@
 //! The worker processes, as the driver handles them: it starts, signals and probes them as the supervisor
 //! asks, and turns what becomes of them into events.
 
-mod gauges;
+mod drain_queue;
 mod listening;
-mod rescue;
 mod start;
+mod usage;
 
 use std::{
     cell::Cell,
@@ -25,46 +25,46 @@ use tokio::{
     task::spawn_local,
 };
 
-use super::{descriptors::Descriptors, ledger::Ledger, publics::Publics};
+use super::{descriptors::Descriptors, direct_listeners::DirectListeners, slot_stats::SlotStats};
 use crate::{
     config::{Balance, Health, ProxyProtocol, StopTo},
-    net::{self, Acceptor, Nameless, Port, Rescued, direct::Way},
+    net::{self, Acceptor, DrainedConnection, Port, UnnamedUnixListener, direct::PinnedRoute},
     probe::{self, Prober},
     process::{Cgroups, Controller, Counted, LastWords, Outputs, Spawner, Watched},
-    proxy::Upstream,
+    proxy::Backend,
     supervisor::{Event, ProbeOutcome, Verdict, WORKERS_ON_A_PORT, WorkerId},
 };
-use gauges::Gauges;
 use listening::Listening;
+use usage::UsageSamplers;
 
 const _: () = assert!(WORKERS_ON_A_PORT == net::SHARERS);
 
 /// All worker processes of the daemon.
 #[derive(Debug)]
-pub(super) struct Fleet {
+pub(super) struct WorkerTable {
     spawner: Spawner,
     outputs: Outputs,
     descriptors: Descriptors,
     events: mpsc::Sender<Event>,
     /// Notified when a retired worker's last connection ends.
     idle: Arc<Notify>,
-    members: HashMap<WorkerId, Member>,
-    pub(super) ledger: Ledger,
+    handles: HashMap<WorkerId, WorkerHandle>,
+    pub(super) slot_stats: SlotStats,
     /// The ports whose sockets workers inherit.
     ports: HashMap<SocketAddr, InheritedPort>,
     /// The unix sockets that workers inherit, those of workers that are gone with what waits there.
-    nameless: HashMap<WorkerId, InheritedUnix>,
+    unnamed: HashMap<WorkerId, InheritedUnix>,
     /// Where one can be made.
     folder: PathBuf,
     /// The public addresses that workers have sockets on.
-    pub(super) publics: Publics,
+    pub(super) direct_listeners: DirectListeners,
     /// When they are looked after again.
     watch_at: Instant,
     /// Clients that waited for workers which are gone, to be handed over.
-    left: Vec<(Arc<str>, Rescued)>,
+    left: Vec<(Arc<str>, DrainedConnection)>,
     acceptor: Acceptor,
     cgroups: Option<Cgroups>,
-    gauges: Gauges,
+    usage: UsageSamplers,
 }
 
 /// A port whose sockets workers inherit, and the service whose workers do.
@@ -77,28 +77,28 @@ struct InheritedPort {
 /// A unix socket that a worker inherits.
 #[derive(Debug)]
 struct InheritedUnix {
-    socket: Nameless,
+    socket: UnnamedUnixListener,
     service: Arc<str>,
     proxy_protocol: Option<ProxyProtocol>,
 }
 
 /// One worker.
 #[derive(Debug)]
-struct Member {
+struct WorkerHandle {
     controller: Controller,
     guard: i32,
     service: Arc<str>,
-    upstream: Arc<Upstream>,
+    backend: Arc<Backend>,
     retired: bool,
     /// A probe is on its way.
     probing: bool,
     /// A probe has passed.
     proven: bool,
     /// How lbd reaches it, where the kernel hands it connections.
-    way: Option<Way>,
+    pinned: Option<PinnedRoute>,
     prober: Prober,
     listening: Listening,
-    /// A copy of the probe's socket while that may wait in the accept queue of a worker that has `way`:
+    /// A copy of the probe's socket while that may wait in the accept queue of a worker that has `pinned`:
     /// nobody else has its port meanwhile, and what comes from there is no client.
     probe: Option<Socket>,
     /// What it said last.
@@ -107,7 +107,7 @@ struct Member {
     was_healthy: Rc<Cell<bool>>,
 }
 
-impl Member {
+impl WorkerHandle {
     /// Whether this connection, which waited for it, is its probe's.
     fn is_probe(&self, accepted: &Socket) -> bool {
         let from = |probe: &Socket| {
@@ -117,7 +117,7 @@ impl Member {
     }
 }
 
-impl Fleet {
+impl WorkerTable {
     pub(super) fn new(
         descriptors: Descriptors,
         cgroups: Option<Cgroups>,
@@ -130,15 +130,15 @@ impl Fleet {
             spawner: Spawner::new()?,
             outputs: Outputs::start(output_rate)?,
             descriptors,
-            gauges: Gauges::new(events.clone()),
+            usage: UsageSamplers::new(events.clone()),
             events,
             idle,
-            members: HashMap::new(),
-            ledger: Ledger::default(),
+            handles: HashMap::new(),
+            slot_stats: SlotStats::default(),
             ports: HashMap::new(),
-            nameless: HashMap::new(),
+            unnamed: HashMap::new(),
             folder,
-            publics: Publics::default(),
+            direct_listeners: DirectListeners::default(),
             watch_at: Instant::now(),
             left: Vec::new(),
             acceptor: Acceptor::new()?,
@@ -147,55 +147,55 @@ impl Fleet {
     }
 
     pub(super) fn stop(&self, id: WorkerId, signal: Signal, to: StopTo, timeout: Duration) {
-        if let Some(member) = self.members.get(&id) {
-            member.controller.stop(signal, to, timeout);
+        if let Some(handle) = self.handles.get(&id) {
+            handle.controller.stop(signal, to, timeout);
         }
     }
 
     pub(super) fn kill(&self, id: WorkerId) {
-        if let Some(member) = self.members.get(&id) {
-            member.controller.kill();
+        if let Some(handle) = self.handles.get(&id) {
+            handle.controller.kill();
         }
     }
 
     /// Has the files opened anew that workers' output goes to.
     pub(super) fn reopen_outputs(&self) {
-        self.members.values().for_each(|member| member.controller.reopen_output());
+        self.handles.values().for_each(|handle| handle.controller.reopen_output());
     }
 
     /// Probes once, beside everything else.
     pub(super) fn probe(&mut self, id: WorkerId, health: &Health) {
-        let Some(member) = self.members.get_mut(&id) else { return };
-        member.probing = true;
-        let endpoint = member.upstream.endpoint().clone();
+        let Some(handle) = self.handles.get_mut(&id) else { return };
+        handle.probing = true;
+        let endpoint = handle.backend.endpoint().clone();
         let inherited = endpoint.inet().and_then(|address| self.ports.get_mut(&address));
         // Where several listen, the connection has to reach the one that is meant. One that waits
         // there already needs no other.
-        let (socket, pass) = match (&member.way, inherited) {
-            _ if member.prober.is_waiting() => (Err(io::ErrorKind::NotConnected.into()), None),
-            (Some(way), _) => match way.open() {
+        let (socket, pass) = match (&handle.pinned, inherited) {
+            _ if handle.prober.is_waiting() => (Err(io::ErrorKind::NotConnected.into()), None),
+            (Some(pinned), _) => match pinned.open() {
                 Ok((socket, pass)) => (Ok(socket), Some(pass)),
                 Err(error) => (Err(error), None),
             },
             (None, Some(inherited)) => (inherited.port.way_to(id), None),
             (None, None) => (endpoint.way_of_a_probe(), None),
         };
-        if member.way.is_some()
+        if handle.pinned.is_some()
             && let Ok(socket) = &socket
         {
-            member.probe = socket.try_clone().ok();
+            handle.probe = socket.try_clone().ok();
         }
         let target = probe::Target {
             probe: health.probe.clone(),
             endpoint,
-            proxy_protocol: member.upstream.proxy_protocol(),
+            proxy_protocol: handle.backend.proxy_protocol(),
             timeout: health.timeout,
         };
-        let (owner, is_new) = (health.owner, !member.proven);
-        let (prober, listening) = (member.prober.clone(), member.listening.clone());
-        let (upstream, events) = (Arc::clone(&member.upstream), self.events.clone());
+        let (owner, is_new) = (health.owner, !handle.proven);
+        let (prober, listening) = (handle.prober.clone(), handle.listening.clone());
+        let (backend, events) = (Arc::clone(&handle.backend), self.events.clone());
         spawn_local(async move {
-            let answered = || upstream.answered();
+            let answered = || backend.answered();
             let mut outcome = prober.probe(&target, socket, answered).await;
             drop(pass);
             listening.judge(&mut outcome, owner, is_new).await;
@@ -206,99 +206,99 @@ impl Fleet {
 
     /// The probe that was asked for has ended.
     pub(super) fn probed(&mut self, id: WorkerId, outcome: &ProbeOutcome) {
-        if let Some(member) = self.members.get_mut(&id) {
-            member.probing = false;
-            member.proven |= outcome.verdict == Verdict::Passed;
-            member.was_healthy.set(member.proven);
-            if !member.prober.is_waiting() {
-                member.probe = None;
+        if let Some(handle) = self.handles.get_mut(&id) {
+            handle.probing = false;
+            handle.proven |= outcome.verdict == Verdict::Passed;
+            handle.was_healthy.set(handle.proven);
+            if !handle.prober.is_waiting() {
+                handle.probe = None;
             }
-            self.ledger.probed(&member.service, member.upstream.slot(), outcome);
+            self.slot_stats.probed(&handle.service, handle.backend.slot(), outcome);
         }
     }
 
     /// No connection is handed to it any more; tells whether it holds none.
     pub(super) fn retire(&mut self, id: WorkerId) -> bool {
-        let Some(member) = self.members.get_mut(&id) else { return false };
-        member.retired = true;
-        let idle = member.upstream.retire();
+        let Some(handle) = self.handles.get_mut(&id) else { return false };
+        handle.retired = true;
+        let idle = handle.backend.retire();
         self.count_connections();
         idle
     }
 
     pub(super) fn reinstate(&mut self, id: WorkerId) {
-        if let Some(member) = self.members.get_mut(&id) {
-            member.retired = false;
-            member.upstream.reinstate();
+        if let Some(handle) = self.handles.get_mut(&id) {
+            handle.retired = false;
+            handle.backend.reinstate();
         }
         self.count_connections();
     }
 
     /// The process id of its guard, while there is one.
     pub(super) fn guard(&self, id: WorkerId) -> Option<i32> {
-        self.members.get(&id).map(|member| member.guard)
+        self.handles.get(&id).map(|handle| handle.guard)
     }
 
     /// Has the connections counted of those that have them without lbd.
     fn count_connections(&mut self) {
-        let direct = self.members.values().filter(|member| member.way.is_some());
-        let counted = |member: &Member| Counted {
-            guard: member.guard,
-            urgent: member.retired,
-            subject: (Arc::clone(&member.upstream), member.upstream.epoch()),
+        let direct = self.handles.values().filter(|handle| handle.pinned.is_some());
+        let counted = |handle: &WorkerHandle| Counted {
+            guard: handle.guard,
+            urgent: handle.retired,
+            subject: (Arc::clone(&handle.backend), handle.backend.epoch()),
         };
         let workers = direct.map(counted).collect();
-        self.gauges.count_connections(self.publics.addresses(), workers);
+        self.usage.count_connections(self.direct_listeners.addresses(), workers);
     }
 
     /// These workers' memory is measured from now on, and told as events; the number is the limit.
     pub(super) fn measure(&mut self, limits: impl Iterator<Item = (WorkerId, u64)>) {
         let watched = |(id, limit): (WorkerId, u64)| {
-            let guard = self.members.get(&id)?.guard;
+            let guard = self.handles.get(&id)?.guard;
             Some(Watched { id: id.0, guard, limit })
         };
-        self.gauges.measure(limits.filter_map(watched).collect());
+        self.usage.measure(limits.filter_map(watched).collect());
     }
 
     /// The retired workers that hold no connection.
     pub(super) fn idle(&self) -> Vec<WorkerId> {
-        let idle = |(id, member): &(&WorkerId, &Member)| {
-            member.retired
-                && member.upstream.is_idle()
-                && self.publics.queued(**id).unwrap_or(0) == 0
+        let idle = |(id, handle): &(&WorkerId, &WorkerHandle)| {
+            handle.retired
+                && handle.backend.is_idle()
+                && self.direct_listeners.queued(**id).unwrap_or(0) == 0
         };
-        self.members.iter().filter(idle).map(|(id, _)| *id).collect()
+        self.handles.iter().filter(idle).map(|(id, _)| *id).collect()
     }
 
     /// Whether the worker of this incarnation is known to hold no connection.
     pub(super) fn holds_nothing(&self, id: WorkerId) -> bool {
-        self.members.get(&id).is_none_or(|member| member.upstream.is_idle())
+        self.handles.get(&id).is_none_or(|handle| handle.backend.is_idle())
     }
 
     /// Whether the kernel hands connections to one of these.
     pub(super) fn is_direct(&self, workers: &[WorkerId]) -> bool {
-        workers.iter().any(|id| self.members.get(id).is_some_and(|member| member.way.is_some()))
+        workers.iter().any(|id| self.handles.get(id).is_some_and(|handle| handle.pinned.is_some()))
     }
 
-    pub(super) fn upstream(&self, id: WorkerId) -> Option<&Arc<Upstream>> {
-        self.members.get(&id).map(|member| &member.upstream)
+    pub(super) fn backend(&self, id: WorkerId) -> Option<&Arc<Backend>> {
+        self.handles.get(&id).map(|handle| &handle.backend)
     }
 
     /// These are the ones in rotation: on the ports they share with others, new connections are
     /// theirs.
     pub(super) fn select(&mut self, workers: &[WorkerId]) {
         for &id in workers {
-            let Some(Member { upstream, .. }) = self.members.get(&id) else { continue };
-            let Some(address) = upstream.endpoint().inet() else { continue };
+            let Some(WorkerHandle { backend, .. }) = self.handles.get(&id) else { continue };
+            let Some(address) = backend.endpoint().inet() else { continue };
             let Some(InheritedPort { port, .. }) = self.ports.get_mut(&address) else { continue };
             let before = port.selected().filter(|before| *before != id);
             // Who is on the way to it by the pool before reaches the new one, with its header.
             let displaced = before
-                .and_then(|before| Some(&self.members.get(&before)?.upstream))
-                .filter(|before| before.proxy_protocol() != upstream.proxy_protocol());
+                .and_then(|before| Some(&self.handles.get(&before)?.backend))
+                .filter(|before| before.proxy_protocol() != backend.proxy_protocol());
             displaced.inspect(|before| before.displace(true));
             match port.select(id) {
-                Ok(()) => upstream.displace(false),
+                Ok(()) => backend.displace(false),
                 Err(error) => {
                     displaced.inspect(|before| before.displace(false));
                     tracing::error!(%address, %error, "cannot steer connections to the new worker");
@@ -309,14 +309,14 @@ impl Fleet {
 
     /// The same for the addresses whose connections the kernel hands out.
     pub(super) fn rotate(&self, service: &str, balance: Balance, workers: &[WorkerId]) {
-        let turn = |id: &WorkerId| Some((self.members.get(id)?.upstream.slot(), *id));
+        let turn = |id: &WorkerId| Some((self.handles.get(id)?.backend.slot(), *id));
         let turns: Vec<_> = workers.iter().filter_map(turn).collect();
-        self.publics.rotate(service, balance, &turns);
+        self.direct_listeners.rotate(service, balance, &turns);
     }
 
     /// The last lines that the worker wrote, as far as they came through lbd.
     pub(super) fn last_words(&self, id: WorkerId) -> Vec<String> {
-        self.members.get(&id).map(|member| member.last_words.lines()).unwrap_or_default()
+        self.handles.get(&id).map(|handle| handle.last_words.lines()).unwrap_or_default()
     }
 
     /// Reaps what killed guards left behind. To be called on SIGCHLD.

@@ -19,17 +19,17 @@ use socket2::{Domain, Socket};
 use tokio::sync::Notify;
 
 use direct::Direct;
-pub use direct::Ways;
+pub use direct::PinnedRoutes;
 
 use super::{
     binding::is_ephemeral,
-    connection::End,
+    connection::Outcome,
+    counters::{ConnectError, WorkerCounters, WorkerTally},
     relay::Reach,
-    tally::{Refusal, WorkerCounters, WorkerTally},
 };
 use crate::{
     config::ProxyProtocol,
-    net::{Endpoint, direct::Pass},
+    net::{Endpoint, direct::PinGuard},
 };
 
 /// One incarnation of a worker: where it listens, and what passed through it.
@@ -39,7 +39,7 @@ use crate::{
 /// One with `route = "direct"` has most of its connections without lbd: those are counted by the
 /// kernel, and by whoever [samples](Self::sampled) them. What lbd itself hands to it (connections it
 /// had to hold, or to rescue) is counted as anywhere.
-pub struct Upstream {
+pub struct Backend {
     id: u64,
     slot: u32,
     port: Option<u16>,
@@ -49,7 +49,7 @@ pub struct Upstream {
     is_ephemeral: bool,
     is_local: bool,
     retired: AtomicBool,
-    departed: AtomicBool,
+    exited: AtomicBool,
     displaced: AtomicBool,
     /// Until when its accept queue is taken for full, in milliseconds since [`BEGAN`]; 0 where it is
     /// not.
@@ -74,7 +74,7 @@ fn milliseconds() -> u64 {
     u64::try_from(BEGAN.elapsed().as_millis()).unwrap_or(u64::MAX)
 }
 
-/// What passed through an [`Upstream`] so far.
+/// What passed through an [`Backend`] so far.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Traffic {
     /// Connections now on the worker, the ones being made included; `None` where that can't be told.
@@ -89,7 +89,7 @@ pub struct Traffic {
     pub received: Option<u64>,
 }
 
-impl Upstream {
+impl Backend {
     /// A worker that listens at `endpoint`, and is told who its client is where it is to be. `id` is
     /// its incarnation, unique for the life of the daemon; `label` names it in the access log
     /// (`web/9002`). `drained` is notified whenever the last connection of a *retired* upstream
@@ -106,18 +106,18 @@ impl Upstream {
         Arc::new(Self::at(id, slot, label, endpoint, proxy_protocol, drained, None))
     }
 
-    /// A worker that the kernel hands connections to, by any of the `ways`, and that lbd reaches by the
+    /// A worker that the kernel hands connections to, by any of the `routes`, and that lbd reaches by the
     /// first.
     #[must_use]
     pub fn direct(
         id: u64,
         slot: u32,
         label: Arc<str>,
-        ways: Ways,
+        routes: PinnedRoutes,
         drained: Arc<Notify>,
     ) -> Arc<Self> {
-        let endpoint = ways.first.address().into();
-        let direct = Some(Direct::new(ways));
+        let endpoint = routes.first.address().into();
+        let direct = Some(Direct::new(routes));
         Arc::new(Self::at(id, slot, label, endpoint, None, drained, direct))
     }
 
@@ -141,7 +141,7 @@ impl Upstream {
             is_ephemeral: inet.is_some_and(|address| is_ephemeral(address.port())),
             is_local: inet.is_none_or(|address| address.ip().to_canonical().is_loopback()),
             retired: AtomicBool::new(false),
-            departed: AtomicBool::new(false),
+            exited: AtomicBool::new(false),
             displaced: AtomicBool::new(false),
             congested: AtomicU64::new(0),
             drained,
@@ -294,12 +294,12 @@ impl Upstream {
     }
 
     /// Whether its process is gone, so that nobody reads any more what clients send to it.
-    pub(super) fn is_departed(&self) -> bool {
-        self.departed.load(SeqCst)
+    pub(super) fn is_exited(&self) -> bool {
+        self.exited.load(SeqCst)
     }
 
     pub(super) fn depart(&self) {
-        self.departed.store(true, SeqCst);
+        self.exited.store(true, SeqCst);
     }
 
     /// Whether a connect found its accept queue full a moment ago, and nothing since says that it has
@@ -320,23 +320,23 @@ impl Upstream {
     }
 
     /// A connection's claim, of which there are never more than `most`.
-    pub(super) fn acquire(self: &Arc<Self>, most: Option<NonZeroU32>) -> Result<Lease, Denied> {
+    pub(super) fn acquire(self: &Arc<Self>, most: Option<NonZeroU32>) -> Result<Lease, LeaseError> {
         // Count first, look second; `retire` marks first, counts second. In the one order of all
         // four, either the mark is seen here or the count is seen there.
         match most {
             None => _ = self.active.fetch_add(1, SeqCst),
             Some(most) => {
                 let room = |active| (active < most.get() as usize).then_some(active + 1);
-                self.active.fetch_update(SeqCst, SeqCst, room).map_err(|_| Denied::Full)?;
+                self.active.fetch_update(SeqCst, SeqCst, room).map_err(|_| LeaseError::Full)?;
             }
         }
-        let lease = Lease { upstream: Arc::clone(self), pass: None, has_taken: false };
-        if self.retired.load(SeqCst) { Err(Denied::Retired) } else { Ok(lease) }
+        let lease = Lease { backend: Arc::clone(self), pass: None, has_taken: false };
+        if self.retired.load(SeqCst) { Err(LeaseError::Retired) } else { Ok(lease) }
     }
 
     /// A non-blocking socket to connect to [`Self::endpoint`] with, and what has to be there until it
     /// is connected.
-    pub(super) fn socket(&self) -> io::Result<(Socket, Option<Box<Pass>>)> {
+    pub(super) fn socket(&self) -> io::Result<(Socket, Option<Box<PinGuard>>)> {
         match &self.direct {
             Some(direct) => direct.open().map(|(socket, pass)| (socket, Some(Box::new(pass)))),
             None => Ok((self.endpoint.unconnected()?, None)),
@@ -377,11 +377,11 @@ impl Upstream {
         self.counters.count_connect(thread, connect);
     }
 
-    pub(super) fn count_refusal(&self, refusal: Refusal) {
+    pub(super) fn count_refusal(&self, refusal: ConnectError) {
         self.counters.count_refusal(refusal);
     }
 
-    pub(super) fn count_end(&self, thread: usize, end: End, lasted: Duration) {
+    pub(super) fn count_end(&self, thread: usize, end: Outcome, lasted: Duration) {
         self.counters.count_end(thread, end, lasted);
     }
 
@@ -405,7 +405,7 @@ impl Upstream {
     }
 }
 
-impl fmt::Debug for Upstream {
+impl fmt::Debug for Backend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Upstream").field("id", &self.id).field("label", &self.label).finish()
     }
@@ -413,39 +413,39 @@ impl fmt::Debug for Upstream {
 
 /// Why a worker is not to be had.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Denied {
+pub(super) enum LeaseError {
     /// It has as many connections as it may.
     Full,
     Retired,
 }
 
-/// One connection's place on an [`Upstream`], given back when dropped.
+/// One connection's place on an [`Backend`], given back when dropped.
 #[derive(Debug)]
 pub(super) struct Lease {
-    upstream: Arc<Upstream>,
+    backend: Arc<Backend>,
     /// While it is being connected.
-    pub(super) pass: Option<Box<Pass>>,
+    pub(super) pass: Option<Box<PinGuard>>,
     /// The worker has taken the connection, so that with its end there is likely to be room in the
     /// worker's queue.
     pub(super) has_taken: bool,
 }
 
 impl std::ops::Deref for Lease {
-    type Target = Upstream;
+    type Target = Backend;
 
-    fn deref(&self) -> &Upstream {
-        &self.upstream
+    fn deref(&self) -> &Backend {
+        &self.backend
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        let upstream = &self.upstream;
+        let backend = &self.backend;
         if self.has_taken {
-            upstream.set_congested(false);
+            backend.set_congested(false);
         }
-        if upstream.active.fetch_sub(1, SeqCst) == 1 && upstream.retired.load(SeqCst) {
-            upstream.drained.notify_one();
+        if backend.active.fetch_sub(1, SeqCst) == 1 && backend.retired.load(SeqCst) {
+            backend.drained.notify_one();
         }
     }
 }
@@ -456,52 +456,52 @@ mod tests {
 
     use super::*;
 
-    fn upstream(drained: &Arc<Notify>) -> Arc<Upstream> {
+    fn backend(drained: &Arc<Notify>) -> Arc<Backend> {
         let address = SocketAddr::from(([127, 0, 0, 1], 9002));
-        Upstream::new(7, 0, "web/9002".into(), address.into(), None, Arc::clone(drained))
+        Backend::new(7, 0, "web/9002".into(), address.into(), None, Arc::clone(drained))
     }
 
     #[test]
     fn a_retired_upstream_is_not_leased_until_reinstated() {
-        let upstream = upstream(&Arc::default());
-        let lease = upstream.acquire(None).unwrap();
-        assert!(!upstream.retire());
-        assert_eq!(upstream.acquire(None).unwrap_err(), Denied::Retired);
-        assert_eq!(upstream.active(), 1);
-        upstream.reinstate();
-        let second = upstream.acquire(None).unwrap();
+        let backend = backend(&Arc::default());
+        let lease = backend.acquire(None).unwrap();
+        assert!(!backend.retire());
+        assert_eq!(backend.acquire(None).unwrap_err(), LeaseError::Retired);
+        assert_eq!(backend.active(), 1);
+        backend.reinstate();
+        let second = backend.acquire(None).unwrap();
         drop((lease, second));
-        assert_eq!(upstream.active(), 0);
+        assert_eq!(backend.active(), 0);
     }
 
     #[test]
     fn no_more_leases_than_there_may_be() {
-        let upstream = upstream(&Arc::default());
+        let backend = backend(&Arc::default());
         let most = NonZeroU32::new(3);
         thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for _ in 0..10_000 {
-                        let lease = upstream.acquire(most);
-                        assert!(upstream.active() <= 3);
+                        let lease = backend.acquire(most);
+                        assert!(backend.active() <= 3);
                         drop(lease);
                     }
                 });
             }
         });
-        let _two = (upstream.acquire(most), upstream.acquire(most));
-        let third = upstream.acquire(most);
-        assert_eq!(upstream.acquire(most).unwrap_err(), Denied::Full);
+        let _two = (backend.acquire(most), backend.acquire(most));
+        let third = backend.acquire(most);
+        assert_eq!(backend.acquire(most).unwrap_err(), LeaseError::Full);
         drop(third);
-        assert!(upstream.acquire(most).is_ok());
+        assert!(backend.acquire(most).is_ok());
     }
 
     #[tokio::test]
     async fn the_last_lease_of_a_retired_upstream_notifies() {
         let drained = Arc::new(Notify::new());
-        let upstream = upstream(&drained);
-        let lease = upstream.acquire(None).unwrap();
-        upstream.retire();
+        let backend = backend(&drained);
+        let lease = backend.acquire(None).unwrap();
+        backend.retire();
         drop(lease);
         drained.notified().await;
     }
@@ -509,15 +509,15 @@ mod tests {
     #[test]
     fn a_retired_upstream_seen_empty_stays_empty() {
         for _ in 0..2_000 {
-            let upstream = upstream(&Arc::default());
+            let backend = backend(&Arc::default());
             let start = Barrier::new(2);
             thread::scope(|scope| {
                 let leased = scope.spawn(|| {
                     start.wait();
-                    upstream.acquire(None)
+                    backend.acquire(None)
                 });
                 start.wait();
-                let seen = upstream.retire();
+                let seen = backend.retire();
                 let leased = leased.join().unwrap();
                 assert!(!seen || leased.is_err(), "leased after it was seen retired and empty");
             });

@@ -15,11 +15,11 @@ use tokio::sync::mpsc;
 use tracing::{info, warn};
 
 use super::{
-    crew::Command,
     listener::Listener,
-    reactor::{Reactor, door_token},
-    service::Place,
+    reactor::{Reactor, listener_token},
+    service::Permit,
     shortage::Shortage,
+    threads::Command,
 };
 
 /// Clients accepted at one door before everybody else gets a turn.
@@ -34,9 +34,9 @@ const HANDSHAKE: Duration = Duration::from_millis(200);
 
 /// The listeners that a thread accepts from.
 #[derive(Default)]
-pub(super) struct Doors(BTreeMap<u32, Door>);
+pub(super) struct Acceptor(BTreeMap<u32, OpenListener>);
 
-struct Door {
+struct OpenListener {
     listener: Arc<Listener>,
     service: usize,
     state: State,
@@ -71,13 +71,13 @@ enum Accept {
     Exhausted,
 }
 
-impl Doors {
+impl Acceptor {
     pub(super) fn deadline(&self) -> Option<Instant> {
-        self.0.values().filter_map(Door::deadline).min()
+        self.0.values().filter_map(OpenListener::deadline).min()
     }
 }
 
-impl Door {
+impl OpenListener {
     fn deadline(&self) -> Option<Instant> {
         match self.state {
             State::Open => self.closing.as_ref().map(|closing| closing.at),
@@ -88,31 +88,31 @@ impl Door {
 }
 
 impl Reactor {
-    pub(super) fn open_door(&mut self, id: u32, listener: Arc<Listener>, service: usize) {
+    pub(super) fn open_listener(&mut self, id: u32, listener: Arc<Listener>, service: usize) {
         let state = State::Paused(self.now);
-        self.doors.0.insert(id, Door { listener, service, state, closing: None });
+        self.acceptor.0.insert(id, OpenListener { listener, service, state, closing: None });
         self.open(id);
     }
 
     /// Whoever comes from now on is a client of `service`.
-    pub(super) fn reassign_door(&mut self, id: u32, service: usize) {
-        let former = match self.doors.0.get_mut(&id) {
-            Some(door) => std::mem::replace(&mut door.service, service),
+    pub(super) fn reassign_listener(&mut self, id: u32, service: usize) {
+        let former = match self.acceptor.0.get_mut(&id) {
+            Some(open) => std::mem::replace(&mut open.service, service),
             None => service,
         };
         self.leave_service(former);
     }
 
     /// Begins to close: what is queued is accepted first, unless the queue has a next owner.
-    pub(super) fn close_door(&mut self, id: u32, done: mpsc::Sender<()>) {
-        let Some(door) = self.doors.0.get_mut(&id) else { return };
-        let lasts = door.listener.is_tcp() && !door.listener.is_shared();
+    pub(super) fn close_listener(&mut self, id: u32, done: mpsc::Sender<()>) {
+        let Some(open) = self.acceptor.0.get_mut(&id) else { return };
+        let lasts = open.listener.is_tcp() && !open.listener.is_shared();
         let at = if lasts { self.now + HANDSHAKE } else { self.now };
         // As long as clients wait for a worker.
-        let patience = self.services[door.service].pool.routing().hold_timeout;
+        let patience = self.services[open.service].pool.routing().hold_timeout;
         let until = at.checked_add(patience).unwrap_or(at);
-        door.closing = Some(Closing { at, until, _done: done });
-        if door.listener.is_shared() {
+        open.closing = Some(Closing { at, until, _done: done });
+        if open.listener.is_shared() {
             self.let_go_if_closed(id);
         } else {
             self.accept(id);
@@ -120,17 +120,17 @@ impl Reactor {
     }
 
     /// Opens the doors that were full: there may be places now.
-    pub(super) fn retry_doors(&mut self) {
-        for id in self.due(|door| door.state == State::Full) {
+    pub(super) fn retry_listeners(&mut self) {
+        for id in self.due(|open| open.state == State::Full) {
             self.open(id);
             self.accept(id);
         }
     }
 
     /// Opens the doors whose pause is over, and goes on with those that close.
-    pub(super) fn tend_doors(&mut self) {
+    pub(super) fn tend_listeners(&mut self) {
         let now = self.now;
-        for id in self.due(|door| door.deadline().is_some_and(|at| at <= now)) {
+        for id in self.due(|open| open.deadline().is_some_and(|at| at <= now)) {
             self.open(id);
             self.accept(id);
         }
@@ -139,14 +139,15 @@ impl Reactor {
     /// Accepts who waits, as far as there are places.
     pub(super) fn accept(&mut self, id: u32) {
         for _ in 0..ACCEPTS {
-            let Some(door) = self.doors.0.get(&id).filter(|door| door.state == State::Open) else {
+            let Some(open) = self.acceptor.0.get(&id).filter(|open| open.state == State::Open)
+            else {
                 return;
             };
-            let (listener, service) = (Arc::clone(&door.listener), door.service);
-            let is_closing = door.closing.is_some();
+            let (listener, service) = (Arc::clone(&open.listener), open.service);
+            let is_closing = open.closing.is_some();
             let route = &self.services[service].route;
-            let place = match Place::take(route) {
-                Ok(place) => place,
+            let permit = match Permit::take(route) {
+                Ok(permit) => permit,
                 // Nobody is kept waiting yet, and epoll tells when somebody is.
                 Err(_) if !listener.has_clients(is_closing) => return self.let_go_if_closed(id),
                 Err(what) => {
@@ -167,22 +168,22 @@ impl Reactor {
                     }
                     // Who comes while others wait for a worker queues behind them, as a rule: each thread
                     // has a queue of its own.
-                    let stays = place.service().held() > 0;
-                    match self.crew.seat(self.thread, stays) {
+                    let stays = permit.service().held() > 0;
+                    match self.threads.seat(self.thread, stays) {
                         own if own == self.thread => {
-                            self.admit(service, place, socket, peer, None, self.now);
+                            self.admit(service, permit, socket, peer, None, self.now);
                         }
                         other => {
                             let begun = self.now;
-                            let take = Command::Take { connection: socket, peer, place, begun };
-                            self.crew.tell_one(other, take);
+                            let take = Command::Take { connection: socket, peer, permit, begun };
+                            self.threads.tell_one(other, take);
                         }
                     }
                 }
                 Err(error) => match classify(&error) {
                     Accept::Empty => {
-                        place.service().shortages().end(&Shortage::OF_DOORS);
-                        drop(place);
+                        permit.service().shortages().end(&Shortage::OF_LISTENERS);
+                        drop(permit);
                         return self.let_go_if_closed(id);
                     }
                     Accept::Lost => {}
@@ -199,8 +200,8 @@ impl Reactor {
     }
 
     fn let_go_if_closed(&mut self, id: u32) {
-        let is_over = |door: &Door| door.closing.as_ref().is_some_and(|c| c.at <= self.now);
-        if self.doors.0.get(&id).is_some_and(is_over) {
+        let is_over = |open: &OpenListener| open.closing.as_ref().is_some_and(|c| c.at <= self.now);
+        if self.acceptor.0.get(&id).is_some_and(is_over) {
             self.let_go(id);
         }
     }
@@ -208,8 +209,9 @@ impl Reactor {
     /// Lets go of a door whose clients have waited for a place for as long as they may; whether it
     /// is one.
     fn gives_up(&mut self, id: u32) -> bool {
-        let is_over = |door: &Door| door.closing.as_ref().is_some_and(|c| c.until <= self.now);
-        let gives_up = self.doors.0.get(&id).is_some_and(is_over);
+        let is_over =
+            |open: &OpenListener| open.closing.as_ref().is_some_and(|c| c.until <= self.now);
+        let gives_up = self.acceptor.0.get(&id).is_some_and(is_over);
         if gives_up {
             self.let_go(id);
         }
@@ -217,7 +219,7 @@ impl Reactor {
     }
 
     fn let_go(&mut self, id: u32) {
-        if let Some(Door { listener, service, closing, .. }) = self.doors.0.remove(&id) {
+        if let Some(OpenListener { listener, service, closing, .. }) = self.acceptor.0.remove(&id) {
             _ = self.epoll.delete(&*listener);
             // In this order: when all threads are done, the socket is closed.
             drop(listener);
@@ -227,27 +229,28 @@ impl Reactor {
     }
 
     fn open(&mut self, id: u32) {
-        let Some(door) = self.doors.0.get_mut(&id).filter(|door| door.state != State::Open) else {
+        let Some(open) = self.acceptor.0.get_mut(&id).filter(|open| open.state != State::Open)
+        else {
             return;
         };
         // Exclusive: one client wakes one thread, and not all of them (epoll_ctl(2)).
         let interest = EpollFlags::EPOLLIN | EpollFlags::EPOLLEXCLUSIVE;
-        let event = EpollEvent::new(interest, door_token(id));
-        door.state = match self.epoll.add(&*door.listener, event) {
+        let event = EpollEvent::new(interest, listener_token(id));
+        open.state = match self.epoll.add(&*open.listener, event) {
             Ok(()) => State::Open,
             Err(_) => State::Paused(self.now + PAUSE),
         };
     }
 
     fn shut(&mut self, id: u32, state: State) {
-        if let Some(door) = self.doors.0.get_mut(&id) {
-            door.state = state;
-            _ = self.epoll.delete(&*door.listener);
+        if let Some(open) = self.acceptor.0.get_mut(&id) {
+            open.state = state;
+            _ = self.epoll.delete(&*open.listener);
         }
     }
 
-    fn due(&self, wanted: impl Fn(&Door) -> bool) -> Vec<u32> {
-        self.doors.0.iter().filter(|(_, door)| wanted(door)).map(|(&id, _)| id).collect()
+    fn due(&self, wanted: impl Fn(&OpenListener) -> bool) -> Vec<u32> {
+        self.acceptor.0.iter().filter(|(_, open)| wanted(open)).map(|(&id, _)| id).collect()
     }
 }
 

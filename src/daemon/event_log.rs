@@ -12,7 +12,7 @@ use std::{
 
 use tracing::{error, info, warn};
 
-use crate::supervisor::{Fact, Failure, Note, Why, Worn};
+use crate::supervisor::{DownKind, Fact, LimitExceeded, Note, RetireReason};
 
 /// So many failures of one slot for the same reason are all written in this time; after that, one in
 /// this time.
@@ -29,7 +29,7 @@ const NOT_TRIED: Pace = Pace { lines: 1, window: Duration::from_secs(60) };
 
 /// Writes notes, and remembers what it folds.
 #[derive(Debug, Default)]
-pub(super) struct Notes {
+pub(super) struct EventLog {
     /// The slots that fail again and again.
     folds: HashMap<(Arc<str>, u32), Fold>,
 }
@@ -46,7 +46,7 @@ struct Fold {
     folded: u32,
 }
 
-impl Notes {
+impl EventLog {
     /// Writes one line, or folds it. `connections` is what the worker holds, and `hint` what an
     /// operator might look at, where that is of interest.
     pub(super) fn write(
@@ -82,12 +82,14 @@ impl Notes {
             }
             Fact::Down { reason, restart_in, failures, failure, .. } => {
                 let pace = match failure {
-                    Failure::NotTried => NOT_TRIED,
-                    Failure::NotStarted | Failure::Exited | Failure::NotHealthy => STARTED,
+                    DownKind::NotTried => NOT_TRIED,
+                    DownKind::NotStarted | DownKind::Exited | DownKind::NotHealthy => STARTED,
                 };
                 let gist = match failure {
-                    Failure::NotTried => gist(reason),
-                    Failure::NotStarted | Failure::Exited | Failure::NotHealthy => reason.clone(),
+                    DownKind::NotTried => gist(reason),
+                    DownKind::NotStarted | DownKind::Exited | DownKind::NotHealthy => {
+                        reason.clone()
+                    }
                 };
                 let Some(folded) = self.fold(note, &gist, pace, now) else { return };
                 let folded = (folded > 0).then_some(folded);
@@ -95,11 +97,11 @@ impl Notes {
                 let failures = (*failures > 0).then_some(*failures);
                 let (error, status) = (reason, reason);
                 match failure {
-                    Failure::NotTried | Failure::NotStarted => error!(
+                    DownKind::NotTried | DownKind::NotStarted => error!(
                         service,
                         slot, port, error, restart_in, failures, folded, "worker not started"
                     ),
-                    Failure::Exited => warn!(
+                    DownKind::Exited => warn!(
                         service,
                         slot,
                         port,
@@ -111,7 +113,7 @@ impl Notes {
                         hint,
                         "worker exited"
                     ),
-                    Failure::NotHealthy => warn!(
+                    DownKind::NotHealthy => warn!(
                         service,
                         slot,
                         port,
@@ -132,7 +134,7 @@ impl Notes {
             }
             Fact::Draining { why } => {
                 // Where the whole daemon stops, one line for each service says it better.
-                if *why != Why::Stopping {
+                if *why != RetireReason::Stopping {
                     let why = why.to_string();
                     info!(service, slot, port, pid, why, connections, "draining");
                 }
@@ -142,16 +144,16 @@ impl Notes {
             }
             Fact::Resumed => info!(service, slot, port, pid, "worker resumed"),
             Fact::Killed { why } => warn!(service, slot, port, pid, why, "worker killed"),
-            Fact::Recycling { worn: Worn::Memory { bytes: memory, limit } } => {
+            Fact::Recycling { worn: LimitExceeded::Memory { bytes: memory, limit } } => {
                 info!(service, slot, port, pid, why = "memory", memory, limit, "recycling");
             }
-            Fact::Recycling { worn: Worn::Age { age, limit } } => {
+            Fact::Recycling { worn: LimitExceeded::Age { age, limit } } => {
                 let (age, limit) = (seconds(*age), seconds(*limit));
                 info!(service, slot, port, pid, why = "max-age", age, limit, "recycling");
             }
             // That one is said as `Fact::Down`.
-            Fact::Recycling { worn: Worn::Unhealthy { .. } } => {}
-            Fact::Recycling { worn: Worn::StandIn } => {
+            Fact::Recycling { worn: LimitExceeded::Unhealthy { .. } } => {}
+            Fact::Recycling { worn: LimitExceeded::StandIn } => {
                 if !self.is_folded(note) {
                     info!(service, slot, port, pid, why = "port", "recycling");
                 }
@@ -239,9 +241,9 @@ mod tests {
     fn the_same_failure_is_written_ten_times_and_then_every_ten_seconds() {
         let worker = Some(NoteWorker { slot: 0, port: None, pid: None });
         let down = Note { service: "web".into(), worker, fact: Fact::Started };
-        let (mut notes, began) = (Notes::default(), Instant::now());
+        let (mut event_log, began) = (EventLog::default(), Instant::now());
         let mut fold = |reason: &str, tenths: u32| {
-            notes.fold(&down, reason, STARTED, began + Duration::from_millis(100) * tenths)
+            event_log.fold(&down, reason, STARTED, began + Duration::from_millis(100) * tenths)
         };
         let written: Vec<_> =
             (1..=250).filter_map(|n| fold("exit status 1", n).map(|folded| (n, folded))).collect();
@@ -255,9 +257,9 @@ mod tests {
     fn a_port_that_stays_taken_is_told_once_and_then_every_minute() {
         let worker = Some(NoteWorker { slot: 0, port: None, pid: None });
         let down = Note { service: "web".into(), worker, fact: Fact::Started };
-        let (mut notes, began) = (Notes::default(), Instant::now());
+        let (mut event_log, began) = (EventLog::default(), Instant::now());
         let mut fold = |reason: &str, seconds: u64| {
-            notes.fold(&down, reason, NOT_TRIED, began + Duration::from_secs(seconds))
+            event_log.fold(&down, reason, NOT_TRIED, began + Duration::from_secs(seconds))
         };
         let written: Vec<_> =
             (0..=90).filter_map(|n| Some((2 * n, fold("taken", 2 * n)?))).collect();
@@ -282,11 +284,11 @@ mod tests {
     fn an_exponential_backoff_is_never_folded() {
         let worker = Some(NoteWorker { slot: 0, port: None, pid: None });
         let down = Note { service: "web".into(), worker, fact: Fact::Started };
-        let (mut notes, mut now) = (Notes::default(), Instant::now());
+        let (mut event_log, mut now) = (EventLog::default(), Instant::now());
         for doubling in 0..20 {
-            assert_eq!(notes.fold(&down, "exit status 1", STARTED, now), Some(0));
+            assert_eq!(event_log.fold(&down, "exit status 1", STARTED, now), Some(0));
             now += Duration::from_millis(100 << doubling.min(8));
         }
-        assert!(!notes.is_folded(&down));
+        assert!(!event_log.is_folded(&down));
     }
 }
