@@ -335,6 +335,32 @@ fn so_does_the_link_to_one_elsewhere_and_that_one() {
 }
 
 #[test]
+fn where_the_socket_comes_back_the_link_to_it_stays() {
+    let ports = Ports::take(1);
+    let service = ports.service(&command(&["http"]));
+    let folder = prepare(&format!("[admin]\nsocket = \"own.sock\"\n{service}"));
+    let mut daemon = start(folder, 1);
+    let base = daemon.folder.path().to_owned();
+    let link = sockets(&base).remove(0);
+    fs::remove_file(base.join("own.sock")).unwrap();
+    assert_eq!(ask(&base, &["status"]).status.code(), Some(1));
+    eventually("the socket", || ask(&base, &["status"]).status.success());
+    let again = "the admin socket was gone, and is made again";
+    daemon.wait(Mark::START, again, &[]);
+    // For longer than until lbd looks the next time, which is every ten seconds.
+    let until = Instant::now() + Duration::from_secs(11);
+    while Instant::now() < until {
+        assert_eq!(fs::read_link(&link).ok(), Some(base.join("own.sock")));
+        thread::sleep(Duration::from_millis(50));
+    }
+    assert!(ask(&base, &["status"]).status.success());
+    assert_eq!(daemon.said(Mark::START, again).len(), 1);
+    daemon.signal(SIGTERM);
+    daemon.wait_stopped();
+    assert!(sockets(&base).is_empty() && !base.join("own.sock").exists());
+}
+
+#[test]
 fn what_killed_daemons_leave_is_cleared_away() {
     let ports = Ports::take(1);
     let service = ports.service(&command(&["http"]));

@@ -59,8 +59,9 @@ struct Held {
     folder: Option<Folder>,
     /// What the socket, or the link to it, is called there.
     name: String,
-    /// It is a link: the socket is elsewhere.
-    linked: bool,
+    /// The link, where the socket is elsewhere. It is held open: one that is made later may lead to the
+    /// same path, but can't get the inode number of this one.
+    link: Option<Pinned>,
 }
 
 /// Why there is no socket.
@@ -131,7 +132,7 @@ impl Socket {
             return Ok(false);
         }
         self.remarks.clear();
-        if self.held.linked && self.held.is_there() {
+        if self.held.link.is_some() && self.held.is_there() {
             self.link_again()?;
         } else {
             let held = claim(&self.instance, self.chosen.as_deref(), &mut self.remarks)?;
@@ -147,11 +148,8 @@ impl Socket {
         let failed = |source| ClaimError::Bind { path: path.clone(), source };
         let folder =
             folder(&self.instance.places(), &mut self.remarks).map_err(ClaimError::NoFolder)?;
-        locked(&folder, |_| {
-            let known = folder.at(name);
-            remove_stale(&known, Links::Own).and_then(|()| symlink(path, known)).map_err(failed)
-        })?;
-        self.held.folder = Some(folder);
+        let link = locked(&folder, |_| link(path, &folder.at(name))).map_err(failed)?;
+        (self.held.folder, self.held.link) = (Some(folder), Some(link));
         Ok(())
     }
 }
@@ -165,8 +163,8 @@ impl Held {
     /// Whether clients find it.
     fn is_intact(&self) -> bool {
         let Some(folder) = &self.folder else { return self.is_there() };
-        let is_known =
-            !self.linked || fs::read_link(folder.at(&self.name)).is_ok_and(|to| to == self.path);
+        let is_known = self.link.is_none()
+            || fs::read_link(folder.at(&self.name)).is_ok_and(|to| to == self.path);
         is_known && folder.is_there() && self.is_there()
     }
 }
@@ -175,21 +173,19 @@ impl Drop for Held {
     /// Removes the files, unless they are somebody else's by now. A failure leaves a socket that
     /// nobody listens on, which the next daemon replaces.
     fn drop(&mut self) {
-        let remove = |path: &Path| {
-            if Pinned::at(path).is_ok_and(|found| found.inode == self.inode) {
+        let remove = |path: &Path, inode| {
+            if Pinned::at(path).is_ok_and(|found| found.inode == inode) {
                 let _ = fs::remove_file(path);
             }
         };
-        let Some(folder) = &self.folder else { return remove(&self.path) };
+        let Some(folder) = &self.folder else { return remove(&self.path, self.inode) };
         let known = folder.at(&self.name);
-        locked(folder, |_| match self.linked {
-            true => {
-                if fs::read_link(&known).is_ok_and(|to| to == self.path) {
-                    let _ = fs::remove_file(&known);
-                }
-                remove(&self.path);
+        locked(folder, |_| match &self.link {
+            Some(link) => {
+                remove(&known, link.inode);
+                remove(&self.path, self.inode);
             }
-            false => remove(&known),
+            None => remove(&known, self.inode),
         });
     }
 }
@@ -257,20 +253,28 @@ fn claim(
         let Some(chosen) = chosen else {
             let path = known.as_deref().unwrap_or(&path);
             let bound = listen(path, Links::Own).map_err(failed)?;
-            return Ok((bound, false));
+            return Ok((bound, None));
         };
         let bound = listen(chosen, Links::Foreign).map_err(failed)?;
-        let Some(known) = known else { return Ok((bound, false)) };
-        // The socket that is left where this fails is stale, as above.
-        remove_stale(&known, Links::Own).and_then(|()| symlink(chosen, &known)).map_err(failed)?;
-        Ok((bound, true))
+        let Some(known) = known else { return Ok((bound, None)) };
+        // The socket that is left where this fails is stale, and the next bind replaces it.
+        let link = link(chosen, &known).map_err(failed)?;
+        Ok((bound, Some(link)))
     };
     // So that of two that start at once the one finds the other.
-    let ((listener, inode), linked) = match &folder {
+    let ((listener, inode), link) = match &folder {
         Some(folder) => locked(folder, act)?,
         None => act(true)?,
     };
-    Ok(Held { listener, path, inode, folder, name, linked })
+    Ok(Held { listener, path, inode, folder, name, link })
+}
+
+/// Links `known`, a path in the folder where clients look, to the socket at `path`.
+fn link(path: &Path, known: &Path) -> io::Result<Pinned> {
+    remove_stale(known, Links::Own)?;
+    symlink(path, known)?;
+    // Nobody else can have put another one there: see `Folder`.
+    Pinned::at(known)
 }
 
 /// Acts while no other lbd acts in this folder, and tells `act` so. Where that can't be had, as
