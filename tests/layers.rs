@@ -26,7 +26,7 @@ const ALLOWED: [(&str, &[&str]); 14] = [
             "supervisor",
         ],
     ),
-    ("admin", &["config", "histogram", "logging", "printable"]),
+    ("admin", &["config", "histogram", "logging", "net", "printable"]),
     ("probe", &["config", "net", "supervisor"]),
     ("process", &["config", "net", "printable"]),
     ("proxy", &["config", "histogram", "net"]),

@@ -2,7 +2,7 @@
 
 use std::{
     fs, io,
-    os::unix::fs::MetadataExt,
+    os::{fd::OwnedFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -12,7 +12,6 @@ use hyper::{Method, body::Bytes, client::conn::http1, header};
 use hyper_util::rt::TokioIo;
 use nix::unistd::geteuid;
 use serde::{Deserialize, de::DeserializeOwned};
-use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::{
     net::UnixStream,
     time::{sleep, timeout},
@@ -388,10 +387,14 @@ impl Client {
         }
         let connected = async {
             loop {
-                match connect(&socket) {
+                match socket.connect() {
                     // unix(7): its queue is full, which does not last.
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(PAUSE).await,
-                    connected => return connected.map_err(|error| self.failed(error)),
+                    connected => {
+                        let stream = connected.map(|socket| OwnedFd::from(socket).into());
+                        let stream = stream.and_then(UnixStream::from_std);
+                        return stream.map_err(|error| self.failed(error));
+                    }
                 }
             }
         };
@@ -437,14 +440,6 @@ impl Client {
             _ => ClientError::Connect { path: self.path.clone(), source },
         }
     }
-}
-
-/// Connects at once or not at all.
-fn connect(to: &Pinned) -> io::Result<UnixStream> {
-    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-    socket.set_nonblocking(true)?;
-    socket.connect(&SockAddr::unix(to.address())?)?;
-    UnixStream::from_std(std::os::fd::OwnedFd::from(socket).into())
 }
 
 #[derive(Deserialize)]

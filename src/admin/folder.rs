@@ -17,6 +17,9 @@ use std::{
 };
 
 use nix::{libc, unistd::geteuid};
+use socket2::Socket;
+
+use crate::net::pathname;
 
 /// Who may own a folder, besides whoever runs this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -175,8 +178,6 @@ pub(super) struct Pinned {
     /// Its owner.
     pub(super) uid: u32,
     pub(super) kind: Kind,
-    /// Its device and inode.
-    pub(super) inode: (u64, u64),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -206,12 +207,22 @@ impl Pinned {
             kind if kind.is_symlink() => Kind::Link,
             _ => Kind::Other,
         };
-        Ok(Self { file, uid: found.uid(), kind, inode: (found.dev(), found.ino()) })
+        Ok(Self { file, uid: found.uid(), kind })
     }
 
-    /// What to connect to in order to reach this socket and no other.
-    pub(super) fn address(&self) -> PathBuf {
-        descriptor(&self.file)
+    /// Removes what is at `path` if it is this file.
+    pub(super) fn remove_at(&self, path: &Path) -> io::Result<()> {
+        pathname::remove_if(path, &self.file).map(drop)
+    }
+
+    /// Connects to this socket and no other: at once or not at all.
+    pub(super) fn connect(&self) -> io::Result<Socket> {
+        pathname::connect(&self.file)
+    }
+
+    /// Whether it is a socket that nobody listens on.
+    pub(super) fn is_stale(&self) -> bool {
+        self.kind == Kind::Socket && pathname::is_stale(&self.file)
     }
 }
 
@@ -226,7 +237,7 @@ mod tests {
         fs::Permissions,
         os::unix::{
             fs::{PermissionsExt, chown, symlink},
-            net::{UnixListener, UnixStream},
+            net::UnixListener,
         },
     };
 
@@ -306,7 +317,7 @@ mod tests {
         assert_eq!((pinned.kind, pinned.uid), (Kind::Socket, geteuid().as_raw()));
         fs::rename(&path, folder.path().join("b.sock")).unwrap();
         let _other = UnixListener::bind(&path).unwrap();
-        let stream = UnixStream::connect(pinned.address()).unwrap();
+        let stream = pinned.connect().unwrap();
         wanted.set_nonblocking(true).unwrap();
         assert!(wanted.accept().is_ok());
         drop(stream);
@@ -318,6 +329,27 @@ mod tests {
         fs::rename(folder.path(), base.path().join("moved")).unwrap();
         assert!(!folder.is_there());
         assert!(folder.at("b.sock").exists(), "it is known by more than its path");
+    }
+
+    #[test]
+    fn what_has_come_into_the_place_of_a_pinned_file_is_not_removed() {
+        let base = tempfile::tempdir().unwrap();
+        let (path, own) = (base.path().join("link"), base.path().join("own"));
+        symlink("x.sock", &path).unwrap();
+        let pinned = Pinned::at(&path).unwrap();
+        // A file system may give a number that is free to the next file.
+        fs::remove_file(&path).unwrap();
+        pinned.remove_at(&path).unwrap();
+        symlink("x.sock", &path).unwrap();
+        pinned.remove_at(&path).unwrap();
+        assert!(path.is_symlink());
+        let pinned = Pinned::at(&path).unwrap();
+        fs::rename(&path, &own).unwrap();
+        fs::write(&path, "").unwrap();
+        pinned.remove_at(&path).unwrap();
+        assert!(path.exists());
+        pinned.remove_at(&own).unwrap();
+        assert!(!own.is_symlink());
     }
 
     #[test]

@@ -7,29 +7,33 @@
 use std::{
     fs::{self, File, TryLockError},
     io::{self, ErrorKind},
-    os::unix::{fs::symlink, net::UnixListener},
+    os::{
+        fd::OwnedFd,
+        unix::{fs::symlink, net::UnixListener},
+    },
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
 };
 
 use nix::{
-    sys::{
-        socket::{getsockopt, sockopt::PeerCredentials},
-        stat::{Mode, fchmod},
-    },
+    sys::socket::{getsockopt, sockopt::PeerCredentials},
     unistd::geteuid,
 };
-use socket2::{Domain, SockAddr, Type};
 
 use super::{
     folder::{Folder, Kind, Pinned},
     place::{Instance, Place, make_spare},
 };
-use crate::config::Config;
+use crate::{
+    config::{Config, UnixAccess},
+    net::pathname::{SocketFile, listen_at},
+};
 
 /// Clients that may wait to be taken.
 const BACKLOG: i32 = 64;
+/// Who may connect: the daemon's user alone, and root.
+const PRIVATE: UnixAccess = UnixAccess { mode: 0o600, owner: None, group: None };
 /// How long another lbd that acts in the same folder is waited for. It is done in a moment; somebody
 /// else who holds the lock keeps it for as long as he likes.
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
@@ -54,7 +58,8 @@ pub struct Socket {
 struct Held {
     listener: UnixListener,
     path: PathBuf,
-    inode: (u64, u64),
+    /// Ahead of the folder, through whose descriptor its path may lead.
+    file: SocketFile,
     /// The folder where clients look.
     folder: Option<Folder>,
     /// What the socket, or the link to it, is called there.
@@ -98,7 +103,8 @@ impl Socket {
     ///
     /// # Errors
     ///
-    /// [`ClaimError`], each with nothing left behind but perhaps an empty folder.
+    /// [`ClaimError`], each with nothing left behind but perhaps an empty folder, or a socket that nobody
+    /// listens on.
     pub fn claim(config: &Config) -> Result<Self, ClaimError> {
         let (instance, chosen) = (Instance::of(config), config.admin.socket.clone());
         let mut remarks = Vec::new();
@@ -132,7 +138,7 @@ impl Socket {
             return Ok(false);
         }
         self.remarks.clear();
-        if self.held.link.is_some() && self.held.is_there() {
+        if self.held.link.is_some() && self.held.file.is_there() {
             self.link_again()?;
         } else {
             let held = claim(&self.instance, self.chosen.as_deref(), &mut self.remarks)?;
@@ -155,17 +161,12 @@ impl Socket {
 }
 
 impl Held {
-    /// Whether the socket itself is where it was made.
-    fn is_there(&self) -> bool {
-        Pinned::at(&self.path).is_ok_and(|found| found.inode == self.inode)
-    }
-
     /// Whether clients find it.
     fn is_intact(&self) -> bool {
-        let Some(folder) = &self.folder else { return self.is_there() };
+        let Some(folder) = &self.folder else { return self.file.is_there() };
         let is_known = self.link.is_none()
             || fs::read_link(folder.at(&self.name)).is_ok_and(|to| to == self.path);
-        is_known && folder.is_there() && self.is_there()
+        is_known && folder.is_there() && self.file.is_there()
     }
 }
 
@@ -173,19 +174,12 @@ impl Drop for Held {
     /// Removes the files, unless they are somebody else's by now. A failure leaves a socket that
     /// nobody listens on, which the next daemon replaces.
     fn drop(&mut self) {
-        let remove = |path: &Path, inode| {
-            if Pinned::at(path).is_ok_and(|found| found.inode == inode) {
-                let _ = fs::remove_file(path);
+        let Some(folder) = &self.folder else { return self.file.remove() };
+        locked(folder, |_| {
+            if let Some(link) = &self.link {
+                let _ = link.remove_at(&folder.at(&self.name));
             }
-        };
-        let Some(folder) = &self.folder else { return remove(&self.path, self.inode) };
-        let known = folder.at(&self.name);
-        locked(folder, |_| match &self.link {
-            Some(link) => {
-                remove(&known, link.inode);
-                remove(&self.path, self.inode);
-            }
-            None => remove(&known, self.inode),
+            self.file.remove();
         });
     }
 }
@@ -257,21 +251,20 @@ fn claim(
         };
         let bound = listen(chosen, Links::Foreign).map_err(failed)?;
         let Some(known) = known else { return Ok((bound, None)) };
-        // The socket that is left where this fails is stale, and the next bind replaces it.
         let link = link(chosen, &known).map_err(failed)?;
         Ok((bound, Some(link)))
     };
     // So that of two that start at once the one finds the other.
-    let ((listener, inode), link) = match &folder {
+    let ((listener, file), link) = match &folder {
         Some(folder) => locked(folder, act)?,
         None => act(true)?,
     };
-    Ok(Held { listener, path, inode, folder, name, link })
+    Ok(Held { listener, path, file, folder, name, link })
 }
 
 /// Links `known`, a path in the folder where clients look, to the socket at `path`.
 fn link(path: &Path, known: &Path) -> io::Result<Pinned> {
-    remove_stale(known, Links::Own)?;
+    make_room(known, Links::Own)?;
     symlink(path, known)?;
     // Nobody else can have put another one there: see `Folder`.
     Pinned::at(known)
@@ -311,7 +304,7 @@ fn occupant(path: &Path) -> Option<Option<i32>> {
     if found.kind != Kind::Socket || !is_believed(found.uid) {
         return None;
     }
-    match connect(&found) {
+    match found.connect() {
         Ok(socket) => {
             let peer = getsockopt(&socket, PeerCredentials).ok()?;
             // From another pid namespace it is 0.
@@ -333,19 +326,6 @@ fn is_believed(uid: u32) -> bool {
     uid == 0 || uid == geteuid().as_raw()
 }
 
-/// Connects at once or not at all.
-fn connect(to: &Pinned) -> io::Result<socket2::Socket> {
-    let socket = socket2::Socket::new(Domain::UNIX, Type::STREAM, None)?;
-    socket.set_nonblocking(true)?;
-    socket.connect(&SockAddr::unix(to.address())?)?;
-    Ok(socket)
-}
-
-/// Whether nobody listens on it.
-fn is_dead(socket: &Pinned) -> bool {
-    connect(socket).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
-}
-
 /// Whose a link is that is where a socket is to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Links {
@@ -355,44 +335,30 @@ enum Links {
     Foreign,
 }
 
-/// Listens at `path`, and tells which file that is.
-fn listen(path: &Path, links: Links) -> io::Result<(UnixListener, (u64, u64))> {
-    let address = SockAddr::unix(path)?;
-    remove_stale(path, links)?;
-    let socket = socket2::Socket::new(Domain::UNIX, Type::STREAM, None)?;
-    // The file gets the mode that the socket has, less what the umask takes (bind of unix(7), in the
-    // kernel `unix_bind_bsd`). So nobody else can ever connect, and no file is changed by its name,
-    // which somebody else may have given to another one meanwhile.
-    fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
-    socket.bind(&address)?;
-    let ready = Pinned::at(path).and_then(|found| {
-        if found.kind != Kind::Socket || found.uid != geteuid().as_raw() {
-            return Err(io::Error::other("somebody has put another file there"));
-        }
-        // A socket that is left where this fails is stale, and the next bind replaces it; by its name
-        // alone, another file might be removed.
-        socket.listen(BACKLOG)?;
-        Ok(found.inode)
-    });
-    Ok((std::os::fd::OwnedFd::from(socket).into(), ready?))
+/// Listens at `path`, where nobody else can ever connect.
+fn listen(path: &Path, links: Links) -> io::Result<(UnixListener, SocketFile)> {
+    make_room(path, links)?;
+    let (socket, file) = listen_at(path, &PRIVATE, BACKLOG)?;
+    Ok((OwnedFd::from(socket).into(), file))
 }
 
 /// Removes a socket that nobody listens on, or a link. Anything else was not made by lbd.
-fn remove_stale(path: &Path, links: Links) -> io::Result<()> {
+fn make_room(path: &Path, links: Links) -> io::Result<()> {
     let found = match Pinned::at(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
         found => found?,
     };
     match found.kind {
         Kind::Other => Err(io::Error::other("there is a file that is not a socket")),
-        Kind::Socket if !is_dead(&found) => Err(io::Error::other(format!(
+        Kind::Socket if !found.is_stale() => Err(io::Error::other(format!(
             "there is a socket of user {} that is in use; choose another path",
             found.uid
         ))),
         Kind::Link if links == Links::Foreign => {
             Err(io::Error::other("there is a link; remove it, or choose another path"))
         }
-        Kind::Socket | Kind::Link => fs::remove_file(path),
+        // Where another file has come into its place meanwhile, that stays, and is in the way.
+        Kind::Socket | Kind::Link => found.remove_at(path),
     }
 }
 
@@ -407,15 +373,15 @@ fn remove_dead(folder: &Folder) {
             continue;
         }
         let is_dead = match found.kind {
-            Kind::Socket => is_dead(&found),
+            Kind::Socket => found.is_stale(),
             Kind::Link => match fs::read_link(&path).and_then(|to| Pinned::at(&to)) {
-                Ok(behind) => behind.kind == Kind::Socket && is_dead(&behind),
+                Ok(behind) => behind.is_stale(),
                 Err(error) => error.kind() == ErrorKind::NotFound,
             },
             Kind::Other => false,
         };
         if is_dead {
-            let _ = fs::remove_file(&path);
+            let _ = found.remove_at(&path);
         }
     }
 }
@@ -450,14 +416,14 @@ mod tests {
         let name = |number: u32| format!("lb-{number:016x}.sock");
         let elsewhere = base.path().join("own.sock");
         let _alive = listen(&folder.at(&name(0)), Links::Own).unwrap();
-        drop(listen(&folder.at(&name(1)), Links::Own).unwrap());
+        drop(UnixListener::bind(folder.at(&name(1))).unwrap());
         let _own = listen(&elsewhere, Links::Foreign).unwrap();
         symlink(&elsewhere, folder.at(&name(2))).unwrap();
         symlink(base.path().join("gone"), folder.at(&name(3))).unwrap();
         fs::write(folder.at(&name(4)), "").unwrap();
         drop(UnixListener::bind(folder.at("other.sock")).unwrap());
         let dead = base.path().join("dead.sock");
-        drop(listen(&dead, Links::Foreign).unwrap());
+        drop(UnixListener::bind(&dead).unwrap());
         symlink(&dead, folder.at(&name(5))).unwrap();
         remove_dead(&folder);
         let left: Vec<_> =
@@ -471,18 +437,23 @@ mod tests {
         use std::os::unix::fs::MetadataExt;
         let base = tempfile::tempdir().unwrap();
         let path = base.path().join("x.sock");
-        let (first, _) = listen(&path, Links::Foreign).unwrap();
+        let first = listen(&path, Links::Foreign).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o600);
         let error = listen(&path, Links::Foreign).unwrap_err().to_string();
         assert!(error.contains("is in use; choose another path"), "{error}");
         assert_eq!(occupant(&path), Some(i32::try_from(std::process::id()).ok()));
         drop(first);
+        assert!(!path.exists());
+        // One that was killed leaves it.
+        drop(UnixListener::bind(&path).unwrap());
         assert_eq!(occupant(&path), None);
         listen(&path, Links::Foreign).unwrap();
         // A link is not followed.
         let other = base.path().join("other");
         symlink(&other, base.path().join("link")).unwrap();
-        listen(&base.path().join("link"), Links::Own).unwrap();
-        assert!(!other.exists());
+        let error = listen(&base.path().join("link"), Links::Foreign).unwrap_err().to_string();
+        assert!(error.starts_with("there is a link; "), "{error}");
+        let _own = listen(&base.path().join("link"), Links::Own).unwrap();
+        assert!(!other.exists() && !base.path().join("link").is_symlink());
     }
 }

@@ -9,7 +9,7 @@
 use std::{
     fs, io,
     os::{
-        fd::{AsRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd, OwnedFd},
         unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt},
     },
     path::{Path, PathBuf},
@@ -21,7 +21,7 @@ use nix::{
     libc,
     sys::{
         socket::{getsockopt, sockopt::PeerCredentials},
-        stat::{FileStat, Mode, fchmod, fstat},
+        stat::{Mode, fchmod, fstat},
     },
     unistd::{Gid, Group, Uid, User, fchownat, getpid},
 };
@@ -37,7 +37,8 @@ const PRIVATE: Mode = Mode::S_IRUSR.union(Mode::S_IWUSR);
 ///
 /// # Errors
 /// `AddrInUse` where there is one that somebody listens on, or a file that is no socket; otherwise
-/// where the folder, the owner or the group won't do. Nothing is left behind.
+/// where the folder, the owner or the group won't do. Nothing is left behind at `path`; only where
+/// there are no descriptors to look at what is there, a stale socket is, which the next bind replaces.
 pub fn listen_at(
     path: &Path,
     access: &UnixAccess,
@@ -55,18 +56,36 @@ pub fn listen_at(
         }
         bound => bound?,
     }
+    let proven = prove(path, &socket, &address, backlog).and_then(|file| {
+        let made = Rights::of(&file)?;
+        Ok((file, made))
+    });
+    let (file, made) = match proven {
+        Ok(proven) => proven,
+        Err(error) => {
+            // Closed, it is a stale socket, and goes as one: by its name alone, a file that somebody
+            // has put in its place might go instead.
+            drop(socket);
+            _ = remove_stale(path);
+            return Err(error);
+        }
+    };
+    // From here on the file is removed where anything fails.
+    let file = SocketFile { file, path: path.to_owned(), made };
+    file.set(file.wanted(access)?)?;
+    Ok((socket, file))
+}
+
+/// Has `socket`, which is bound to `address`, the same as `path`, listen, and opens its file.
+fn prove(path: &Path, socket: &Socket, address: &SockAddr, backlog: i32) -> io::Result<OwnedFd> {
     let file = open(path)?;
     socket.listen(backlog)?;
-    if !is_same(&file, &socket, &address)? {
+    if !is_same(&file, socket, address)? {
         return Err(io::Error::other(
             "another file was put in its place; choose a folder that nobody else may write to",
         ));
     }
-    // From here on it is removed where anything fails.
-    let made = Rights::of(&file)?;
-    let file = SocketFile { file, path: path.to_owned(), made };
-    file.set(file.wanted(access)?)?;
-    Ok((socket, file))
+    Ok(file)
 }
 
 /// The file of a socket that listens. Dropped, it is removed, unless another is in its place.
@@ -117,10 +136,16 @@ impl SocketFile {
         self.set_mode(rights.mode)
     }
 
+    /// Whether it is still in its place.
+    #[must_use]
+    pub fn is_there(&self) -> bool {
+        is_at(&self.path, &self.file).unwrap_or(false)
+    }
+
     /// Removes it, unless another file is in its place.
     pub fn remove(&self) {
-        // Nobody to tell, and nothing lost but a stale file, which the next bind replaces.
-        remove_if(&self.path, &self.file);
+        // Where it can't, nobody is to be told: a stale file stays, which the next bind replaces.
+        _ = remove_if(&self.path, &self.file);
     }
 
     fn set_mode(&self, mode: u32) -> io::Result<()> {
@@ -185,8 +210,8 @@ fn open(path: &Path) -> io::Result<OwnedFd> {
 }
 
 /// A path that leads to what `file` is, whatever its name is by now.
-fn through(file: &OwnedFd) -> PathBuf {
-    format!("/proc/self/fd/{}", file.as_raw_fd()).into()
+fn through(file: impl AsFd) -> PathBuf {
+    format!("/proc/self/fd/{}", file.as_fd().as_raw_fd()).into()
 }
 
 /// Whether `file` is that of `socket`, which listens at `address`: a connection that is made through
@@ -219,17 +244,43 @@ fn remove_stale(path: &Path) -> io::Result<bool> {
     if !is_socket(&file)? {
         return Ok(false);
     }
-    let probe = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
-    let connected = probe.connect(&SockAddr::unix(through(&file))?);
-    let is_stale = connected.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
-    Ok(is_stale && remove_if(path, &file))
+    Ok(is_stale(&file) && remove_if(path, &file)?)
 }
 
-/// Removes the file at `path` if it is this one. Whether it did.
-fn remove_if(path: &Path, file: &OwnedFd) -> bool {
-    let there = fs::symlink_metadata(path).map(|found| (found.dev(), found.ino()));
-    let is_it = |is: FileStat| there.is_ok_and(|there| there == (is.st_dev, is.st_ino));
-    fstat(file).is_ok_and(is_it) && fs::remove_file(path).is_ok()
+/// Whether nobody listens on the socket that this file is.
+pub fn is_stale(socket: impl AsFd) -> bool {
+    connect(socket).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+}
+
+/// Connects to the socket that this file is, whatever its name leads to by now: at once or not at all.
+///
+/// # Errors
+/// `ConnectionRefused` where nobody listens, `WouldBlock` where its queue is full (unix(7)).
+pub fn connect(to: impl AsFd) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
+    socket.connect(&SockAddr::unix(through(to))?)?;
+    Ok(socket)
+}
+
+/// Removes the file at `path` if it is this one, be it a link. Whether it did.
+///
+/// # Errors
+/// Where it can't be looked at or removed.
+pub fn remove_if(path: &Path, file: impl AsFd) -> io::Result<bool> {
+    let is_it = is_at(path, file)?;
+    if is_it {
+        fs::remove_file(path)?;
+    }
+    Ok(is_it)
+}
+
+/// Whether the file at `path` is this one, which is open, so that no other can have its inode number.
+fn is_at(path: &Path, file: impl AsFd) -> io::Result<bool> {
+    let is = fstat(file)?;
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        there => there.map(|there| (there.dev(), there.ino()) == (is.st_dev, is.st_ino)),
+    }
 }
 
 fn is_socket(file: &OwnedFd) -> io::Result<bool> {
