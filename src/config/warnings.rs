@@ -12,7 +12,9 @@ use std::{
 
 use nix::unistd::{Group, User};
 
-use super::{Config, Listen, Output, Problem, Program, Service, reader, values::quoted};
+use super::{
+    Config, Listen, Output, Problem, Program, Service, UnixAccess, reader, values::quoted,
+};
 
 /// The `PATH` of a worker that has none (that of execvp(3)).
 const DEFAULT_PATH: &str = "/bin:/usr/bin";
@@ -60,20 +62,19 @@ impl Found<'_> {
         for address in &service.listen {
             if let Listen::Unix(path) = address {
                 self.parent(&listen, path);
+                let UnixAccess { owner, group, .. } = service.access(path);
+                // In a list of addresses its lines are not told apart.
+                let key = |key: &str| {
+                    let key = format!("{listen}.{key}");
+                    if self.config.lines.contains_key(&key) { key } else { listen.clone() }
+                };
+                let (owner_key, group_key) = (key("owner"), key("group"));
+                self.user(&owner_key, owner.as_deref());
+                self.group(&group_key, group.as_deref());
             }
         }
-        if let Some(name) = worker.user.as_deref().filter(|name| !is_number(name))
-            && matches!(User::from_name(name), Ok(None))
-        {
-            let name = quoted(name);
-            self.add(&user, format!("there is no user {name} yet; add it, or mend the name"));
-        }
-        if let Some(name) = worker.group.as_deref().filter(|name| !is_number(name))
-            && matches!(Group::from_name(name), Ok(None))
-        {
-            let name = quoted(name);
-            self.add(&group, format!("there is no group {name} yet; add it, or mend the name"));
-        }
+        self.user(&user, worker.user.as_deref());
+        self.group(&group, worker.group.as_deref());
         if let Output::File(path) = &worker.output {
             let text = path.to_string_lossy();
             let path = text.replace("{service}", &service.name).replace("{slot}", "0");
@@ -87,6 +88,24 @@ impl Found<'_> {
         }
         if let Some(wrong) = unexpanded(argv) {
             self.add(&command, format!("{wrong} is not replaced there; write {{port}}"));
+        }
+    }
+
+    fn user(&mut self, key: &str, name: Option<&str>) {
+        if let Some(name) = name.filter(|name| !is_number(name))
+            && matches!(User::from_name(name), Ok(None))
+        {
+            let name = quoted(name);
+            self.add(key, format!("there is no user {name} yet; add it, or mend the name"));
+        }
+    }
+
+    fn group(&mut self, key: &str, name: Option<&str>) {
+        if let Some(name) = name.filter(|name| !is_number(name))
+            && matches!(Group::from_name(name), Ok(None))
+        {
+            let name = quoted(name);
+            self.add(key, format!("there is no group {name} yet; add it, or mend the name"));
         }
     }
 
@@ -247,6 +266,29 @@ socket = \"none/admin.sock\"
             "18: service.c.command: there is no program BASE/./missing yet",
             "18: service.c.command: {PORT} is not replaced there; write {port}",
             "21: admin.socket: BASE/none does not exist yet; make it, or write another",
+        ];
+        assert_eq!(told(text, folder.path()), expected);
+    }
+
+    #[test]
+    fn whom_a_unix_socket_is_to_belong_to_has_to_be_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let text = "\
+[service.a]
+command = [\"/bin/sh\"]
+listen.unix = \"a.sock\"
+listen.owner = \"no-such-user\"
+listen.group = \"no-such-group\"
+
+[service.b]
+command = [\"/bin/sh\"]
+listen = [\"127.0.0.1:1\",
+    { unix = \"b.sock\", owner = \"root\", group = \"no-such-group\" }]
+";
+        let expected = [
+            "4: service.a.listen.owner: there is no user \"no-such-user\" yet; add it, or mend the name",
+            "5: service.a.listen.group: there is no group \"no-such-group\" yet; add it, or mend the name",
+            "9: service.b.listen: there is no group \"no-such-group\" yet; add it, or mend the name",
         ];
         assert_eq!(told(text, folder.path()), expected);
     }
