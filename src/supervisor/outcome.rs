@@ -26,6 +26,7 @@ struct End {
 /// How a slot lost a worker.
 struct Loss {
     id: WorkerId,
+    generation: u64,
     subject: NoteWorker,
     /// The longest it had been healthy without a break.
     healthy: Duration,
@@ -52,6 +53,9 @@ impl Service {
             Event::Spawned { port, .. } => {
                 self.with(id, |worker, _| worker.port = port);
                 self.remember_port(id);
+                if let Some(slot) = self.slots.iter_mut().find(|slot| slot.holds(id)) {
+                    slot.spawned(id);
+                }
             }
             Event::Started { pid, .. } => {
                 let now = cx.now;
@@ -216,7 +220,7 @@ impl Service {
         let starting = self.slots[index].workers().any(|w| w.id == id && w.on_its_way());
         let Some(mut worker) = self.slots[index].take(id) else { return };
         let (subject, healthy) = (note_of(&worker), worker.longest_health(cx.now));
-        let stood_in = worker.stands_in;
+        let (generation, stood_in) = (worker.generation, worker.stands_in);
         if starting {
             worker.kill(RetireReason::Unhealthy, cx.now, cx.effects);
             self.retiring.push(worker);
@@ -224,7 +228,8 @@ impl Service {
             self.dismiss(worker, RetireReason::Unhealthy, cx);
         }
         let (failure, said) = (DownKind::NotHealthy, Vec::new());
-        self.failed(index, Loss { id, subject, healthy, reason, failure, said, stood_in }, cx);
+        let loss = Loss { id, generation, subject, healthy, reason, failure, said, stood_in };
+        self.failed(index, loss, cx);
     }
 
     /// A program ended, or could not be started.
@@ -256,10 +261,10 @@ impl Service {
                 | Phase::Ended => false,
             };
             worker.ended(cx.now);
-            let slot = worker.slot;
+            let (slot, generation) = (worker.slot, worker.generation);
             if let Some(slot) = self.slots.iter_mut().find(|s| s.number == slot) {
                 slot.exits[cause as usize] += 1;
-                slot.exited(LastExit { status: status.clone(), at: cx.now, asked });
+                slot.exited(generation, LastExit { status: status.clone(), at: cx.now, asked });
             }
             self.note_of(subject, Fact::Stopped { reason: status }, cx);
             return;
@@ -271,21 +276,22 @@ impl Service {
         let (subject, healthy) = (note_of(&worker), worker.longest_health(cx.now));
         worker.ended(cx.now);
         self.slots[index].exits[cause as usize] += 1;
-        let (reason, stood_in) = (status, worker.stands_in);
+        let (reason, stood_in, generation) = (status, worker.stands_in, worker.generation);
         self.retiring.push(worker);
-        self.failed(index, Loss { id, subject, healthy, reason, failure, said, stood_in }, cx);
+        let loss = Loss { id, generation, subject, healthy, reason, failure, said, stood_in };
+        self.failed(index, loss, cx);
     }
 
     /// A slot lost its worker, or the replacement of it, by a failure.
     fn failed(&mut self, index: usize, loss: Loss, cx: &mut Context<'_>) {
-        let Loss { id, subject, healthy, mut reason, failure, said, stood_in } = loss;
+        let Loss { id, generation, subject, healthy, mut reason, failure, said, stood_in } = loss;
         let is_filled = self.is_filled();
         let slot = &mut self.slots[index];
         if matches!(failure, DownKind::NotTried | DownKind::NotStarted) {
             // Perhaps somebody has the port that was asked for: try another one, if any will do.
             slot.last_port = slot.fixed_port;
         }
-        slot.exited(LastExit { status: reason.clone(), at: cx.now, asked: false });
+        slot.exited(generation, LastExit { status: reason.clone(), at: cx.now, asked: false });
         let restart_in = (is_filled && slot.is_vacant()).then(|| {
             let (settings, random) = (&self.config.restart, cx.shared.random.f64());
             let delay = slot.backoff.failed(healthy, failure, settings, random);

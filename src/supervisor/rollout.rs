@@ -184,8 +184,9 @@ impl Service {
         } else {
             None
         };
-        if self.rollout.is_some() {
-            let busy = format!("a rolling replacement of {} is already under way", self.name());
+        if let Some(rollout) = &self.rollout {
+            let (name, how) = (self.name(), self.progress(rollout, cx.now));
+            let busy = format!("a rolling replacement of {name} is already under way, {how}");
             cx.effects.push(Effect::Answer { ticket, result: Err(busy) });
             return;
         }
@@ -200,6 +201,22 @@ impl Service {
                 Chosen::All | Chosen::These(_) => None,
             };
         }
+    }
+
+    /// How far `rollout` is and what it waits for, as a phrase.
+    fn progress(&self, rollout: &Rollout, now: Instant) -> String {
+        let seconds = now.saturating_duration_since(rollout.began).as_secs();
+        let since = humantime::format_duration(Duration::from_secs(seconds));
+        let Rollout { replaced, workers, .. } = rollout;
+        let waits = match rollout.step {
+            Step::Ready => "a port to be free".to_owned(),
+            Step::Vacating { slot, .. } => format!("the old worker of slot {slot} to end"),
+            Step::Proving { id, .. } => match self.workers().find(|worker| worker.id == id) {
+                Some(worker) => format!("the new worker of slot {} to be healthy", worker.slot),
+                None => "a new worker".to_owned(),
+            },
+        };
+        format!("for {since}: {replaced} of {workers} replaced, waiting for {waits}")
     }
 
     /// Answers a reload that changes nothing when the one under way is done.

@@ -294,7 +294,6 @@ impl Service {
                 && (position != Position::Slot || rollout.vacates(slot.number))
         };
         let wanted = self.rollout.as_ref().is_some_and(vacates);
-        slot.restarts += u64::from(slot.generation > 0 && !wanted);
         slot.generation += 1;
         let port = match position {
             Position::Slot => slot.wanted_port(),
@@ -306,6 +305,7 @@ impl Service {
         worker.port = port;
         worker.usage = LimitUsage::new(&mut cx.shared.random);
         worker.generation = slot.generation;
+        worker.counts = slot.begun && !wanted;
         worker.stands_in = position == Position::StandIn;
         cx.effects.push(Effect::Spawn(Spawn {
             id,

@@ -36,12 +36,16 @@ pub struct Slot {
     pub recycling: Recycling,
     /// Workers started here so far.
     pub generation: u64,
-    /// Workers started here in the place of one that ended, or could not be started, unasked.
+    /// A process was started here: what is started next comes in the place of another.
+    pub begun: bool,
+    /// Workers started here in the place of one that ended, or could not be started, unasked. Where
+    /// nothing was started, as the port was taken, that is none.
     pub restarts: u64,
     /// Workers of this slot that are no more, by [`ExitCause`], in the order of [`ExitCause::ALL`].
     pub exits: [u64; ExitCause::ALL.len()],
     /// How and when the last worker here ended, or why it could not be started; that of the last one
-    /// that nobody had asked to, if there was one.
+    /// that nobody had asked to, if there was one. The end of a replacement that failed, while the worker
+    /// that it was to replace stays, is none of these.
     pub last_exit: Option<LastExit>,
     /// The port of the last worker that filled it.
     pub last_port: Option<u16>,
@@ -73,6 +77,7 @@ impl Slot {
             backoff: Backoff::default(),
             recycling: Recycling::default(),
             generation: 0,
+            begun: false,
             restarts: 0,
             exits: [0; ExitCause::ALL.len()],
             last_exit: None,
@@ -132,10 +137,18 @@ impl Slot {
         self.current.into_iter().chain(self.next)
     }
 
-    /// Takes note of how a worker here ended. An end that was asked for is no news after one that was
-    /// not.
-    pub(super) fn exited(&mut self, exit: LastExit) {
-        if !exit.asked || self.last_exit.as_ref().is_none_or(|last| last.asked) {
+    /// A process was started for this worker.
+    pub(super) fn spawned(&mut self, id: WorkerId) {
+        let counts = self.workers().any(|worker| worker.id == id && worker.counts);
+        self.begun = true;
+        self.restarts += u64::from(counts);
+    }
+
+    /// Takes note of how a worker here, of that `generation`, ended. An end that was asked for is no news
+    /// after one that was not, and that of a replacement none of the worker that it did not replace.
+    pub(super) fn exited(&mut self, generation: u64, exit: LastExit) {
+        let is_kept = self.current.as_ref().is_some_and(|kept| kept.generation < generation);
+        if !is_kept && (!exit.asked || self.last_exit.as_ref().is_none_or(|last| last.asked)) {
             self.last_exit = Some(exit);
         }
     }

@@ -62,6 +62,8 @@ pub struct Worker {
     pub last_probe: Option<ProbeOutcome>,
     /// How near it is to its limits.
     pub usage: LimitUsage,
+    /// It counts among the restarts of its slot, once it is known that something was started.
+    pub counts: bool,
     /// It fills its slot on a port of its own, while the slot's port is not to be had.
     pub stands_in: bool,
     /// Since when an operator has it out of rotation, whatever its phase; see [`Slot::drained`](super::Slot::drained).
@@ -167,6 +169,7 @@ impl Worker {
             started: now,
             last_probe: None,
             usage: LimitUsage::default(),
+            counts: false,
             stands_in: false,
             drained: None,
             late: false,

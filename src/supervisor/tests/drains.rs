@@ -146,7 +146,8 @@ fn one_slot_is_restarted_like_all_but_alone() {
     assert_eq!(world.restart_slot(1, 1), ["publish web", "spawn 4 a on any"]);
     assert_eq!(
         world.restart_slot(2, 2),
-        ["answer 2: a rolling replacement of web is already under way"]
+        ["answer 2: a rolling replacement of web is already under way, for 0s: 0 of 1 replaced, \
+          waiting for the new worker of slot 1 to be healthy"]
     );
     assert_eq!(world.up(4), ["publish web", "retire 2", "answer 1"]);
     assert_eq!(world.rotation(), [1, 4, 3]);

@@ -13,6 +13,7 @@ fn an_exit_takes_the_worker_out_of_rotation_at_once() {
     assert_eq!(world.supervisor.deadline(), Some(due));
     assert_eq!(world.wait(MS(100)), ["publish web", "spawn 3 a on 9002"]);
     assert_eq!(world.coming(), Coming::Now);
+    world.spawned(3);
     let slot = &world.web().slots[0];
     assert_eq!((slot.generation, slot.restarts), (2, 1));
     assert_eq!(slot.last_exit.as_ref().map(|exit| &*exit.status), Some("exit status 1"));
@@ -200,4 +201,11 @@ fn a_port_that_is_taken_is_looked_at_every_other_second() {
         assert_eq!(world.wait(SEC(2)).last(), Some(&format!("spawn {} a on 9002", id + 1)));
     }
     assert_eq!(world.up(40), ["publish web"], "soon after it is free");
+    assert_eq!(world.web().slots[0].restarts, 0, "nothing was started before");
+    world.end(40);
+    world.wait(Restart::default().max_delay);
+    world.port_taken(41);
+    world.wait(SEC(2));
+    world.up(42);
+    assert_eq!(world.web().slots[0].restarts, 1, "nor in between");
 }

@@ -268,9 +268,11 @@ fn a_restart_of_some_leaves_the_others_alone_and_no_wish_forgotten() {
 fn a_restart_replaces_one_after_the_other() {
     let mut world = World::healthy(count("a", 2));
     assert_eq!(world.restart(1, Some("web")), ["publish web", "spawn 3 a on any"]);
+    world.wait(SEC(2));
     assert_eq!(
         world.restart(2, None),
-        ["answer 2: a rolling replacement of web is already under way"]
+        ["answer 2: a rolling replacement of web is already under way, for 2s: 0 of 2 replaced, \
+          waiting for the new worker of slot 0 to be healthy"]
     );
     assert_eq!(world.up(3), ["publish web", "retire 1", "spawn 4 a on any"]);
     assert_eq!(world.up(4), ["publish web", "retire 2", "answer 1"]);
@@ -438,6 +440,25 @@ fn a_rollout_that_fails_tells_what_the_worker_said_last() {
     assert_eq!(shown, ["publish web".to_owned(), answer]);
     let failed = Fact::RolloutFailed { reason: reason.to_owned(), said };
     assert_eq!(world.facts.last(), Some(&failed));
+    // The one that stays has not ended, nor does it become it when the other one is gone.
+    world.gone(3);
+    assert_eq!(world.web().slots[0].last_exit, None);
+}
+
+#[test]
+fn a_replacement_that_is_killed_is_not_the_end_of_the_one_that_stays() {
+    let mut config = count("a", 1);
+    config.health.start_timeout = SEC(3);
+    let mut world = World::healthy(config);
+    world.restart(1, None);
+    world.started(2);
+    world.wait(SEC(4));
+    assert_eq!(world.phase(1), Some(Phase::Healthy));
+    world.end(2);
+    assert_eq!(world.web().slots[0].last_exit, None);
+    world.end(1);
+    let last = world.web().slots[0].last_exit.as_ref();
+    assert_eq!(last.map(|exit| &*exit.status), Some("exit status 1"));
 }
 
 #[test]
