@@ -125,6 +125,7 @@ enum Command {
         /// The service [default: all, one after the other]
         service: Option<String>,
         /// The slot of a single worker [default: all of the service]
+        #[arg(value_parser = slot_number)]
         slot: Option<u32>,
     },
     /// Take a worker of the running daemon out of rotation
@@ -139,6 +140,7 @@ enum Command {
         /// The service
         service: String,
         /// The slot of the worker
+        #[arg(value_parser = slot_number)]
         slot: u32,
         /// Wait until it holds no connection any more
         #[arg(long)]
@@ -152,6 +154,7 @@ enum Command {
         /// The service
         service: String,
         /// The slot of the worker
+        #[arg(value_parser = slot_number)]
         slot: u32,
     },
     /// Stop the running daemon gracefully, and wait until it is gone
@@ -396,4 +399,11 @@ fn check(file: &std::path::Path) -> Result<(), Error> {
         operate::print(&format!("{}\n", config::describe(service)))?;
     }
     Ok(())
+}
+
+/// What clap says where it is none begins with what was given.
+fn slot_number(text: &str) -> Result<u32, &'static str> {
+    text.parse().map_err(
+        |_| "expected the number of a slot, such as 0; `lbd status` shows them in the column SLOT",
+    )
 }

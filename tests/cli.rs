@@ -335,3 +335,15 @@ fn run_refuses_what_a_file_would() {
          --workers: expected a number from 1 to 1024, found 0\n"
     );
 }
+
+#[test]
+fn a_slot_that_is_none_is_answered_by_what_one_is() {
+    let folder = tempfile::tempdir().unwrap();
+    for arguments in [["drain", "web", "x"], ["resume", "web", "1.5"], ["restart", "web", ""]] {
+        let output = lbd(folder.path(), &arguments);
+        assert_eq!(output.status.code(), Some(2), "{output:?}");
+        let said = text(output.stderr);
+        let (given, expected) = (arguments[2], "expected the number of a slot, such as 0; ");
+        assert!(said.contains(&format!("'{given}'")) && said.contains(expected), "{said}");
+    }
+}
