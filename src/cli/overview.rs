@@ -11,6 +11,9 @@ use crate::{
     printable,
 };
 
+/// So many lines of why a reload failed are shown below the first, which leaves room for the workers.
+const MOST_OF_AN_ERROR: usize = 6;
+
 /// How it is shown.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct View {
@@ -126,10 +129,16 @@ fn heading(status: &Status, view: View) -> Vec<String> {
     let mut lines =
         vec![format!("lbd {version}, pid {pid}, up {}, {from}", span(status.uptime_seconds))];
     if let Some(reload) = Some(&config.last_reload).filter(|reload| !reload.ok) {
-        // The first line is the sentence; `lbd reload` has told the rest.
         let error = reload.error.as_deref().unwrap_or_default();
-        let error = error.lines().find(|line| !line.trim().is_empty()).unwrap_or_default();
-        lines.push(format!("the reload of {} failed: {error}", reload.at));
+        let mut told = error.lines().filter(|line| !line.trim().is_empty());
+        let first = told.next().unwrap_or_default();
+        lines.push(format!("the reload of {} failed: {first}", reload.at));
+        // The rest may be what a worker said last, and so why it failed.
+        let indented = |line: &str| format!("    {}", line.strip_prefix("    ").unwrap_or(line));
+        lines.extend(told.by_ref().take(MOST_OF_AN_ERROR).map(indented));
+        if let more @ 1.. = told.count() {
+            lines.push(format!("    … and {more} more lines; `lbd status --json` has them all"));
+        }
     }
     let width = view.width.unwrap_or(usize::MAX);
     let clean = |line: &String| cut(&printable::line(line).replace('\t', " "), width);
@@ -337,7 +346,27 @@ web         0  9002     -  draining  1h 2m       1       -     20       3  4.8M 
         status.services[0].workers[0].last_exit = Some(bad.to_owned());
         let shown = render(&status, None, plain(None));
         assert!(!shown.contains(|c| printable::is_control(c) && c != '\n'), "{shown:?}");
-        assert!(shown.contains("failed: ␛]0;x␇\u{fffd}\n"), "one line of it: {shown}");
+        assert!(shown.contains("failed: ␛]0;x␇\u{fffd}\n    more\n"), "{shown}");
+    }
+
+    #[test]
+    fn a_reload_that_failed_tells_what_the_worker_said_last() {
+        let mut status = status();
+        let error = "web: exit status 1; it said last:\n    Error: no module\n\n      at x.js:1";
+        let reload = |error: String| Reload { ok: false, at: "now".to_owned(), error: Some(error) };
+        status.config.last_reload = reload(error.to_owned());
+        let shown = render(&status, None, plain(None));
+        let expected = "\
+the reload of now failed: web: exit status 1; it said last:
+    Error: no module
+      at x.js:1
+SERVICE ";
+        assert!(shown.contains(expected), "{shown}");
+        status.config.last_reload = reload("a line\n".repeat(12));
+        let shown = render(&status, None, plain(None));
+        let expected =
+            "    a line\n    … and 5 more lines; `lbd status --json` has them all\nSERVICE ";
+        assert!(shown.contains(expected), "{shown}");
     }
 
     #[test]

@@ -79,8 +79,10 @@ fn reason<'a>(service: &Service, slot: &'a Slot) -> Option<&'a str> {
 }
 
 fn short(text: &str) -> String {
-    let line = text.lines().map(str::trim).find(|line| !line.is_empty()).unwrap_or_default();
-    let line = printable::line(line);
+    let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let first = lines.next().unwrap_or_default();
+    // What a worker said is below, and left out.
+    let line = printable::line(first.strip_suffix("; it said last:").unwrap_or(first));
     match line.char_indices().nth(REASON) {
         Some((end, _)) => format!("{}…", &line[..end]),
         None => line.into_owned(),
@@ -101,6 +103,7 @@ mod tests {
         let long = "ä".repeat(REASON + 1);
         assert_eq!(short(&long), format!("{}…", "ä".repeat(REASON)));
         assert_eq!(short(&"x".repeat(REASON)), "x".repeat(REASON));
+        assert_eq!(short("web: exit status 1; it said last:\n    x"), "web: exit status 1");
         assert_eq!(short("a\u{1b}[2J"), "a␛[2J");
         assert_eq!(counted(1, "worker"), "1 worker");
     }
