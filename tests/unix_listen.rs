@@ -81,7 +81,7 @@ fn a_table_says_who_may_connect_and_a_reload_changes_it_in_place() {
         let unknown = with(", mode = \"600\", owner = \"no-such-user\"");
         let refused = daemon.reload(&unknown);
         assert_eq!(refused.message, "reload refused");
-        let why = "there is no user \"no-such-user\"; create it or write another";
+        let why = "owner: there is no user \"no-such-user\"; create it or write another";
         assert!(refused.get("error").unwrap().contains(why), "{}", refused.raw);
         assert_eq!(mode(&path), 0o660);
         let unknown = with(", mode = \"600\", group = \"no-such-group\"");
@@ -254,4 +254,34 @@ fn nor_by_way_of_the_admin_socket() {
     let daemon = Daemon::healthy(&config, 1);
     assert_eq!((mode(&attack.path()), owner(&attack.path())), (0o600, (0, 0)));
     drop(daemon);
+}
+
+#[test]
+fn an_owner_that_is_not_there_is_named_with_its_place() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = "[service.web]\ncommand = [\"/bin/sh\"]\n\
+        listen = { unix = \"web.sock\", owner = \"no-such-user\" }\n";
+    let file = folder.path().join("lb.toml");
+    fs::write(&file, config).unwrap();
+    let run = |arguments: &[&str]| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_lbd"));
+        command.args(arguments).current_dir(folder.path()).env_remove("RUNTIME_DIRECTORY");
+        let output = command.output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (status, said) = run(&["check"]);
+    let warned =
+        "lb.toml:3: service.web.listen.owner: warning: there is no user \"no-such-user\" yet";
+    assert_eq!(status, Some(0), "{said}");
+    assert!(said.starts_with(warned), "{said}");
+    let (status, said) = run(&[]);
+    let expected = format!(
+        "lbd: service web: can't listen on unix:{}: owner: there is no user \"no-such-user\"; \
+         create it or write another ({}:3: service.web.listen)\n",
+        folder.path().join("web.sock").display(),
+        file.display()
+    );
+    assert_eq!(status, Some(1), "{said}");
+    assert!(said.contains(&expected), "{said}");
+    assert!(!folder.path().join("web.sock").exists());
 }

@@ -36,6 +36,7 @@ pub use describe::describe;
 pub use error::{ConfigError, Problem};
 pub use model::*;
 pub use paths::{current_folder, logical, shells_folder};
+pub use reader::shown_key;
 pub use token::Token;
 pub use warnings::warnings;
 

@@ -259,7 +259,8 @@ impl<'a> Table<'a> {
 }
 
 /// One key as TOML has it: in quotes where it would be several, or none.
-pub(super) fn shown_key(key: &str) -> String {
+#[must_use]
+pub fn shown_key(key: &str) -> String {
     let bare = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
     if !key.is_empty() && key.chars().all(bare) { key.to_owned() } else { quoted(key) }
 }

@@ -49,7 +49,7 @@ use tracing::{info, warn};
 
 use crate::{
     admin::{self, ClaimError, ServerError},
-    config::{Config, ConfigError, Token},
+    config::{Config, ConfigError, Token, shown_key},
     logging::{LogError, Logging},
     process::Cgroups,
     proxy::{BindError, DataPlane, Settings},
@@ -94,10 +94,12 @@ pub enum DaemonError {
     #[error(transparent)]
     Admin(#[from] ServerError),
     /// A service's own address can't be listened on.
-    #[error("service {service}: {source}")]
+    #[error("service {service}: {source}{place}")]
     Bind {
         /// Which service.
         service: Arc<str>,
+        /// Where the configuration says so, in brackets; nothing where it is no file.
+        place: String,
         /// Why.
         source: BindError,
     },
@@ -115,6 +117,14 @@ pub enum DaemonError {
     /// The system denies what the daemon can't do without.
     #[error("cannot start: {0}")]
     System(#[from] io::Error),
+}
+
+/// ` (/etc/lb.toml:3: service.web.listen)`.
+fn place_of_listen(config: &Config, service: &str) -> String {
+    let Some(file) = &config.path else { return String::new() };
+    let key = format!("service.{}.listen", shown_key(service));
+    let line = config.lines.get(&key).map(|line| format!(":{line}")).unwrap_or_default();
+    format!(" ({}{line}: {key})", file.display())
 }
 
 /// Runs the daemon until it is stopped, on the sockets that were `passed` to it as far as they are
@@ -272,10 +282,12 @@ impl<'a> Daemon<'a> {
             config,
         };
         let services = &daemon.config.services;
-        let bound = daemon
-            .frontends
-            .bind(services, &daemon.workers.direct_listeners)
-            .map_err(|(service, source)| DaemonError::Bind { service, source })?;
+        let bound = daemon.frontends.bind(services, &daemon.workers.direct_listeners).map_err(
+            |(service, source)| {
+                let place = place_of_listen(&daemon.config, &service);
+                DaemonError::Bind { service, place, source }
+            },
+        )?;
         let steerable = daemon
             .workers
             .direct_listeners

@@ -159,18 +159,20 @@ impl SocketFile {
 
     /// What `access` means here.
     fn wanted(&self, access: &UnixAccess) -> io::Result<Rights> {
-        let unknown = |what: &str, name: &str| {
-            io::Error::other(format!("there is no {what} {name:?}; create it or write another"))
+        let unknown = |key: &str, what: &str, name: &str| {
+            io::Error::other(format!(
+                "{key}: there is no {what} {name:?}; create it or write another"
+            ))
         };
         let owner = access.owner.as_deref().map(|name| {
             let found = User::from_name(name)?.map(|user| user.uid);
             let number = || name.parse().ok().map(Uid::from_raw);
-            found.or_else(number).ok_or_else(|| unknown("user", name))
+            found.or_else(number).ok_or_else(|| unknown("owner", "user", name))
         });
         let group = access.group.as_deref().map(|name| {
             let found = Group::from_name(name)?.map(|group| group.gid);
             let number = || name.parse().ok().map(Gid::from_raw);
-            found.or_else(number).ok_or_else(|| unknown("group", name))
+            found.or_else(number).ok_or_else(|| unknown("group", "group", name))
         });
         Ok(Rights {
             mode: access.mode,
@@ -347,7 +349,7 @@ mod tests {
         assert_eq!((mode(&path), owner(&path)), (0o660, (65534, 0)));
         let nobody = UnixAccess { owner: Some("no-such-user".into()), ..theirs };
         let error = file.set_access(&nobody).unwrap_err().to_string();
-        assert_eq!(error, r#"there is no user "no-such-user"; create it or write another"#);
+        assert_eq!(error, r#"owner: there is no user "no-such-user"; create it or write another"#);
         assert_eq!((mode(&path), owner(&path)), (0o660, (65534, 0)));
         drop(file);
         assert!(listen_at(&path, &nobody, BACKLOG).is_err());
