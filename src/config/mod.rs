@@ -16,6 +16,7 @@ mod model;
 mod paths;
 mod reader;
 mod route;
+mod search_path;
 mod service;
 #[cfg(test)]
 mod tests;
@@ -37,6 +38,7 @@ pub use error::{ConfigError, Problem};
 pub use model::*;
 pub use paths::{current_folder, logical, shells_folder};
 pub use reader::shown_key;
+pub use search_path::{DEFAULT_PATH, shown_path};
 pub use token::Token;
 pub use warnings::warnings;
 

@@ -13,11 +13,10 @@ use std::{
 use nix::unistd::{Group, User};
 
 use super::{
-    Config, Listen, Output, Problem, Program, Service, UnixAccess, reader, values::quoted,
+    Config, Listen, Output, Problem, Program, Service, UnixAccess, reader,
+    search_path::{DEFAULT_PATH, shown_path},
+    values::quoted,
 };
-
-/// The `PATH` of a worker that has none (that of execvp(3)).
-const DEFAULT_PATH: &str = "/bin:/usr/bin";
 
 /// Shells, which put `$PORT` in themselves.
 const SHELLS: [&str; 8] = ["sh", "bash", "dash", "ash", "zsh", "ksh", "fish", "busybox"];
@@ -169,7 +168,7 @@ fn missing(name: &str, service: &Service) -> Option<String> {
     } else if found.contains(&Lookup::NotExecutable) {
         Some(format!("the program {shown} in PATH is not executable; chmod +x it"))
     } else {
-        let path = path.display();
+        let path = shown_path(&path);
         Some(format!("there is no program {shown} in PATH ({path}) yet; write its whole path"))
     }
 }

@@ -42,7 +42,7 @@ use super::{
     environment::ABOUT_THE_USER,
     writer::Opened,
 };
-use crate::config::MAX_LISTENERS;
+use crate::config::{DEFAULT_PATH, MAX_LISTENERS, shown_path};
 
 /// The descriptor of the first passed listening socket (`SD_LISTEN_FDS_START`, sd_listen_fds(3)).
 const FIRST_LISTENER: i32 = 3;
@@ -50,15 +50,12 @@ const FIRST_LISTENER: i32 = 3;
 /// Descriptors from here on are out of the way of those that the program gets.
 const ASIDE: i32 = FIRST_LISTENER + MAX_LISTENERS as i32;
 
-/// The `PATH` of a worker that has none (that of execvp(3)).
-const DEFAULT_PATH: &str = "/bin:/usr/bin";
-
 /// Why the program does not run, as one sentence with its cause in it: it crosses a pipe as text.
 #[derive(Debug, Error)]
 pub(super) enum ExecError {
     #[error("cannot read what to run: {0}")]
     Description(io::Error),
-    #[error("cannot run {0:?}: no such program in PATH ({path})", path = .1.display())]
+    #[error("cannot run {0:?}: no such program in PATH ({path})", path = shown_path(.1))]
     NotInPath(OsString, OsString),
     #[error("cannot run {0:?}: no such file, seen from the folder {1:?}")]
     NoSuchFile(PathBuf, OsString),
