@@ -298,6 +298,15 @@ web         0  9002     -  draining  1h 2m       1       -     20       3  4.8M 
     }
 
     #[test]
+    fn the_readme_shows_these_columns() {
+        let words = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+        let readme = include_str!("../../README.md");
+        let shown = readme.lines().find(|line| line.starts_with("SERVICE  SLOT"));
+        let titles: Vec<_> = LAYOUT.iter().flat_map(|column| words(column.2)).collect();
+        assert_eq!(shown.map(words), Some(titles));
+    }
+
+    #[test]
     fn a_second_look_tells_what_happened_between() {
         let before = status();
         let mut now = status();
