@@ -1,10 +1,12 @@
 //! What the kernel knows of connections that lbd does not have: sock_diag(7), over netlink.
 
 use std::{
+    cell::RefCell,
     collections::HashSet,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd, AsRawFd, OwnedFd},
+    rc::Rc,
     time::Duration,
 };
 
@@ -46,6 +48,30 @@ pub struct Diag {
     /// Of the latest question, so that an answer that came too late for an earlier one is no answer
     /// to it.
     sequence: u32,
+}
+
+/// One [`Diag`] for all who ask on one thread. It is opened when it is first needed.
+#[derive(Debug, Clone, Default)]
+pub struct SharedDiag(Rc<RefCell<Option<Diag>>>);
+
+impl SharedDiag {
+    /// What it answers to this question.
+    ///
+    /// # Errors
+    /// As [`Diag::open`], and as the question.
+    pub fn ask<T>(&self, question: impl FnOnce(&mut Diag) -> io::Result<T>) -> io::Result<T> {
+        let mut shared = self.0.borrow_mut();
+        let diag = match &mut *shared {
+            Some(diag) => diag,
+            none => none.insert(Diag::open()?),
+        };
+        let answer = question(diag);
+        if answer.is_err() {
+            // What is still to come of this answer would be in the way of the next one.
+            *shared = None;
+        }
+        answer
+    }
 }
 
 /// A socket that listens on TCP.

@@ -21,7 +21,7 @@ use super::{
 use crate::{
     config::Probe,
     net::{
-        diag::{Diag, inode_of},
+        diag::{SharedDiag, inode_of},
         proxy_protocol::{Ends, Header},
     },
 };
@@ -37,6 +37,7 @@ const MOST_READ: usize = 1 << 20;
 #[derive(Debug)]
 pub(super) struct Connection {
     stream: Stream,
+    diag: SharedDiag,
     /// Whether it is known to have left the accept queue.
     is_accepted: bool,
     /// What came of the answer to a GET.
@@ -53,7 +54,11 @@ impl Connection {
     /// Connects, and says what there is to say: the header that the worker expects, the GET, or else
     /// at once that nothing will come. That FIN completes the handshake also where the listener waits
     /// for a first byte (tcp(7), `TCP_DEFER_ACCEPT`): only a bare ACK is passed over then.
-    pub(super) async fn make(target: &Target, socket: Socket) -> Result<Self, ProbeError> {
+    pub(super) async fn make(
+        target: &Target,
+        socket: Socket,
+        diag: &SharedDiag,
+    ) -> Result<Self, ProbeError> {
         let failed = |error| ProbeError::connect(&target.endpoint, error);
         let connected = target.endpoint.connect(&socket);
         let stream = match target.endpoint.inet() {
@@ -86,7 +91,8 @@ impl Connection {
                 Stream::Tcp { stream, client, server }
             }
         };
-        let mut connection = Self { stream, is_accepted: false, reading: Reading::default() };
+        let diag = diag.clone();
+        let mut connection = Self { stream, diag, is_accepted: false, reading: Reading::default() };
         match connection.speak(target).await {
             Ok(()) => {}
             // Nobody but whoever has accepted it can have reset it.
@@ -108,14 +114,13 @@ impl Connection {
 
     /// Whether it still waits in the worker's accept queue, as far as can be known.
     pub(super) fn is_queued(&mut self) -> bool {
-        !self.look(&mut Diag::open().ok())
+        !self.look()
     }
 
     /// Returns when the worker has accepted it. Where the kernel does not tell, that is at once.
     pub(super) async fn accepted(&mut self) {
-        let mut diag = Diag::open().ok();
         let mut pause = FIRST_PAUSE;
-        while !self.look(&mut diag) {
+        while !self.look() {
             // Whoever speaks, or ends it, or resets it, has accepted it, and may have closed it by
             // the next look.
             if timeout(pause, self.heard()).await.is_ok() {
@@ -184,13 +189,14 @@ impl Connection {
     }
 
     /// Whether the kernel knows that it was accepted, or does not know at all.
-    fn look(&mut self, diag: &mut Option<Diag>) -> bool {
-        let Some(diag) = diag.as_mut().filter(|_| !self.is_accepted) else { return true };
-        let looked = match &self.stream {
-            Stream::Tcp { client, server, .. } => diag.is_accepted(*server, *client),
-            Stream::Unix { inode, .. } => diag.is_unix_accepted(*inode),
-        };
-        self.is_accepted = looked.unwrap_or(true);
+    fn look(&mut self) -> bool {
+        if !self.is_accepted {
+            let looked = self.diag.ask(|diag| match &self.stream {
+                Stream::Tcp { client, server, .. } => diag.is_accepted(*server, *client),
+                Stream::Unix { inode, .. } => diag.is_unix_accepted(*inode),
+            });
+            self.is_accepted = looked.unwrap_or(true);
+        }
         self.is_accepted
     }
 

@@ -29,7 +29,7 @@ use tokio::{
 
 use crate::{
     config::{Probe, ProxyProtocol},
-    net::Endpoint,
+    net::{Endpoint, diag::SharedDiag},
     supervisor::{ProbeOutcome, Verdict},
 };
 use connection::Connection;
@@ -53,6 +53,8 @@ pub struct Prober(Rc<RefCell<State>>);
 
 #[derive(Debug, Default)]
 struct State {
+    /// Who tells whether a connection was accepted.
+    diag: SharedDiag,
     /// One that waits in the worker's accept queue.
     waiting: Option<Connection>,
     /// The polite end of the last one.
@@ -60,6 +62,12 @@ struct State {
 }
 
 impl Prober {
+    /// One that asks `diag` what becomes of its connections.
+    #[must_use]
+    pub fn new(diag: SharedDiag) -> Self {
+        Self(Rc::new(RefCell::new(State { diag, ..State::default() })))
+    }
+
     /// Whether a connection of an earlier probe waits to be accepted: then the next probe takes no
     /// new socket.
     #[must_use]
@@ -92,8 +100,11 @@ impl Prober {
         let began = Instant::now();
         let until = began + target.timeout;
         let before = answered();
-        let mut connection = self.0.borrow_mut().waiting.take();
-        let asked = ask(target, socket, &mut connection);
+        let (mut connection, diag) = {
+            let mut state = self.0.borrow_mut();
+            (state.waiting.take(), state.diag.clone())
+        };
+        let asked = ask(target, socket, &diag, &mut connection);
         let result = match timeout_at(until.into(), asked).await {
             Ok(result) => result,
             Err(_) => Err(late(target, &mut connection, answered() > before)),
@@ -180,13 +191,14 @@ impl ProbeError {
 async fn ask(
     target: &Target,
     socket: io::Result<Socket>,
+    diag: &SharedDiag,
     connection: &mut Option<Connection>,
 ) -> Result<(), ProbeError> {
     let connection = match connection {
         Some(connection) => connection,
         None => {
             let socket = socket.map_err(|error| ProbeError::connect(&target.endpoint, error))?;
-            let made = Connection::make(target, socket).await?;
+            let made = Connection::make(target, socket, diag).await?;
             connection.insert(made)
         }
     };

@@ -17,7 +17,7 @@ use tokio::task::spawn_blocking;
 
 use crate::{
     config::{Owner, SocketMode},
-    net::diag::{Diag, ListeningSocket},
+    net::diag::{Diag, ListeningSocket, SharedDiag},
     process::Holdings,
     supervisor::{ProbeOutcome, Verdict},
 };
@@ -35,6 +35,7 @@ pub(super) struct Listening(Rc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
+    diag: SharedDiag,
     socket: SocketMode,
     /// Where it is to listen; on unix nowhere that has an address.
     address: Option<SocketAddr>,
@@ -80,12 +81,14 @@ enum NotOwn {
 
 impl Listening {
     pub(super) fn new(
+        diag: SharedDiag,
         socket: SocketMode,
         address: Option<SocketAddr>,
         guard: i32,
         stands_in_for: Option<u16>,
     ) -> Self {
         Self(Rc::new(Inner {
+            diag,
             socket,
             address,
             guard,
@@ -126,7 +129,7 @@ impl Listening {
     async fn check(&self, address: SocketAddr, owner: Owner) -> Result<(), NotOwn> {
         let guard = self.0.guard;
         let port = address.port();
-        let listeners = Diag::open().and_then(|mut diag| diag.listeners(port));
+        let listeners = self.0.diag.ask(|diag| diag.listeners(port));
         let listeners = listeners.map_err(|error| NotOwn::Unknown(port, error))?;
         let listeners = reached_at(address, listeners);
         if listeners.is_empty() {

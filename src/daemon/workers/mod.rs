@@ -28,7 +28,10 @@ use tokio::{
 use super::{descriptors::Descriptors, direct_listeners::DirectListeners, slot_stats::SlotStats};
 use crate::{
     config::{Balance, Health, ProxyProtocol, StopTo},
-    net::{self, Acceptor, DrainedConnection, Port, UnnamedUnixListener, direct::PinnedRoute},
+    net::{
+        self, Acceptor, DrainedConnection, Port, UnnamedUnixListener, diag::SharedDiag,
+        direct::PinnedRoute,
+    },
     probe::{self, Prober},
     process::{Cgroups, Controller, Counted, LastWords, Outputs, Spawner, Watched},
     proxy::Backend,
@@ -63,6 +66,8 @@ pub(super) struct WorkerTable {
     /// Clients that waited for workers which are gone, to be handed over.
     left: Vec<(Arc<str>, DrainedConnection)>,
     acceptor: Acceptor,
+    /// Whom probes ask about their connections, and who listens.
+    diag: SharedDiag,
     cgroups: Option<Cgroups>,
     usage: UsageSamplers,
 }
@@ -142,6 +147,7 @@ impl WorkerTable {
             watch_at: Instant::now(),
             left: Vec::new(),
             acceptor: Acceptor::new()?,
+            diag: SharedDiag::default(),
             cgroups,
         })
     }

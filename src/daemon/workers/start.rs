@@ -199,7 +199,8 @@ impl WorkerTable {
         self.slot_stats.open(&service, order.slot, Arc::clone(&backend));
         let was_healthy = Rc::new(Cell::new(false));
         let address = backend.endpoint().inet();
-        let listening = Listening::new(spec.socket, address, guard, order.stands_in_for);
+        let listening =
+            Listening::new(self.diag.clone(), spec.socket, address, guard, order.stands_in_for);
         spawn_local(report(Reported {
             child,
             id,
@@ -218,7 +219,7 @@ impl WorkerTable {
             probing: false,
             proven: false,
             pinned,
-            prober: Prober::default(),
+            prober: Prober::new(self.diag.clone()),
             listening,
             probe: None,
             last_words,
