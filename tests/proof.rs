@@ -19,16 +19,21 @@ use common::{
     command, eventually, fixture, needs,
     proc::cpu,
 };
+use tempfile::TempDir;
 
 /// Probes that come quickly.
 const QUICK: &str = "health = { interval = \"50ms\", timeout = \"100ms\", fall = 2 }";
 
 /// Starts a daemon whose worker is this Python program, with its port as the first argument.
 fn python(ports: &Ports, program: &str, keys: &str) -> Option<Daemon> {
+    python_in(tempfile::tempdir().unwrap(), ports, program, keys)
+}
+
+/// The same in this folder.
+fn python_in(folder: TempDir, ports: &Ports, program: &str, keys: &str) -> Option<Daemon> {
     if !needs::has(needs::APPS, "python3", "python3") {
         return None;
     }
-    let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("app.py"), program).unwrap();
     let config = ports
         .service(&format!("command = [\"python3\", \"-u\", \"app.py\", \"{{port}}\"]\n{keys}"));
@@ -159,6 +164,38 @@ fn a_first_start_is_not_ready_before_a_worker_accepts() {
     let healthy = daemon.wait(Mark::START, "worker healthy", &[]);
     assert!(healthy.number::<f64>("after") >= 0.7, "{}", healthy.raw);
     daemon.wait(Mark::START, "ready", &[]);
+}
+
+/// Listens, and never accepts: with the first client in its queue it ends, or does `closing` for as
+/// long as the test takes, as a program does that its own supervisor starts again.
+const CRASHING: &str = r#"
+import os, select, socket, sys
+while True:
+    with socket.create_server(("127.0.0.1", int(sys.argv[1]))) as s:
+        select.select([s], [], [])
+        if not os.path.exists("closing"):
+            os._exit(7)
+"#;
+
+#[test]
+fn a_program_that_crashes_with_the_probe_in_its_queue_is_never_called_healthy() {
+    for closing in [false, true] {
+        let ports = Ports::take(1);
+        // Nothing but the probe itself is to notice.
+        let keys = "restart.min-delay = \"10ms\"\nrestart.max-delay = \"10ms\"\n\
+                    health = { interval = \"20ms\", start-timeout = \"1s\", owner = \"any\" }";
+        let folder = tempfile::tempdir().unwrap();
+        if closing {
+            fs::write(folder.path().join("closing"), "").unwrap();
+        }
+        let Some(daemon) = python_in(folder, &ports, CRASHING, keys) else { return };
+        if closing {
+            daemon.wait(Mark::START, "worker given up", &[]);
+        } else {
+            daemon.wait(Mark::START, "worker exited", &[("failures", "5")]);
+        }
+        assert!(daemon.said(Mark::START, "worker healthy").is_empty(), "{closing}");
+    }
 }
 
 #[test]

@@ -262,6 +262,29 @@ impl Diag {
         Ok(listeners)
     }
 
+    /// The inode of the socket that listens for whoever connects to `address`, also where it is bound
+    /// to every address; `None` where there is none in this network namespace. Of several that share
+    /// the address (`SO_REUSEPORT`) it is one, and the same as long as they do. It takes as long
+    /// however many sockets listen.
+    ///
+    /// # Errors
+    /// Where the kernel does not tell.
+    pub fn listener(&mut self, address: SocketAddr) -> io::Result<Option<u32>> {
+        let id = SocketId {
+            source_port: address.port(),
+            // No connection comes from there, and where there is none the kernel finds who listens.
+            destination_port: 0,
+            source_address: address.ip(),
+            destination_address: address.ip(),
+            interface_id: 0,
+            cookie: NO_COOKIE,
+        };
+        let mut inode = None;
+        let answer = |found: &Found| inode = Some(found.header.inode);
+        none_if_not_found(self.ask_inet(id, StateFlags::LISTEN, Extent::Exact, answer))?;
+        Ok(inode)
+    }
+
     /// The ends of all connections that have this port, of both families.
     pub(super) fn ends_at(&mut self, port: u16) -> io::Result<Vec<End>> {
         let mut ends = Vec::new();
@@ -592,10 +615,25 @@ mod tests {
         let _client = TcpStream::connect(v4.local_addr().unwrap()).unwrap();
         let _accepted = v4.accept().unwrap();
         assert_eq!(diag.listeners(port).unwrap(), [first, of(&v6, address)]);
+        for listener in [first, of(&v6, address)] {
+            assert_eq!(diag.listener(listener.address).unwrap(), Some(listener.inode));
+        }
+        let elsewhere = SocketAddr::from(([127, 0, 0, 2], port));
+        assert_eq!(diag.listener(elsewhere).unwrap(), None);
         let all = diag.all_listeners().unwrap();
         assert!(all.contains(&first) && all.contains(&of(&v6, address)), "{all:?}");
         drop((v4, v6));
         assert_eq!(diag.listeners(port).unwrap(), []);
+        let all = Socket::new(Domain::IPV6, Type::STREAM, None).unwrap();
+        all.set_only_v6(false).unwrap();
+        all.set_reuse_address(true).unwrap();
+        all.bind(&SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)).into()).unwrap();
+        all.listen(1).unwrap();
+        // Those of IPv4 reach it under both of their names.
+        for ip in ["127.0.0.1", "::1", "::ffff:127.0.0.1"] {
+            let inode = diag.listener(SocketAddr::new(ip.parse().unwrap(), port)).unwrap();
+            assert_eq!(inode, Some(inode_of(&all).unwrap()), "{ip}");
+        }
     }
 
     #[test]

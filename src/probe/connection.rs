@@ -19,7 +19,7 @@ use super::{
     http::{self, NoAnswer, Reading},
 };
 use crate::{
-    config::Probe,
+    config::{Probe, SocketMode},
     net::{
         diag::{SharedDiag, inode_of},
         proxy_protocol::{Ends, Header},
@@ -40,6 +40,9 @@ pub(super) struct Connection {
     diag: SharedDiag,
     /// Whether it is known to have left the accept queue.
     is_accepted: bool,
+    /// Who listened just before it was made, where that may change: closing a listening socket resets
+    /// what nobody has accepted.
+    listened: Option<io::Result<Option<u32>>>,
     /// What came of the answer to a GET.
     reading: Reading,
 }
@@ -48,6 +51,13 @@ pub(super) struct Connection {
 enum Stream {
     Tcp { stream: TcpStream, client: SocketAddr, server: SocketAddr },
     Unix { stream: UnixStream, inode: u32 },
+}
+
+/// What came over a connection.
+enum Heard {
+    Bytes,
+    /// Its end, or an error.
+    End,
 }
 
 impl Connection {
@@ -60,6 +70,14 @@ impl Connection {
         diag: &SharedDiag,
     ) -> Result<Self, ProbeError> {
         let failed = |error| ProbeError::connect(&target.endpoint, error);
+        let listened = match (&target.probe, target.socket, target.endpoint.inet()) {
+            (Probe::Tcp, SocketMode::Bind, Some(server)) => {
+                Some(diag.ask(|diag| diag.listener(server)))
+            }
+            // An answer says more than who listens; and lbd has the other sockets too, so that they
+            // stay open where the worker closes them.
+            _ => None,
+        };
         let connected = target.endpoint.connect(&socket);
         let stream = match target.endpoint.inet() {
             None => {
@@ -92,12 +110,12 @@ impl Connection {
             }
         };
         let diag = diag.clone();
-        let mut connection = Self { stream, diag, is_accepted: false, reading: Reading::default() };
+        let mut connection =
+            Self { stream, diag, is_accepted: false, listened, reading: Reading::default() };
         match connection.speak(target).await {
             Ok(()) => {}
-            // Nobody but whoever has accepted it can have reset it.
             Err(error) if target.probe == Probe::Tcp && is_cut_off(&error) => {
-                connection.is_accepted = true;
+                connection.ended()?;
             }
             Err(error) => return Err(ProbeError::Send(error)),
         }
@@ -118,17 +136,17 @@ impl Connection {
     }
 
     /// Returns when the worker has accepted it. Where the kernel does not tell, that is at once.
-    pub(super) async fn accepted(&mut self) {
+    pub(super) async fn accepted(&mut self) -> Result<(), ProbeError> {
         let mut pause = FIRST_PAUSE;
         while !self.look() {
-            // Whoever speaks, or ends it, or resets it, has accepted it, and may have closed it by
-            // the next look.
-            if timeout(pause, self.heard()).await.is_ok() {
-                self.is_accepted = true;
-                return;
+            // Whoever speaks has accepted it, and may have closed it by the next look.
+            match timeout(pause, self.heard()).await {
+                Ok(Heard::Bytes) => self.is_accepted = true,
+                Ok(Heard::End) => self.ended()?,
+                Err(_) => pause = (pause * 2).min(LONGEST_PAUSE),
             }
-            pause = (pause * 2).min(LONGEST_PAUSE);
         }
+        Ok(())
     }
 
     /// The status of the answer to the GET.
@@ -200,13 +218,32 @@ impl Connection {
         self.is_accepted
     }
 
-    /// Returns when something has come: bytes, an end or an error.
-    async fn heard(&self) {
-        // Whatever it is.
-        _ = match &self.stream {
-            Stream::Tcp { stream, .. } => stream.peek(&mut [0]).await.map(drop),
-            Stream::Unix { stream, .. } => stream.readable().await,
+    /// It was ended or reset. Whoever has accepted it can do so; and closing the socket that listens
+    /// resets what waits there, of a program that may never have come to accept.
+    fn ended(&mut self) -> Result<(), ProbeError> {
+        if let (Some(before), Stream::Tcp { server, .. }) = (&self.listened, &self.stream) {
+            let now = self.diag.ask(|diag| diag.listener(*server));
+            // Nobody listened, and nobody does: it leads to where the kernel does not tell of, as
+            // into another network namespace.
+            if before.as_ref().ok().copied().flatten() != now.ok().flatten() {
+                return Err(ProbeError::Closed);
+            }
+        }
+        self.is_accepted = true;
+        Ok(())
+    }
+
+    /// Returns when something has come.
+    async fn heard(&self) -> Heard {
+        let came = match &self.stream {
+            Stream::Tcp { stream, .. } => stream.peek(&mut [0]).await,
+            // Nobody ends it but who has accepted it: lbd has the socket that listens.
+            Stream::Unix { stream, .. } => stream.readable().await.map(|()| 1),
         };
+        match came {
+            Ok(1..) => Heard::Bytes,
+            Ok(0) | Err(_) => Heard::End,
+        }
     }
 
     async fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {

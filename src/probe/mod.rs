@@ -28,7 +28,7 @@ use tokio::{
 };
 
 use crate::{
-    config::{Probe, ProxyProtocol},
+    config::{Probe, ProxyProtocol, SocketMode},
     net::{Endpoint, diag::SharedDiag},
     supervisor::{ProbeOutcome, Verdict},
 };
@@ -41,6 +41,8 @@ pub struct Target {
     pub probe: Probe,
     /// Where the worker is.
     pub endpoint: Endpoint,
+    /// How the worker comes by the socket that listens there.
+    pub socket: SocketMode,
     /// The header that the worker expects on every connection.
     pub proxy_protocol: Option<ProxyProtocol>,
     /// How long one probe may take.
@@ -139,6 +141,8 @@ enum ProbeError {
     Connect(String, io::Error),
     #[error("lbd has nothing left to probe it with: {0}")]
     Lacking(io::Error),
+    #[error("it closed its listening socket")]
+    Closed,
     #[error("its accept queue is full")]
     Full,
     /// A connect to a port inside the range of ephemeral ports can be given that very port as its
@@ -203,10 +207,7 @@ async fn ask(
         }
     };
     match &target.probe {
-        Probe::Tcp => {
-            connection.accepted().await;
-            Ok(())
-        }
+        Probe::Tcp => connection.accepted().await,
         Probe::Http { path, expect, .. } => {
             let answer = connection.answer().await;
             let status =
@@ -238,9 +239,11 @@ mod tests {
     use std::{
         io::{Read, Write},
         net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
+        os::fd::AsFd,
         thread,
     };
 
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     use tokio::task::LocalSet;
 
     use super::*;
@@ -249,7 +252,8 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     fn target(probe: Probe, address: SocketAddr, timeout: Duration) -> Target {
-        Target { probe, endpoint: address.into(), proxy_protocol: None, timeout }
+        let socket = SocketMode::Bind;
+        Target { probe, endpoint: address.into(), socket, proxy_protocol: None, timeout }
     }
 
     fn run<T>(future: impl Future<Output = T>) -> T {
@@ -450,9 +454,45 @@ mod tests {
             let (stream, _) = listener.accept().unwrap();
             let socket = Socket::from(stream);
             socket.set_linger(Some(Duration::ZERO)).unwrap();
+            listener
         });
         assert_eq!(probe(Probe::Tcp, address, 20 * SECOND), None);
-        resets.join().unwrap();
+        drop(resets.join().unwrap());
+    }
+
+    /// Waits until a connection is in the queue.
+    fn queued(listener: &TcpListener) {
+        let fd = PollFd::new(listener.as_fd(), PollFlags::POLLIN);
+        assert_eq!(poll(&mut [fd], PollTimeout::from(20_000u16)).unwrap(), 1);
+    }
+
+    #[test]
+    fn a_reset_by_closing_the_listening_socket_is_no_pass() {
+        let closed = Some("it closed its listening socket".to_owned());
+        for listens_again in [false, true] {
+            let (listener, address) = listener();
+            let closes = thread::spawn(move || {
+                queued(&listener);
+                // The number of the socket is not given to the next one at once.
+                drop(listener);
+                listens_again.then(|| TcpListener::bind(address).unwrap())
+            });
+            assert_eq!(probe(Probe::Tcp, address, 20 * SECOND), closed, "{listens_again}");
+            drop(closes.join().unwrap());
+        }
+    }
+
+    #[test]
+    fn what_was_said_before_the_listening_socket_was_closed_is_a_pass() {
+        let (listener, address) = listener();
+        let says = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            // Closed before it speaks, so that neither is there when the bytes come.
+            drop(listener);
+            stream.write_all(b"220 ready\r\n").unwrap();
+        });
+        assert_eq!(probe(Probe::Tcp, address, 20 * SECOND), None);
+        says.join().unwrap();
     }
 
     #[test]

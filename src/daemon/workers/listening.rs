@@ -100,6 +100,11 @@ impl Listening {
         }))
     }
 
+    /// How the worker comes by its listening socket.
+    pub(super) fn socket(&self) -> SocketMode {
+        self.0.socket
+    }
+
     /// Judges what a probe showed by who listens. Looks into `/proc` on a thread of its own, where
     /// something is new.
     pub(super) async fn judge(&self, outcome: &mut ProbeOutcome, owner: Owner, is_new: bool) {

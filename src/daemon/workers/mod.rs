@@ -194,6 +194,7 @@ impl WorkerTable {
         let target = probe::Target {
             probe: health.probe.clone(),
             endpoint,
+            socket: handle.listening.socket(),
             proxy_protocol: handle.backend.proxy_protocol(),
             timeout: health.timeout,
         };
