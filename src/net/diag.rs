@@ -72,6 +72,30 @@ impl SharedDiag {
         }
         answer
     }
+
+    /// Has the next question fail, as where something lacks at the moment.
+    #[cfg(test)]
+    pub(crate) fn fail_once(&self) {
+        let socket = std::os::unix::net::UnixDatagram::unbound().unwrap().into();
+        *self.0.borrow_mut() = Some(Diag { socket, buffer: Box::default(), sequence: 0 });
+    }
+}
+
+/// Whether it means that this kernel never tells: it has no sock_diag, or forbids it to lbd. What else
+/// may go wrong is of the moment and says nothing: lbd lacks a descriptor or memory, or no answer came
+/// in time.
+#[must_use]
+pub fn never_tells(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error().map(Errno::from_raw),
+        Some(
+            Errno::EPROTONOSUPPORT
+                | Errno::EAFNOSUPPORT
+                | Errno::EPERM
+                | Errno::EACCES
+                | Errno::ENOENT
+        )
+    )
 }
 
 /// A socket that listens on TCP.
@@ -554,6 +578,31 @@ mod tests {
             let other = "192.0.2.1:9".parse().unwrap();
             assert_eq!(diag.accepted_state(address, other).ok().flatten(), None);
             assert!(!diag.is_accepted(address, other).unwrap_or(false));
+        }
+    }
+
+    #[test]
+    fn a_shared_one_is_made_anew_after_an_error() {
+        let diag = SharedDiag::default();
+        diag.fail_once();
+        let error = diag.ask(Diag::all_listeners).unwrap_err();
+        assert!(!never_tells(&error), "{error}");
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let inode = inode_of(&listener).unwrap();
+        assert_eq!(diag.ask(|diag| diag.listener(address)).unwrap(), Some(inode));
+    }
+
+    #[test]
+    fn what_lacks_at_the_moment_is_told_from_what_never_is_there() {
+        let tells = |errno: Errno| !never_tells(&io::Error::from(errno));
+        for errno in [Errno::EMFILE, Errno::ENFILE, Errno::ENOBUFS, Errno::ENOMEM, Errno::EAGAIN] {
+            assert!(tells(errno), "{errno}");
+        }
+        assert!(!never_tells(&io::ErrorKind::TimedOut.into()));
+        let never = [Errno::EPROTONOSUPPORT, Errno::EAFNOSUPPORT, Errno::EPERM, Errno::EACCES];
+        for errno in never.into_iter().chain([Errno::ENOENT]) {
+            assert!(!tells(errno), "{errno}");
         }
     }
 

@@ -11,7 +11,7 @@ use socket2::{SockAddr, SockRef, Socket};
 use tokio::{
     io::Interest,
     net::{TcpStream, UnixStream},
-    time::timeout,
+    time::{sleep, timeout},
 };
 
 use super::{
@@ -21,12 +21,13 @@ use super::{
 use crate::{
     config::{Probe, SocketMode},
     net::{
-        diag::{SharedDiag, inode_of},
+        diag::{Diag, SharedDiag, inode_of, never_tells},
         proxy_protocol::{Ends, Header},
     },
 };
 
-/// Between two looks whether a connection has been accepted: at first, and at most.
+/// Between two looks whether a connection has been accepted, or two tries at a queue that is full: at
+/// first, and at most.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(20);
 
@@ -40,9 +41,9 @@ pub(super) struct Connection {
     diag: SharedDiag,
     /// Whether it is known to have left the accept queue.
     is_accepted: bool,
-    /// Who listened just before it was made, where that may change: closing a listening socket resets
-    /// what nobody has accepted.
-    listened: Option<io::Result<Option<u32>>>,
+    /// Who listened just before it was made, where that may change and the kernel tells: closing a
+    /// listening socket resets what nobody has accepted.
+    listened: Option<Option<u32>>,
     /// What came of the answer to a GET.
     reading: Reading,
 }
@@ -72,24 +73,33 @@ impl Connection {
         let failed = |error| ProbeError::connect(&target.endpoint, error);
         let listened = match (&target.probe, target.socket, target.endpoint.inet()) {
             (Probe::Tcp, SocketMode::Bind, Some(server)) => {
-                Some(diag.ask(|diag| diag.listener(server)))
+                told(diag, |diag| diag.listener(server))?
             }
             // An answer says more than who listens; and lbd has the other sockets too, so that they
             // stay open where the worker closes them.
             _ => None,
         };
-        let connected = target.endpoint.connect(&socket);
         let stream = match target.endpoint.inet() {
             None => {
-                // It is over when it returns, one way or the other (unix(7)).
-                connected.map_err(failed)?;
+                let mut pause = FIRST_PAUSE;
+                // It is over when it returns, one way or the other (unix(7)): EAGAIN says that the
+                // queue is full, which a burst may do to any worker, and nothing tells when it isn't.
+                while let Err(error) = target.endpoint.connect(&socket) {
+                    if error.raw_os_error() != Some(libc::EAGAIN) {
+                        return Err(failed(error));
+                    }
+                    sleep(pause).await;
+                    pause = (pause * 2).min(LONGEST_PAUSE);
+                }
                 let inode = inode_of(&socket).map_err(failed)?;
                 Stream::Unix { stream: UnixStream::from_std(socket.into()).map_err(failed)?, inode }
             }
             Some(server) => {
-                match connected.as_ref().map_err(io::Error::raw_os_error) {
-                    Ok(()) | Err(Some(libc::EINPROGRESS)) => {}
-                    Err(_) => connected.map_err(failed)?,
+                match target.endpoint.connect(&socket) {
+                    Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => {
+                        return Err(failed(error));
+                    }
+                    Ok(()) | Err(_) => {}
                 }
                 let stream = TcpStream::from_std(socket.into()).map_err(failed)?;
                 stream.writable().await.map_err(failed)?;
@@ -130,15 +140,22 @@ impl Connection {
         }
     }
 
-    /// Whether it still waits in the worker's accept queue, as far as can be known.
-    pub(super) fn is_queued(&mut self) -> bool {
-        !self.look()
+    /// Whether it still waits in the worker's accept queue. Not where the kernel never tells.
+    ///
+    /// # Errors
+    /// Where lbd lacks something to find out.
+    pub(super) fn is_queued(&mut self) -> Result<bool, ProbeError> {
+        self.look().map(|is_accepted| !is_accepted)
     }
 
-    /// Returns when the worker has accepted it. Where the kernel does not tell, that is at once.
+    /// Returns when the worker has accepted it. Where the kernel never tells, that is at once.
+    ///
+    /// # Errors
+    /// Where it has ended, and nothing tells that it was accepted.
     pub(super) async fn accepted(&mut self) -> Result<(), ProbeError> {
         let mut pause = FIRST_PAUSE;
-        while !self.look() {
+        // What lacks for one look may be there for the next.
+        while !matches!(self.look(), Ok(true)) {
             // Whoever speaks has accepted it, and may have closed it by the next look.
             match timeout(pause, self.heard()).await {
                 Ok(Heard::Bytes) => self.is_accepted = true,
@@ -206,26 +223,26 @@ impl Connection {
         }
     }
 
-    /// Whether the kernel knows that it was accepted, or does not know at all.
-    fn look(&mut self) -> bool {
+    /// Whether the kernel knows that it was accepted, or never knows.
+    fn look(&mut self) -> Result<bool, ProbeError> {
         if !self.is_accepted {
-            let looked = self.diag.ask(|diag| match &self.stream {
+            let looked = told(&self.diag, |diag| match &self.stream {
                 Stream::Tcp { client, server, .. } => diag.is_accepted(*server, *client),
                 Stream::Unix { inode, .. } => diag.is_unix_accepted(*inode),
             });
-            self.is_accepted = looked.unwrap_or(true);
+            self.is_accepted = looked?.unwrap_or(true);
         }
-        self.is_accepted
+        Ok(self.is_accepted)
     }
 
     /// It was ended or reset. Whoever has accepted it can do so; and closing the socket that listens
     /// resets what waits there, of a program that may never have come to accept.
     fn ended(&mut self) -> Result<(), ProbeError> {
-        if let (Some(before), Stream::Tcp { server, .. }) = (&self.listened, &self.stream) {
-            let now = self.diag.ask(|diag| diag.listener(*server));
+        if let (Some(before), Stream::Tcp { server, .. }) = (self.listened, &self.stream) {
+            let now = told(&self.diag, |diag| diag.listener(*server))?;
             // Nobody listened, and nobody does: it leads to where the kernel does not tell of, as
             // into another network namespace.
-            if before.as_ref().ok().copied().flatten() != now.ok().flatten() {
+            if now.is_some_and(|now| now != before) {
                 return Err(ProbeError::Closed);
             }
         }
@@ -273,6 +290,18 @@ impl Connection {
             Stream::Tcp { stream, .. } => SockRef::from(stream).shutdown(Shutdown::Write),
             Stream::Unix { stream, .. } => SockRef::from(stream).shutdown(Shutdown::Write),
         }
+    }
+}
+
+/// What the kernel answers; `None` where it never tells.
+fn told<T>(
+    diag: &SharedDiag,
+    question: impl FnOnce(&mut Diag) -> io::Result<T>,
+) -> Result<Option<T>, ProbeError> {
+    match diag.ask(question) {
+        Ok(answer) => Ok(Some(answer)),
+        Err(error) if never_tells(&error) => Ok(None),
+        Err(error) => Err(ProbeError::Lacking(error)),
     }
 }
 

@@ -109,13 +109,14 @@ impl Prober {
         let asked = ask(target, socket, &diag, &mut connection);
         let result = match timeout_at(until.into(), asked).await {
             Ok(result) => result,
-            Err(_) => Err(late(target, &mut connection, answered() > before)),
+            Err(_) => late(target, &mut connection, answered() > before),
         };
         let mut state = self.0.borrow_mut();
         match (&result, connection) {
-            (Err(ProbeError::NotAccepted(_) | ProbeError::Busy), connection) => {
-                state.waiting = connection;
-            }
+            (
+                Err(ProbeError::NotAccepted(_) | ProbeError::Busy | ProbeError::Lacking(_)),
+                connection,
+            ) => state.waiting = connection,
             (_, Some(connection)) => {
                 // One at a time, however short the interval is.
                 let ending = spawn_local(time::timeout(target.timeout, connection.end()));
@@ -174,10 +175,8 @@ impl ProbeError {
     /// Why there is no connection to `endpoint`.
     fn connect(endpoint: &Endpoint, error: io::Error) -> Self {
         match error.raw_os_error().map(Errno::from_raw) {
-            // Of a TCP socket, connect(2) says EAGAIN for want of a free port; a unix listener's queue
-            // is full.
-            Some(Errno::EAGAIN) if endpoint.inet().is_none() => Self::Full,
             Some(
+                // Of a TCP socket, connect(2) says it for want of a free port.
                 Errno::EAGAIN
                 | Errno::EADDRNOTAVAIL
                 | Errno::EADDRINUSE
@@ -198,8 +197,8 @@ async fn ask(
     diag: &SharedDiag,
     connection: &mut Option<Connection>,
 ) -> Result<(), ProbeError> {
-    let connection = match connection {
-        Some(connection) => connection,
+    let open = match connection {
+        Some(open) => open,
         None => {
             let socket = socket.map_err(|error| ProbeError::connect(&target.endpoint, error))?;
             let made = Connection::make(target, socket, diag).await?;
@@ -207,9 +206,16 @@ async fn ask(
         }
     };
     match &target.probe {
-        Probe::Tcp => connection.accepted().await,
+        Probe::Tcp => {
+            let accepted = open.accepted().await;
+            if accepted.is_err() {
+                // It has ended: the next probe cannot go on with it.
+                *connection = None;
+            }
+            accepted
+        }
         Probe::Http { path, expect, .. } => {
-            let answer = connection.answer().await;
+            let answer = open.answer().await;
             let status =
                 answer.map_err(|reason| ProbeError::Http { path: path.clone(), reason })?;
             match expect.contains(status) {
@@ -221,22 +227,35 @@ async fn ask(
 }
 
 /// What it means that the time is over. `progress`: somebody was answered meanwhile.
-fn late(target: &Target, connection: &mut Option<Connection>, progress: bool) -> ProbeError {
+fn late(
+    target: &Target,
+    connection: &mut Option<Connection>,
+    progress: bool,
+) -> Result<(), ProbeError> {
     let limit = target.timeout;
-    let is_queued = connection.as_mut().map(Connection::is_queued);
-    match (is_queued, progress) {
-        (Some(false), _) => ProbeError::NotAnswered(limit),
+    let is_bare = target.probe == Probe::Tcp;
+    let is_queued = connection.as_mut().map(Connection::is_queued).transpose();
+    Err(match (is_queued, progress) {
+        // Since it was last looked.
+        (Ok(Some(false)), _) if is_bare => return Ok(()),
+        (Ok(Some(false)), _) => ProbeError::NotAnswered(limit),
         // Clients queue in the order of coming: where one who came before is answered now, this one
         // will be.
-        (Some(true) | None, true) => ProbeError::Busy,
-        (Some(true), false) => ProbeError::NotAccepted(limit),
-        (None, false) => ProbeError::NotConnected(limit),
-    }
+        (Ok(Some(true) | None), true) => ProbeError::Busy,
+        (Ok(Some(true)), false) => ProbeError::NotAccepted(limit),
+        // Nothing else has a connect wait there.
+        (Ok(None), false) if target.endpoint.inet().is_none() => ProbeError::Full,
+        (Ok(None), false) => ProbeError::NotConnected(limit),
+        // That is so wherever it waits.
+        (Err(_), false) if !is_bare => ProbeError::NotAnswered(limit),
+        (Err(error), _) => error,
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use std::{
+        cell::Cell,
         io::{Read, Write},
         net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
         os::fd::AsFd,
@@ -247,7 +266,7 @@ mod tests {
     use tokio::task::LocalSet;
 
     use super::*;
-    use crate::config::StatusSet;
+    use crate::{config::StatusSet, sockets::Nameless};
 
     const SECOND: Duration = Duration::from_secs(1);
 
@@ -357,7 +376,7 @@ mod tests {
         let (_listener, address) = listener();
         let target = target(Probe::Tcp, address, SECOND / 20);
         let prober = Prober::default();
-        let answered = std::cell::Cell::new(7);
+        let answered = Cell::new(7);
         run(async {
             let counted = || answered.replace(answered.get() + 1);
             let outcome = prober.probe(&target, target.endpoint.way_of_a_probe(), counted).await;
@@ -375,6 +394,115 @@ mod tests {
             let outcome = run(Prober::default().probe(&target, socket, || 0));
             assert!(matches!(outcome.verdict, Verdict::Unknown(_)), "{outcome:?}");
         }
+    }
+
+    /// Probes once with this prober, and calls `at_the_end` when the time is over.
+    async fn until_late(prober: &Prober, target: &Target, at_the_end: impl Fn()) -> Verdict {
+        let calls = Cell::new(0);
+        let answered = || {
+            // It is asked as a probe begins, and when it is over without a result.
+            if calls.replace(calls.get() + 1) == 1 {
+                at_the_end();
+            }
+            0
+        };
+        prober.probe(target, target.endpoint.way_of_a_probe(), answered).await.verdict
+    }
+
+    #[test]
+    fn a_connection_that_is_accepted_as_the_time_is_over_is_a_pass() {
+        let (listener, address) = listener();
+        let target = target(Probe::Tcp, address, SECOND / 20);
+        let accepted = RefCell::new(None);
+        let prober = Prober::default();
+        run(async {
+            let accept = || _ = accepted.replace(Some(listener.accept().unwrap()));
+            assert_eq!(until_late(&prober, &target, accept).await, Verdict::Passed);
+            assert!(!prober.is_waiting());
+        });
+    }
+
+    #[test]
+    fn where_lbd_lacks_what_tells_of_a_connection_it_says_nothing() {
+        let (listener, address) = listener();
+        let short = target(Probe::Tcp, address, SECOND / 20);
+        let diag = SharedDiag::default();
+        let prober = Prober::new(diag.clone());
+        run(async {
+            // Before it connects, and when the time is over.
+            diag.fail_once();
+            let verdict = once(&prober, &short).await;
+            assert!(matches!(verdict, Verdict::Unknown(_)), "{verdict:?}");
+            let verdict = until_late(&prober, &short, || diag.fail_once()).await;
+            assert!(matches!(verdict, Verdict::Unknown(_)), "{verdict:?}");
+            assert!(prober.is_waiting(), "the next one goes on with it");
+            // In between: another look tells.
+            diag.fail_once();
+            let verdict = once(&prober, &short).await;
+            assert!(matches!(verdict, Verdict::Failed(_)), "{verdict:?}");
+            let from = prober.waits_from().unwrap().as_socket();
+            let accepted = listener.accept().unwrap();
+            assert_eq!(Some(accepted.1), from);
+            diag.fail_once();
+            let long = Target { timeout: 20 * SECOND, ..short };
+            assert_eq!(once(&prober, &long).await, Verdict::Passed);
+        });
+    }
+
+    /// A unix socket with a full queue of these clients.
+    fn full() -> (Nameless, Target, Vec<Socket>) {
+        let folder = tempfile::tempdir().unwrap();
+        let listener = Nameless::open(folder.path()).unwrap();
+        listener.socket().listen(1).unwrap();
+        let endpoint = listener.endpoint().clone();
+        let mut clients = Vec::new();
+        loop {
+            let client = endpoint.unconnected().unwrap();
+            match endpoint.connect(&client) {
+                Ok(()) => clients.push(client),
+                Err(error) => {
+                    assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+                    break;
+                }
+            }
+        }
+        let (probe, socket) = (Probe::Tcp, SocketMode::Unix);
+        let target = Target { probe, endpoint, socket, proxy_protocol: None, timeout: SECOND / 20 };
+        (listener, target, clients)
+    }
+
+    #[test]
+    fn a_full_queue_of_a_unix_socket_is_waited_for() {
+        let (listener, target, clients) = full();
+        listener.socket().set_read_timeout(Some(20 * SECOND)).unwrap();
+        let target = Target { timeout: 20 * SECOND, ..target };
+        let prober = Prober::default();
+        run(async {
+            let accepts = async {
+                // The probe was here first, and has found no room.
+                let count = clients.len() + 1;
+                let accept = move |_| listener.socket().accept().unwrap();
+                let accept = move || (0..count).map(accept).collect::<Vec<_>>();
+                tokio::task::spawn_blocking(accept).await.unwrap()
+            };
+            let (verdict, accepted) = tokio::join!(biased; once(&prober, &target), accepts);
+            assert_eq!(verdict, Verdict::Passed);
+            drop(accepted);
+        });
+    }
+
+    #[test]
+    fn a_full_queue_of_a_unix_socket_is_a_failure_unless_others_are_answered() {
+        let (_listener, target, _clients) = full();
+        let prober = Prober::default();
+        run(async {
+            let verdict = once(&prober, &target).await;
+            assert_eq!(verdict, Verdict::Failed("its accept queue is full".to_owned()));
+            let answered = Cell::new(7);
+            let counted = || answered.replace(answered.get() + 1);
+            let outcome = prober.probe(&target, target.endpoint.way_of_a_probe(), counted).await;
+            assert!(matches!(outcome.verdict, Verdict::Unknown(_)), "{outcome:?}");
+        });
     }
 
     #[test]

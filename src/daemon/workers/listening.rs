@@ -17,7 +17,7 @@ use tokio::task::spawn_blocking;
 
 use crate::{
     config::{Owner, SocketMode},
-    net::diag::{Diag, ListeningSocket, SharedDiag},
+    net::diag::{Diag, ListeningSocket, SharedDiag, never_tells},
     process::Holdings,
     supervisor::{ProbeOutcome, Verdict},
 };
@@ -57,6 +57,8 @@ enum NotOwn {
         "the kernel does not tell who listens on port {0}: {1}; health.owner = \"any\" does without"
     )]
     Unknown(u16, io::Error),
+    #[error("lbd has nothing left to look who listens with: {0}")]
+    Lacking(io::Error),
     #[error(
         "nobody listens on {0} as far as lbd can see, though it answers (from another network namespace?): \
          health.owner = \"any\" believes it"
@@ -114,7 +116,10 @@ impl Listening {
                     && owner != Owner::Any
                     && let Err(error) = self.check(address, owner).await
                 {
-                    outcome.verdict = Verdict::Failed(error.to_string());
+                    outcome.verdict = match error {
+                        NotOwn::Lacking(_) => Verdict::Unknown(error.to_string()),
+                        error => Verdict::Failed(error.to_string()),
+                    };
                 }
             }
             Verdict::Failed(error) if is_new => {
@@ -135,7 +140,10 @@ impl Listening {
         let guard = self.0.guard;
         let port = address.port();
         let listeners = self.0.diag.ask(|diag| diag.listeners(port));
-        let listeners = listeners.map_err(|error| NotOwn::Unknown(port, error))?;
+        let listeners = listeners.map_err(|error| match never_tells(&error) {
+            true => NotOwn::Unknown(port, error),
+            false => NotOwn::Lacking(error),
+        })?;
         let listeners = reached_at(address, listeners);
         if listeners.is_empty() {
             return Err(NotOwn::Invisible(address));
@@ -280,6 +288,25 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
+
+    #[test]
+    fn what_lbd_lacks_to_look_with_is_no_fault_of_the_worker() {
+        let diag = SharedDiag::default();
+        let address = "127.0.0.1:9".parse().unwrap();
+        let listening = Listening::new(diag.clone(), SocketMode::Bind, Some(address), 0, None);
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let judge = || {
+            let mut outcome = ProbeOutcome { took: Duration::ZERO, verdict: Verdict::Passed };
+            runtime.block_on(listening.judge(&mut outcome, Owner::Tree, true));
+            outcome.verdict
+        };
+        diag.fail_once();
+        let verdict = judge();
+        assert!(matches!(verdict, Verdict::Unknown(_)), "{verdict:?}");
+        // It tells again, and nobody listens there.
+        let verdict = judge();
+        assert!(matches!(verdict, Verdict::Failed(_)), "{verdict:?}");
+    }
 
     fn socket(address: &str, inode: u32, uid: u32) -> ListeningSocket {
         ListeningSocket { address: address.parse().unwrap(), inode, uid }
