@@ -266,7 +266,7 @@ mod tests {
     use tokio::task::LocalSet;
 
     use super::*;
-    use crate::{config::StatusSet, sockets::Nameless};
+    use crate::{config::StatusSet, net::UnnamedUnixListener};
 
     const SECOND: Duration = Duration::from_secs(1);
 
@@ -450,9 +450,9 @@ mod tests {
     }
 
     /// A unix socket with a full queue of these clients.
-    fn full() -> (Nameless, Target, Vec<Socket>) {
+    fn full() -> (UnnamedUnixListener, Target, Vec<Socket>) {
         let folder = tempfile::tempdir().unwrap();
-        let listener = Nameless::open(folder.path()).unwrap();
+        let listener = UnnamedUnixListener::open(folder.path()).unwrap();
         listener.socket().listen(1).unwrap();
         let endpoint = listener.endpoint().clone();
         let mut clients = Vec::new();
