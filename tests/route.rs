@@ -17,8 +17,8 @@ use std::{
 
 use lbd::{
     config::{Listen, Routing, UnixAccess},
-    net::UnnamedUnixListener,
-    proxy::{Backend, DataPlane, Listener, ListenerId, Pool, ServiceHandle, Settings},
+    net::{Listener, UnnamedUnixListener},
+    proxy::{Backend, DataPlane, FrontendId, Pool, ServiceHandle, Settings},
 };
 use socket2::{Domain, SockRef, Socket, Type};
 
@@ -28,7 +28,7 @@ const DEADLINE: Duration = Duration::from_secs(20);
 struct Rig {
     plane: DataPlane,
     route: Arc<ServiceHandle>,
-    listener: ListenerId,
+    listener: FrontendId,
     address: SocketAddr,
 }
 
@@ -328,12 +328,12 @@ fn a_stalled_worker_is_skipped_long_before_its_connect_would_be_repeated() {
 fn a_connection_is_held_while_a_worker_is_on_its_way() {
     let rig = Rig::with(Routing::default(), &[], Some(Instant::now()));
     let client = rig.connect();
-    until("held", || rig.route.held() == 1);
+    until("held", || rig.route.waiting() == 1);
     assert_eq!(rig.route.active(), 1);
     rig.publish(Routing::default(), &[], Some(Instant::now() + Duration::from_secs(1)));
     rig.publish(Routing::default(), &backends(&[naming("1")]), None);
     assert_eq!(said(client), "1");
-    until("released", || rig.route.held() == 0 && rig.route.active() == 0);
+    until("released", || rig.route.waiting() == 0 && rig.route.active() == 0);
 }
 
 #[test]
@@ -341,7 +341,7 @@ fn a_held_connection_outlives_a_worker_that_refuses() {
     let (_bound, refusing) = refusing();
     let rig = Rig::new(Routing::default(), &[refusing]);
     let client = rig.connect();
-    until("held", || rig.route.held() == 1);
+    until("held", || rig.route.waiting() == 1);
     rig.publish(Routing::default(), &[], Some(Instant::now()));
     rig.publish(Routing::default(), &backends(&[naming("1")]), None);
     assert_eq!(said(client), "1");
@@ -371,12 +371,12 @@ fn with_no_worker_to_come_a_connection_is_reset_at_once() {
 fn a_held_client_that_leaves_frees_its_place() {
     let rig = Rig::with(Routing::default(), &[], Some(Instant::now()));
     let (ends, resets) = (rig.connect(), rig.connect());
-    until("held", || rig.route.held() == 2);
+    until("held", || rig.route.waiting() == 2);
     drop(ends);
     until("one left", || rig.route.active() == 1);
     reset_on_close(&resets);
     drop(resets);
-    until("none left", || rig.route.active() == 0 && rig.route.held() == 0);
+    until("none left", || rig.route.active() == 0 && rig.route.waiting() == 0);
 }
 
 #[test]
@@ -721,7 +721,7 @@ fn no_worker_has_more_than_it_may_and_whoever_waits_gets_the_first_free_place() 
         }
     });
     assert_eq!(all.iter().map(|backend| backend.traffic().total).sum::<Option<u64>>(), Some(1600));
-    until("released", || rig.route.held() == 0 && rig.route.active() == 0);
+    until("released", || rig.route.waiting() == 0 && rig.route.active() == 0);
 }
 
 #[test]
@@ -735,22 +735,22 @@ fn the_longest_waiting_goes_first_and_a_wider_limit_lets_all_in() {
             until("its turn", || {
                 rig.route.active() == number + 1
                     && all[0].traffic().total == Some(1)
-                    && rig.route.held() == number
+                    && rig.route.waiting() == number
             });
             client
         })
         .collect();
-    assert_eq!(rig.route.held(), 5);
+    assert_eq!(rig.route.waiting(), 5);
     assert_eq!(all[0].traffic().total, Some(1));
     drop(clients.remove(0));
     until("the next", || all[0].traffic().total == Some(2));
-    assert_eq!(rig.route.held(), 4);
+    assert_eq!(rig.route.waiting(), 4);
     // One that leaves while it waits takes nobody's place.
     drop(clients.remove(3));
-    until("gone", || rig.route.held() == 3);
+    until("gone", || rig.route.waiting() == 3);
     rig.publish(each_at_most(2), &all, None);
     until("wider", || all[0].traffic().total == Some(3));
-    assert_eq!(rig.route.held(), 2);
+    assert_eq!(rig.route.waiting(), 2);
     rig.publish(Routing::default(), &all, None);
     until("no limit", || all[0].traffic().total == Some(5));
     for client in &mut clients {
@@ -779,7 +779,7 @@ fn a_full_worker_is_waited_for_though_another_refuses() {
     let first = rig.connect();
     until("full", || all[1].traffic().total == Some(1));
     let mut second = rig.connect();
-    until("waiting", || rig.route.held() == 1);
+    until("waiting", || rig.route.waiting() == 1);
     drop(first);
     second.write_all(b"x").unwrap();
     second.read_exact(&mut [0]).unwrap();
@@ -828,7 +828,7 @@ fn where_all_queues_are_full_connections_wait_in_order_for_one_that_is_not() {
     let clients: Vec<_> = (0..3)
         .map(|count| {
             let client = rig.connect();
-            until("it waits", || rig.route.held() == count + 1);
+            until("it waits", || rig.route.waiting() == count + 1);
             client
         })
         .collect();
@@ -1010,7 +1010,7 @@ fn who_was_refused_while_another_worker_is_on_its_way_is_served_by_the_first_tha
     let coming = Some(Instant::now());
     let rig = Rig::of(1, "127.0.0.1:0", 10_000, Routing::default(), &all, coming);
     let first = rig.connect();
-    until("it waits", || rig.route.held() == 1);
+    until("it waits", || rig.route.waiting() == 1);
     // It listens after all, and nothing is published.
     bound.listen(16).unwrap();
     let listener = TcpListener::from(bound);

@@ -13,7 +13,8 @@ use std::{
 
 use lbd::{
     config::{Listen, Routing, UnixAccess},
-    proxy::{Backend, DataPlane, Listener, Pool, Settings},
+    net::Listener,
+    proxy::{Backend, DataPlane, Pool, Settings},
 };
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
@@ -51,7 +52,7 @@ fn without_descriptors_clients_wait_and_nothing_spins() {
     let next = worker.try_clone().map(|copy| std::os::fd::AsRawFd::as_raw_fd(&copy)).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, next as u64 + 4, hard).unwrap();
     plane.open(&route, listener);
-    until("four held", || route.held() == 4);
+    until("four held", || route.waiting() == 4);
     let before: u64 = plane.progress().iter().sum();
     thread::sleep(Duration::from_millis(500));
     let turns = plane.progress().iter().sum::<u64>() - before;
@@ -59,7 +60,7 @@ fn without_descriptors_clients_wait_and_nothing_spins() {
     assert_eq!(route.active(), 4);
 
     setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
-    until("all held", || route.held() == 10);
+    until("all held", || route.waiting() == 10);
     route.publish(pool(vec![backend], None));
     for _ in &clients {
         worker.accept().unwrap().0.write_all(b"x").unwrap();

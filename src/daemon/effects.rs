@@ -270,7 +270,7 @@ fn permit(frontends: &Frontends, reserved: &ReservedPermits, service: &Arc<str>)
     let (reserved, service) = (Rc::clone(reserved), Arc::clone(service));
     match frontends.route(&service).cloned() {
         Some(route) => Box::new(move || {
-            let permit = route.reserve();
+            let permit = ReservedPermit::take(&route);
             let is_permitted = permit.is_some();
             reserved.borrow_mut().entry(Arc::clone(&service)).or_default().extend(permit);
             is_permitted

@@ -14,7 +14,8 @@ use socket2::Socket;
 use super::{direct_listeners::DirectListeners, passed::PassedSockets};
 use crate::{
     config::{self, Listen, UnixAccess},
-    proxy::{AccessChange, BindError, DataPlane, Listener, ListenerId, Pool, ServiceHandle},
+    net::{BindError, Listener},
+    proxy::{AccessChange, DataPlane, FrontendId, Pool, ServiceHandle},
 };
 
 /// The public sides of all services, by name.
@@ -32,7 +33,7 @@ pub(super) struct Frontends {
 #[derive(Debug)]
 struct Front {
     route: Arc<ServiceHandle>,
-    open: HashMap<Listen, ListenerId>,
+    open: HashMap<Listen, FrontendId>,
     /// What its listeners were last told.
     keepalive: Duration,
 }
@@ -121,7 +122,7 @@ impl Frontends {
     }
 
     /// Detaches what changes hands from the service that had it, which is not to close it.
-    pub(super) fn detach(&mut self, bound: &Bound) -> Vec<(Arc<str>, Listen, ListenerId)> {
+    pub(super) fn detach(&mut self, bound: &Bound) -> Vec<(Arc<str>, Listen, FrontendId)> {
         let take = |change: &Move| {
             let id = self.frontends.get_mut(&change.from)?.open.remove(&change.listen)?;
             Some((Arc::clone(&change.to), change.listen.clone(), id))
@@ -131,13 +132,13 @@ impl Frontends {
 
     /// Takes clients on what was bound, and on what was detached for it. The services must have been
     /// published before.
-    pub(super) fn open(&mut self, bound: Bound, moved: Vec<(Arc<str>, Listen, ListenerId)>) {
+    pub(super) fn open(&mut self, bound: Bound, moved: Vec<(Arc<str>, Listen, FrontendId)>) {
         bound.access.into_iter().for_each(AccessChange::keep);
         for (name, listen, id) in moved {
             if let Some(front) = self.frontends.get_mut(&name) {
                 let socket = self.passed.find(&listen).map(|shared| shared.name());
                 tracing::info!(service = &*name, address = %listen, socket, "listening");
-                self.plane.reassign(id, &front.route);
+                self.plane.retarget(id, &front.route);
                 front.open.insert(listen, id);
             }
         }
@@ -152,7 +153,7 @@ impl Frontends {
         }
     }
 
-    fn id(&self, listen: &Listen) -> Option<ListenerId> {
+    fn id(&self, listen: &Listen) -> Option<FrontendId> {
         self.frontends.values().find_map(|front| front.open.get(listen)).copied()
     }
 
@@ -200,7 +201,7 @@ impl Frontends {
     }
 
     /// The listeners of `service` that are not in `keep`: to be closed by the caller.
-    pub(super) fn take_closing(&mut self, service: &str, keep: &[Listen]) -> Vec<ListenerId> {
+    pub(super) fn take_closing(&mut self, service: &str, keep: &[Listen]) -> Vec<FrontendId> {
         let Some(front) = self.frontends.get_mut(service) else { return Vec::new() };
         front.open.extract_if(|listen, _| !keep.contains(listen)).map(|(_, id)| id).collect()
     }

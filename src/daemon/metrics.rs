@@ -23,7 +23,7 @@ impl Daemon<'_> {
             .map(|(service, shown)| {
                 let route = self.frontends.route(&service.config.name);
                 let counted = route.map(|route| route.tally()).unwrap_or_default();
-                let waiting = route.map_or(0, |route| route.held());
+                let waiting = route.map_or(0, |route| route.waiting());
                 let mut slots = BTreeMap::new();
                 // A slot that a reload took away is there for as long as its worker.
                 for worker in shown.retiring.iter().chain(&shown.workers) {

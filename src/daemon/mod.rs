@@ -51,8 +51,9 @@ use crate::{
     admin::{self, ClaimError, ServerError},
     config::{Config, ConfigError, Token, shown_key},
     logging::{LogError, Logging},
+    net::BindError,
     process::Cgroups,
-    proxy::{BindError, DataPlane, Settings},
+    proxy::{DataPlane, Settings},
     supervisor::{Event, Supervisor},
 };
 use descriptors::Descriptors;

@@ -17,7 +17,7 @@ use tracing::{info, warn};
 
 use crate::{
     config::{self, Listen, UnixAccess},
-    proxy::{BindError, Listener, Shared},
+    net::{BindError, Listener, Shared},
 };
 
 /// What the environment says was passed to this process, not yet looked at.

@@ -17,7 +17,7 @@ use crate::{
         self, Config, ConfigError,
         diff::{Diff, NeedsRestart, diff},
     },
-    proxy::BindError,
+    net::BindError,
     supervisor::{Event, Ticket},
 };
 

@@ -17,7 +17,7 @@ use super::{ABORT_PATIENCE, Daemon, SLACK, Stage, event_log};
 use crate::{
     admin,
     config::{Listen, Stop},
-    proxy::ListenerId,
+    proxy::FrontendId,
     supervisor::Event,
 };
 
@@ -56,7 +56,7 @@ impl Daemon<'_> {
     }
 
     /// Stops accepting on these, in the background; every client that waits there is taken first.
-    pub(super) fn close(&mut self, listeners: Vec<ListenerId>, service: Option<Arc<str>>) {
+    pub(super) fn close(&mut self, listeners: Vec<FrontendId>, service: Option<Arc<str>>) {
         let plane = Rc::clone(&self.plane);
         // Those that wait for a worker were promised one that is due within `hold-timeout`.
         let is_stopping = matches!(self.stage, Stage::Stopping(_));

@@ -21,8 +21,10 @@ mod accept;
 pub mod diag;
 pub mod direct;
 mod holder;
+mod listen;
 mod options;
 pub mod pathname;
+mod peer;
 mod port;
 pub mod proxy_protocol;
 mod steer;
@@ -30,6 +32,9 @@ mod unix;
 
 pub use accept::{Acceptor, MayAccept, accept_nonblocking};
 pub use holder::Holder;
+pub use listen::{BindError, Listener, Shared};
+pub(crate) use listen::{is_ephemeral, keepalive};
+pub(crate) use peer::{Peer, Reach};
 pub use port::{DrainedConnection, Port, SHARERS};
 pub use unix::{Endpoint, UnnamedUnixListener};
 

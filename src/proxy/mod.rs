@@ -65,31 +65,15 @@
 //! moment to take it. It never exceeds `max-connections`. It never closes a listener with
 //! clients in its queue, but one that others have too ([`Shared`]): theirs is the queue then.
 
-mod acceptor;
-mod backend;
-mod binding;
-mod connection;
-mod counters;
-mod deadlines;
-mod limit;
-mod listener;
+mod balance;
 mod plane;
-mod pool;
 mod reactor;
-mod relay;
-mod service;
-mod shared;
-mod shortage;
-mod threads;
-mod transitions;
-mod wait_list;
+mod tcp;
+mod thread;
 
-pub use backend::{Backend, PinnedRoutes, Traffic};
-pub use binding::BindError;
-pub use counters::{Reasons, ServiceTally, WorkerTally};
-pub use listener::Listener;
+pub use balance::{
+    Backend, PinnedRoutes, Pool, Reasons, ReservedPermit, ServiceHandle, ServiceTally, Traffic,
+    WorkerTally,
+};
 pub use plane::{AccessChange, DataPlane, Settings};
-pub use pool::Pool;
-pub use service::{ReservedPermit, ServiceHandle};
-pub use shared::Shared;
-pub use threads::ListenerId;
+pub use thread::frontend::{FrontendId, Target};

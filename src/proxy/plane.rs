@@ -16,17 +16,16 @@ use std::{
 use socket2::Socket;
 
 use super::{
-    backend::Backend,
-    binding::BindError,
-    listener::Listener,
-    pool::Pool,
+    balance::{Backend, Pool, ReservedPermit, ServiceHandle},
     reactor::Reactor,
-    service::{ReservedPermit, ServiceHandle},
-    threads::{Command, ListenerId, Threads},
+    thread::{
+        frontend::{Frontend, FrontendId, Target},
+        threads::{Command, Threads},
+    },
 };
 use crate::{
     config::UnixAccess,
-    net::{pathname::Rights, proxy_protocol::Ends},
+    net::{BindError, Listener, pathname::Rights, proxy_protocol::Ends},
 };
 
 /// How the data plane is run.
@@ -44,7 +43,7 @@ pub struct Settings {
 pub struct DataPlane {
     threads: Arc<Threads>,
     handles: Mutex<Vec<JoinHandle<()>>>,
-    listeners: Mutex<BTreeMap<ListenerId, Arc<Listener>>>,
+    listeners: Mutex<BTreeMap<FrontendId, Arc<Listener>>>,
     next: AtomicU32,
 }
 
@@ -79,32 +78,32 @@ impl DataPlane {
         pool: Pool,
         access: Arc<AtomicBool>,
     ) -> Arc<ServiceHandle> {
-        ServiceHandle::new(name, pool, access, Arc::clone(&self.threads))
+        ServiceHandle::new(name, pool, access, Arc::clone(self.threads.budget()))
     }
 
-    /// Begins to accept from `listener`, on all threads.
-    pub fn open(&self, service: &Arc<ServiceHandle>, listener: Listener) -> ListenerId {
-        let id = ListenerId(self.next.fetch_add(1, Relaxed));
-        listener.keep_alive(service.current().0.routing().keepalive);
+    /// Begins to accept from `listener`, on all threads: its clients get `target`.
+    pub fn open(&self, target: impl Into<Target>, listener: Listener) -> FrontendId {
+        let id = FrontendId(self.next.fetch_add(1, Relaxed));
+        let target = target.into();
+        listener.keep_alive(target.keepalive());
         let listener = Arc::new(listener);
         self.listeners().insert(id, Arc::clone(&listener));
-        self.threads.tell(|| Command::Open {
-            id,
-            listener: Arc::clone(&listener),
-            service: Arc::clone(service),
-        });
+        let frontend = Frontend { listener, target };
+        self.threads.tell(|| Command::Open { id, frontend: frontend.clone() });
         id
     }
 
-    /// Hands a listener to another service, with who waits there: nobody is turned away meanwhile.
-    pub fn reassign(&self, id: ListenerId, service: &Arc<ServiceHandle>) {
-        self.keep_alive(id, service.current().0.routing().keepalive);
-        self.threads.tell(|| Command::Reassign { id, service: Arc::clone(service) });
+    /// Has clients of a frontend get something else, those who wait there included: nobody is turned
+    /// away meanwhile.
+    pub fn retarget(&self, id: FrontendId, target: impl Into<Target>) {
+        let target = target.into();
+        self.keep_alive(id, target.keepalive());
+        self.threads.tell(|| Command::Retarget { id, target: target.clone() });
     }
 
     /// Has TCP ask clients that come from now on, and are silent for so long, whether they are still
     /// there.
-    pub fn keep_alive(&self, id: ListenerId, after: Duration) {
+    pub fn keep_alive(&self, id: FrontendId, after: Duration) {
         if let Some(listener) = self.listeners().get(&id) {
             listener.keep_alive(after);
         }
@@ -118,7 +117,7 @@ impl DataPlane {
     pub fn bind_beside(
         &self,
         address: SocketAddr,
-        open: &[ListenerId],
+        open: &[FrontendId],
     ) -> Result<Listener, BindError> {
         let all = self.listeners();
         let beside: Vec<_> = open.iter().filter_map(|id| all.get(id)).map(|l| &**l).collect();
@@ -131,7 +130,7 @@ impl DataPlane {
     /// As [`Listener::set_access`].
     pub fn set_access(
         &self,
-        id: ListenerId,
+        id: FrontendId,
         access: &UnixAccess,
     ) -> Result<Option<AccessChange>, BindError> {
         let Some(listener) = self.listeners().get(&id).cloned() else { return Ok(None) };
@@ -141,15 +140,15 @@ impl DataPlane {
 
     /// As [`Listener::socket`]; `None` where it is closed.
     #[must_use]
-    pub fn socket(&self, id: ListenerId) -> Option<io::Result<Socket>> {
+    pub fn socket(&self, id: FrontendId) -> Option<io::Result<Socket>> {
         self.listeners().get(&id).map(|listener| listener.socket())
     }
 
     /// The process of `backend` is gone: connections whose answer is complete are closed, although
     /// their clients may not have noticed.
     pub fn exited(&self, backend: &Backend) {
-        backend.depart();
-        // One that gets one after all looks for itself: that it is departed was said before.
+        backend.exits();
+        // One that gets one after all looks for itself: that it is gone was said before.
         if backend.active() > 0 {
             self.threads.exited();
         }
@@ -172,7 +171,7 @@ impl DataPlane {
     ///
     /// Where new clients could not be kept out; the listener is closed nevertheless, and those that
     /// came in at its last moment were reset.
-    pub fn close(&self, id: ListenerId) -> impl Future<Output = io::Result<()>> + use<> {
+    pub fn close(&self, id: FrontendId) -> impl Future<Output = io::Result<()>> + use<> {
         let listener = self.listeners().remove(&id);
         let quiet = listener.as_ref().map_or(Ok(()), |listener| listener.quiesce());
         // Before the threads let go, so that theirs is the last.
@@ -215,7 +214,7 @@ impl DataPlane {
     /// Connections held, by all services together.
     #[must_use]
     pub fn held(&self) -> usize {
-        self.threads.budget().held() + self.threads.spare().held()
+        self.threads.budget().held()
     }
 
     /// How many clients' connections there may be: all places but a few that are kept for those that
@@ -225,7 +224,7 @@ impl DataPlane {
         self.threads.budget().limit()
     }
 
-    fn listeners(&self) -> MutexGuard<'_, BTreeMap<ListenerId, Arc<Listener>>> {
+    fn listeners(&self) -> MutexGuard<'_, BTreeMap<FrontendId, Arc<Listener>>> {
         lock(&self.listeners)
     }
 }

@@ -10,47 +10,15 @@ use std::{
     time::Duration,
 };
 
-use nix::errno::Errno;
-
-use super::connection::Outcome;
+use super::outcome::{ConnectError, Outcome};
 use crate::histogram::{Durations, Histogram};
-
-/// Why a worker did not take a connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum ConnectError {
-    Refused,
-    /// It did not answer in time: as a rule, its accept queue is full.
-    Timeout,
-    /// Anything else, such as that there is no route to its host.
-    Error,
-}
-
-impl ConnectError {
-    const ALL: [Self; 3] = [Self::Refused, Self::Timeout, Self::Error];
-
-    pub(super) fn of(errno: Errno) -> Self {
-        match errno {
-            Errno::ECONNREFUSED => Self::Refused,
-            Errno::ETIMEDOUT => Self::Timeout,
-            _ => Self::Error,
-        }
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Refused => "refused",
-            Self::Timeout => "timeout",
-            Self::Error => "error",
-        }
-    }
-}
 
 /// How often something happened for which reason, in a fixed order of the reasons.
 pub type Reasons<const N: usize> = [(&'static str, u64); N];
 
 /// One worker's counters.
 #[derive(Debug, Default)]
-pub(super) struct WorkerCounters {
+pub(crate) struct WorkerCounters {
     refusals: [AtomicU64; ConnectError::ALL.len()],
     failures: [AtomicU64; Outcome::OF_TAKEN.len()],
     connect: Histogram,
@@ -59,7 +27,7 @@ pub(super) struct WorkerCounters {
 
 /// One service's counters: of connections that no worker has, or not yet.
 #[derive(Debug, Default)]
-pub(super) struct ServiceCounters {
+pub(crate) struct ServiceCounters {
     failures: [AtomicU64; Outcome::OF_OTHERS.len()],
     held: AtomicU64,
     hold: Histogram,
@@ -100,27 +68,27 @@ pub struct ServiceTally {
 }
 
 impl WorkerCounters {
-    pub(super) fn count_refusal(&self, refusal: ConnectError) {
+    pub(crate) fn count_refusal(&self, refusal: ConnectError) {
         self.refusals[refusal as usize].fetch_add(1, Relaxed);
     }
 
-    pub(super) fn count_connect(&self, thread: usize, took: Duration) {
+    pub(crate) fn count_connect(&self, thread: usize, took: Duration) {
         self.connect.count(thread, took);
     }
 
-    pub(super) fn count_end(&self, thread: usize, end: Outcome, lasted: Duration) {
+    pub(crate) fn count_end(&self, thread: usize, end: Outcome, lasted: Duration) {
         self.duration.count(thread, lasted);
         if let Some(reason) = Outcome::OF_TAKEN.iter().position(|known| *known == end) {
             self.failures[reason].fetch_add(1, Relaxed);
         }
     }
 
-    pub(super) fn refused(&self) -> u64 {
+    pub(crate) fn refused(&self) -> u64 {
         self.refusals.iter().map(|count| count.load(Relaxed)).sum()
     }
 
     /// All but the numbers that `/status` shows too.
-    pub(super) fn read(&self) -> WorkerTally {
+    pub(crate) fn read(&self) -> WorkerTally {
         WorkerTally {
             connect: self.connect.read(),
             duration: self.duration.read(),
@@ -132,29 +100,29 @@ impl WorkerCounters {
 }
 
 impl ServiceCounters {
-    pub(super) fn count_end(&self, end: Outcome) {
+    pub(crate) fn count_end(&self, end: Outcome) {
         if let Some(reason) = Outcome::OF_OTHERS.iter().position(|known| *known == end) {
             self.failures[reason].fetch_add(1, Relaxed);
         }
     }
 
-    pub(super) fn count_held(&self) {
+    pub(crate) fn count_held(&self) {
         self.held.fetch_add(1, Relaxed);
     }
 
-    pub(super) fn count_hold(&self, thread: usize, took: Duration) {
+    pub(crate) fn count_hold(&self, thread: usize, took: Duration) {
         self.hold.count(thread, took);
     }
 
-    pub(super) fn count_retried(&self) {
+    pub(crate) fn count_retried(&self) {
         self.retried.fetch_add(1, Relaxed);
     }
 
-    pub(super) fn count_rescued(&self) {
+    pub(crate) fn count_rescued(&self) {
         self.rescued.fetch_add(1, Relaxed);
     }
 
-    pub(super) fn read(&self) -> ServiceTally {
+    pub(crate) fn read(&self) -> ServiceTally {
         ServiceTally {
             held: self.held.load(Relaxed),
             hold: self.hold.read(),

@@ -26,7 +26,7 @@ pub struct Pool {
 
 /// Why there is no worker for a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum NoBackend {
+pub(crate) enum NoBackend {
     /// All were tried.
     Left,
     /// Some were not, but their accept queues were full a moment ago.
@@ -37,7 +37,7 @@ pub(super) enum NoBackend {
 
 /// Who is picked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Choice {
+pub(crate) enum Choice {
     /// Anybody whose accept queue is not known to be full.
     Clear,
     /// Those first, and then the others: somebody has to find out whether they have room again.
@@ -70,20 +70,20 @@ impl Pool {
     }
 
     /// Whether the workers are those of `other`.
-    pub(super) fn has_those_of(&self, other: &Self) -> bool {
+    pub(crate) fn has_those_of(&self, other: &Self) -> bool {
         let ids = |pool: &Self| pool.backends.iter().map(|u| u.id()).collect::<Vec<_>>();
         ids(self) == ids(other)
     }
 
     /// Whether a worker is on its way for a connection that came then, within `hold-timeout`.
-    pub(super) fn is_coming_by(&self, came: Instant) -> bool {
+    pub(crate) fn is_coming_by(&self, came: Instant) -> bool {
         let until = came.checked_add(self.routing.hold_timeout);
         self.coming.is_some_and(|at| until.is_none_or(|until| at <= until))
     }
 
     /// Goes on where `old` stopped: with the first slot after the one last used, so that a change
     /// of members hits no worker twice in a row.
-    pub(super) fn succeed(&mut self, old: &Self) {
+    pub(crate) fn succeed(&mut self, old: &Self) {
         let used = old.cursor.load(Relaxed);
         let Some(last) =
             used.checked_sub(1).and_then(|i| old.backends.get(i % old.backends.len().max(1)))
@@ -97,7 +97,7 @@ impl Pool {
 
     /// The worker for a connection from `client` (`None`: it has no address), leaving out those
     /// whose ids are in `tried`, which is as it was on return.
-    pub(super) fn pick(
+    pub(crate) fn pick(
         &self,
         client: Option<IpAddr>,
         tried: &mut Vec<u64>,

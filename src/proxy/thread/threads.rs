@@ -3,7 +3,7 @@
 use std::{
     io,
     sync::{
-        Arc, Mutex, PoisonError, Weak,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{
             AtomicU64, AtomicUsize,
             Ordering::{Acquire, Relaxed, Release},
@@ -12,41 +12,35 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::eventfd::EventFd;
 use socket2::Socket;
 use tokio::sync::mpsc;
 
-use super::{
-    limit::ConnectionLimit,
-    listener::{Listener, Peer},
-    service::{Permit, ReservedPermit, ServiceHandle},
+use super::frontend::{Frontend, FrontendId, Target};
+use crate::{
+    net::{Peer, proxy_protocol::Ends},
+    proxy::balance::{Budget, Permit, ReservedPermit, Waker},
 };
-use crate::net::proxy_protocol::Ends;
-
-/// Names a listener for the life of a [`DataPlane`](super::DataPlane).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ListenerId(pub(super) u32);
 
 /// More connections than any thread has: nobody hands one to a thread that has ended.
 const ENDED: usize = usize::MAX / 2;
 
 /// What a thread is told. Their number is bounded by what the supervisor does: four for each listener, and
-/// one for each connection that waited for a worker which is gone; and by the places for connections.
+/// one for each connection that waited for a worker which is gone; and by the permits for connections.
 #[derive(Debug)]
-pub(super) enum Command {
+pub(in crate::proxy) enum Command {
     Open {
-        id: ListenerId,
-        listener: Arc<Listener>,
-        service: Arc<ServiceHandle>,
+        id: FrontendId,
+        frontend: Frontend,
     },
-    /// Its clients are another service's from now on.
-    Reassign {
-        id: ListenerId,
-        service: Arc<ServiceHandle>,
+    /// Its clients get this from now on.
+    Retarget {
+        id: FrontendId,
+        target: Target,
     },
     /// Accept what is queued, then let go of the listener and drop `done`.
     Close {
-        id: ListenerId,
+        id: FrontendId,
         done: mpsc::Sender<()>,
     },
     /// Take over a connection that was accepted elsewhere.
@@ -74,31 +68,23 @@ pub(super) enum Command {
 /// The way to one thread, in cache lines of its own.
 #[derive(Debug)]
 #[repr(align(128))]
-pub(super) struct Mailbox {
+struct Mailbox {
     /// `None` once the thread has ended.
     commands: Mutex<Option<Vec<Command>>>,
-    pub(super) wakeup: EventFd,
     /// Turns of the thread's loop.
-    pub(super) turns: AtomicU64,
+    turns: AtomicU64,
     /// Connections that it holds, those included that are on their way to it.
     held: AtomicUsize,
     /// Which of the others it compares itself with next.
     other: AtomicUsize,
 }
 
-/// All threads, and the number of connections they may hold together.
+/// All data threads, and what is shared by them.
 #[derive(Debug)]
-pub(super) struct Threads {
+pub(in crate::proxy) struct Threads {
     mailboxes: Box<[Mailbox]>,
-    /// All places for connections.
-    budget: ConnectionLimit,
-    /// Those of them that no service has for itself.
-    common: ConnectionLimit,
-    /// A few more, for connections that waited for a worker which is gone.
-    spare: ConnectionLimit,
-    /// The services that share the places.
-    services: Mutex<Vec<Weak<ServiceHandle>>>,
-    began: Instant,
+    waker: Arc<Waker>,
+    budget: Arc<Budget>,
     /// How often a worker's process was found to be gone.
     exits: AtomicU64,
     /// Which thread is the next to be told what only one is told.
@@ -106,99 +92,46 @@ pub(super) struct Threads {
 }
 
 impl Threads {
-    pub(super) fn new(threads: usize, max_held: usize) -> io::Result<Arc<Self>> {
-        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-        let mailboxes = (0..threads).map(|_| {
-            let wakeup = EventFd::from_flags(flags)?;
-            Ok(Mailbox {
-                commands: Mutex::new(Some(Vec::new())),
-                wakeup,
-                turns: AtomicU64::new(0),
-                held: AtomicUsize::new(0),
-                other: AtomicUsize::new(0),
-            })
+    /// So many, which hold so many connections together.
+    pub(in crate::proxy) fn new(threads: usize, max_held: usize) -> io::Result<Arc<Self>> {
+        let mailboxes = (0..threads).map(|_| Mailbox {
+            commands: Mutex::new(Some(Vec::new())),
+            turns: AtomicU64::new(0),
+            held: AtomicUsize::new(0),
+            other: AtomicUsize::new(0),
         });
-        let mailboxes = mailboxes.collect::<io::Result<_>>()?;
-        let spare = spare(max_held);
+        let waker = Arc::new(Waker::new(threads)?);
         Ok(Arc::new(Self {
-            mailboxes,
-            budget: ConnectionLimit::new(max_held - spare),
-            common: ConnectionLimit::new(usize::MAX),
-            spare: ConnectionLimit::new(spare),
-            services: Mutex::default(),
-            began: Instant::now(),
+            mailboxes: mailboxes.collect(),
+            budget: Arc::new(Budget::new(max_held, Arc::clone(&waker))),
+            waker,
             exits: AtomicU64::new(0),
             turn: AtomicUsize::new(0),
         }))
     }
 
-    pub(super) fn mailbox(&self, thread: usize) -> &Mailbox {
-        &self.mailboxes[thread]
-    }
-
-    pub(super) fn budget(&self) -> &ConnectionLimit {
+    pub(in crate::proxy) fn budget(&self) -> &Arc<Budget> {
         &self.budget
     }
 
-    pub(super) fn common(&self) -> &ConnectionLimit {
-        &self.common
+    pub(in crate::proxy) fn wake_all(&self) {
+        self.waker.wake_all();
     }
 
-    pub(super) fn spare(&self) -> &ConnectionLimit {
-        &self.spare
+    /// What wakes one thread.
+    pub(in crate::proxy) fn event(&self, thread: usize) -> &EventFd {
+        self.waker.event(thread)
     }
 
-    pub(super) fn threads(&self) -> usize {
-        self.mailboxes.len()
+    /// One thread has made a turn of its loop.
+    pub(in crate::proxy) fn count_turn(&self, thread: usize) {
+        self.mailboxes[thread].turns.fetch_add(1, Relaxed);
     }
 
-    /// When `at` was, as one number.
-    pub(super) fn nanoseconds(&self, at: Instant) -> u64 {
-        let since = at.saturating_duration_since(self.began).as_nanos();
-        u64::try_from(since).unwrap_or(u64::MAX - 1)
-    }
-
-    /// Counts a service among those that share the places.
-    pub(super) fn enrol(&self, service: &Arc<ServiceHandle>) {
-        lock(&self.services).push(Arc::downgrade(service));
-        self.share_out();
-    }
-
-    /// Half of the places are divided among the services, so that none can take all of them from
-    /// another; the other half is for whoever comes first. What a service holds beyond its share when
-    /// that becomes smaller, it keeps.
-    pub(super) fn share_out(&self) {
-        // Until all shares are set: another that shares out meanwhile knows of other services.
-        let mut known = lock(&self.services);
-        known.retain(|service| service.strong_count() > 0);
-        let services: Vec<_> = known.iter().filter_map(Weak::upgrade).collect();
-        let all = self.budget.limit();
-        let share = match services.len() {
-            0 | 1 => usize::MAX,
-            // All of them, where there is not even one for each.
-            count => (all / 2 / count).max(1).min(all),
-        };
-        let shares = if share == usize::MAX { 0 } else { share.saturating_mul(services.len()) };
-        let mut wake = self.common.set_limit(all.saturating_sub(shares));
-        for service in &services {
-            wake |= service.set_share(share);
-        }
-        drop(known);
-        // The last of one may be among these, and shares out itself.
-        drop(services);
-        if wake {
-            self.wake_all();
-        }
-    }
-
-    /// Makes one thread look at its mailbox and at new pools.
-    pub(super) fn wake(&self, thread: usize) {
-        self.mailboxes[thread].wake();
-    }
-
-    /// Makes every thread look at its mailbox, at new pools and at the gates.
-    pub(super) fn wake_all(&self) {
-        self.mailboxes.iter().for_each(Mailbox::wake);
+    /// What one thread was told before this.
+    pub(in crate::proxy) fn commands(&self, thread: usize) -> Vec<Command> {
+        self.waker.woken(thread);
+        self.mailboxes[thread].commands().as_mut().map(std::mem::take).unwrap_or_default()
     }
 
     /// Finds a thread for one more connection, which counts as that one's until it has
@@ -208,7 +141,7 @@ impl Threads {
     /// The kernel does not see to that: it wakes who waits longest or least at a listener, however many
     /// connections that one has, and of many that come at once the first to wake up takes the most.
     /// Then one core is busy with them while another waits.
-    pub(super) fn seat(&self, thread: usize, stays: bool) -> usize {
+    pub(in crate::proxy) fn seat(&self, thread: usize, stays: bool) -> usize {
         let count = self.mailboxes.len();
         let own = &self.mailboxes[thread];
         let mut chosen = thread;
@@ -224,33 +157,32 @@ impl Threads {
     }
 
     /// A connection that was [seated](Self::seat) at `thread` has ended.
-    pub(super) fn left(&self, thread: usize) {
+    pub(in crate::proxy) fn left(&self, thread: usize) {
         self.mailboxes[thread].held.fetch_sub(1, Relaxed);
     }
 
     /// A thread for a connection that none has accepted; see [`Self::seat`].
-    pub(super) fn seat_anywhere(&self) -> usize {
+    pub(in crate::proxy) fn seat_anywhere(&self) -> usize {
         self.seat(self.turn.fetch_add(1, Relaxed) % self.mailboxes.len(), false)
     }
 
     /// Gives one thread a command.
-    pub(super) fn tell_one(&self, thread: usize, command: Command) {
-        let mailbox = &self.mailboxes[thread];
-        mailbox.put(command);
-        mailbox.wake();
+    pub(in crate::proxy) fn tell_one(&self, thread: usize, command: Command) {
+        self.mailboxes[thread].put(command);
+        self.waker.wake(thread);
     }
 
     /// The thread has ended, or is about to: it is handed no further connection, those that are on
     /// their way to it are reset, and nobody waits for what it is told.
-    pub(super) fn ended(&self, thread: usize) {
+    pub(in crate::proxy) fn ended(&self, thread: usize) {
         let mailbox = &self.mailboxes[thread];
         mailbox.held.store(ENDED, Relaxed);
-        let left = lock(&mailbox.commands).take();
+        let left = mailbox.commands().take();
         left.into_iter().flatten().for_each(refuse);
     }
 
     /// Gives each thread a command.
-    pub(super) fn tell(&self, command: impl Fn() -> Command) {
+    pub(in crate::proxy) fn tell(&self, command: impl Fn() -> Command) {
         for mailbox in &self.mailboxes {
             mailbox.put(command());
         }
@@ -258,25 +190,20 @@ impl Threads {
     }
 
     /// A worker's process is gone: its connections are to be looked at.
-    pub(super) fn exited(&self) {
+    pub(in crate::proxy) fn exited(&self) {
         self.exits.fetch_add(1, Release);
         self.wake_all();
     }
 
-    pub(super) fn exits(&self) -> u64 {
+    /// How many were gone so far.
+    pub(in crate::proxy) fn exits(&self) -> u64 {
         self.exits.load(Acquire)
     }
 
-    pub(super) fn turns(&self) -> Vec<u64> {
+    /// How many turns each thread has made.
+    pub(in crate::proxy) fn turns(&self) -> Vec<u64> {
         self.mailboxes.iter().map(|mailbox| mailbox.turns.load(Relaxed)).collect()
     }
-}
-
-/// How many of so many places are kept for connections that waited for a worker which is gone.
-///
-/// Their clients hold places already where they came through lbd, perhaps all there are.
-fn spare(places: usize) -> usize {
-    if places <= 8 { 0 } else { (places / 16).clamp(1, 64) }
 }
 
 /// What nobody is there to do: a connection is reset, and whoever waits waits no longer.
@@ -289,26 +216,15 @@ fn refuse(command: Command) {
 
 impl Mailbox {
     fn put(&self, command: Command) {
-        match &mut *lock(&self.commands) {
+        match &mut *self.commands() {
             Some(commands) => commands.push(command),
             None => refuse(command),
         }
     }
 
-    fn wake(&self) {
-        // EAGAIN says that it has been rung more often than can be counted: rung it is.
-        _ = self.wakeup.write(1);
+    fn commands(&self) -> MutexGuard<'_, Option<Vec<Command>>> {
+        self.commands.lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    /// Stops the ringing and takes what was put in before it.
-    pub(super) fn empty(&self) -> Vec<Command> {
-        _ = self.wakeup.read();
-        lock(&self.commands).as_mut().map(std::mem::take).unwrap_or_default()
-    }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -319,7 +235,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::proxy::Pool;
+    use crate::proxy::balance::{Pool, ServiceHandle};
 
     fn held(threads: &Threads) -> Vec<usize> {
         threads.mailboxes.iter().map(|mailbox| mailbox.held.load(Relaxed)).collect()
@@ -344,7 +260,8 @@ mod tests {
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let connection = Socket::from(listener.accept().unwrap().0);
         let pool = Pool::new(Vec::new(), None, Arc::default());
-        let service = ServiceHandle::new("web".into(), pool, Arc::default(), Arc::clone(&threads));
+        let service =
+            ServiceHandle::new("web".into(), pool, Arc::default(), Arc::clone(threads.budget()));
         let permit = Permit::take(&service).unwrap();
         assert_eq!(threads.seat(1, false), 1);
         threads.tell_one(

@@ -8,69 +8,75 @@ use std::time::Instant;
 
 use slab::Slab;
 
-use super::connection::Connection;
-
 const NIL: u32 = u32::MAX;
 
 /// A connection's place in its queue.
 #[derive(Debug)]
-pub(super) struct Links {
+pub(in crate::proxy) struct Links {
     /// Since when it waits.
-    pub(super) since: Instant,
+    pub(in crate::proxy) since: Instant,
     before: u32,
     after: u32,
 }
 
 impl Links {
-    pub(super) fn new(since: Instant) -> Self {
+    pub(in crate::proxy) fn new(since: Instant) -> Self {
         Self { since, before: NIL, after: NIL }
     }
 }
 
+/// What can be in a list: it has its place there in itself.
+pub(in crate::proxy) trait Linked {
+    fn links(&self) -> &Links;
+    fn links_mut(&mut self) -> &mut Links;
+}
+
 /// The connections that wait for one thing, longest first.
 #[derive(Debug)]
-pub(super) struct DeadlineList {
+pub(in crate::proxy) struct DeadlineList {
     first: u32,
     last: u32,
 }
 
-impl DeadlineList {
-    pub(super) fn new() -> Self {
+impl Default for DeadlineList {
+    fn default() -> Self {
         Self { first: NIL, last: NIL }
     }
+}
 
-    pub(super) fn first(&self) -> Option<usize> {
+impl DeadlineList {
+    pub(in crate::proxy) fn first(&self) -> Option<usize> {
         (self.first != NIL).then_some(self.first as usize)
     }
 
     /// All of them, in order.
-    pub(super) fn iter(&self, all: &Slab<Connection>) -> impl Iterator<Item = usize> {
+    pub(in crate::proxy) fn iter(&self, all: &Slab<impl Linked>) -> impl Iterator<Item = usize> {
         let after = |key: &usize| {
-            let Links { after, .. } = all[*key].links;
+            let Links { after, .. } = *all[*key].links();
             (after != NIL).then_some(after as usize)
         };
         std::iter::successors(self.first(), after)
     }
 
     /// Puts a connection last that begins to wait now.
-    pub(super) fn push(&mut self, all: &mut Slab<Connection>, key: usize, now: Instant) {
+    pub(in crate::proxy) fn push(&mut self, all: &mut Slab<impl Linked>, key: usize, now: Instant) {
         let before = std::mem::replace(&mut self.last, key as u32);
         match before {
             NIL => self.first = key as u32,
-            _ => all[before as usize].links.after = key as u32,
+            _ => all[before as usize].links_mut().after = key as u32,
         }
-        all[key].links = Links { since: now, before, after: NIL };
+        *all[key].links_mut() = Links { since: now, before, after: NIL };
     }
 
-    pub(super) fn remove(&mut self, all: &mut Slab<Connection>, key: usize) {
-        let Links { before, after, .. } = all[key].links;
+    pub(in crate::proxy) fn remove(&mut self, all: &mut Slab<impl Linked>, key: usize) {
+        let Links { before, after, .. } = *all[key].links();
         match before {
             NIL => self.first = after,
-            _ => all[before as usize].links.after = after,
+            _ => all[before as usize].links_mut().after = after,
         }
         match after {
             NIL => self.last = before,
-            _ => all[after as usize].links.before = before,
+            _ => all[after as usize].links_mut().before = before,
         }
     }
 }

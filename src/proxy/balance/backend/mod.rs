@@ -6,7 +6,7 @@ use std::{
     fmt, io,
     num::NonZeroU32,
     sync::{
-        Arc, LazyLock,
+        Arc,
         atomic::{
             AtomicBool, AtomicU64, AtomicUsize,
             Ordering::{Relaxed, SeqCst},
@@ -22,14 +22,13 @@ use direct::Direct;
 pub use direct::PinnedRoutes;
 
 use super::{
-    binding::is_ephemeral,
-    connection::Outcome,
-    counters::{ConnectError, WorkerCounters, WorkerTally},
-    relay::Reach,
+    counters::{WorkerCounters, WorkerTally},
+    nanoseconds,
+    outcome::{ConnectError, Outcome},
 };
 use crate::{
     config::ProxyProtocol,
-    net::{Endpoint, direct::PinGuard},
+    net::{Endpoint, Reach, direct::PinGuard, is_ephemeral},
 };
 
 /// One incarnation of a worker: where it listens, and what passed through it.
@@ -51,7 +50,7 @@ pub struct Backend {
     retired: AtomicBool,
     exited: AtomicBool,
     displaced: AtomicBool,
-    /// Until when its accept queue is taken for full, in milliseconds since [`BEGAN`]; 0 where it is
+    /// Until when its accept queue is taken for full, in [`milliseconds`]; 0 where it is
     /// not.
     congested: AtomicU64,
     drained: Arc<Notify>,
@@ -68,10 +67,8 @@ pub struct Backend {
 /// may be others than lbd, so that nothing may tell when it has room.
 const CONGESTED: Duration = Duration::from_secs(1);
 
-static BEGAN: LazyLock<Instant> = LazyLock::new(Instant::now);
-
 fn milliseconds() -> u64 {
-    u64::try_from(BEGAN.elapsed().as_millis()).unwrap_or(u64::MAX)
+    nanoseconds(Instant::now()) / 1_000_000
 }
 
 /// What passed through an [`Backend`] so far.
@@ -289,29 +286,29 @@ impl Backend {
         self.displaced.store(displaced, SeqCst);
     }
 
-    pub(super) fn is_displaced(&self) -> bool {
+    pub(crate) fn is_displaced(&self) -> bool {
         self.displaced.load(SeqCst)
     }
 
     /// Whether its process is gone, so that nobody reads any more what clients send to it.
-    pub(super) fn is_exited(&self) -> bool {
+    pub(crate) fn is_exited(&self) -> bool {
         self.exited.load(SeqCst)
     }
 
-    pub(super) fn depart(&self) {
+    pub(crate) fn exits(&self) {
         self.exited.store(true, SeqCst);
     }
 
     /// Whether a connect found its accept queue full a moment ago, and nothing since says that it has
     /// room.
-    pub(super) fn is_congested(&self) -> bool {
+    pub(crate) fn is_congested(&self) -> bool {
         match self.congested.load(Relaxed) {
             0 => false,
             until => milliseconds() < until,
         }
     }
 
-    pub(super) fn set_congested(&self, congested: bool) {
+    pub(crate) fn set_congested(&self, congested: bool) {
         let until = if congested { milliseconds() + CONGESTED.as_millis() as u64 } else { 0 };
         // The plain load keeps the cache line shared where nothing changes.
         if self.congested.load(Relaxed) != until {
@@ -320,7 +317,7 @@ impl Backend {
     }
 
     /// A connection's claim, of which there are never more than `most`.
-    pub(super) fn acquire(self: &Arc<Self>, most: Option<NonZeroU32>) -> Result<Lease, LeaseError> {
+    pub(crate) fn acquire(self: &Arc<Self>, most: Option<NonZeroU32>) -> Result<Lease, LeaseError> {
         // Count first, look second; `retire` marks first, counts second. In the one order of all
         // four, either the mark is seen here or the count is seen there.
         match most {
@@ -330,13 +327,13 @@ impl Backend {
                 self.active.fetch_update(SeqCst, SeqCst, room).map_err(|_| LeaseError::Full)?;
             }
         }
-        let lease = Lease { backend: Arc::clone(self), pass: None, has_taken: false };
+        let lease = Lease { backend: Arc::clone(self), pin: None, has_taken: false };
         if self.retired.load(SeqCst) { Err(LeaseError::Retired) } else { Ok(lease) }
     }
 
     /// A non-blocking socket to connect to [`Self::endpoint`] with, and what has to be there until it
     /// is connected.
-    pub(super) fn socket(&self) -> io::Result<(Socket, Option<Box<PinGuard>>)> {
+    pub(crate) fn socket(&self) -> io::Result<(Socket, Option<Box<PinGuard>>)> {
         match &self.direct {
             Some(direct) => direct.open().map(|(socket, pass)| (socket, Some(Box::new(pass)))),
             None => Ok((self.endpoint.unconnected()?, None)),
@@ -350,17 +347,17 @@ impl Backend {
     }
 
     /// Whether the system may give its port to an outgoing connection.
-    pub(super) fn is_ephemeral(&self) -> bool {
+    pub(crate) fn is_ephemeral(&self) -> bool {
         self.is_ephemeral
     }
 
     /// Whether it is reached without a network: by the loopback interface, or on unix.
-    pub(super) fn is_local(&self) -> bool {
+    pub(crate) fn is_local(&self) -> bool {
         self.is_local
     }
 
     /// Where it is, for a connection to it.
-    pub(super) fn reach(&self) -> Reach {
+    pub(crate) fn reach(&self) -> Reach {
         match self.domain() {
             Domain::UNIX => Reach::Unix,
             _ if self.is_local => Reach::Loopback,
@@ -368,20 +365,20 @@ impl Backend {
         }
     }
 
-    pub(super) fn domain(&self) -> Domain {
+    pub(crate) fn domain(&self) -> Domain {
         self.endpoint.address().domain()
     }
 
-    pub(super) fn count_taken(&self, thread: usize, connect: Duration) {
+    pub(crate) fn count_taken(&self, thread: usize, connect: Duration) {
         self.total.fetch_add(1, Relaxed);
         self.counters.count_connect(thread, connect);
     }
 
-    pub(super) fn count_refusal(&self, refusal: ConnectError) {
+    pub(crate) fn count_refusal(&self, refusal: ConnectError) {
         self.counters.count_refusal(refusal);
     }
 
-    pub(super) fn count_end(&self, thread: usize, end: Outcome, lasted: Duration) {
+    pub(crate) fn count_end(&self, thread: usize, end: Outcome, lasted: Duration) {
         self.counters.count_end(thread, end, lasted);
     }
 
@@ -391,11 +388,11 @@ impl Backend {
         self.answered.load(Relaxed)
     }
 
-    pub(super) fn count_answered(&self) {
+    pub(crate) fn count_answered(&self) {
         self.answered.fetch_add(1, Relaxed);
     }
 
-    pub(super) fn count_bytes(&self, sent: u64, received: u64) {
+    pub(crate) fn count_bytes(&self, sent: u64, received: u64) {
         if sent > 0 {
             self.sent.fetch_add(sent, Relaxed);
         }
@@ -413,7 +410,7 @@ impl fmt::Debug for Backend {
 
 /// Why a worker is not to be had.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum LeaseError {
+pub(crate) enum LeaseError {
     /// It has as many connections as it may.
     Full,
     Retired,
@@ -421,13 +418,13 @@ pub(super) enum LeaseError {
 
 /// One connection's place on an [`Backend`], given back when dropped.
 #[derive(Debug)]
-pub(super) struct Lease {
+pub(crate) struct Lease {
     backend: Arc<Backend>,
     /// While it is being connected.
-    pub(super) pass: Option<Box<PinGuard>>,
+    pub(crate) pin: Option<Box<PinGuard>>,
     /// The worker has taken the connection, so that with its end there is likely to be room in the
     /// worker's queue.
-    pub(super) has_taken: bool,
+    pub(crate) has_taken: bool,
 }
 
 impl std::ops::Deref for Lease {

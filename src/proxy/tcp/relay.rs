@@ -37,8 +37,7 @@ use nix::{
 };
 use socket2::Socket;
 
-/// A thread's buffer, and so the most that one connection may keep in each direction.
-pub(super) const BUFFER: usize = 64 * 1024;
+use crate::net::Reach;
 
 /// Buffers moved for one connection before the others of its thread get their turn.
 const TURN: usize = 4;
@@ -69,17 +68,6 @@ fn most_memory() -> usize {
         most.ok().and_then(|most| most.trim().parse().ok()).unwrap_or(0)
     });
     *MOST
-}
-
-/// Where a socket's other end is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Reach {
-    /// Somewhere, by TCP.
-    Network,
-    /// On this machine, by TCP on its loopback interface.
-    Loopback,
-    /// On this machine, by a unix socket.
-    Unix,
 }
 
 /// One of a connection's two sockets, and what epoll has told about it, edge by edge, and has not

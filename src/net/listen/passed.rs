@@ -4,7 +4,7 @@ use std::{io, sync::Arc};
 
 use socket2::Socket;
 
-use super::{binding::BindError, listener::Listener};
+use super::{BindError, Listener};
 use crate::config::Listen;
 
 /// A socket that lbd was given, and whoever gave it keeps.

@@ -8,34 +8,34 @@ use std::{collections::BTreeSet, time::Instant};
 
 /// Who waits, and when the first of them looks again.
 #[derive(Debug, Default)]
-pub(super) struct WaitList {
+pub(crate) struct WaitList {
     /// When each came, and its key.
     members: BTreeSet<(Instant, usize)>,
     /// When the first has another look: room in an accept queue comes without anybody telling.
-    pub(super) look_again: Option<Instant>,
+    pub(crate) look_again: Option<Instant>,
     /// Until when the supervisor has time to notice that none of the workers it calls healthy takes a
     /// connection; then those are given up who joined long enough before.
-    pub(super) doubt: Option<Instant>,
+    pub(crate) doubt: Option<Instant>,
     /// The one who has left the line for a look that is not over: it is the first again if that
     /// fails, and until then nobody else looks.
-    pub(super) looking: Option<usize>,
+    pub(crate) looking: Option<usize>,
 }
 
 impl WaitList {
-    pub(super) fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.members.is_empty()
     }
 
     /// When the first came, and its key.
-    pub(super) fn first(&self) -> Option<(Instant, usize)> {
+    pub(crate) fn first(&self) -> Option<(Instant, usize)> {
         self.members.first().copied()
     }
 
-    pub(super) fn join(&mut self, came: Instant, key: usize) {
+    pub(crate) fn join(&mut self, came: Instant, key: usize) {
         self.members.insert((came, key));
     }
 
-    pub(super) fn leave(&mut self, came: Instant, key: usize) {
+    pub(crate) fn leave(&mut self, came: Instant, key: usize) {
         self.members.remove(&(came, key));
         if self.members.is_empty() {
             (self.look_again, self.doubt) = (None, None);
@@ -43,7 +43,7 @@ impl WaitList {
     }
 
     /// When it has to be looked at, whoever is in it.
-    pub(super) fn deadline(&self) -> Option<Instant> {
+    pub(crate) fn deadline(&self) -> Option<Instant> {
         self.look_again.into_iter().chain(self.doubt).min()
     }
 }

@@ -73,7 +73,7 @@ fn hint(listen: &Listen, cause: &io::Error) -> String {
 
 /// Whether the system may give `port` to an outgoing connection (ip(7), `ip_local_port_range` and
 /// the kernel's ip-sysctl on `ip_local_reserved_ports`).
-pub(super) fn is_ephemeral(port: u16) -> bool {
+pub(crate) fn is_ephemeral(port: u16) -> bool {
     may_be_given(port, &sysctl("ip_local_port_range"), &sysctl("ip_local_reserved_ports"))
 }
 
@@ -97,7 +97,7 @@ mod tests {
     use std::net::TcpListener;
 
     use super::*;
-    use crate::{config::UnixAccess, proxy::Listener};
+    use crate::{config::UnixAccess, net::Listener};
 
     fn bind(listen: &Listen) -> Result<Listener, BindError> {
         Listener::bind(listen, &UnixAccess::default())

@@ -3,9 +3,12 @@
 //! One open file description serves all data threads: with one `SO_REUSEPORT` listener each, closing
 //! one resets what is queued in it.
 
+mod error;
+mod passed;
+
 use std::{
     io,
-    net::{IpAddr, SocketAddr},
+    net::SocketAddr,
     os::fd::{AsFd, BorrowedFd},
     sync::{
         Arc,
@@ -20,15 +23,15 @@ use nix::{
 };
 use socket2::{Domain, Socket, TcpKeepalive, Type};
 
-use super::{binding::BindError, relay::Reach, shared::Shared};
-use crate::{
-    config::{Listen, UnixAccess},
-    net::{
-        self,
-        diag::{Diag, inode_of},
-        pathname::{Rights, SocketFile, listen_at},
-    },
+use super::{
+    Peer,
+    diag::{Diag, inode_of},
+    pathname::{Rights, SocketFile, listen_at},
 };
+use crate::config::{Listen, UnixAccess};
+pub use error::BindError;
+pub(crate) use error::is_ephemeral;
+pub use passed::Shared;
 
 /// Asked for; the kernel caps it to `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
@@ -47,43 +50,6 @@ pub struct Listener {
     shared: Option<Arc<Shared>>,
     /// It could not accept when it last tried.
     failing: AtomicBool,
-}
-
-/// Where a connection comes from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Peer {
-    Inet(SocketAddr),
-    /// A unix client has no address.
-    Unix,
-}
-
-impl Peer {
-    pub(super) fn reach(self) -> Reach {
-        match self {
-            Self::Inet(address) if address.ip().to_canonical().is_loopback() => Reach::Loopback,
-            Self::Inet(_) => Reach::Network,
-            Self::Unix => Reach::Unix,
-        }
-    }
-
-    pub(super) fn ip(self) -> Option<IpAddr> {
-        match self {
-            Self::Inet(address) => Some(address.ip()),
-            Self::Unix => None,
-        }
-    }
-}
-
-impl std::fmt::Display for Peer {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            // A v4 client looks the same on every listener.
-            Self::Inet(address) => {
-                SocketAddr::new(address.ip().to_canonical(), address.port()).fmt(f)
-            }
-            Self::Unix => f.write_str("unix"),
-        }
-    }
 }
 
 impl Listener {
@@ -111,7 +77,7 @@ impl Listener {
     ///
     /// `SO_REUSEPORT` lets sockets of one user share a port if all have it at the time of the bind
     /// (socket(7)); nobody needs it afterwards, and with it any program of that user could join.
-    pub(super) fn bind_beside(address: SocketAddr, others: &[&Self]) -> Result<Self, BindError> {
+    pub(crate) fn bind_beside(address: SocketAddr, others: &[&Self]) -> Result<Self, BindError> {
         let listen = &Listen::Tcp(address);
         let share = |yes| others.iter().try_for_each(|other| other.socket.set_reuse_port(yes));
         let bound = share(true)
@@ -137,7 +103,7 @@ impl Listener {
     }
 
     /// Prepares a listening socket to be accepted from.
-    pub(super) fn over(
+    pub(crate) fn over(
         socket: Socket,
         listen: &Listen,
         shared: Option<Arc<Shared>>,
@@ -173,7 +139,7 @@ impl Listener {
     }
 
     /// Takes [`Self::set_access`] back.
-    pub(super) fn restore(&self, rights: Rights) {
+    pub(crate) fn restore(&self, rights: Rights) {
         // They were in force a moment ago: that they can't be had again is not to be expected, and
         // leaves the stricter of both.
         _ = self.file.as_ref().map(|file| file.set(rights));
@@ -183,7 +149,7 @@ impl Listener {
     ///
     /// Accepted sockets inherit it (`tcp_create_openreq_child` in the kernel's net/ipv4/tcp_minisocks.c
     /// starts the timer), which saves four calls for each.
-    pub(super) fn keep_alive(&self, after: Duration) {
+    pub(crate) fn keep_alive(&self, after: Duration) {
         if self.is_tcp() {
             // Fails only for values that there are none of in a configuration.
             _ = self.socket.set_tcp_keepalive(&keepalive(after));
@@ -212,7 +178,7 @@ impl Listener {
     }
 
     /// Whether a client waits to be accepted, where it may have been [quiesced](Self::quiesce).
-    pub(super) fn has_clients(&self, is_quiet: bool) -> bool {
+    pub(crate) fn has_clients(&self, is_quiet: bool) -> bool {
         let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
         let is_readable = poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0);
         // A unix socket that is shut down is readable whoever waits (`unix_poll` in the kernel's
@@ -226,7 +192,7 @@ impl Listener {
     }
 
     /// Takes the next waiting client, non-blocking and close-on-exec in the one call.
-    pub(super) fn accept(&self) -> io::Result<(Socket, Peer)> {
+    pub(crate) fn accept(&self) -> io::Result<(Socket, Peer)> {
         let (socket, address) = self.socket.accept4(libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC)?;
         Ok((socket, address.as_socket().map_or(Peer::Unix, Peer::Inet)))
     }
@@ -238,12 +204,12 @@ impl Listener {
     /// connects are refused from here on.
     ///
     /// Does nothing to a shared socket: who comes now is for whoever has it next.
-    pub(super) fn quiesce(&self) -> io::Result<()> {
+    pub(crate) fn quiesce(&self) -> io::Result<()> {
         if self.is_shared() {
             return Ok(());
         }
         match self.listen {
-            Listen::Tcp(_) => net::refuse_new(&self.socket),
+            Listen::Tcp(_) => super::refuse_new(&self.socket),
             Listen::Unix(_) => {
                 if let Some(file) = &self.file {
                     file.remove();
@@ -253,7 +219,7 @@ impl Listener {
         }
     }
 
-    pub(super) fn is_tcp(&self) -> bool {
+    pub(crate) fn is_tcp(&self) -> bool {
         matches!(self.listen, Listen::Tcp(_))
     }
 
@@ -264,12 +230,12 @@ impl Listener {
     }
 
     /// Notes that accepting failed. Whether that is news.
-    pub(super) fn fails(&self) -> bool {
+    pub(crate) fn fails(&self) -> bool {
         !self.failing.swap(true, Relaxed)
     }
 
     /// Notes that accepting went well. Whether that is news.
-    pub(super) fn recovers(&self) -> bool {
+    pub(crate) fn recovers(&self) -> bool {
         self.failing.load(Relaxed) && self.failing.swap(false, Relaxed)
     }
 }
@@ -281,7 +247,7 @@ impl AsFd for Listener {
 }
 
 /// Asks after this long in silence, and then a few times more (tcp(7), `TCP_KEEPIDLE`).
-pub(super) fn keepalive(after: Duration) -> TcpKeepalive {
+pub(crate) fn keepalive(after: Duration) -> TcpKeepalive {
     const INTERVAL: Duration = Duration::from_secs(15);
     const PROBES: u32 = 4;
     TcpKeepalive::new().with_time(after).with_interval(INTERVAL).with_retries(PROBES)

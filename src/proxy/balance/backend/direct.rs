@@ -30,7 +30,7 @@ impl PinnedRoutes {
 
 /// The connections that the kernel hands to one worker: counted by the program that steers them, and
 /// looked up from time to time.
-pub(super) struct Direct {
+pub(crate) struct Direct {
     routes: PinnedRoutes,
     /// How many it was given, once it gets no more.
     routed: OnceLock<Option<u64>>,
@@ -44,50 +44,50 @@ pub(super) struct Direct {
 const UNKNOWN: u32 = u32::MAX;
 
 impl Direct {
-    pub(super) fn new(routes: PinnedRoutes) -> Self {
+    pub(crate) fn new(routes: PinnedRoutes) -> Self {
         let (epoch, sample) = (AtomicU32::new(0), AtomicU64::new(0));
         Self { routes, routed: OnceLock::new(), epoch, sample }
     }
 
     /// How many it has, by the last sample; `None` where that can't be told.
-    pub(super) fn connections(&self) -> Option<usize> {
+    pub(crate) fn connections(&self) -> Option<usize> {
         let sampled = self.sample.load(SeqCst) as u32;
         (sampled != UNKNOWN).then_some(sampled as usize)
     }
 
     /// How many it was given ever, if that is counted.
-    pub(super) fn routed(&self) -> Option<u64> {
+    pub(crate) fn routed(&self) -> Option<u64> {
         self.routed.get().copied().unwrap_or_else(|| self.routes.routed())
     }
 
-    pub(super) fn epoch(&self) -> u32 {
+    pub(crate) fn epoch(&self) -> u32 {
         self.epoch.load(SeqCst)
     }
 
-    pub(super) fn sampled(&self, epoch: u32, connections: Option<u32>) {
+    pub(crate) fn sampled(&self, epoch: u32, connections: Option<u32>) {
         let count = connections.map_or(UNKNOWN, |count| count.min(UNKNOWN - 1));
         self.sample.store(u64::from(epoch) << 32 | u64::from(count), SeqCst);
     }
 
     /// Whether a sample since the last retirement has found none.
-    pub(super) fn is_idle(&self) -> bool {
+    pub(crate) fn is_idle(&self) -> bool {
         self.sample.load(SeqCst) == u64::from(self.epoch()) << 32
     }
 
     /// Samples from before say nothing any more.
-    pub(super) fn retire(&self) {
+    pub(crate) fn retire(&self) {
         self.epoch.fetch_add(1, SeqCst);
     }
 
     /// It gets none any more, and has none.
-    pub(super) fn left(&self) {
+    pub(crate) fn left(&self) {
         // It leaves once.
         _ = self.routed.set(self.routes.routed());
         self.sampled(self.epoch(), Some(0));
     }
 
     /// A socket to connect to the worker with.
-    pub(super) fn open(&self) -> io::Result<(Socket, PinGuard)> {
+    pub(crate) fn open(&self) -> io::Result<(Socket, PinGuard)> {
         self.routes.first.open()
     }
 }

@@ -1,22 +1,23 @@
 //! One client's connection, from its acceptance to its line in the access log.
 
-use std::{fmt, time::Instant};
+use std::time::Instant;
 
 use tracing::{debug, info};
 
-use super::{
-    backend::Lease,
-    deadlines::Links,
-    listener::Peer,
-    relay::{Fault, Flow, Pumped, Side},
-    service::{Permit, ServiceHandle},
-};
+use super::relay::{Fault, Flow, Pumped, Side};
 use crate::{
     config::ProxyProtocol,
-    net::proxy_protocol::{Ends, Header},
+    net::{
+        Peer,
+        proxy_protocol::{Ends, Header},
+    },
+    proxy::{
+        balance::{Lease, Outcome, Permit, ServiceHandle},
+        thread::deadlines::{Linked, Links},
+    },
 };
 
-/// What a connection waits for. But for [`Self::AwaitingWorker`], which is a [list](super::wait_list), each has its
+/// What a connection waits for. But for [`Self::AwaitingWorker`], which is a [list](crate::proxy::balance::WaitList), each has its
 /// own deadline, and so its own queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stage {
@@ -43,82 +44,6 @@ impl Stage {
         Self::Relaying,
         Self::Ending,
     ];
-}
-
-/// How a connection ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Outcome {
-    /// Both sides ended their streams.
-    Closed,
-    /// The worker ended it without a word, though the client had said something and had not ended.
-    NoAnswer,
-    ClientReset,
-    WorkerReset,
-    /// The client left before it had a worker.
-    ClientGone,
-    /// The client left at once, and never said anything: somebody looked whether lbd is there.
-    NothingSaid,
-    /// It did not begin with the PROXY header that it has to begin with.
-    NoHeader,
-    Idle,
-    /// No worker became healthy, or had room, in time.
-    HoldTimeout,
-    /// There was none, and none was to come.
-    NoWorker,
-    /// lbd stopped.
-    Stopped,
-    /// A fault in lbd.
-    Failed,
-}
-
-impl Outcome {
-    /// Those of a connection that a worker has taken, but [`Self::Closed`].
-    pub(super) const OF_TAKEN: [Self; 6] = [
-        Self::ClientReset,
-        Self::WorkerReset,
-        Self::NoAnswer,
-        Self::Idle,
-        Self::Stopped,
-        Self::Failed,
-    ];
-    /// Those of one that none has taken.
-    pub(super) const OF_OTHERS: [Self; 6] = [
-        Self::ClientGone,
-        Self::HoldTimeout,
-        Self::NoWorker,
-        Self::NoHeader,
-        Self::Stopped,
-        Self::Failed,
-    ];
-
-    /// What the access log and the metrics call it.
-    pub(super) fn name(self) -> &'static str {
-        match self {
-            Self::Closed => "closed",
-            Self::NoAnswer => "no-answer",
-            Self::ClientReset => "client-reset",
-            Self::WorkerReset => "worker-reset",
-            Self::ClientGone | Self::NothingSaid => "client-gone",
-            Self::NoHeader => "no-header",
-            Self::Idle => "idle",
-            Self::HoldTimeout => "hold-timeout",
-            Self::NoWorker => "no-worker",
-            Self::Stopped => "stopped",
-            Self::Failed => "failed",
-        }
-    }
-
-    /// Whether both sides have ended their streams, or nobody is there to be told anything else, so
-    /// that a close shows no end that there was not.
-    fn is_orderly(self) -> bool {
-        matches!(self, Self::Closed | Self::NoAnswer | Self::NothingSaid)
-    }
-}
-
-impl fmt::Display for Outcome {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
 }
 
 /// What somebody else has said of the client: whoever made the connection is not the client.
@@ -358,6 +283,16 @@ impl Connection {
             end = %self.end,
             "connection"
         );
+    }
+}
+
+impl Linked for Connection {
+    fn links(&self) -> &Links {
+        &self.links
+    }
+
+    fn links_mut(&mut self) -> &mut Links {
+        &mut self.links
     }
 }
 

@@ -16,7 +16,7 @@ const QUIET: Duration = Duration::from_secs(60);
 
 /// What there is not enough of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Shortage {
+pub(crate) enum Shortage {
     /// `max-connections`.
     Service,
     /// `limits.max-connections`, of all workers.
@@ -35,14 +35,14 @@ impl Shortage {
     const COUNT: usize = 6;
 
     /// Those that connections wait for which have been accepted.
-    pub(super) const OF_WORKERS: [Self; 4] =
+    pub(crate) const OF_WORKERS: [Self; 4] =
         [Self::Workers, Self::Queues, Self::Ports, Self::Memory];
     /// Those that clients wait for in the accept queue.
-    pub(super) const OF_LISTENERS: [Self; 2] = [Self::Service, Self::Descriptors];
+    pub(crate) const OF_LISTENERS: [Self; 2] = [Self::Service, Self::Descriptors];
 
     /// What lbd itself is short of when a system call fails like this. It says nothing about the
     /// worker that was to be connected to (connect(2), socket(2)).
-    pub(super) fn of(errno: Errno) -> Option<Self> {
+    pub(crate) fn of(errno: Errno) -> Option<Self> {
         match errno {
             Errno::EMFILE | Errno::ENFILE => Some(Self::Descriptors),
             Errno::ENOBUFS | Errno::ENOMEM | Errno::ENOSPC => Some(Self::Memory),
@@ -86,7 +86,7 @@ impl Shortage {
 
 /// What one service is short of.
 #[derive(Debug, Default)]
-pub(super) struct Shortages {
+pub(crate) struct Shortages {
     /// A bit for each that lasts.
     lasting: AtomicU8,
     /// When each was over last.
@@ -94,12 +94,12 @@ pub(super) struct Shortages {
 }
 
 impl Shortages {
-    pub(super) fn lasts(&self, what: Shortage) -> bool {
+    pub(crate) fn lasts(&self, what: Shortage) -> bool {
         self.lasting.load(Relaxed) & 1 << what as u8 != 0
     }
 
     /// Clients of `service` begin to wait, or wait still, for want of this, of which there is so much.
-    pub(super) fn begins(&self, what: Shortage, service: &str, limit: Option<usize>) {
+    pub(crate) fn begins(&self, what: Shortage, service: &str, limit: Option<usize>) {
         let bit = 1 << what as u8;
         if self.lasts(what) || self.lasting.fetch_or(bit, Relaxed) & bit != 0 {
             return;
@@ -112,7 +112,7 @@ impl Shortages {
     }
 
     /// Nobody waits for any of these any more.
-    pub(super) fn end(&self, which: &[Shortage]) {
+    pub(crate) fn end(&self, which: &[Shortage]) {
         let bits = which.iter().fold(0, |bits, what| bits | 1 << *what as u8);
         // The plain load keeps the cache line shared where nothing is short.
         if self.lasting.load(Relaxed) & bits == 0 {

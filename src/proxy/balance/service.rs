@@ -1,0 +1,303 @@
+//! A service, as its listeners and connections see it.
+
+use std::sync::{
+    Arc, Mutex, PoisonError,
+    atomic::{
+        AtomicBool, AtomicU64, AtomicUsize,
+        Ordering::{Relaxed, SeqCst},
+    },
+};
+use std::time::{Duration, Instant};
+
+use tokio::sync::Notify;
+
+use super::{
+    budget::{Budget, Share},
+    counters::{ServiceCounters, ServiceTally},
+    limit::ConnectionLimit,
+    nanoseconds,
+    pool::Pool,
+    shortage::{Shortage, Shortages},
+    waker::Waker,
+};
+
+/// Where the supervisor publishes a service's [`Pool`] and reads what is held.
+#[derive(Debug)]
+pub struct ServiceHandle {
+    name: Arc<str>,
+    /// Whether each connection is logged at its end.
+    access: Arc<AtomicBool>,
+    pool: Mutex<Arc<Pool>>,
+    /// Counts the pools, so that a data thread looks behind the lock only when there is a new one,
+    /// and the times that full workers have room again for those that wait.
+    version: AtomicU64,
+    /// Connections wait, and are to be told when a worker has room.
+    crowded: AtomicBool,
+    /// For each thread, when the first came of those that wait there: nanoseconds since the threads
+    /// were started, or [`NOBODY`].
+    heads: Box<[AtomicU64]>,
+    limit: ConnectionLimit,
+    share: Share,
+    waiting: AtomicUsize,
+    emptied: Notify,
+    /// Nobody waits for a worker any more.
+    placed: Notify,
+    shortages: Shortages,
+    counters: ServiceCounters,
+}
+
+impl ServiceHandle {
+    pub(crate) fn new(
+        name: Arc<str>,
+        pool: Pool,
+        access: Arc<AtomicBool>,
+        budget: Arc<Budget>,
+    ) -> Arc<Self> {
+        let heads = (0..budget.waker().threads()).map(|_| AtomicU64::new(NOBODY)).collect();
+        Arc::new(Self {
+            name,
+            access,
+            heads,
+            limit: ConnectionLimit::new(limit(&pool)),
+            share: Share::new(budget),
+            pool: Mutex::new(Arc::new(pool)),
+            version: AtomicU64::new(0),
+            crowded: AtomicBool::new(false),
+            waiting: AtomicUsize::new(0),
+            emptied: Notify::new(),
+            placed: Notify::new(),
+            shortages: Shortages::default(),
+            counters: ServiceCounters::default(),
+        })
+    }
+
+    /// The service's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Replaces the pool; every connection placed after the return goes by the new one, and those
+    /// that wait for a worker look again. The rotation goes on where it was.
+    pub fn publish(&self, mut pool: Pool) {
+        let limit = limit(&pool);
+        let concerns_all = {
+            let mut current = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+            let concerns_all = pool.routing() != current.routing() || !pool.has_those_of(&current);
+            pool.succeed(&current);
+            *current = Arc::new(pool);
+            self.version.fetch_add(1, SeqCst);
+            concerns_all
+        };
+        // Those turned away at the gate, timeouts that became shorter, and workers that are to be let go
+        // of are every thread's business; else it is that of the threads where somebody waits.
+        if self.limit.set_limit(limit) || concerns_all {
+            self.waker().wake_all();
+        } else {
+            let heads = self.heads.iter().enumerate();
+            heads
+                .filter(|(_, head)| head.load(SeqCst) != NOBODY)
+                .for_each(|(thread, _)| self.waker().wake(thread));
+        }
+    }
+
+    /// Connections held, those that wait for a worker included.
+    #[must_use]
+    pub fn active(&self) -> usize {
+        self.limit.held()
+    }
+
+    /// Connections that wait for a worker.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.waiting.load(Relaxed)
+    }
+
+    /// All that only grows, each number exact by itself.
+    #[must_use]
+    pub fn tally(&self) -> ServiceTally {
+        self.counters.read()
+    }
+
+    /// Returns when the service holds no connection; at once if it holds none. May be dropped at
+    /// any time. It doesn't stop new ones: [close](crate::proxy::DataPlane::close) the listeners first.
+    pub async fn emptied(&self) {
+        loop {
+            let emptied = self.emptied.notified();
+            tokio::pin!(emptied);
+            emptied.as_mut().enable();
+            if self.active() == 0 {
+                return;
+            }
+            emptied.await;
+        }
+    }
+
+    /// Returns when no connection waits for a worker; at once if none does. May be dropped at any
+    /// time.
+    pub async fn placed(&self) {
+        loop {
+            let placed = self.placed.notified();
+            tokio::pin!(placed);
+            placed.as_mut().enable();
+            if self.waiting() == 0 {
+                return;
+            }
+            placed.await;
+        }
+    }
+
+    pub(super) fn limit(&self) -> &ConnectionLimit {
+        &self.limit
+    }
+
+    pub(super) fn share(&self) -> &Share {
+        &self.share
+    }
+
+    pub(super) fn waker(&self) -> &Waker {
+        self.share.budget().waker()
+    }
+
+    /// It holds one connection less. Whether somebody waits who may come in now.
+    pub(super) fn leave(&self) -> bool {
+        let left = self.limit.leave();
+        if left.empty {
+            self.emptied.notify_waiters();
+        }
+        left.wake
+    }
+
+    pub(crate) fn shortages(&self) -> &Shortages {
+        &self.shortages
+    }
+
+    /// Clients wait for want of this.
+    pub(crate) fn is_short_of(&self, what: Shortage) {
+        let limit = match what {
+            Shortage::Service => Some(self.limit.limit()),
+            Shortage::Descriptors => Some(self.share.budget().limit()),
+            Shortage::Workers => {
+                let pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+                pool.routing().worker_connections.map(|most| most.get() as usize)
+            }
+            Shortage::Queues | Shortage::Ports | Shortage::Memory => None,
+        };
+        self.shortages.begins(what, &self.name, limit);
+    }
+
+    pub(crate) fn counters(&self) -> &ServiceCounters {
+        &self.counters
+    }
+
+    pub(crate) fn is_logged(&self) -> bool {
+        self.access.load(Relaxed)
+    }
+
+    pub(crate) fn version(&self) -> u64 {
+        self.version.load(SeqCst)
+    }
+
+    /// The current pool and its version.
+    pub(crate) fn current(&self) -> (Arc<Pool>, u64) {
+        let pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+        (Arc::clone(&pool), self.version())
+    }
+
+    /// Connections are about to wait for a worker that has room. The first has to look once more after
+    /// this: room made before wakes nobody.
+    pub(crate) fn mark_crowded(&self) {
+        self.crowded.store(true, SeqCst);
+    }
+
+    /// To be called when a worker has one connection less: the longest waiting looks again.
+    pub(crate) fn has_room(&self) {
+        // The plain load keeps the cache line shared where nobody waits.
+        if self.crowded.load(SeqCst) && self.crowded.swap(false, SeqCst) {
+            self.pass_on(None);
+        }
+    }
+
+    /// Says who is the first of those that wait at `thread`, by when it came.
+    pub(crate) fn set_head(&self, thread: usize, came: Option<Instant>) {
+        let head = came.map_or(NOBODY, nanoseconds);
+        self.heads[thread].store(head, SeqCst);
+    }
+
+    /// Whether it is the turn of one at `thread` who came then, or near enough; if not, whose it is
+    /// has been told.
+    pub(crate) fn is_turn(&self, thread: usize, came: Instant) -> bool {
+        let came = nanoseconds(came);
+        match self.longest(Some(thread)) {
+            Some((other, before)) if before.saturating_add(NEAR) < came => {
+                self.version.fetch_add(1, SeqCst);
+                self.waker().wake(other);
+                false
+            }
+            _ => true,
+        }
+    }
+
+    /// Has the longest waiting look again, at whatever thread but this.
+    pub(crate) fn pass_on(&self, but: Option<usize>) {
+        if let Some((thread, _)) = self.longest(but) {
+            self.version.fetch_add(1, SeqCst);
+            self.waker().wake(thread);
+        }
+    }
+
+    /// Where the longest waiting is, and when it came.
+    fn longest(&self, but: Option<usize>) -> Option<(usize, u64)> {
+        let heads = self.heads.iter().map(|head| head.load(SeqCst)).enumerate();
+        heads
+            .filter(|(thread, head)| *head != NOBODY && Some(*thread) != but)
+            .min_by_key(|(_, head)| *head)
+    }
+
+    /// One more waits.
+    pub(crate) fn begins_to_wait(&self) {
+        self.waiting.fetch_add(1, SeqCst);
+    }
+
+    /// One waits no longer. Whether it was the last of all threads.
+    pub(crate) fn ends_to_wait(&self) -> bool {
+        let is_last = self.waiting.fetch_sub(1, SeqCst) == 1;
+        if is_last {
+            self.placed.notify_waiters();
+        }
+        is_last
+    }
+}
+
+/// In place of when somebody came.
+const NOBODY: u64 = u64::MAX;
+
+/// In nanoseconds: whoever came so soon after another, at another thread, need not let it go first.
+const NEAR: u64 = Duration::from_millis(1).as_nanos() as u64;
+
+fn limit(pool: &Pool) -> usize {
+    pool.routing().max_connections.map_or(usize::MAX, |max| max.get() as usize)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_waiting_goes_first_whichever_thread_it_is_at() {
+        let budget = Arc::new(Budget::new(128, Arc::new(Waker::new(3).unwrap())));
+        let pool = Pool::new(Vec::new(), None, Arc::default());
+        let service = ServiceHandle::new("web".into(), pool, Arc::default(), budget);
+        let came = |millis| Instant::now() + Duration::from_millis(millis);
+        let (first, second) = (came(10), came(30));
+        assert!(service.is_turn(0, second));
+        service.set_head(1, Some(first));
+        service.set_head(0, Some(second));
+        assert!(service.is_turn(1, first));
+        let before = service.version();
+        assert!(!service.is_turn(0, second));
+        assert!(service.version() > before, "the other one has to look");
+        service.set_head(1, None);
+        assert!(service.is_turn(0, second));
+    }
+}

@@ -1,0 +1,286 @@
+//! A data thread's accept loop: it only accepts.
+
+use std::{
+    collections::BTreeMap,
+    io, mem,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    errno::Errno,
+    sys::epoll::{EpollEvent, EpollFlags},
+};
+use tokio::sync::mpsc;
+use tracing::{info, warn};
+
+use crate::proxy::{
+    balance::{ServiceHandle, Shortage},
+    tcp,
+    thread::{
+        context::Context,
+        frontend::{Frontend, Target},
+        threads::Command,
+        token,
+    },
+};
+
+/// Clients accepted at one listener before everybody else gets a turn.
+const ACCEPTS: usize = 4;
+
+/// How long a listener is left alone that found no descriptor or memory for a client.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// How long a closed TCP listener waits for handshakes whose last segment is still on its way. The
+/// kernel has answered those, so that they may be complete in the client's eyes.
+const HANDSHAKE: Duration = Duration::from_millis(200);
+
+/// The frontends that a thread accepts clients of, by their numbers.
+#[derive(Default)]
+pub(super) struct Acceptor(BTreeMap<u32, OpenFrontend>);
+
+struct OpenFrontend {
+    frontend: Frontend,
+    /// The thread's key of the service that it leads to.
+    service: usize,
+    state: State,
+    closing: Option<Closing>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// epoll tells of clients.
+    Open,
+    /// There may be no more connections; the thread is woken when there may.
+    Full,
+    /// Until then.
+    Paused(Instant),
+}
+
+struct Closing {
+    /// From then on, an empty queue is the last of it.
+    at: Instant,
+    /// Until then, those in the queue may wait for a permit; what gives one may wait for this to end.
+    until: Instant,
+    /// Dropped when the thread has let go.
+    _done: mpsc::Sender<()>,
+}
+
+/// What accept() came back with.
+enum Accept {
+    Empty,
+    /// That client is gone; the next may be there.
+    Lost,
+    /// There is no descriptor or memory left, or something that's just as likely to last.
+    Exhausted,
+}
+
+impl Acceptor {
+    /// When [`Self::tend`] has something to do.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.0.values().filter_map(OpenFrontend::deadline).min()
+    }
+
+    /// Accepts clients of a frontend from now on.
+    pub(super) fn open(&mut self, cx: &mut Context, id: u32, frontend: Frontend) {
+        let service = cx.use_service(service_of(&frontend.target));
+        let state = State::Paused(cx.now);
+        self.0.insert(id, OpenFrontend { frontend, service, state, closing: None });
+        self.resume(cx, id);
+    }
+
+    /// Whoever comes from now on gets `target`.
+    pub(super) fn retarget(&mut self, cx: &mut Context, id: u32, target: Target) {
+        let Some(open) = self.0.get_mut(&id) else { return };
+        let former = mem::replace(&mut open.service, cx.use_service(service_of(&target)));
+        open.frontend.target = target;
+        cx.leave_service(former);
+    }
+
+    /// Begins to close: what is queued is accepted first, unless the queue has a next owner.
+    pub(super) fn close(
+        &mut self,
+        cx: &mut Context,
+        tcp: &mut tcp::Engine,
+        id: u32,
+        done: mpsc::Sender<()>,
+    ) {
+        let Some(open) = self.0.get_mut(&id) else { return };
+        let listener = &open.frontend.listener;
+        let (is_tcp, is_shared) = (listener.is_tcp(), listener.is_shared());
+        let at = if is_tcp && !is_shared { cx.now + HANDSHAKE } else { cx.now };
+        // As long as clients wait for a worker.
+        let patience = cx.services[open.service].pool.routing().hold_timeout;
+        let until = at.checked_add(patience).unwrap_or(at);
+        open.closing = Some(Closing { at, until, _done: done });
+        if is_shared {
+            self.let_go_if_closed(cx, id);
+        } else {
+            self.accept(cx, tcp, id);
+        }
+    }
+
+    /// Goes on with those that were full: there may be more connections now.
+    pub(super) fn retry(&mut self, cx: &mut Context, tcp: &mut tcp::Engine) {
+        for id in self.due(|open| open.state == State::Full) {
+            self.resume(cx, id);
+            self.accept(cx, tcp, id);
+        }
+    }
+
+    /// Goes on with those whose pause is over, and with those that close.
+    pub(super) fn tend(&mut self, cx: &mut Context, tcp: &mut tcp::Engine) {
+        let now = cx.now;
+        for id in self.due(|open| open.deadline().is_some_and(|at| at <= now)) {
+            self.resume(cx, id);
+            self.accept(cx, tcp, id);
+        }
+    }
+
+    /// Accepts who waits, as far as there may be more connections.
+    pub(super) fn accept(&mut self, cx: &mut Context, tcp: &mut tcp::Engine, id: u32) {
+        for _ in 0..ACCEPTS {
+            let Some(open) = self.0.get(&id).filter(|open| open.state == State::Open) else {
+                return;
+            };
+            let (Frontend { listener, target }, service) = (&open.frontend, open.service);
+            let permit = match target.permit() {
+                Ok(permit) => permit,
+                // Nobody is kept waiting yet, and epoll tells when somebody is.
+                Err(_) if !listener.has_clients(open.closing.is_some()) => {
+                    return self.let_go_if_closed(cx, id);
+                }
+                Err(what) => {
+                    let handle = service_of(target);
+                    if open.gives_up(cx.now) {
+                        return self.let_go(cx, id);
+                    }
+                    if !handle.shortages().lasts(what) {
+                        handle.is_short_of(what);
+                    }
+                    return self.pause(cx, id, State::Full);
+                }
+            };
+            match listener.accept() {
+                Ok((socket, peer)) => {
+                    if listener.recovers() {
+                        info!(listen = %listener.listen(), "accepting again");
+                    }
+                    // Who comes while others wait for a worker queues behind them, as a rule: each thread
+                    // has a list of its own.
+                    let stays = permit.service().waiting() > 0;
+                    match cx.threads.seat(cx.thread, stays) {
+                        own if own == cx.thread => {
+                            tcp.admit(cx, service, permit, socket, peer, cx.now);
+                        }
+                        other => {
+                            let begun = cx.now;
+                            let take = Command::Take { connection: socket, peer, permit, begun };
+                            cx.threads.tell_one(other, take);
+                        }
+                    }
+                }
+                Err(error) => match classify(&error) {
+                    Accept::Empty => {
+                        permit.service().shortages().end(&Shortage::OF_LISTENERS);
+                        drop(permit);
+                        return self.let_go_if_closed(cx, id);
+                    }
+                    Accept::Lost => {}
+                    Accept::Exhausted if open.gives_up(cx.now) => {
+                        drop(permit);
+                        return self.let_go(cx, id);
+                    }
+                    Accept::Exhausted => {
+                        if listener.fails() {
+                            warn!(listen = %listener.listen(), %error, "can't accept; clients wait");
+                        }
+                        return self.pause(cx, id, State::Paused(cx.now + PAUSE));
+                    }
+                },
+            }
+        }
+    }
+
+    fn let_go_if_closed(&mut self, cx: &mut Context, id: u32) {
+        let is_over =
+            |open: &OpenFrontend| open.closing.as_ref().is_some_and(|closing| closing.at <= cx.now);
+        if self.0.get(&id).is_some_and(is_over) {
+            self.let_go(cx, id);
+        }
+    }
+
+    fn let_go(&mut self, cx: &mut Context, id: u32) {
+        if let Some(OpenFrontend { frontend, service, closing, .. }) = self.0.remove(&id) {
+            _ = cx.epoll.delete(&*frontend.listener);
+            // In this order: when all threads are done, the socket is closed.
+            drop(frontend);
+            drop(closing);
+            cx.leave_service(service);
+        }
+    }
+
+    fn resume(&mut self, cx: &mut Context, id: u32) {
+        let Some(open) = self.0.get_mut(&id).filter(|open| open.state != State::Open) else {
+            return;
+        };
+        // Exclusive: one client wakes one thread, and not all of them (epoll_ctl(2)).
+        let interest = EpollFlags::EPOLLIN | EpollFlags::EPOLLEXCLUSIVE;
+        let event = EpollEvent::new(interest, token::of_listener(id));
+        open.state = match cx.epoll.add(&*open.frontend.listener, event) {
+            Ok(()) => State::Open,
+            Err(_) => State::Paused(cx.now + PAUSE),
+        };
+    }
+
+    fn pause(&mut self, cx: &mut Context, id: u32, state: State) {
+        if let Some(open) = self.0.get_mut(&id) {
+            open.state = state;
+            _ = cx.epoll.delete(&*open.frontend.listener);
+        }
+    }
+
+    fn due(&self, wanted: impl Fn(&OpenFrontend) -> bool) -> Vec<u32> {
+        self.0.iter().filter(|(_, open)| wanted(open)).map(|(&id, _)| id).collect()
+    }
+}
+
+impl OpenFrontend {
+    fn deadline(&self) -> Option<Instant> {
+        match self.state {
+            State::Open => self.closing.as_ref().map(|closing| closing.at),
+            State::Full => self.closing.as_ref().map(|closing| closing.until),
+            State::Paused(until) => Some(until),
+        }
+    }
+
+    /// Whether it closes, and its clients have waited for a permit for as long as they may.
+    fn gives_up(&self, now: Instant) -> bool {
+        self.closing.as_ref().is_some_and(|closing| closing.until <= now)
+    }
+}
+
+fn service_of(target: &Target) -> &std::sync::Arc<ServiceHandle> {
+    match target {
+        Target::Tcp(service) => service,
+    }
+}
+
+/// accept(2) passes on what went wrong with the client's connection before it was accepted.
+fn classify(error: &io::Error) -> Accept {
+    match Errno::from_raw(error.raw_os_error().unwrap_or(0)) {
+        // EINVAL: a unix socket that is shut down for reading, with nobody left in its queue.
+        Errno::EAGAIN | Errno::EINVAL => Accept::Empty,
+        Errno::ECONNABORTED
+        | Errno::EINTR
+        | Errno::EPROTO
+        | Errno::EPERM
+        | Errno::ENETDOWN
+        | Errno::ENOPROTOOPT
+        | Errno::EHOSTDOWN
+        | Errno::ENONET
+        | Errno::EHOSTUNREACH
+        | Errno::EOPNOTSUPP
+        | Errno::ENETUNREACH => Accept::Lost,
+        _ => Accept::Exhausted,
+    }
+}

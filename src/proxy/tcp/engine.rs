@@ -1,0 +1,943 @@
+//! The steps of TCP connections: given to a worker, or made to wait, relayed, ended.
+
+use std::{
+    io::{self, Read},
+    mem,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    errno::Errno,
+    sys::epoll::{EpollEvent, EpollFlags},
+};
+use slab::Slab;
+use socket2::{Domain, Socket};
+
+use super::{
+    connection::{Connection, Said, Stage},
+    relay::{Pumped, Side},
+};
+use crate::{
+    config::Routing,
+    net::{
+        Peer, Reach, keepalive,
+        proxy_protocol::{Ends, LONGEST_RECEIVED, NoHeader, received},
+    },
+    proxy::{
+        balance::{
+            Backend, Choice, ConnectError, Lease, NoBackend, Outcome, Permit, ReservedPermit,
+            Shortage,
+        },
+        thread::{
+            context::{Context, Service},
+            deadlines::{DeadlineList, Links},
+            token::{self, Subject},
+        },
+    },
+};
+
+/// How long a client may take to say its first bytes before a worker is connected to all the same:
+/// in many protocols the server speaks first.
+const GRACE: Duration = Duration::from_millis(1);
+
+/// How long a connection may take to say its PROXY header, where it has to begin with one. It is the
+/// first thing that a proxy sends, in one piece.
+const HEADER: Duration = Duration::from_secs(10);
+
+/// How long a worker on this machine may take to answer a connect, whatever `connect-timeout` allows.
+/// The kernel answers for it at once, but where its accept queue is full: then it drops the SYN, and
+/// the next one goes out a second later (RFC 6298), when there has long been room for others.
+const LOCAL_ANSWER: Duration = Duration::from_millis(5);
+
+/// How long both sides have to take note of an end that lbd made.
+const NOTICE: Duration = Duration::from_secs(1);
+
+/// How long it takes until the next look at whether a worker's accept queue still is full.
+const FULL: Duration = Duration::from_millis(5);
+
+/// The same for what lbd itself is short of, and the longest that those wait whom nobody tells of
+/// room.
+const SHORT: Duration = Duration::from_millis(50);
+
+/// How old a look has to be for another one to make sense.
+const STALE: Duration = Duration::from_millis(1);
+
+/// How long a connection that every worker of the pool refused waits for the supervisor to notice: a
+/// worker's death is known within milliseconds, and its successor is then on its way.
+const DOUBT: Duration = Duration::from_millis(250);
+
+/// What became of an attempt to find a worker.
+enum Found {
+    /// The connection has one, or is being connected, or is no more.
+    Done,
+    /// None: this is why.
+    None(WaitReason),
+}
+
+/// Why there is no worker for a connection, though there are some in the pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum WaitReason {
+    /// Each of them refused it.
+    Refused,
+    /// Not all of them did, and for the others there is too little of this.
+    Short(Shortage),
+}
+
+/// Those of one service, by what they wait for.
+type Deadlines = [DeadlineList; Stage::QUEUED.len()];
+
+/// The TCP connections of one data thread.
+#[derive(Default)]
+pub(in crate::proxy) struct Engine {
+    connections: Slab<Connection>,
+    generation: u32,
+    /// By the key of the service.
+    deadlines: Vec<Deadlines>,
+    /// Connections that could go on, but had their turn.
+    runnable: Vec<u64>,
+}
+
+impl Engine {
+    /// Follows one edge of a connection.
+    pub(in crate::proxy) fn follow(&mut self, cx: &mut Context, token: u64, edge: EpollFlags) {
+        self.shielded(cx, token, |engine, cx, key| engine.step(cx, key, Subject::of(token), edge));
+    }
+
+    /// Whether there are connections that go on without an edge.
+    pub(in crate::proxy) fn has_runnable(&self) -> bool {
+        !self.runnable.is_empty()
+    }
+
+    /// Those that could go on without an edge, to be given to [`Self::run`].
+    pub(in crate::proxy) fn take_runnable(&mut self) -> Vec<u64> {
+        mem::take(&mut self.runnable)
+    }
+
+    /// Goes on with one that was runnable.
+    pub(in crate::proxy) fn run(&mut self, cx: &mut Context, token: u64) {
+        self.shielded(cx, token, |engine, cx, key| {
+            engine.connections[key].is_runnable = false;
+            engine.relay(cx, key);
+        });
+    }
+
+    /// Starts a client's connection that has been accepted, then, and is [seated] here.
+    ///
+    /// [seated]: crate::proxy::thread::threads::Threads::seat
+    pub(in crate::proxy) fn admit(
+        &mut self,
+        cx: &mut Context,
+        service: usize,
+        permit: Permit,
+        socket: Socket,
+        peer: Peer,
+        begun: Instant,
+    ) {
+        self.start(cx, service, permit, socket, peer, None, begun);
+    }
+
+    /// Starts a connection, perhaps one of which somebody has `said` whose it is.
+    #[expect(clippy::too_many_arguments, reason = "each is what a connection begins with")]
+    fn start(
+        &mut self,
+        cx: &mut Context,
+        service: usize,
+        permit: Permit,
+        socket: Socket,
+        peer: Peer,
+        said: Option<Box<Said>>,
+        begun: Instant,
+    ) {
+        self.generation = self.generation.wrapping_add(1);
+        // An adopted connection may be a unix one, whoever its client is.
+        let reach = if said.is_some() { Reach::Unix } else { peer.reach() };
+        let client = Side::new(socket, reach);
+        cx.share_service(service);
+        if self.deadlines.len() <= service {
+            self.deadlines.resize_with(service + 1, Deadlines::default);
+        }
+        let generation = self.generation;
+        let mut connection =
+            Connection::new(client, peer, service as u32, generation, permit, begun);
+        // lbd's own connection has begun with its own header, which is off already.
+        let begins_with_header =
+            said.is_none() && cx.services[service].pool.routing().accept_proxy.contains(peer.ip());
+        let stage =
+            if begins_with_header { Stage::AwaitingHeader } else { Stage::AwaitingFirstBytes };
+        connection.said = said;
+        let key = self.connections.insert(connection);
+        let token = self.token(key, Subject::Client);
+        let event = EpollEvent::new(Side::INTEREST, token);
+        match cx.epoll.add(&self.connections[key].client.socket, event) {
+            Ok(()) => self.enter(cx, key, stage),
+            Err(_) => self.finish(cx, key, Outcome::Failed),
+        }
+    }
+
+    /// Starts a connection that waited for a worker, and was accepted in its stead.
+    pub(in crate::proxy) fn adopt(
+        &mut self,
+        cx: &mut Context,
+        connection: Socket,
+        client: Option<Ends>,
+        ReservedPermit(permit): ReservedPermit,
+    ) {
+        let service = cx.use_service(permit.service());
+        let lbd = || connection.peer_addr().ok()?.as_socket();
+        let peer = client.map(|ends| ends.client).or_else(lbd).map_or(Peer::Unix, Peer::Inet);
+        if connection.set_nonblocking(true).is_ok() {
+            let said = Some(Box::new(Said::ByLbd(client)));
+            self.start(cx, service, permit, connection, peer, said, cx.now);
+        } else {
+            cx.threads.left(cx.thread);
+        }
+        cx.leave_service(service);
+    }
+
+    /// Looks for a worker for everybody who has not said anything yet.
+    pub(in crate::proxy) fn assign_all(&mut self, cx: &mut Context) {
+        for key in self.keys(Stage::AwaitingFirstBytes, |_| true) {
+            let token = self.token(key, Subject::Client);
+            self.shielded(cx, token, Self::assign);
+        }
+    }
+
+    /// Has another look at the connections of workers whose process is gone.
+    pub(in crate::proxy) fn leave_exited(&mut self, cx: &mut Context) {
+        let is_exited =
+            |c: &Connection| c.worker.as_ref().is_some_and(|(_, lease)| lease.is_exited());
+        for key in self.keys(Stage::Relaying, is_exited) {
+            let token = self.token(key, Subject::Client);
+            self.shielded(cx, token, Self::relay);
+        }
+    }
+
+    /// Ends what has waited too long, of one service.
+    pub(in crate::proxy) fn expire(&mut self, cx: &mut Context, service: usize) {
+        self.expire_waiters(cx, service);
+        for stage in Stage::QUEUED {
+            while let Some(of) = cx.services.get(service)
+                && let Some(key) = self.list(service, stage).and_then(DeadlineList::first)
+                && self.stage_deadline(of, service, stage).is_some_and(|at| at <= cx.now)
+            {
+                let token = self.token(key, Subject::Client);
+                match stage {
+                    Stage::AwaitingHeader => self.finish(cx, key, Outcome::NoHeader),
+                    Stage::AwaitingFirstBytes => self.shielded(cx, token, Self::assign),
+                    Stage::Connecting => self.shielded(cx, token, |engine, cx, key| {
+                        engine.skip(cx, key, ConnectError::Timeout);
+                    }),
+                    Stage::Relaying => self.shielded(cx, token, Self::end_idle),
+                    Stage::Ending | Stage::AwaitingWorker => self.finish(cx, key, Outcome::Idle),
+                }
+            }
+        }
+    }
+
+    /// The next instant at which something has waited too long.
+    pub(in crate::proxy) fn deadline(&self, cx: &Context) -> Option<Instant> {
+        let of = |(key, service): (usize, &Service)| {
+            let deadline = |stage| self.stage_deadline(service, key, stage);
+            let waiters = [service.waiters.deadline(), service.hold_deadline()];
+            let waiters = waiters.into_iter().flatten();
+            Stage::QUEUED.into_iter().filter_map(deadline).chain(waiters).min()
+        };
+        cx.services.iter().filter_map(of).min()
+    }
+
+    /// When the first of one service has been in this stage for too long.
+    fn stage_deadline(&self, of: &Service, service: usize, stage: Stage) -> Option<Instant> {
+        let first = self.list(service, stage)?.first()?;
+        let routing = of.pool.routing();
+        let wait = match stage {
+            Stage::AwaitingHeader => HEADER,
+            Stage::AwaitingFirstBytes => GRACE,
+            Stage::Connecting if of.is_local => routing.connect_timeout.min(LOCAL_ANSWER),
+            Stage::Connecting => routing.connect_timeout,
+            // Never early: the last byte may be a grain younger than the place in the queue.
+            Stage::Relaying => routing.idle_timeout.saturating_add(grain(routing.idle_timeout)),
+            Stage::Ending => NOTICE,
+            Stage::AwaitingWorker => return None,
+        };
+        self.connections[first].links.since.checked_add(wait)
+    }
+
+    /// The connections of one service that are in this stage, if it has a list.
+    fn list(&self, service: usize, stage: Stage) -> Option<&DeadlineList> {
+        self.deadlines.get(service)?.get(stage as usize)
+    }
+
+    /// Ends all of them: they are reset.
+    pub(in crate::proxy) fn finish_all(&mut self, cx: &mut Context) {
+        for key in self.connections.iter().map(|(key, _)| key).collect::<Vec<_>>() {
+            self.finish(cx, key, Outcome::Stopped);
+        }
+    }
+
+    /// The connections in this stage of which `wanted` is true.
+    fn keys(&self, stage: Stage, wanted: impl Fn(&Connection) -> bool) -> Vec<usize> {
+        let lists = self.deadlines.iter().filter_map(|lists| lists.get(stage as usize));
+        let keys = lists.flat_map(|list| list.iter(&self.connections));
+        keys.filter(|key| wanted(&self.connections[*key])).collect()
+    }
+
+    fn token(&self, key: usize, side: Subject) -> u64 {
+        token::of_connection(key, self.connections[key].generation, side)
+    }
+
+    /// A fault in one connection's step ends that connection, and not the thread's others. What the
+    /// step shares with them (queues, counters) is changed by calls that can't fail half-way.
+    fn shielded(
+        &mut self,
+        cx: &mut Context,
+        token: u64,
+        step: impl FnOnce(&mut Self, &mut Context, usize),
+    ) {
+        let key = token::key(token);
+        let is_current = |c: &Connection| token::is_of(token, c.generation);
+        if !self.connections.get(key).is_some_and(is_current) {
+            // A fork in progress may keep a closed socket registered for a moment.
+            return;
+        }
+        if catch_unwind(AssertUnwindSafe(|| step(self, cx, key))).is_err() {
+            tracing::error!("a connection was reset because of a fault in lbd");
+            if self.connections.get(key).is_some_and(is_current) {
+                self.finish(cx, key, Outcome::Failed);
+            }
+        }
+    }
+
+    fn step(&mut self, cx: &mut Context, key: usize, side: Subject, edge: EpollFlags) {
+        let connection = &mut self.connections[key];
+        let is_broken = edge.contains(EpollFlags::EPOLLERR);
+        match (side, &mut connection.worker) {
+            (Subject::Worker, Some((worker, _))) => worker.note(edge),
+            (Subject::Worker, None) => return,
+            _ => connection.client.note(edge),
+        }
+        match (connection.stage, side) {
+            (Some(Stage::Relaying), side) => {
+                self.relay(cx, key);
+                // Where it couldn't be read for what is in front of it.
+                let end = if side == Subject::Worker {
+                    Outcome::WorkerReset
+                } else {
+                    Outcome::ClientReset
+                };
+                if is_broken && self.connections.contains(key) {
+                    self.finish(cx, key, end);
+                }
+            }
+            (Some(Stage::Ending), _) => self.look_whether_noticed(cx, key),
+            (Some(Stage::Connecting), Subject::Worker) => self.connected(cx, key, edge),
+            (Some(Stage::AwaitingFirstBytes | Stage::AwaitingHeader), _) if is_broken => {
+                let end = connection.early_end();
+                self.finish(cx, key, end);
+            }
+            (Some(Stage::Connecting), _) if is_broken => self.finish(cx, key, Outcome::ClientGone),
+            (Some(Stage::AwaitingHeader), _) => self.read_header(cx, key),
+            (Some(Stage::AwaitingFirstBytes), _) if connection.client.is_readable() => {
+                self.assign(cx, key)
+            }
+            (Some(Stage::AwaitingFirstBytes | Stage::Connecting), _) => {}
+            _ if is_broken || connection.client.is_spent() => {
+                self.finish(cx, key, Outcome::ClientGone)
+            }
+            _ => {}
+        }
+    }
+
+    /// Reads the PROXY header as far as it has come, and goes on when it is whole.
+    fn read_header(&mut self, cx: &mut Context, key: usize) {
+        let connection = &mut self.connections[key];
+        if !connection.client.is_readable() {
+            return;
+        }
+        let begin = &mut cx.buffer[..LONGEST_RECEIVED];
+        let received = match connection.client.peek(begin) {
+            Ok(0) => return self.finish(cx, key, Outcome::NothingSaid),
+            Ok(count) => received(&begin[..count]).map(|header| (header, count)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+            Err(_) => return self.finish(cx, key, Outcome::ClientGone),
+        };
+        let header = match received {
+            Ok((Some(header), count)) if header.length <= count => header,
+            // The rest makes another edge.
+            Ok((_, count)) if count < LONGEST_RECEIVED && !connection.client.is_closed() => return,
+            Ok(_) | Err(NoHeader) => return self.finish(cx, key, Outcome::NoHeader),
+        };
+        let rest = &mut cx.buffer[..header.length];
+        if (&connection.client.socket).read_exact(rest).is_err() {
+            return self.finish(cx, key, Outcome::ClientGone);
+        }
+        if let Some(ends) = header.ends {
+            connection.is_of(ends);
+        }
+        self.enter(cx, key, Stage::AwaitingFirstBytes);
+        // What is behind it may be there already, and makes no edge of its own then.
+        if self.connections[key].client.look() {
+            self.assign(cx, key);
+        }
+    }
+
+    /// Finds a worker for a connection that none waits in front of; else it waits behind them.
+    fn assign(&mut self, cx: &mut Context, key: usize) {
+        let connection = &mut self.connections[key];
+        // Whoever only looks whether somebody is there has an answer, and the worker no connection.
+        if connection.stage == Some(Stage::AwaitingFirstBytes) && connection.client.is_spent() {
+            let end = connection.early_end();
+            return self.finish(cx, key, end);
+        }
+        let service = connection.service as usize;
+        cx.refresh(service);
+        let Service { waiters, handle, pool, .. } = &cx.services[service];
+        if waiters.is_empty() && handle.waiting() == 0 {
+            match self.find(cx, key, Choice::Clear) {
+                Found::Done => {}
+                // An empty waiters needs somebody who looks.
+                Found::None(WaitReason::Short(_)) => {
+                    self.wait(cx, key);
+                    self.advance(cx, service);
+                }
+                Found::None(why) => self.stay(cx, key, why),
+            }
+        } else if pool.backends().is_empty() {
+            // Nothing to look for.
+            self.hold(cx, key);
+        } else {
+            let is_first = waiters.is_empty() || waiters.doubt.is_some();
+            self.wait(cx, key);
+            if is_first {
+                self.advance(cx, service);
+            }
+        }
+    }
+
+    /// Has those that wait for a worker look for one, longest waiting first, until one finds none: the
+    /// others would not either.
+    pub(in crate::proxy) fn advance(&mut self, cx: &mut Context, service: usize) {
+        loop {
+            let Some(Service { waiters, handle, pool, .. }) = cx.services.get_mut(service) else {
+                return;
+            };
+            waiters.look_again = None;
+            if let Some(key) = waiters.looking {
+                // A connect that the kernel has not answered at once on this machine is not worth
+                // waiting for when somebody has left: it asks again.
+                let is_stale = |c: &Connection| c.links.since + STALE <= cx.now;
+                if cx.services[service].is_local && is_stale(&self.connections[key]) {
+                    self.leave_worker(cx, key);
+                    self.connections[key].tried.clear();
+                    self.look_for(cx, key, false);
+                }
+                if cx.services.get(service).is_none_or(|s| s.waiters.looking.is_some()) {
+                    return;
+                }
+                continue;
+            }
+            let Some((came, key)) = waiters.first() else {
+                handle.pass_on(Some(cx.thread));
+                return;
+            };
+            if pool.backends().is_empty() {
+                if !self.hold(cx, key) {
+                    continue;
+                }
+                return;
+            }
+            if !handle.is_turn(cx.thread, came) {
+                waiters.look_again = Some(cx.now + SHORT);
+                return;
+            }
+            self.connections[key].tried.clear();
+            self.look_for(cx, key, false);
+            let Some(Service { waiters, .. }) = cx.services.get_mut(service) else { return };
+            if waiters.first() == Some((came, key)) {
+                // It waits on, and where nothing else will, the clock has it look again.
+                if waiters.look_again.is_none() && waiters.doubt.is_none() {
+                    waiters.look_again = Some(cx.now + SHORT);
+                }
+                return;
+            }
+        }
+    }
+
+    /// Has one that waits, or has left the waiters for a look, try the workers that it has not tried. Where
+    /// it `is_last`, and all refuse it, it is given up.
+    fn look_for(&mut self, cx: &mut Context, key: usize, is_last: bool) {
+        let token = self.token(key, Subject::Client);
+        self.shielded(cx, token, |engine, cx, key| match engine.find(cx, key, Choice::Any) {
+            Found::Done => {}
+            Found::None(WaitReason::Refused) if is_last => {
+                engine.finish(cx, key, Outcome::NoWorker)
+            }
+            Found::None(why) => engine.stay(cx, key, why),
+        });
+    }
+
+    /// Ends the waiting of those who have waited too long, and has the first look whose time it is.
+    fn expire_waiters(&mut self, cx: &mut Context, service: usize) {
+        while let Some(of) = cx.services.get(service)
+            && let Some((_, key)) = of.waiters.first()
+            && of.hold_deadline().is_some_and(|at| at <= cx.now)
+        {
+            let is_refused = of.waiters.doubt.is_some();
+            self.finish(cx, key, if is_refused { Outcome::NoWorker } else { Outcome::HoldTimeout });
+        }
+        let now = cx.now;
+        let Some(Service { waiters, .. }) = cx.services.get_mut(service) else { return };
+        if waiters.look_again.is_some_and(|at| at <= now) {
+            self.advance(cx, service);
+        }
+        self.resolve_doubt(cx, service);
+    }
+
+    /// Gives up those that were refused by all and have given the supervisor time to notice.
+    fn resolve_doubt(&mut self, cx: &mut Context, service: usize) {
+        while let Some(Service { waiters, .. }) = cx.services.get_mut(service)
+            && waiters.doubt.is_some_and(|at| at <= cx.now)
+            && let Some((_, key)) = waiters.first()
+        {
+            if waiters.looking.is_some() {
+                waiters.doubt = None;
+                return;
+            }
+            let joined = self.connections[key].links.since;
+            if joined + DOUBT > cx.now {
+                waiters.doubt = Some(joined + DOUBT);
+                return;
+            }
+            self.connections[key].tried.clear();
+            self.look_for(cx, key, true);
+            let of = cx.services.get_mut(service);
+            if let Some(Service { waiters, .. }) = of
+                && waiters.first().is_some_and(|(_, first)| first == key)
+            {
+                // It waits for something else now.
+                waiters.doubt = None;
+            }
+        }
+    }
+
+    /// Tries the workers, those first whose queues have room.
+    fn find(&mut self, cx: &mut Context, key: usize, choice: Choice) -> Found {
+        let service = self.connections[key].service as usize;
+        cx.refresh(service);
+        let pool = Arc::clone(&cx.services[service].pool);
+        let connection = &mut self.connections[key];
+        let client = connection.peer().ip();
+        let handle = &cx.services[service].handle;
+        let (mut is_marked, mut short) = (choice == Choice::Any, None);
+        if is_marked {
+            handle.mark_crowded();
+        }
+        loop {
+            let mut lease = match pool.pick(client, &mut connection.tried, choice) {
+                Ok(lease) => lease,
+                Err(NoBackend::Left) => break,
+                Err(NoBackend::Congested) => {
+                    short.get_or_insert(Shortage::Queues);
+                    break;
+                }
+                Err(NoBackend::HasRoom) if is_marked => {
+                    short.get_or_insert(Shortage::Workers);
+                    break;
+                }
+                Err(NoBackend::HasRoom) => {
+                    handle.mark_crowded();
+                    is_marked = true;
+                    continue;
+                }
+            };
+            connection.tried.push(lease.id());
+            let was_congested = lease.is_congested();
+            // Where queues are nearly full, a handshake is to be over before the next one begins: there
+            // is room for a connection when its SYN comes and perhaps not when its end does.
+            let bytes_follow = connection.client.is_readable() && choice == Choice::Clear;
+            let error = match connect(&mut lease, bytes_follow, pool.routing()) {
+                Ok((socket, is_connected)) => {
+                    let token = token::of_connection(key, connection.generation, Subject::Worker);
+                    let event = EpollEvent::new(Side::INTEREST, token);
+                    match cx.epoll.add(&socket, event) {
+                        Ok(()) => {
+                            connection.worker = Some((Side::new(socket, lease.reach()), lease));
+                            if is_connected {
+                                self.begin(cx, key, Duration::ZERO);
+                                return Found::Done;
+                            }
+                            let is_look = choice == Choice::Any
+                                && (was_congested || cx.services[service].is_local);
+                            self.enter(cx, key, Stage::Connecting);
+                            cx.services[service].waiters.looking = if is_look {
+                                Some(key)
+                            } else {
+                                cx.services[service].waiters.looking
+                            };
+                            return Found::Done;
+                        }
+                        Err(error) => error,
+                    }
+                }
+                Err(error) => error,
+            };
+            match (Shortage::of(error), error) {
+                // From another port, or by another way, the next one may be reached.
+                (Some(Shortage::Ports), _) => short = Some(Shortage::Ports),
+                // That would be so with any other.
+                (Some(own), _) => {
+                    short = Some(own);
+                    break;
+                }
+                // On unix: its queue is full, as a TCP one would be that drops the SYN.
+                (None, Errno::EAGAIN) => {
+                    lease.set_congested(true);
+                    short.get_or_insert(Shortage::Queues);
+                    // Looks are not counted: they are made for those that wait, and often.
+                    if choice == Choice::Clear {
+                        connection.is_retried = true;
+                        lease.count_refusal(ConnectError::Timeout);
+                    }
+                }
+                (None, error) => {
+                    connection.is_retried = true;
+                    lease.count_refusal(ConnectError::of(error));
+                }
+            }
+            drop(lease);
+            if choice == Choice::Clear {
+                handle.has_room();
+            }
+        }
+        // What came to nothing because of a full queue, before this attempt.
+        let was_full = self.connections[key].met_full_queue.then_some(Shortage::Queues);
+        match short.or(was_full) {
+            Some(short) => Found::None(WaitReason::Short(short)),
+            None => Found::None(WaitReason::Refused),
+        }
+    }
+
+    /// Waits, for that reason, in the waiters.
+    fn stay(&mut self, cx: &mut Context, key: usize, why: WaitReason) {
+        let connection = &self.connections[key];
+        let (begun, service) = (connection.begun(), connection.service as usize);
+        let Service { pool, .. } = &cx.services[service];
+        if pool.backends().is_empty() {
+            self.hold(cx, key);
+            return;
+        }
+        let is_coming = pool.is_coming_by(begun);
+        if !self.wait(cx, key) {
+            return;
+        }
+        let now = cx.now;
+        let Service { waiters, handle, pool, .. } = &mut cx.services[service];
+        match why {
+            WaitReason::Short(short) => {
+                if !handle.shortages().lasts(short) {
+                    handle.is_short_of(short);
+                }
+                let pause = if short == Shortage::Queues { FULL } else { SHORT };
+                waiters.look_again.get_or_insert(now + pause);
+            }
+            // It is published when it is there; but those that refused may take the next one before.
+            WaitReason::Refused if is_coming => {
+                waiters.look_again.get_or_insert(now + SHORT);
+            }
+            WaitReason::Refused => {
+                let doubt = pool.routing().hold_timeout.min(DOUBT);
+                waiters.doubt.get_or_insert(now + doubt);
+            }
+        }
+    }
+
+    /// Waits where there are no workers, if one is on its way. Whether it does.
+    fn hold(&mut self, cx: &mut Context, key: usize) -> bool {
+        let connection = &self.connections[key];
+        let pool = &cx.services[connection.service as usize].pool;
+        if pool.is_coming_by(connection.begun()) {
+            self.wait(cx, key)
+        } else if connection.client.is_spent() {
+            self.finish(cx, key, Outcome::ClientGone);
+            false
+        } else {
+            self.finish(cx, key, Outcome::NoWorker);
+            false
+        }
+    }
+
+    /// Joins those that wait, or stays among them, unless the client has left. Whether it does.
+    fn wait(&mut self, cx: &mut Context, key: usize) -> bool {
+        let connection = &self.connections[key];
+        if connection.stage == Some(Stage::AwaitingWorker) {
+            return true;
+        }
+        if connection.client.is_spent() {
+            self.finish(cx, key, Outcome::ClientGone);
+            return false;
+        }
+        self.enter(cx, key, Stage::AwaitingWorker);
+        true
+    }
+
+    /// The first edge of a worker's socket: it took the connection, or it didn't.
+    fn connected(&mut self, cx: &mut Context, key: usize, edge: EpollFlags) {
+        if edge.intersects(EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP) {
+            let worker = self.connections[key].worker.as_ref();
+            let error = worker.and_then(|(worker, _)| worker.socket.take_error().ok()?);
+            self.skip(cx, key, ConnectError::of(error.map_or(Errno::UnknownErrno, errno)));
+        } else if edge.contains(EpollFlags::EPOLLOUT) {
+            let connection = &self.connections[key];
+            let (since, service) = (connection.links.since, connection.service as usize);
+            let was_looking = cx.services[service].waiters.looking == Some(key);
+            self.begin(cx, key, cx.now - since);
+            if was_looking {
+                self.advance(cx, service);
+            }
+        }
+    }
+
+    /// Goes from the connect, which took so long, to the relay.
+    fn begin(&mut self, cx: &mut Context, key: usize, took: Duration) {
+        let connection = &mut self.connections[key];
+        let is_alone = cx.services[connection.service as usize].waiters.is_empty();
+        let Some((worker, lease)) = &mut connection.worker else { return };
+        lease.pin = None;
+        if is_self_connected(&worker.socket, lease) {
+            return self.skip(cx, key, ConnectError::Refused);
+        }
+        if lease.is_displaced() {
+            self.leave_worker(cx, key);
+            return self.assign(cx, key);
+        }
+        lease.has_taken = true;
+        if is_alone {
+            lease.set_congested(false);
+        }
+        lease.count_taken(cx.thread, took);
+        let proxy_protocol = lease.proxy_protocol();
+        let counters = connection.service().counters();
+        if connection.is_retried {
+            counters.count_retried();
+        }
+        if let Some(since) = connection.held_since {
+            counters.count_hold(cx.thread, cx.now - since);
+            connection.held_since = None;
+        }
+        connection.tried = Vec::new();
+        self.enter(cx, key, Stage::Relaying);
+        if let Some(version) = proxy_protocol
+            && let Err(end) = self.connections[key].introduce(version, &mut cx.buffer)
+        {
+            return self.finish(cx, key, end);
+        }
+        self.relay(cx, key);
+    }
+
+    /// Leaves the worker that didn't take the connection, and tries the next.
+    fn skip(&mut self, cx: &mut Context, key: usize, refusal: ConnectError) {
+        let connection = &mut self.connections[key];
+        let service = connection.service as usize;
+        let was_looking = cx.services[service].waiters.looking == Some(key);
+        if let Some((_, lease)) = &connection.worker {
+            connection.is_retried = true;
+            if refusal == ConnectError::Timeout {
+                connection.met_full_queue = true;
+                lease.set_congested(true);
+            }
+            // Looks are not counted: they are made for those that wait, and often.
+            if !was_looking || refusal != ConnectError::Timeout {
+                lease.count_refusal(refusal);
+            }
+        }
+        self.leave_worker(cx, key);
+        if was_looking {
+            self.look_for(cx, key, false);
+            if cx.services.get(service).is_some_and(|s| s.waiters.looking == Some(key)) {
+                return;
+            }
+            if let Some(Service { waiters, .. }) = cx.services.get_mut(service)
+                && waiters.looking.is_none()
+                && waiters.look_again.is_none()
+                && waiters.doubt.is_none()
+            {
+                waiters.look_again = Some(cx.now + FULL);
+            }
+        } else {
+            self.assign(cx, key);
+        }
+    }
+
+    fn leave_worker(&mut self, cx: &mut Context, key: usize) {
+        let connection = &mut self.connections[key];
+        if let Some((worker, lease)) = connection.worker.take() {
+            // The close does it as well, but not while a fork in progress shares the socket.
+            _ = cx.epoll.delete(&worker.socket);
+            drop((worker, lease));
+            let Service { waiters, handle, .. } = &cx.services[connection.service as usize];
+            // After a look there is as much room as before it.
+            if waiters.looking != Some(key) {
+                handle.has_room();
+            }
+        }
+    }
+
+    fn relay(&mut self, cx: &mut Context, key: usize) {
+        let connection = &mut self.connections[key];
+        let before = connection.bytes();
+        match connection.relay(&mut cx.buffer) {
+            Ok(Pumped::Done) => {
+                let end = connection.own_end();
+                return self.finish(cx, key, end);
+            }
+            Ok(Pumped::Yields) => {
+                if !mem::replace(&mut connection.is_runnable, true) {
+                    let token = self.token(key, Subject::Client);
+                    self.runnable.push(token);
+                }
+            }
+            Ok(Pumped::Waits) => {}
+            Err(end) => return self.finish(cx, key, end),
+        }
+        let connection = &self.connections[key];
+        let service = &cx.services[connection.service as usize];
+        let age = cx.now.saturating_duration_since(connection.links.since);
+        if connection.bytes() > before && age >= grain(service.pool.routing().idle_timeout) {
+            self.enter(cx, key, Stage::Relaying);
+        }
+    }
+
+    /// Ends a connection that no byte came over for too long: not by cutting it off, which makes
+    /// programs fail that would otherwise take it for what it is.
+    fn end_idle(&mut self, cx: &mut Context, key: usize) {
+        self.connections[key].say_end();
+        self.enter(cx, key, Stage::Ending);
+        self.look_whether_noticed(cx, key);
+    }
+
+    fn look_whether_noticed(&mut self, cx: &mut Context, key: usize) {
+        if self.connections[key].has_noticed(&mut cx.buffer) {
+            self.finish(cx, key, Outcome::Idle);
+        }
+    }
+
+    fn enter(&mut self, cx: &mut Context, key: usize, stage: Stage) {
+        self.leave(cx, key);
+        let connection = &mut self.connections[key];
+        connection.stage = Some(stage);
+        let service = connection.service as usize;
+        if let Some(list) = self.deadlines[service].get_mut(stage as usize) {
+            list.push(&mut self.connections, key, cx.now);
+            return;
+        }
+        let service = &mut cx.services[service];
+        connection.links = Links::new(cx.now);
+        service.handle.begins_to_wait();
+        if connection.held_since.is_none() {
+            connection.held_since = Some(cx.now);
+            service.handle.counters().count_held();
+        }
+        service.waiters.join(connection.begun(), key);
+        service.tell_head(cx.thread);
+    }
+
+    fn leave(&mut self, cx: &mut Context, key: usize) {
+        let connection = &mut self.connections[key];
+        let key_of = connection.service as usize;
+        let service = &mut cx.services[key_of];
+        let Some(stage) = connection.stage.take() else { return };
+        if service.waiters.looking == Some(key) {
+            service.waiters.looking = None;
+            // Where it does not come back, nobody else has those behind it look.
+            if !service.waiters.is_empty() {
+                service.waiters.look_again.get_or_insert(cx.now);
+            }
+        }
+        if let Some(list) = self.deadlines[key_of].get_mut(stage as usize) {
+            list.remove(&mut self.connections, key);
+            return;
+        }
+        let begun = connection.begun();
+        service.waiters.leave(begun, key);
+        service.tell_head(cx.thread);
+        if service.handle.ends_to_wait() {
+            service.handle.shortages().end(&Shortage::OF_WORKERS);
+        }
+    }
+
+    fn finish(&mut self, cx: &mut Context, key: usize, end: Outcome) {
+        let stage = self.connections[key].stage;
+        let is_taken = matches!(stage, Some(Stage::Relaying | Stage::Ending));
+        self.leave(cx, key);
+        let mut connection = self.connections.remove(key);
+        cx.threads.left(cx.thread);
+        connection.end = end;
+        match &connection.worker {
+            Some((_, lease)) if is_taken => {
+                lease.count_end(cx.thread, end, cx.now - connection.begun());
+            }
+            _ => connection.service().counters().count_end(end),
+        }
+        if let Some(since) = connection.held_since {
+            connection.service().counters().count_hold(cx.thread, cx.now - since);
+        }
+        cx.leave_service(connection.service as usize);
+    }
+}
+
+/// Begins to connect, and tells whether it is done; else an edge tells how it went.
+///
+/// On loopback the handshake is over when connect() returns, though it says EINPROGRESS: it held the
+/// socket's lock while the answer came. A second call asks, and saves a turn of the loop, and the
+/// worker a wakeup for a connection without its first bytes.
+///
+/// Where the client's bytes are about to follow, they are to end the handshake too: its last segment
+/// is not sent by itself (tcp(7), `TCP_QUICKACK`), so that the worker is woken once, for a connection
+/// with a request in it, and not before. Were there none after all, the kernel would send it 200 ms
+/// later.
+///
+/// On loopback the kernel tells at once when the other end is gone; elsewhere somebody has to ask.
+fn connect(
+    backend: &mut Lease,
+    bytes_follow: bool,
+    routing: &Routing,
+) -> Result<(Socket, bool), Errno> {
+    let domain = backend.domain();
+    let (socket, pass) = backend.socket().map_err(errno)?;
+    backend.pin = pass;
+    if domain != Domain::UNIX {
+        socket.set_tcp_nodelay(true).map_err(errno)?;
+        if bytes_follow && backend.is_local() {
+            socket.set_tcp_quickack(false).map_err(errno)?;
+        }
+        if !backend.is_local() {
+            socket.set_tcp_keepalive(&keepalive(routing.keepalive)).map_err(errno)?;
+        }
+    }
+    for _ in 0..2 {
+        match backend.endpoint().connect(&socket).map_err(errno) {
+            Ok(()) => return Ok((socket, true)),
+            Err(Errno::EINPROGRESS) if backend.is_local() => {}
+            Err(Errno::EINPROGRESS | Errno::EALREADY) => break,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok((socket, false))
+}
+
+fn errno(error: io::Error) -> Errno {
+    Errno::from_raw(error.raw_os_error().unwrap_or(0))
+}
+
+/// Whether the system gave the connection the very port it was to reach, and so connected it to
+/// itself (RFC 9293, section 3.5, simultaneous open): nobody listens there.
+fn is_self_connected(socket: &Socket, backend: &Backend) -> bool {
+    let at = backend.endpoint().address();
+    backend.is_ephemeral() && socket.local_addr().is_ok_and(|local| local == *at)
+}
+
+/// How stale a busy connection's place in the idle queue may get before it is renewed.
+fn grain(idle_timeout: Duration) -> Duration {
+    (idle_timeout / 16).min(Duration::from_secs(1))
+}
