@@ -1,0 +1,4 @@
+//! `lbd bench`, and the comparison with other balancers.
+
+mod command;
+mod run;

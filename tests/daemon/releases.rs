@@ -1,0 +1,142 @@
+//! Releases that are switched by a link: `current` leads to the one that runs, and is moved to the next.
+
+use std::{
+    fs,
+    os::unix::fs::symlink,
+    path::Path,
+    process::{Command, Output},
+};
+
+use crate::common::{
+    self, Daemon, Mark, Ports,
+    client::{get, turns},
+    fixture, kill_hard,
+};
+use tempfile::TempDir;
+
+/// A release whose workers answer `/argv` with its number.
+fn release(folder: &Path, number: u32, ports: &Ports) {
+    let release = folder.join(format!("releases/{number}"));
+    fs::create_dir_all(&release).unwrap();
+    fs::write(release.join("number"), number.to_string()).unwrap();
+    let script = format!("exec {} http $(cat number)", fixture());
+    let keys = format!("command = [\"sh\", \"-c\", {script:?}]");
+    fs::write(release.join("lb.toml"), ports.service(&keys)).unwrap();
+}
+
+/// Has `current` lead to this one, at once.
+fn switch(folder: &Path, number: u32) {
+    let new = folder.join("new");
+    symlink(format!("releases/{number}"), &new).unwrap();
+    fs::rename(&new, folder.join("current")).unwrap();
+}
+
+/// `lbd`, from a folder that a shell calls `pwd`.
+fn from(folder: &Path, pwd: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_lbd"));
+    command.args(arguments).current_dir(folder).env("PWD", pwd);
+    command
+}
+
+fn done(mut command: Command) -> Output {
+    let output = command.output().unwrap();
+    assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+    output
+}
+
+#[test]
+fn a_moved_link_takes_everything_along() {
+    let ports = Ports::take(1);
+    let folder = tempfile::tempdir().unwrap();
+    let base = folder.path().to_owned();
+    release(&base, 1, &ports);
+    release(&base, 2, &ports);
+    switch(&base, 1);
+    let current = base.join("current");
+    let home = tempfile::tempdir().unwrap();
+    let daemon = run_in(home, &current);
+    let number = || get(ports.address(), "/argv");
+    assert_eq!(number(), "http\n1");
+    let here = |arguments: &[&str]| from(&current, &current, arguments);
+    let status: serde_json::Value =
+        serde_json::from_slice(&done(here(&["status", "--json"])).stdout).unwrap();
+    assert_eq!(status["config"]["path"], current.join("lb.toml").to_str().unwrap());
+    // To the next one: its workers run in it, and its file is the one that is read.
+    switch(&base, 2);
+    done(here(&["status"]));
+    done(here(&["restart"]));
+    assert_eq!(number(), "http\n2");
+    // A shell that has been there since before means the link, too.
+    done(from(&base.join("releases/1"), &current, &["status"]));
+    fs::remove_dir_all(base.join("releases/1")).unwrap();
+    done(here(&["restart"]));
+    done(here(&["reload"]));
+    let since = daemon.now();
+    kill_hard(daemon.worker_pid(ports.worker(0)));
+    daemon.wait_healthy(since, 1);
+    assert_eq!(number(), "http\n2");
+    // Three workers of one file: what is new in it comes by a reload.
+    let more = Ports::take(2);
+    release(&base, 3, &more);
+    switch(&base, 3);
+    done(here(&["reload"]));
+    assert_eq!(get(more.address(), "/argv"), "http\n3");
+    done(here(&["stop"]));
+    drop(daemon);
+}
+
+/// A daemon that was started in `folder` by a shell that calls it so.
+fn run_in(home: TempDir, folder: &Path) -> Daemon {
+    let script = format!("cd {} && exec {}", folder.display(), env!("CARGO_BIN_EXE_lbd"));
+    let mut command = Command::new("sh");
+    command.args(["-c", &script]);
+    let daemon = Daemon::run(home, command);
+    daemon.wait_healthy(Mark::START, 1);
+    daemon
+}
+
+#[test]
+fn a_shell_that_is_wrong_about_where_it_is_is_not_believed() {
+    let ports = Ports::take(1);
+    let folder = tempfile::tempdir().unwrap();
+    let base = folder.path().canonicalize().unwrap();
+    release(&base, 1, &ports);
+    release(&base, 2, &ports);
+    let (one, two) = (base.join("releases/1"), base.join("releases/2"));
+    let mut command = from(&one, &two, &["--config", "lb.toml"]);
+    let check = done(from(&one, &two, &["check"]));
+    assert!(check.stdout.starts_with(b"web: "));
+    command.current_dir(&one);
+    let mut child = command.stderr(std::process::Stdio::null()).spawn().unwrap();
+    common::eventually("it serves", || get_number(&ports).as_deref() == Some("http\n1"));
+    // By either name of the folder, and from elsewhere.
+    done(from(&one, &one, &["status"]));
+    symlink(&one, base.join("link")).unwrap();
+    done(from(&base.join("link"), &base.join("link"), &["status"]));
+    let file = one.join("lb.toml");
+    done(from(Path::new("/"), Path::new("/"), &["status", "--config", file.to_str().unwrap()]));
+    assert_eq!(turns(ports.address(), 1), ports.all());
+    done(from(&one, &two, &["stop"]));
+    child.wait().unwrap();
+}
+
+fn get_number(ports: &Ports) -> Option<String> {
+    std::net::TcpStream::connect(ports.address()).ok()?;
+    Some(get(ports.address(), "/argv"))
+}
+
+#[test]
+fn a_folder_that_is_gone_is_no_riddle() {
+    let base = tempfile::tempdir().unwrap();
+    let gone = base.path().join("gone");
+    fs::create_dir(&gone).unwrap();
+    let script = "rmdir \"$PWD\"; unset PWD; \"$0\" check; \"$0\" status";
+    let output = Command::new("sh")
+        .args(["-c", script, env!("CARGO_BIN_EXE_lbd")])
+        .current_dir(&gone)
+        .output()
+        .unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    let expected = "the current folder is gone; go to one that is there, or write the whole path";
+    assert_eq!(said.matches(expected).count(), 2, "{said}");
+}
