@@ -3,7 +3,7 @@
 //! classic BPF by taking `CAP_BPF` away.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     fs,
     io::{ErrorKind, Read, Write},
     net::{SocketAddr, TcpStream},
@@ -18,7 +18,7 @@ use std::{
 
 use crate::common::{
     self, Daemon, Mark, Ports,
-    client::{KeepAlive, Load, answered, asking, connect, get, port, try_get, turns},
+    client::{KeepAlive, Load, answered, asking, connect, counts, get, port, try_get, turns},
     command, eventually, freeze, kill_hard,
     metrics::{Metrics, with_admin},
     thaw, www,
@@ -90,14 +90,6 @@ fn both(workers: usize, test: impl Fn(Kind, &Ports)) {
     for kind in KINDS {
         test(kind, &Ports::take(workers));
     }
-}
-
-fn counts(all: &[u16]) -> BTreeMap<u16, usize> {
-    let mut counts = BTreeMap::new();
-    for one in all {
-        *counts.entry(*one).or_insert(0) += 1;
-    }
-    counts
 }
 
 /// Whether `ports` get connections, and nobody else.

@@ -21,6 +21,18 @@ use tempfile::TempDir;
 /// Probes that come quickly.
 const QUICK: &str = "health = { interval = \"50ms\", timeout = \"100ms\", fall = 2 }";
 
+/// What Python programs have: the head of a request, or nothing where its client says no more.
+const REQUEST: &str = r#"
+def request(c):
+    data = b""
+    while not data.endswith(b"\r\n\r\n"):
+        piece = c.recv(4096)
+        if not piece:
+            return None
+        data += piece
+    return data
+"#;
+
 /// Starts a daemon whose worker is this Python program, with its port as the first argument.
 fn python(ports: &Ports, program: &str, keys: &str) -> Option<Daemon> {
     python_in(tempfile::tempdir().unwrap(), ports, program, keys)
@@ -31,7 +43,7 @@ fn python_in(folder: TempDir, ports: &Ports, program: &str, keys: &str) -> Optio
     if !needs::has(needs::APPS, "python3", "python3") {
         return None;
     }
-    fs::write(folder.path().join("app.py"), program).unwrap();
+    fs::write(folder.path().join("app.py"), format!("{REQUEST}{program}")).unwrap();
     let config = ports
         .service(&format!("command = [\"python3\", \"-u\", \"app.py\", \"{{port}}\"]\n{keys}"));
     Some(Daemon::start_in(folder, &config))
@@ -109,13 +121,7 @@ if os.path.exists("broken"):
     sys.exit("ImportError: no module named app")
 while True:
     c, _ = s.accept()
-    data = b""
-    while not data.endswith(b"\r\n\r\n"):
-        piece = c.recv(4096)
-        if not piece:
-            break
-        data += piece
-    else:
+    if request(c):
         c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
     c.close()
 "#;
@@ -227,15 +233,8 @@ s.bind(("127.0.0.1", int(sys.argv[1])))
 s.listen(5)
 while True:
     c, _ = s.accept()
-    data = b""
-    while not data.endswith(b"\r\n\r\n"):
-        piece = c.recv(4096)
-        if not piece:
-            break
-        data += piece
-    else:
-        piece = data
-    if not piece:
+    data = request(c)
+    if not data:
         c.close()
         continue
     seconds = float(data.split(b" ")[1][1:] or b"0")

@@ -30,6 +30,16 @@ fn shell(script: &str) -> String {
     )
 }
 
+/// More than a pipe holds, once there is a file `go`; then there is a file `said`.
+const MUCH: &str = "while ! [ -e go ]; do sleep 0.01; done; seq 100000; touch said";
+
+/// Waits until all that [`MUCH`] says is in the file, and nothing else.
+fn wait_for_much(daemon: &Daemon) {
+    let expected: String = (1..=100_000).map(|number| format!("{number}\n")).collect();
+    eventually("all of it is there", || text(&daemon.path("file")).len() == expected.len());
+    assert!(text(&daemon.path("file")) == expected);
+}
+
 fn text(path: &Path) -> String {
     fs::read_to_string(path).unwrap_or_default()
 }
@@ -126,8 +136,7 @@ fn two_workers_with_one_file_have_whole_lines_in_it() {
 #[test]
 fn a_worker_waits_while_nobody_writes_what_it_says() {
     let ports = Ports::take(1);
-    let script = "while ! [ -e go ]; do sleep 0.01; done; seq 100000; touch said";
-    let keys = format!("{}\noutput = \"./file\"", shell(script));
+    let keys = format!("{}\noutput = \"./file\"", shell(MUCH));
     let daemon = Daemon::start(&ports.service(&keys));
     daemon.wait(Mark::START, "worker started", &[]);
     let writer = writer(&daemon);
@@ -137,16 +146,13 @@ fn a_worker_waits_while_nobody_writes_what_it_says() {
     assert!(!daemon.path("said").exists(), "more than a pipe holds was taken");
     thaw(writer);
     eventually("it has said all", || daemon.path("said").exists());
-    let expected: String = (1..=100_000).map(|number| format!("{number}\n")).collect();
-    eventually("all of it is there", || text(&daemon.path("file")).len() == expected.len());
-    assert!(text(&daemon.path("file")) == expected);
+    wait_for_much(&daemon);
 }
 
 #[test]
 fn a_full_disk_is_told_and_costs_nothing_when_there_is_room_again() {
     let ports = Ports::take(1);
-    let script = "while ! [ -e go ]; do sleep 0.01; done; seq 100000; touch said";
-    let keys = format!("{}\noutput = \"./file\"", shell(script));
+    let keys = format!("{}\noutput = \"./file\"", shell(MUCH));
     let daemon = Daemon::start(&ports.service(&keys));
     daemon.wait(Mark::START, "worker started", &[]);
     let limit = |limit: &str| {
@@ -164,9 +170,7 @@ fn a_full_disk_is_told_and_costs_nothing_when_there_is_room_again() {
     assert_eq!(line.get("slot"), Some("0"));
     assert!(!daemon.path("said").exists());
     limit("unlimited");
-    let expected: String = (1..=100_000).map(|number| format!("{number}\n")).collect();
-    eventually("all of it is there", || text(&daemon.path("file")).len() == expected.len());
-    assert!(text(&daemon.path("file")) == expected);
+    wait_for_much(&daemon);
 }
 
 #[test]

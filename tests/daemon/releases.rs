@@ -8,11 +8,13 @@ use std::{
 };
 
 use crate::common::{
-    self, Daemon, Mark, Ports,
+    Daemon, Mark, Ports,
     client::{get, turns},
     fixture, kill_hard,
 };
 use tempfile::TempDir;
+
+const LBD: &str = env!("CARGO_BIN_EXE_lbd");
 
 /// A release whose workers answer `/argv` with its number.
 fn release(folder: &Path, number: u32, ports: &Ports) {
@@ -33,7 +35,7 @@ fn switch(folder: &Path, number: u32) {
 
 /// `lbd`, from a folder that a shell calls `pwd`.
 fn from(folder: &Path, pwd: &Path, arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_lbd"));
+    let mut command = Command::new(LBD);
     command.args(arguments).current_dir(folder).env("PWD", pwd);
     command
 }
@@ -54,7 +56,7 @@ fn a_moved_link_takes_everything_along() {
     switch(&base, 1);
     let current = base.join("current");
     let home = tempfile::tempdir().unwrap();
-    let daemon = run_in(home, &current);
+    let daemon = run_in(home, &current, LBD);
     let number = || get(ports.address(), "/argv");
     assert_eq!(number(), "http\n1");
     let here = |arguments: &[&str]| from(&current, &current, arguments);
@@ -85,9 +87,9 @@ fn a_moved_link_takes_everything_along() {
     drop(daemon);
 }
 
-/// A daemon that was started in `folder` by a shell that calls it so.
-fn run_in(home: TempDir, folder: &Path) -> Daemon {
-    let script = format!("cd {} && exec {}", folder.display(), env!("CARGO_BIN_EXE_lbd"));
+/// A daemon that was started in `folder` by a shell that calls it so, with this command.
+fn run_in(home: TempDir, folder: &Path, command: &str) -> Daemon {
+    let script = format!("cd {} && exec {command}", folder.display());
     let mut command = Command::new("sh");
     command.args(["-c", &script]);
     let daemon = Daemon::run(home, command);
@@ -103,12 +105,12 @@ fn a_shell_that_is_wrong_about_where_it_is_is_not_believed() {
     release(&base, 1, &ports);
     release(&base, 2, &ports);
     let (one, two) = (base.join("releases/1"), base.join("releases/2"));
-    let mut command = from(&one, &two, &["--config", "lb.toml"]);
     let check = done(from(&one, &two, &["check"]));
     assert!(check.stdout.starts_with(b"web: "));
-    command.current_dir(&one);
-    let mut child = command.stderr(std::process::Stdio::null()).spawn().unwrap();
-    common::eventually("it serves", || get_number(&ports).as_deref() == Some("http\n1"));
+    let home = tempfile::tempdir().unwrap();
+    let lbd = format!("env PWD={} {LBD} --config lb.toml", two.display());
+    let mut daemon = run_in(home, &one, &lbd);
+    assert_eq!(get(ports.address(), "/argv"), "http\n1");
     // By either name of the folder, and from elsewhere.
     done(from(&one, &one, &["status"]));
     symlink(&one, base.join("link")).unwrap();
@@ -117,12 +119,7 @@ fn a_shell_that_is_wrong_about_where_it_is_is_not_believed() {
     done(from(Path::new("/"), Path::new("/"), &["status", "--config", file.to_str().unwrap()]));
     assert_eq!(turns(ports.address(), 1), ports.all());
     done(from(&one, &two, &["stop"]));
-    child.wait().unwrap();
-}
-
-fn get_number(ports: &Ports) -> Option<String> {
-    std::net::TcpStream::connect(ports.address()).ok()?;
-    Some(get(ports.address(), "/argv"))
+    daemon.wait_stopped();
 }
 
 #[test]
@@ -131,11 +128,7 @@ fn a_folder_that_is_gone_is_no_riddle() {
     let gone = base.path().join("gone");
     fs::create_dir(&gone).unwrap();
     let script = "rmdir \"$PWD\"; unset PWD; \"$0\" check; \"$0\" status";
-    let output = Command::new("sh")
-        .args(["-c", script, env!("CARGO_BIN_EXE_lbd")])
-        .current_dir(&gone)
-        .output()
-        .unwrap();
+    let output = Command::new("sh").args(["-c", script, LBD]).current_dir(&gone).output().unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
     let expected = "the current folder is gone; go to one that is there, or write the whole path";
     assert_eq!(said.matches(expected).count(), 2, "{said}");

@@ -212,23 +212,13 @@ fn whoever_waits_as_lbd_stops_waits_no_longer_than_promised_or_until_it_stops_at
     }
 }
 
-/// With so few descriptors.
-fn with_descriptors(count: usize, config: &str) -> Daemon {
-    let folder = tempfile::tempdir().unwrap();
-    fs::write(folder.path().join("lb.toml"), config).unwrap();
-    let mut command = Command::new("sh");
-    let script = format!("ulimit -n {count} && exec \"$0\" --config lb.toml");
-    command.args(["-c", &script, env!("CARGO_BIN_EXE_lbd")]);
-    Daemon::run(folder, command)
-}
-
 #[test]
 fn the_idle_clients_of_one_service_leave_another_its_share() {
     let (idle, other) = (Ports::take(1), Ports::take(1));
     let config = |services: &[&str]| services.join("\n");
     let web = idle.service(&command(&["http"]));
     let second = named("other", &other.service(&command(&["http"])));
-    let daemon = with_descriptors(256, &config(&[&web, &second]));
+    let daemon = Daemon::with_descriptors(256, &config(&[&web, &second]));
     daemon.wait_healthy(Mark::START, 2);
     let clients: Vec<_> = (0..160).map(|_| connect(idle.address())).collect();
     let line = daemon.wait(Mark::START, "clients wait", &[("service", "web")]);

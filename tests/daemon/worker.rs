@@ -7,11 +7,10 @@ use std::{
     os::{fd::OwnedFd, unix::fs::symlink},
     path::Path,
     process::{Child, Command, ExitStatus, Stdio},
-    thread,
     time::{Duration, Instant},
 };
 
-use crate::common::http::{Client, PATIENCE};
+use crate::common::{Port, eventually, http::Client};
 use nix::{
     fcntl::{FcntlArg, OFlag, fcntl},
     sys::{
@@ -316,12 +315,12 @@ fn wrong_usage(mode: Args) {
 
 fn port_from_the_environment(mode: Args) {
     let root = root(&[("file", "by PORT")]);
-    let address = free_address();
+    let port = Port::take();
     let mut command = command(mode, root.path());
     // Meant for another process, and so no socket of ours.
     command.env("LISTEN_FDS", "1").env("LISTEN_PID", "1");
-    command.env("PORT", address.port().to_string());
-    let worker = Worker::spawn(command, address);
+    command.env("PORT", port.number.to_string());
+    let worker = Worker::spawn(command, port.address(), Some(port));
     assert_eq!(worker.connect().get("/file").body, b"by PORT");
 }
 
@@ -449,6 +448,8 @@ fn inherited_socket_that_somebody_else_empties(mode: Args) {
 struct Worker {
     child: Child,
     address: SocketAddr,
+    /// Kept from others, where it is not that of a socket that is there.
+    _port: Option<Port>,
 }
 
 impl Worker {
@@ -457,11 +458,11 @@ impl Worker {
     }
 
     fn with(mode: Args, root: &Path, change: impl FnOnce(&mut Command)) -> Self {
-        let address = free_address();
+        let port = Port::take();
         let mut command = command(mode, root);
-        command.arg("--listen").arg(address.to_string());
+        command.arg("--listen").arg(port.address().to_string());
         change(&mut command);
-        Self::spawn(command, address)
+        Self::spawn(command, port.address(), Some(port))
     }
 
     /// With a blocking socket as descriptor 3, and our copy of it.
@@ -478,11 +479,11 @@ impl Worker {
             .env_remove("PORT")
             .env_remove("LBD_SERVICE")
             .stdin(OwnedFd::from(listener.try_clone().unwrap()));
-        (Self::spawn(command, listener.local_addr().unwrap()), listener)
+        (Self::spawn(command, listener.local_addr().unwrap(), None), listener)
     }
 
-    fn spawn(mut command: Command, address: SocketAddr) -> Self {
-        let worker = Self { child: command.spawn().unwrap(), address };
+    fn spawn(mut command: Command, address: SocketAddr, port: Option<Port>) -> Self {
+        let worker = Self { child: command.spawn().unwrap(), address, _port: port };
         eventually("the worker listens", || TcpStream::connect(address).is_ok());
         // An inherited socket was there before the worker: an answer tells that it is up.
         worker.connect().get("/");
@@ -556,16 +557,4 @@ fn root(files: &[(&str, &str)]) -> TempDir {
 fn is_nonblocking(listener: &TcpListener) -> bool {
     let flags = fcntl(listener, FcntlArg::F_GETFL).unwrap();
     OFlag::from_bits_retain(flags).contains(OFlag::O_NONBLOCK)
-}
-
-fn free_address() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
-}
-
-fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !is_so() {
-        assert!(Instant::now() < deadline, "not in time: {what}");
-        thread::sleep(Duration::from_millis(5));
-    }
 }

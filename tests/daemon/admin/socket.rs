@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::{ErrorKind, Read, Write},
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{SocketAddr, TcpStream},
     os::unix::{
         fs::{PermissionsExt, chown, symlink},
         net::{UnixListener, UnixStream},
@@ -19,6 +19,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::common::Port;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::{Pid, geteuid},
@@ -246,7 +247,8 @@ fn a_second_daemon_goes_and_touches_nothing() {
     // The log is written by a thread of its own, and this is its last line for now.
     let log = until(|| Some(read()).filter(|log| log.contains(" ready ")));
     // Even where the file has changed so that the two would not meet on a port.
-    let other = web(1).replace("ADDRESS", &free_address().to_string());
+    let port = Port::take();
+    let other = web(1).replace("ADDRESS", &port.address().to_string());
     daemon.configure(&format!("[log]\nfile = \"log2\"\n{other}"));
     let output = daemon.lbd(&[]);
     let expected = format!(
@@ -438,6 +440,7 @@ struct Daemon {
     child: Child,
     folder: TempDir,
     address: SocketAddr,
+    _port: Port,
 }
 
 impl Daemon {
@@ -449,7 +452,8 @@ impl Daemon {
         }
         fs::write(folder.path().join("www/index.html"), "here").unwrap();
         let child = Command::new("true").spawn().unwrap();
-        let daemon = Self { child, folder, address: free_address() };
+        let port = Port::take();
+        let daemon = Self { child, folder, address: port.address(), _port: port };
         daemon.configure(config);
         daemon
     }
@@ -548,10 +552,6 @@ fn crashing() -> String {
     "[service.web]\nlisten = \"ADDRESS\"\ncommand = [\"sh\", \"-c\", \"exit 3\"]\nworkers = 1\n\
      restart.min-delay = \"500ms\"\n"
         .to_owned()
-}
-
-fn free_address() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
 
 /// What `check` finds, as soon as it finds it.

@@ -70,13 +70,8 @@ impl Browser {
         let profile = tempfile::tempdir().unwrap();
         let flags = FLAGS.iter().map(|flag| (*flag).to_owned());
         let folder = format!("--user-data-dir={}", profile.path().display());
-        let mut browser = Self {
-            driver,
-            address: ([127, 0, 0, 1], port.number).into(),
-            session: String::new(),
-            profile,
-            _port: port,
-        };
+        let mut browser =
+            Self { driver, address: port.address(), session: String::new(), profile, _port: port };
         let capabilities = json!({
             "goog:chromeOptions": { "args": flags.chain([folder]).collect::<Vec<_>>() },
             "goog:loggingPrefs": { "browser": "ALL" },

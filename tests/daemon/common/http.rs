@@ -3,11 +3,9 @@
 use std::{
     io::{BufRead, BufReader, Read, Write},
     net::{SocketAddr, TcpStream},
-    time::Duration,
 };
 
-/// How long any single read may take before a test fails.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+use super::PATIENCE;
 
 /// One connection.
 pub(crate) struct Client(BufReader<TcpStream>);

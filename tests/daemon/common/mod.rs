@@ -20,7 +20,7 @@ use std::{
     net::{IpAddr, UdpSocket},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Output, Stdio},
-    sync::atomic::{AtomicU32, Ordering},
+    sync::atomic::{AtomicBool, AtomicU32, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -92,6 +92,17 @@ pub(crate) fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
+/// Has `flag` be set at its end, whatever end that is: a failed assertion must not leave a thread
+/// running that a scope would wait for.
+#[derive(Debug)]
+pub(crate) struct SetAtEnd<'a>(pub(crate) &'a AtomicBool);
+
+impl Drop for SetAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// An address of this machine that is not a loopback one.
 pub(crate) fn other_address() -> Option<IpAddr> {
     let socket = UdpSocket::bind("0.0.0.0:0").ok()?;
@@ -114,7 +125,7 @@ impl Ports {
 
     /// Where clients connect.
     pub(crate) fn address(&self) -> std::net::SocketAddr {
-        ([127, 0, 0, 1], self.public.number).into()
+        self.public.address()
     }
 
     pub(crate) fn worker(&self, slot: usize) -> u16 {
@@ -162,6 +173,16 @@ impl Daemon {
     pub(crate) fn start_in(folder: TempDir, config: &str) -> Self {
         fs::write(folder.path().join("lb.toml"), config).unwrap();
         Self::spawn(folder, &["--config", "lb.toml"])
+    }
+
+    /// The same, with so few descriptors.
+    pub(crate) fn with_descriptors(count: usize, config: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("lb.toml"), config).unwrap();
+        let mut command = Command::new("sh");
+        let script = format!("ulimit -n {count} && exec \"$0\" --config lb.toml");
+        command.args(["-c", &script, env!("CARGO_BIN_EXE_lbd")]);
+        Self::run(folder, command)
     }
 
     /// Starts `lbd` with these arguments in `folder`.

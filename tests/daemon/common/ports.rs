@@ -1,10 +1,10 @@
 //! Ports that no other test has, whichever process it runs in.
 
 use std::{
-    net::{Ipv4Addr, TcpListener},
+    net::{Ipv4Addr, SocketAddr, TcpListener},
     os::{
         linux::net::SocketAddrExt,
-        unix::net::{SocketAddr, UnixListener},
+        unix::net::{self, UnixListener},
     },
     process,
     sync::atomic::{AtomicU16, Ordering},
@@ -25,6 +25,10 @@ pub(crate) struct Port {
 }
 
 impl Port {
+    pub(crate) fn address(&self) -> SocketAddr {
+        (Ipv4Addr::LOCALHOST, self.number).into()
+    }
+
     /// A port that is free and stays so, but for whoever is told its number.
     pub(crate) fn take() -> Self {
         static NEXT: AtomicU16 = AtomicU16::new(0);
@@ -33,7 +37,8 @@ impl Port {
         for _ in 0..COUNT {
             let offset = NEXT.fetch_add(1, Ordering::Relaxed);
             let number = FIRST + begin.wrapping_add(offset) % COUNT;
-            let name = SocketAddr::from_abstract_name(format!("lbd-test-port-{number}")).unwrap();
+            let name = format!("lbd-test-port-{number}");
+            let name = net::SocketAddr::from_abstract_name(name).unwrap();
             let Ok(lock) = UnixListener::bind_addr(&name) else { continue };
             if TcpListener::bind((Ipv4Addr::LOCALHOST, number)).is_ok() {
                 return Self { number, _lock: lock };

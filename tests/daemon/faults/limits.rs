@@ -28,12 +28,7 @@ use socket2::SockRef;
 #[test]
 fn without_descriptors_it_neither_spins_nor_dies_and_restarts_workers() {
     let ports = Ports::take(2);
-    let folder = tempfile::tempdir().unwrap();
-    fs::write(folder.path().join("lb.toml"), ports.service(&command(&["http"]))).unwrap();
-    let mut command = Command::new("sh");
-    let script = "ulimit -n 128 && exec \"$0\" --config lb.toml";
-    command.args(["-c", script, env!("CARGO_BIN_EXE_lbd")]);
-    let daemon = Daemon::run(folder, command);
+    let daemon = Daemon::with_descriptors(128, &ports.service(&command(&["http"])));
     daemon.wait_healthy(Mark::START, 2);
     let line = daemon.wait(Mark::START, "descriptors", &[("limit", "128")]);
     let held: usize = line.number("connections");

@@ -1,10 +1,8 @@
 //! What waits in an accept queue is answered, whatever becomes of the worker it waits for.
 
 use std::{
-    fs,
     io::Write,
     net::SocketAddr,
-    process::Command,
     time::{Duration, Instant},
 };
 
@@ -181,13 +179,8 @@ fn a_burst_just_before_a_stop_is_answered() {
 fn more_than_there_is_room_for_stay_where_they_wait_until_there_is() {
     const WAITING: usize = 900;
     let ports = Ports::take(2);
-    let folder = tempfile::tempdir().unwrap();
     let health = "interval = \"200ms\", timeout = \"1s\", fall = 2";
-    fs::write(folder.path().join("lb.toml"), inheriting(&ports, health)).unwrap();
-    let mut command = Command::new("sh");
-    let script = "ulimit -n 256 && exec \"$0\" --config lb.toml";
-    command.args(["-c", script, env!("CARGO_BIN_EXE_lbd")]);
-    let daemon = Daemon::run(folder, command);
+    let daemon = Daemon::with_descriptors(256, &inheriting(&ports, health));
     daemon.wait_healthy(Mark::START, 2);
     let killed = daemon.worker_pid(ports.worker(0));
     freeze(killed);

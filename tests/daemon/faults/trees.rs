@@ -14,7 +14,7 @@ use std::{
 };
 
 use crate::common::{
-    self, Daemon, Mark, Ports,
+    self, Daemon, Mark, Ports, SetAtEnd,
     client::{KeepAlive, turns},
     command, eventually, freeze, kill_hard, named, needs,
     proc::{children, parent},
@@ -169,13 +169,4 @@ fn lbd_and_its_guards_cannot_be_traced_by_their_own_user_and_workers_can() {
     }
     daemon.signal(Signal::SIGTERM);
     daemon.wait_stopped();
-}
-
-/// Also where the test fails: its clients would go on for ever.
-struct SetAtEnd<'a>(&'a AtomicBool);
-
-impl Drop for SetAtEnd<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
 }

@@ -19,7 +19,7 @@ use nix::{
 };
 use tempfile::TempDir;
 
-use crate::common::{Daemon, Mark, Ports, command, lbd, needs};
+use crate::common::{Daemon, Mark, Ports, SetAtEnd, command, lbd, needs};
 
 /// Any other local user.
 const OTHER: u32 = 65534;
@@ -138,16 +138,6 @@ fn what_another_program_put_in_its_place_stays() {
     daemon.signal(Signal::SIGTERM);
     daemon.wait_stopped();
     assert_eq!(fs::read_to_string(&path).unwrap(), "theirs");
-}
-
-/// Has `flag` be set at its end, whatever end that is: a failed assertion must not leave a thread
-/// running that the scope would wait for.
-struct SetAtEnd<'a>(&'a AtomicBool);
-
-impl Drop for SetAtEnd<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Relaxed);
-    }
 }
 
 /// A folder of another user, in it a link to a file of root alone, and that user, who puts the link
