@@ -11,7 +11,7 @@ use std::{
 use crate::common::{
     Daemon, Mark, Ports, command, eventually, freeze, kill_hard, named, needs,
     proc::{children, is_alive, parent, threads},
-    thaw,
+    stays, thaw,
 };
 use nix::{
     sys::{
@@ -142,8 +142,8 @@ fn a_worker_waits_while_nobody_writes_what_it_says() {
     let writer = writer(&daemon);
     freeze(writer);
     fs::write(daemon.path("go"), "").unwrap();
-    std::thread::sleep(Duration::from_millis(300));
-    assert!(!daemon.path("said").exists(), "more than a pipe holds was taken");
+    let taken = "no more than a pipe holds is taken";
+    stays(taken, Duration::from_millis(300), || !daemon.path("said").exists());
     thaw(writer);
     eventually("it has said all", || daemon.path("said").exists());
     wait_for_much(&daemon);

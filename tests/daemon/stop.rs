@@ -5,18 +5,22 @@ use std::{
     io::{ErrorKind, Read},
     net::{TcpListener, TcpStream},
     process::Command,
+    thread,
     time::{Duration, Instant},
 };
 
 use crate::common::{
     self, Daemon, Mark, Ports,
     client::{KeepAlive, Load, connect},
-    command, eventually, www,
+    command, eventually, stays, www,
 };
 use nix::sys::signal::Signal::{self, SIGALRM, SIGINT, SIGQUIT, SIGTERM};
 
 /// More than all the buffers on the way hold.
 const LARGE: usize = 48 * 1024 * 1024;
+
+/// A signal that comes this long after another one is not the same wish.
+const LATER: Duration = Duration::from_millis(300);
 
 /// Nobody holds any of these any more.
 fn assert_free(ports: &Ports) {
@@ -150,7 +154,7 @@ fn a_stop_under_load_fails_no_request_that_was_taken() {
     let address = ports.address();
     let clients: Vec<_> = (0..Load::CLIENTS)
         .map(|_| {
-            std::thread::spawn(move || {
+            thread::spawn(move || {
                 // Until nobody listens any more.
                 while let Ok(stream) = TcpStream::connect(address) {
                     stream.set_read_timeout(Some(common::PATIENCE)).unwrap();
@@ -218,7 +222,7 @@ fn at_once(signals: &[Signal]) {
         if *signal != SIGQUIT {
             daemon.wait(Mark::START, "stopping", &[]);
             // Or it would be taken for the same wish.
-            std::thread::sleep(Duration::from_millis(250));
+            thread::sleep(LATER);
         }
     }
     daemon.wait_stopped();
@@ -243,7 +247,7 @@ fn timeout_which_sends_two_signals_at_once_does_not_cut_the_stop_short() {
     daemon.signal(SIGALRM);
     daemon.wait(Mark::START, "draining", &[]);
     // The second one comes at once.
-    std::thread::sleep(Duration::from_millis(250));
+    stays("it is one", LATER, || daemon.said(Mark::START, "stopping at once").is_empty());
     fs::write(daemon.path("answer"), "").unwrap();
     assert_eq!(client.answer().unwrap().0, 200);
     drop(client);
@@ -260,8 +264,7 @@ fn two_signals_at_once_are_one_and_a_later_one_cuts_short() {
     daemon.signal(SIGTERM);
     daemon.signal(SIGINT);
     daemon.wait(Mark::START, "stopping", &[]);
-    std::thread::sleep(Duration::from_millis(300));
-    assert!(daemon.said(Mark::START, "stopping at once").is_empty());
+    stays("it is one", LATER, || daemon.said(Mark::START, "stopping at once").is_empty());
     daemon.signal(SIGTERM);
     daemon.wait(Mark::START, "stopping at once", &[]);
     daemon.wait_stopped();

@@ -20,7 +20,8 @@ use crate::common::{
     client::{KeepAlive, connect, get, is_turned_away},
     command, eventually, fixture, named,
     needs::{self, NETWORKS},
-    proc::{cpu, descriptors},
+    proc::{cpu, descriptors, is_listened_on},
+    stays,
 };
 use nix::sys::{
     resource::{Resource, getrlimit, setrlimit},
@@ -181,8 +182,8 @@ fn whoever_waits_as_lbd_is_asked_to_stop_is_served_when_the_worker_comes() {
         let since = daemon.now();
         daemon.signal(SIGTERM);
         daemon.wait(since, "stopping", &[]);
-        // Longer than its listener takes to be emptied.
-        thread::sleep(Duration::from_millis(600));
+        let port = ports.address().port();
+        eventually("its listener is emptied and gone", || !is_listened_on(port));
         File::create(gate).unwrap();
         common::client::answered(asking);
         daemon.wait_stopped();
@@ -304,9 +305,9 @@ fn without_a_local_port_clients_wait_and_nothing_is_the_workers_fault() {
     let line = daemon.wait(Mark::START, "clients wait", &[("service", "web")]);
     assert_eq!(line.get("short_of"), Some("local ports"), "{}", line.raw);
     assert!(line.get("hint").unwrap().contains("socket = \"unix\""), "{}", line.raw);
-    thread::sleep(Duration::from_millis(700));
-    let ended = daemon.said(Mark::START, "connection");
-    assert!(ended.is_empty(), "they all wait, but {}", ended[0].raw);
+    stays("they all wait", Duration::from_millis(700), || {
+        daemon.said(Mark::START, "connection").is_empty()
+    });
     assert_eq!(daemon.workers("web")[0]["connections"]["failed"], 0);
     drop(clients);
     late.iter().for_each(answered);

@@ -92,6 +92,15 @@ pub(crate) fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
+/// Watches that it stays so for this long: what must not happen gives no sign to wait for.
+pub(crate) fn stays(what: &str, long: Duration, mut is_so: impl FnMut() -> bool) {
+    let until = Instant::now() + long;
+    while Instant::now() < until {
+        assert!(is_so(), "no more: {what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
 /// Has `flag` be set at its end, whatever end that is: a failed assertion must not leave a thread
 /// running that a scope would wait for.
 #[derive(Debug)]

@@ -60,6 +60,17 @@ pub(crate) fn children(pid: i32) -> Vec<i32> {
     children.split_whitespace().map(|pid| pid.parse().unwrap()).collect()
 }
 
+/// Whether anybody listens on this port of IPv4.
+pub(crate) fn is_listened_on(port: u16) -> bool {
+    const LISTEN: &str = "0A";
+    let sockets = fs::read_to_string("/proc/net/tcp").unwrap();
+    sockets.lines().skip(1).any(|line| {
+        // Its number, its local and its remote address in hexadecimal, and its state.
+        let fields: Vec<_> = line.split_whitespace().collect();
+        fields[1].ends_with(&format!(":{port:04X}")) && fields[3] == LISTEN
+    })
+}
+
 /// The line `key` of its status; `None` where it has ended.
 fn status(pid: i32, key: &str) -> Option<String> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;

@@ -3,8 +3,10 @@
 use std::{
     env, fs,
     io::{ErrorKind, Read, Write},
+    mem,
     net::{Shutdown, TcpStream},
     thread,
+    time::Duration,
 };
 
 use crate::common::{self, Daemon, Ports, client::connect, command, eventually};
@@ -98,6 +100,16 @@ fn end(mut client: &TcpStream) -> (usize, Result<(), ErrorKind>) {
     }
 }
 
+/// Waits until everything on the way is full of the `most` bytes that come.
+fn wait_until_full(client: &TcpStream, most: usize) {
+    let (mut block, mut before) = (vec![0; most], 0);
+    eventually("nothing more comes", || {
+        thread::sleep(Duration::from_millis(50));
+        let now = client.peek(&mut block).unwrap();
+        now == mem::replace(&mut before, now)
+    });
+}
+
 #[test]
 fn a_worker_that_resets_in_the_middle_is_seen_to() {
     const BYTES: usize = 32 << 20;
@@ -107,8 +119,7 @@ fn a_worker_that_resets_in_the_middle_is_seen_to() {
         let mut client = connect(ports.address());
         client.write_all(b"go on").unwrap();
         if waits {
-            // Everything on the way is full when it comes.
-            thread::sleep(std::time::Duration::from_millis(200));
+            wait_until_full(&client, BYTES);
         }
         // All of it may have come before the reset; what counts is that the end is one.
         let (received, end) = end(&client);
@@ -132,7 +143,7 @@ fn a_client_that_resets_in_the_middle_is_seen_to() {
     client.read_to_end(&mut bye).unwrap();
     assert_eq!(bye, b"bye");
     client.write_all(&noise[1 << 20..2 << 20]).unwrap();
-    SockRef::from(&client).set_linger(Some(std::time::Duration::ZERO)).unwrap();
+    SockRef::from(&client).set_linger(Some(Duration::ZERO)).unwrap();
     drop(client);
     eventually("the worker's view", || heard.exists());
     assert_eq!(fs::read_to_string(&heard).unwrap_or_default(), "ConnectionReset");

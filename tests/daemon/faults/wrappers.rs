@@ -5,7 +5,6 @@ use std::{
     fs,
     os::unix::fs::PermissionsExt,
     path::Path,
-    thread,
     time::{Duration, Instant},
 };
 
@@ -15,6 +14,7 @@ use crate::common::{
     eventually, fixture, kill_hard,
     needs::{APPS, has},
     proc::{children, is_alive},
+    stays,
 };
 use nix::sys::signal::Signal::SIGTERM;
 use tempfile::TempDir;
@@ -24,6 +24,9 @@ const SIGNAL: &str = "stop.drain = \"signal\"\nstop.timeout = \"50s\"";
 
 /// More than any of these stops takes, and less than the `stop.timeout` above.
 const PROMPTLY: Duration = Duration::from_secs(20);
+
+/// As long as nothing may be heard of an end that is none yet.
+const QUIET: Duration = Duration::from_millis(300);
 
 /// A worker that finishes its requests, as a shell would be told to run it.
 fn server(folder: &TempDir) -> String {
@@ -71,8 +74,7 @@ fn a_stop_loses_nothing(folder: TempDir, ports: &Ports, keys: &str) -> Daemon {
     daemon.signal(SIGTERM);
     eventually("the first process has ended", || !is_alive(tree[0]));
     // The guard looks several times, and lbd would have been told long ago.
-    thread::sleep(Duration::from_millis(300));
-    assert!(daemon.said(Mark::START, "worker exited").is_empty());
+    stays("nothing is told", QUIET, || daemon.said(Mark::START, "worker exited").is_empty());
     assert!(!daemon.path("finished").exists());
     fs::write(daemon.path("answer"), "").unwrap();
     assert_eq!(client.answer().unwrap().0, 200);
@@ -153,8 +155,7 @@ fn behind_npm_start_the_request_is_answered() {
     let begun = Instant::now();
     daemon.signal(SIGTERM);
     eventually("npm has ended", || !is_alive(tree[0]));
-    thread::sleep(Duration::from_millis(300));
-    assert!(daemon.said(Mark::START, "worker exited").is_empty());
+    stays("nothing is told", QUIET, || daemon.said(Mark::START, "worker exited").is_empty());
     fs::write(daemon.path("answer"), "").unwrap();
     assert_eq!(client.answer().unwrap().0, 200);
     daemon.wait_stopped();
@@ -216,8 +217,7 @@ fn a_cluster_primary_that_ends_its_own_children_is_told_alone() {
     let primary = daemon.slot_pids()[0];
     daemon.signal(SIGTERM);
     eventually("the primary has ended", || !is_alive(primary));
-    thread::sleep(Duration::from_millis(300));
-    assert!(daemon.said(Mark::START, "worker exited").is_empty());
+    stays("nothing is told", QUIET, || daemon.said(Mark::START, "worker exited").is_empty());
     fs::write(daemon.path("answer"), "").unwrap();
     assert_eq!(client.answer().unwrap().0, 200);
     daemon.wait_stopped();

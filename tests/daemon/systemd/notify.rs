@@ -12,7 +12,7 @@ use crate::common::{
     frozen::Frozen,
     kill_hard,
     manager::{Manager, Message},
-    named, proc,
+    named, proc, stays,
 };
 use nix::{
     sys::signal::{
@@ -216,11 +216,10 @@ fn is_fed_only_while_it_runs(choose: impl Fn(&Daemon) -> i32) {
     }
     let frozen = Frozen::thread(choose(&daemon));
     let at = manager.now();
-    thread::sleep(TIMEOUT * 2);
     // One look may have been on its way, and one counts what was done before.
-    let meanwhile = manager.messages(at);
-    let fed_meanwhile = meanwhile.iter().filter(|message| fed(message)).count();
-    assert!(fed_meanwhile <= 1, "{meanwhile:#?}");
+    stays("it is not fed", TIMEOUT * 2, || {
+        manager.messages(at).iter().filter(|message| fed(message)).count() <= 1
+    });
     let at = manager.now();
     frozen.thaw();
     manager.wait(at, "WATCHDOG=1", &fed);
@@ -256,8 +255,8 @@ fn a_hanging_data_thread_is_told_in_the_log_once() {
     let frozen = Frozen::thread(*tid);
     let hangs = "a data thread makes no progress, the watchdog is not fed";
     daemon.wait(Mark::START, hangs, &[]);
-    thread::sleep(Duration::from_millis(200));
-    assert_eq!(daemon.said(Mark::START, hangs).len(), 1);
+    let once = || daemon.said(Mark::START, hangs).len() == 1;
+    stays("it is told once", Duration::from_millis(200), once);
     frozen.thaw();
     let at = manager.now();
     manager.wait(at, "WATCHDOG=1", is("WATCHDOG"));
