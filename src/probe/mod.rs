@@ -8,7 +8,8 @@
 //! - A worker that is busy accepts later. At most one unanswered connection of a probe is in its
 //!   queue: as long as one waits there, the next probe goes on with it.
 //! - A probe ends politely: it says that it will send nothing (a FIN), and reads what the worker says
-//!   before it closes. A program that greets its clients would else find its greeting refused.
+//!   before it closes. A program that greets its clients would else find its greeting refused. The next
+//!   probe waits for that end.
 
 mod connection;
 mod http;
@@ -23,8 +24,8 @@ use std::{
 use nix::errno::Errno;
 use socket2::{SockAddr, Socket};
 use tokio::{
-    task::{AbortHandle, spawn_local},
-    time::{self, timeout_at},
+    task::{JoinHandle, spawn_local},
+    time::{error::Elapsed, timeout, timeout_at},
 };
 
 use crate::{
@@ -60,7 +61,15 @@ struct State {
     /// One that waits in the worker's accept queue.
     waiting: Option<Connection>,
     /// The polite end of the last one.
-    ending: Option<AbortHandle>,
+    ending: Option<Ending>,
+}
+
+#[derive(Debug)]
+struct Ending {
+    /// Takes no longer than a probe.
+    task: JoinHandle<Result<(), Elapsed>>,
+    /// Whether the worker came to it in time. One that did not may never do.
+    in_time: bool,
 }
 
 impl Prober {
@@ -90,7 +99,8 @@ impl Prober {
 
     /// Probes `target` once: over the connection that waits, or over this socket, which is not
     /// connected yet. `answered` counts the clients that the worker has begun to answer. Takes at
-    /// most `target.timeout`; dropping the future gives up.
+    /// most `target.timeout`, after the end of the probe before, which takes no longer; dropping the
+    /// future gives up.
     ///
     /// To be called in a [`LocalSet`](tokio::task::LocalSet).
     pub async fn probe(
@@ -99,6 +109,7 @@ impl Prober {
         socket: io::Result<Socket>,
         answered: impl Fn() -> u64,
     ) -> ProbeOutcome {
+        self.hear_out().await;
         let began = Instant::now();
         let until = began + target.timeout;
         let before = answered();
@@ -117,11 +128,12 @@ impl Prober {
                 Err(ProbeError::NotAccepted(_) | ProbeError::Busy | ProbeError::Lacking(_)),
                 connection,
             ) => state.waiting = connection,
-            (_, Some(connection)) => {
+            (result, Some(connection)) => {
+                let task = spawn_local(timeout(target.timeout, connection.end()));
+                let in_time = !matches!(result, Err(ProbeError::NotAnswered(_)));
                 // One at a time, however short the interval is.
-                let ending = spawn_local(time::timeout(target.timeout, connection.end()));
-                if let Some(before) = state.ending.replace(ending.abort_handle()) {
-                    before.abort();
+                if let Some(before) = state.ending.replace(Ending { task, in_time }) {
+                    before.task.abort();
                 }
             }
             (_, None) => {}
@@ -132,6 +144,16 @@ impl Prober {
             Err(error) => Verdict::Failed(error.to_string()),
         };
         ProbeOutcome { took: began.elapsed(), verdict }
+    }
+
+    /// Waits for the end of the last probe, if the worker has answered that: cut off in the middle of
+    /// its answer it would find an error of its client's.
+    async fn hear_out(&self) {
+        let ending = self.0.borrow_mut().ending.take_if(|ending| ending.in_time);
+        if let Some(ending) = ending {
+            // Its time is over, or it is done.
+            _ = ending.task.await;
+        }
     }
 }
 
@@ -534,6 +556,42 @@ mod tests {
             let asked = tokio::task::spawn_blocking(move || asked.join().unwrap());
             let (_, rest) = asked.await.unwrap();
             assert_eq!(rest.unwrap(), 0, "an end, and no reset");
+        });
+    }
+
+    #[test]
+    fn an_answer_that_takes_longer_than_the_interval_is_read_to_its_end() {
+        let (listener, address) = listener();
+        let (tell, told) = std::sync::mpsc::channel();
+        let server = thread::spawn(move || {
+            let answer = |body: &[u8]| {
+                let mut stream = listener.accept().unwrap().0;
+                assert!(stream.read(&mut [0; 1024]).unwrap() > 0);
+                stream.write_all(b"HTTP/1.0 200 OK\r\n\r\n").unwrap();
+                stream.write_all(body).unwrap();
+                stream
+            };
+            thread::scope(|scope| {
+                let mut slow = answer(b"begins");
+                // Answers the next probe at once, if there is one before this answer's end.
+                scope.spawn(|| drop(answer(b"")));
+                _ = told.recv_timeout(SECOND / 10);
+                for _ in 0..10 {
+                    // Fails where the connection is gone.
+                    slow.write_all(b"goes on").unwrap();
+                    thread::sleep(SECOND / 100);
+                }
+            });
+        });
+        run(async {
+            let prober = Prober::default();
+            let target = target(http("/"), address, 20 * SECOND);
+            for _ in 0..2 {
+                assert_eq!(once(&prober, &target).await, Verdict::Passed);
+            }
+            _ = tell.send(());
+            let served = tokio::task::spawn_blocking(move || server.join());
+            served.await.unwrap().expect("every answer is heard out");
         });
     }
 
