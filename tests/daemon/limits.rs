@@ -2,105 +2,40 @@
 
 use std::{
     fs,
-    io::{BufRead, BufReader, Read, Write},
+    io::{Read, Write},
     os::unix::{net::UnixStream, process::ExitStatusExt},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
-    },
+    process::Command,
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use crate::common::needs;
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::{Pid, Uid},
-};
+use crate::common::{Daemon, Mark, PATIENCE, eventually, needs};
+use nix::{sys::signal::Signal, unistd::Uid};
 use tempfile::TempDir;
-
-/// Longer than anything here takes, however slow the machine.
-const DEADLINE: Duration = Duration::from_secs(30);
 
 const LBD: &str = env!("CARGO_BIN_EXE_lbd");
 
-fn until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let end = Instant::now() + DEADLINE;
-    while !is_so() {
-        assert!(Instant::now() < end, "in vain: {what}");
-        thread::sleep(Duration::from_millis(5));
-    }
+/// A daemon in this folder, with one service that listens on a unix socket there. `command` runs lbd's
+/// arguments.
+fn start(folder: TempDir, keys: &str, mut command: Command) -> Daemon {
+    write_config(folder.path(), keys);
+    command.args(["--config", "lb.toml"]);
+    Daemon::run(folder, command)
 }
 
-/// A daemon in a folder of its own, with one service that listens on a unix socket there.
-struct Daemon {
-    child: Child,
-    folder: TempDir,
-    log: Arc<Mutex<Vec<String>>>,
+/// With `workers` that are healthy.
+fn healthy(keys: &str, workers: usize) -> Daemon {
+    let daemon = start(tempfile::tempdir().unwrap(), keys, Command::new(LBD));
+    daemon.wait_healthy(Mark::START, workers);
+    daemon
 }
 
-impl Daemon {
-    /// `command` runs lbd's arguments.
-    fn start(folder: TempDir, keys: &str, mut command: Command) -> Self {
-        write_config(folder.path(), keys);
-        let mut child = command
-            .args(["--config", "lb.toml"])
-            .current_dir(folder.path())
-            .stdin(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let log = Arc::new(Mutex::new(Vec::new()));
-        let lines = BufReader::new(child.stderr.take().unwrap()).lines();
-        thread::spawn({
-            let log = Arc::clone(&log);
-            move || lines.map_while(Result::ok).for_each(|line| log.lock().unwrap().push(line))
-        });
-        Self { child, folder, log }
-    }
-
-    /// With `workers` that are healthy.
-    fn healthy(keys: &str, workers: usize) -> Self {
-        let daemon = Self::start(tempfile::tempdir().unwrap(), keys, Command::new(LBD));
-        daemon.wait("worker healthy", workers);
-        daemon
-    }
-
-    /// The lines with `message` in them, as soon as there are so many.
-    fn wait(&self, message: &str, count: usize) -> Vec<String> {
-        let mut found = Vec::new();
-        until(message, || {
-            found = self.said(message);
-            found.len() >= count
-        });
-        found
-    }
-
-    fn said(&self, message: &str) -> Vec<String> {
-        let log = self.log.lock().unwrap();
-        log.iter().filter(|line| line.contains(&format!(" {message} "))).cloned().collect()
-    }
-
-    fn signal(&self, signal: Signal) {
-        kill(Pid::from_raw(i32::try_from(self.child.id()).unwrap()), signal).unwrap();
-    }
-
-    fn reload(&self, keys: &str) {
-        write_config(self.folder.path(), keys);
-        self.signal(Signal::SIGHUP);
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-        if thread::panicking() {
-            eprintln!("{}", self.log.lock().unwrap().join("\n"));
-        }
-    }
+/// Has another file read, without waiting for it.
+fn reload(daemon: &Daemon, keys: &str) {
+    write_config(daemon.folder.path(), keys);
+    daemon.signal(Signal::SIGHUP);
 }
 
 fn write_config(folder: &Path, keys: &str) {
@@ -108,12 +43,6 @@ fn write_config(folder: &Path, keys: &str) {
     fs::write(folder.join("www/index.html"), "hello").unwrap();
     let listen = "[log]\naccess = false\n[service.web]\nlisten = \"unix:front\"\n";
     fs::write(folder.join("lb.toml"), format!("{listen}{keys}")).unwrap();
-}
-
-/// What `key` is in a line of the log.
-fn field(line: &str, key: &str) -> String {
-    let (_, rest) = line.split_once(&format!(" {key}=")).unwrap_or_else(|| panic!("{line}"));
-    rest.trim_start_matches('"').split([' ', '"']).next().unwrap().to_owned()
 }
 
 /// A service whose command is this script, with the built-in worker as `"$LBD" worker …` in it.
@@ -125,7 +54,7 @@ const SERVE: &str = "exec \"$LBD\" worker --root www";
 
 fn get(folder: &Path) -> std::io::Result<()> {
     let mut stream = UnixStream::connect(folder.join("front"))?;
-    stream.set_read_timeout(Some(DEADLINE))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
     stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
@@ -146,7 +75,7 @@ fn under_load(folder: &Path, during: impl FnOnce()) {
         let clients = [scope.spawn(client), scope.spawn(client)];
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(during));
         let before = done.load(SeqCst);
-        until("more requests", || {
+        eventually("more requests", || {
             done.load(SeqCst) > before + 20 || clients.iter().any(|client| client.is_finished())
         });
         stop.store(true, SeqCst);
@@ -160,41 +89,36 @@ fn a_worker_past_its_memory_is_replaced_without_a_failed_request() {
     let grow = "(while ! rm grow-$LBD_SLOT 2>/dev/null; do sleep 0.05; done; \
                 (head -c 64M /dev/zero; exec sleep 1000) | tail >/dev/null) & ";
     let keys = "workers = 2\n[service.web.limits]\nmemory = \"48MiB\"\n";
-    let daemon = Daemon::healthy(&script(&format!("{grow}{SERVE}"), keys), 2);
+    let daemon = healthy(&script(&format!("{grow}{SERVE}"), keys), 2);
     let folder = daemon.folder.path();
     under_load(folder, || {
         fs::write(folder.join("grow-1"), "").unwrap();
-        daemon.wait("draining", 1);
-        daemon.wait("worker exited", 1);
+        daemon.wait(Mark::START, "draining", &[]);
+        daemon.wait(Mark::START, "worker exited", &[]);
     });
-    let recycling = daemon.said("recycling").remove(0);
-    assert_eq!(
-        (field(&recycling, "slot"), field(&recycling, "why")),
-        ("1".into(), "memory".into())
-    );
-    let exited = daemon.said("worker exited").remove(0);
-    assert_eq!(field(&exited, "pid"), field(&recycling, "pid"));
-    let log = daemon.log.lock().unwrap().clone();
-    let at = |message: &str| log.iter().rposition(|line| line.contains(&format!(" {message} ")));
+    let recycling = daemon.said(Mark::START, "recycling").remove(0);
+    assert_eq!((recycling.get("slot"), recycling.get("why")), (Some("1"), Some("memory")));
+    let exited = daemon.said(Mark::START, "worker exited").remove(0);
+    assert_eq!(exited.pid(), recycling.pid());
+    let log = daemon.log.lines(Mark::START);
+    let at = |message: &str| log.iter().rposition(|line| line.message == message);
     assert!(at("worker healthy") < at("draining"), "{log:#?}");
-    assert_eq!(log.iter().filter(|line| line.contains(" recycling ")).count(), 1, "{log:#?}");
+    assert_eq!(log.iter().filter(|line| line.message == "recycling").count(), 1, "{log:#?}");
 }
 
 #[test]
 fn workers_past_their_age_are_replaced_without_a_failed_request() {
     let keys = "root = \"www\"\nworkers = 2\n[service.web.limits]\nmax-age = \"700ms\"\n";
-    let daemon = Daemon::healthy(keys, 2);
+    let daemon = healthy(keys, 2);
     under_load(daemon.folder.path(), || {
-        let recycling = daemon.wait("recycling", 6);
-        for line in &recycling {
-            assert_eq!(field(line, "why"), "max-age");
-            let age: f64 = field(line, "age").parse().unwrap();
-            assert!(age >= 0.63, "{line}");
+        for line in daemon.wait_many(Mark::START, "recycling", &[], 6) {
+            assert_eq!(line.get("why"), Some("max-age"));
+            assert!(line.number::<f64>("age") >= 0.63, "{}", line.raw);
         }
     });
-    let started = daemon.said("worker started").len();
-    daemon.reload("root = \"www\"\nworkers = 2\n");
-    daemon.wait("reloaded", 1);
+    let started = daemon.said(Mark::START, "worker started").len();
+    reload(&daemon, "root = \"www\"\nworkers = 2\n");
+    daemon.wait(Mark::START, "reloaded", &[]);
     assert!(started >= 7);
 }
 
@@ -202,21 +126,23 @@ fn workers_past_their_age_are_replaced_without_a_failed_request() {
 fn a_worker_has_as_many_descriptors_as_it_may() {
     let limits = |most: u32| format!("[service.web.limits]\nopen-files = {most}\n");
     let config = |most| format!("root = \"www\"\nworkers = 1\n{}", limits(most));
-    let daemon = Daemon::healthy(&config(99), 1);
-    let has = |line: &str| {
-        let limits = fs::read_to_string(format!("/proc/{}/limits", field(line, "pid"))).unwrap();
+    let daemon = healthy(&config(99), 1);
+    let has = |healthy: usize| {
+        let lines = daemon.wait_many(Mark::START, "worker healthy", &[], healthy);
+        let pid = lines[healthy - 1].pid();
+        let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
         let line = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
         line.split_ascii_whitespace().skip(3).take(2).collect::<Vec<_>>().join(" ")
     };
-    assert_eq!(has(&daemon.wait("worker healthy", 1)[0]), "99 99");
-    daemon.reload(&config(88));
-    assert_eq!(has(&daemon.wait("worker healthy", 2)[1]), "88 88");
+    assert_eq!(has(1), "99 99");
+    reload(&daemon, &config(88));
+    assert_eq!(has(2), "88 88");
 }
 
 #[test]
 fn a_worker_has_as_many_connections_as_it_may() {
     let keys = "root = \"www\"\nworkers = 2\n[service.web.limits]\nmax-connections = 1\n";
-    let daemon = Daemon::healthy(keys, 2);
+    let daemon = healthy(keys, 2);
     let folder = daemon.folder.path();
     let open = || {
         let mut stream = UnixStream::connect(folder.join("front")).unwrap();
@@ -230,7 +156,7 @@ fn a_worker_has_as_many_connections_as_it_may() {
     let mut three = open();
     assert!(three.read(&mut [0; 512]).is_err(), "a third one is served");
     drop(one);
-    three.set_read_timeout(Some(DEADLINE)).unwrap();
+    three.set_read_timeout(Some(PATIENCE)).unwrap();
     assert!(three.read(&mut [0; 512]).unwrap() > 0);
 }
 
@@ -254,9 +180,9 @@ fn processes_are_not_limited_where_they_can_not_be() {
     assert_eq!(checked.status.code(), Some(0), "{said}");
     assert!(said.contains(&format!("{place}note: refused where ")), "{said}");
 
-    let daemon = Daemon::healthy(keys, 1);
-    daemon.reload(&limited);
-    let line = daemon.wait("reload refused", 1).remove(0);
+    let daemon = healthy(keys, 1);
+    reload(&daemon, &limited);
+    let line = daemon.wait(Mark::START, "reload refused", &[]).raw;
     assert!(line.contains(place) && line.contains("no cgroup is delegated"), "{line}");
     get(daemon.folder.path()).unwrap();
 }
@@ -315,7 +241,7 @@ impl Delegated {
 impl Drop for Delegated {
     fn drop(&mut self) {
         let _ = fs::write(self.0.join("cgroup.kill"), "1");
-        until("all gone", || {
+        eventually("all gone", || {
             self.names().iter().for_each(|name| drop(fs::remove_dir(self.0.join(name))));
             fs::remove_dir(&self.0).is_ok() || !self.0.exists()
         });
@@ -337,40 +263,43 @@ fn a_tree_that_forks_without_end_is_killed_as_a_whole() {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("link"), link).unwrap();
     let keys = "workers = 1\n[service.web.stop]\ntimeout = \"100ms\"\n";
-    let daemon = Daemon::start(folder, &script(&storm, keys), delegated.command());
-    daemon.wait("worker healthy", 1);
-    let leaf = format!("lbd-{}", daemon.child.id());
+    let daemon = start(folder, &script(&storm, keys), delegated.command());
+    daemon.wait_healthy(Mark::START, 1);
+    let leaf = format!("lbd-{}", daemon.pid());
     let worker = format!("{leaf}-1");
     assert_eq!(delegated.names(), [leaf.clone(), worker.clone()]);
     assert_eq!(delegated.members(&leaf), 2, "lbd and the guard");
-    until("a storm", || delegated.members(&worker) > 3);
+    eventually("a storm", || delegated.members(&worker) > 3);
     // In the cgroup, but not below the guard: only who kills the cgroup gets this one too.
     let mut stowaway = Command::new("sleep").arg("1000").spawn().unwrap();
     fs::write(delegated.0.join(&worker).join("cgroup.procs"), stowaway.id().to_string()).unwrap();
 
     // Stopped: nothing of it is left, and its cgroup is gone.
-    daemon.reload(&script(
-        &storm,
-        &format!("{keys}drain = \"signal\"\n[service.web.limits]\nopen-files = 999\n"),
-    ));
-    daemon.wait("worker healthy", 2);
-    until("the cgroup of the old one is gone", || !delegated.names().contains(&worker));
+    reload(
+        &daemon,
+        &script(
+            &storm,
+            &format!("{keys}drain = \"signal\"\n[service.web.limits]\nopen-files = 999\n"),
+        ),
+    );
+    daemon.wait_healthy(Mark::START, 2);
+    eventually("the cgroup of the old one is gone", || !delegated.names().contains(&worker));
     let second = format!("{leaf}-2");
     assert_eq!(stowaway.wait().unwrap().signal(), Some(9));
-    until("a second storm", || delegated.members(&second) > 3);
+    eventually("a second storm", || delegated.members(&second) > 3);
 
     // lbd killed: the guard sees to it.
     daemon.signal(Signal::SIGKILL);
-    until("nothing is left of either", || {
+    eventually("nothing is left of either", || {
         delegated.members(&second) + delegated.members(&leaf) == 0
     });
     drop(daemon);
 
     // The next lbd tidies up.
     let keys = "root = \"www\"\nworkers = 1\n";
-    let daemon = Daemon::start(tempfile::tempdir().unwrap(), keys, delegated.command());
-    daemon.wait("worker healthy", 1);
-    let leaf = format!("lbd-{}", daemon.child.id());
+    let daemon = start(tempfile::tempdir().unwrap(), keys, delegated.command());
+    daemon.wait_healthy(Mark::START, 1);
+    let leaf = format!("lbd-{}", daemon.pid());
     assert_eq!(delegated.names(), [leaf.clone(), format!("{leaf}-1")]);
     drop(daemon);
 }
