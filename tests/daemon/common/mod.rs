@@ -328,8 +328,11 @@ impl Daemon {
         fewest
     }
 
+    /// Replaces its file, at once: a reload that is still under way reads the old or the new one.
     pub(crate) fn write_config(&self, config: &str) {
-        fs::write(self.path("lb.toml"), config).unwrap();
+        let new = self.path("lb.toml.new");
+        fs::write(&new, config).unwrap();
+        fs::rename(new, self.path("lb.toml")).unwrap();
     }
 
     /// Has this file read, and waits for `reloaded` or `reload refused`.
