@@ -11,6 +11,8 @@ use std::{
     time::Duration,
 };
 
+use crate::per_thread::PerThread;
+
 /// The upper bounds of the buckets, in microseconds: three a decade up to ten seconds, then what
 /// idle timeouts are made of.
 const BOUNDS: [u64; 21] = [
@@ -40,17 +42,12 @@ const BOUNDS: [u64; 21] = [
 /// One a bound, and one for what is longer than all of them.
 const BUCKETS: usize = BOUNDS.len() + 1;
 
-/// Threads up to this number have a shard each; more of them share.
-const SHARDS: usize = 8;
-
 /// Durations that several threads count.
 #[derive(Debug, Default)]
-pub struct Histogram([Shard; SHARDS]);
+pub struct Histogram(PerThread<Shard>);
 
-/// The part that one thread counts into. Its cache lines are no other thread's (x86 fetches them in
-/// pairs).
+/// The part that one thread counts into.
 #[derive(Debug, Default)]
-#[repr(align(128))]
 struct Shard {
     buckets: [AtomicU64; BUCKETS],
     micros: AtomicU64,
@@ -66,7 +63,7 @@ pub struct Durations {
 impl Histogram {
     /// Counts one duration; `thread` is the number of the thread that does.
     pub fn count(&self, thread: usize, duration: Duration) {
-        let shard = &self.0[thread % SHARDS];
+        let shard = self.0.of(thread);
         let micros = micros(duration);
         shard.buckets[bucket(micros)].fetch_add(1, Relaxed);
         if micros > 0 {
@@ -78,7 +75,7 @@ impl Histogram {
     #[must_use]
     pub fn read(&self) -> Durations {
         let mut all = Durations::default();
-        for shard in &self.0 {
+        for shard in self.0.iter() {
             all += Durations {
                 buckets: array::from_fn(|bucket| shard.buckets[bucket].load(Relaxed)),
                 micros: shard.micros.load(Relaxed),
@@ -174,7 +171,7 @@ mod tests {
     fn threads_that_share_a_shard_lose_nothing() {
         let histogram = Histogram::default();
         thread::scope(|scope| {
-            for thread in 0..3 * SHARDS {
+            for thread in 0..24 {
                 let histogram = &histogram;
                 scope.spawn(move || {
                     for _ in 0..1_000 {

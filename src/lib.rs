@@ -14,7 +14,7 @@
 //!      └─ worker                           the built-in HTTP worker, a program of its own
 //! ```
 //!
-//! `net` and `histogram` are below all of them, and know nothing of lbd but
+//! `net`, `histogram` and `per_thread` are below all of them, and know nothing of lbd but
 //! what `config` calls things. `printable` is below these: whatever is shown of others goes through it.
 //!
 //! With `route = "direct"` connections don't come through `proxy` at all: `net::direct` has the
@@ -35,6 +35,7 @@ pub mod daemon;
 pub mod histogram;
 pub mod logging;
 pub mod net;
+pub mod per_thread;
 pub mod printable;
 pub mod probe;
 pub mod process;

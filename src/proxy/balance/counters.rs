@@ -11,7 +11,10 @@ use std::{
 };
 
 use super::outcome::{ConnectError, Outcome};
-use crate::histogram::{Durations, Histogram};
+use crate::{
+    histogram::{Durations, Histogram},
+    per_thread::PerThread,
+};
 
 /// How often something happened for which reason, in a fixed order of the reasons.
 pub type Reasons<const N: usize> = [(&'static str, u64); N];
@@ -23,6 +26,18 @@ pub(crate) struct WorkerCounters {
     failures: [AtomicU64; Outcome::OF_TAKEN.len()],
     connect: Histogram,
     duration: Histogram,
+    relayed: PerThread<Relayed>,
+}
+
+/// What one thread has passed on between clients and a worker.
+#[derive(Debug, Default)]
+struct Relayed {
+    /// Bytes handed to clients.
+    sent: AtomicU64,
+    /// Bytes handed to the worker.
+    received: AtomicU64,
+    /// Connections that the worker has begun to answer.
+    answered: AtomicU64,
 }
 
 /// One service's counters: of connections that no worker has, or not yet.
@@ -83,18 +98,51 @@ impl WorkerCounters {
         }
     }
 
+    pub(crate) fn count_bytes(&self, thread: usize, sent: u64, received: u64) {
+        let relayed = self.relayed.of(thread);
+        if sent > 0 {
+            relayed.sent.fetch_add(sent, Relaxed);
+        }
+        if received > 0 {
+            relayed.received.fetch_add(received, Relaxed);
+        }
+    }
+
+    pub(crate) fn count_answered(&self, thread: usize) {
+        self.relayed.of(thread).answered.fetch_add(1, Relaxed);
+    }
+
+    pub(crate) fn sent(&self) -> u64 {
+        self.relayed.iter().map(|relayed| relayed.sent.load(Relaxed)).sum()
+    }
+
+    pub(crate) fn received(&self) -> u64 {
+        self.relayed.iter().map(|relayed| relayed.received.load(Relaxed)).sum()
+    }
+
+    pub(crate) fn answered(&self) -> u64 {
+        self.relayed.iter().map(|relayed| relayed.answered.load(Relaxed)).sum()
+    }
+
+    /// Connections that the worker took.
+    pub(crate) fn taken(&self) -> u64 {
+        self.connect.read().len()
+    }
+
     pub(crate) fn refused(&self) -> u64 {
         self.refusals.iter().map(|count| count.load(Relaxed)).sum()
     }
 
-    /// All but the numbers that `/status` shows too.
+    /// All that is counted here: the connections that the kernel hands to a worker are not.
     pub(crate) fn read(&self) -> WorkerTally {
         WorkerTally {
+            total: self.taken(),
+            sent: self.sent(),
+            received: self.received(),
             connect: self.connect.read(),
             duration: self.duration.read(),
             refusals: load(&self.refusals),
             failures: load(&self.failures),
-            ..WorkerTally::default()
         }
     }
 }

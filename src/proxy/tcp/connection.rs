@@ -60,7 +60,7 @@ pub(super) enum Said {
 /// have been told of the end. So nobody ever takes what was cut off for what was complete.
 #[derive(Debug)]
 pub(super) struct Connection {
-    // The sockets come before the lease and the place, so that whoever sees those given back knows
+    // The sockets come before the lease and the permit, so that whoever sees those given back knows
     // that the descriptors are closed.
     pub(super) client: Side,
     pub(super) worker: Option<(Side, Lease)>,
@@ -79,7 +79,7 @@ pub(super) struct Connection {
     told: [bool; 2],
     /// Which of them have ended since.
     noticed: [bool; 2],
-    /// The ids of the upstreams that did not take it.
+    /// The ids of the backends that did not take it.
     pub(super) tried: Vec<u64>,
     /// A worker did not take it, so that another was tried or waited for.
     pub(super) is_retried: bool,
@@ -165,10 +165,11 @@ impl Connection {
         self.sent + self.received
     }
 
-    /// Tells the worker whose connection it is, before anything else.
+    /// Tells the worker whose connection it is, before anything else. `thread` is the one that does.
     pub(super) fn introduce(
         &mut self,
         version: ProxyProtocol,
+        thread: usize,
         buffer: &mut [u8],
     ) -> Result<(), Outcome> {
         let header = Header::new(version, self.ends());
@@ -179,7 +180,7 @@ impl Connection {
         if led == Err(Fault::Writing) {
             self.down.pump_last_words(worker, client, buffer, &mut self.sent);
         }
-        lease.count_bytes(self.sent - before.0, self.received - before.1);
+        lease.count_bytes(thread, self.sent - before.0, self.received - before.1);
         led.map_err(|fault| match fault {
             Fault::Reading => Outcome::ClientReset,
             Fault::Writing => Outcome::WorkerReset,
@@ -200,7 +201,7 @@ impl Connection {
     }
 
     /// Moves bytes both ways. `Pumped::Done` when both directions have ended.
-    pub(super) fn relay(&mut self, buffer: &mut [u8]) -> Result<Pumped, Outcome> {
+    pub(super) fn relay(&mut self, thread: usize, buffer: &mut [u8]) -> Result<Pumped, Outcome> {
         let Some((worker, lease)) = &mut self.worker else { return Ok(Pumped::Waits) };
         let before = (self.sent, self.received);
         let (client, sent, received) = (&mut self.client, &mut self.sent, &mut self.received);
@@ -218,9 +219,9 @@ impl Connection {
         if up == Err(Fault::Writing) {
             self.down.pump_last_words(worker, client, buffer, sent);
         }
-        lease.count_bytes(self.sent - before.0, self.received - before.1);
+        lease.count_bytes(thread, self.sent - before.0, self.received - before.1);
         if before.0 == 0 && self.sent > 0 {
-            lease.count_answered();
+            lease.count_answered(thread);
         }
         match (down, up) {
             (Err(Fault::Reading), _) | (_, Err(Fault::Writing)) => Err(Outcome::WorkerReset),

@@ -256,7 +256,7 @@ impl Engine {
             Stage::AwaitingFirstBytes => GRACE,
             Stage::Connecting if of.is_local => routing.connect_timeout.min(LOCAL_ANSWER),
             Stage::Connecting => routing.connect_timeout,
-            // Never early: the last byte may be a grain younger than the place in the queue.
+            // Never early: the last byte may be a grain younger than since when it is in the list.
             Stage::Relaying => routing.idle_timeout.saturating_add(grain(routing.idle_timeout)),
             Stage::Ending => NOTICE,
             Stage::AwaitingWorker => return None,
@@ -728,7 +728,7 @@ impl Engine {
         connection.tried = Vec::new();
         self.enter(cx, key, Stage::Relaying);
         if let Some(version) = proxy_protocol
-            && let Err(end) = self.connections[key].introduce(version, &mut cx.buffer)
+            && let Err(end) = self.connections[key].introduce(version, cx.thread, &mut cx.buffer)
         {
             return self.finish(cx, key, end);
         }
@@ -786,7 +786,7 @@ impl Engine {
     fn relay(&mut self, cx: &mut Context, key: usize) {
         let connection = &mut self.connections[key];
         let before = connection.bytes();
-        match connection.relay(&mut cx.buffer) {
+        match connection.relay(cx.thread, &mut cx.buffer) {
             Ok(Pumped::Done) => {
                 let end = connection.own_end();
                 return self.finish(cx, key, end);
@@ -937,7 +937,7 @@ fn is_self_connected(socket: &Socket, backend: &Backend) -> bool {
     backend.is_ephemeral() && socket.local_addr().is_ok_and(|local| local == *at)
 }
 
-/// How stale a busy connection's place in the idle queue may get before it is renewed.
+/// How late a busy connection may be put at the end of the list of the idle ones.
 fn grain(idle_timeout: Duration) -> Duration {
     (idle_timeout / 16).min(Duration::from_secs(1))
 }

@@ -55,10 +55,6 @@ pub struct Backend {
     congested: AtomicU64,
     drained: Arc<Notify>,
     active: AtomicUsize,
-    total: AtomicU64,
-    sent: AtomicU64,
-    received: AtomicU64,
-    answered: AtomicU64,
     counters: WorkerCounters,
     direct: Option<Direct>,
 }
@@ -71,7 +67,7 @@ fn milliseconds() -> u64 {
     nanoseconds(Instant::now()) / 1_000_000
 }
 
-/// What passed through an [`Backend`] so far.
+/// What passed through a [`Backend`] so far.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Traffic {
     /// Connections now on the worker, the ones being made included; `None` where that can't be told.
@@ -89,7 +85,7 @@ pub struct Traffic {
 impl Backend {
     /// A worker that listens at `endpoint`, and is told who its client is where it is to be. `id` is
     /// its incarnation, unique for the life of the daemon; `label` names it in the access log
-    /// (`web/9002`). `drained` is notified whenever the last connection of a *retired* upstream
+    /// (`web/9002`). `drained` is notified whenever the last connection of a *retired* backend
     /// ends; one `Notify` may serve them all.
     #[must_use]
     pub fn new(
@@ -143,10 +139,6 @@ impl Backend {
             congested: AtomicU64::new(0),
             drained,
             active: AtomicUsize::new(0),
-            total: AtomicU64::new(0),
-            sent: AtomicU64::new(0),
-            received: AtomicU64::new(0),
-            answered: AtomicU64::new(0),
             counters: WorkerCounters::default(),
             direct,
         }
@@ -158,7 +150,7 @@ impl Backend {
         self.id
     }
 
-    /// The place in the service: 0, 1, …
+    /// Its slot in the service: 0, 1, …
     #[must_use]
     pub fn slot(&self) -> u32 {
         self.slot
@@ -185,13 +177,13 @@ impl Backend {
     /// A snapshot of the counters, each exact by itself.
     #[must_use]
     pub fn traffic(&self) -> Traffic {
-        let through = |count: &AtomicU64| self.direct.is_none().then(|| count.load(Relaxed));
+        let through = |count: u64| self.direct.is_none().then_some(count);
         Traffic {
             active: self.connections(),
             total: self.given(),
             failed: self.counters.refused(),
-            sent: through(&self.sent),
-            received: through(&self.received),
+            sent: through(self.counters.sent()),
+            received: through(self.counters.received()),
         }
     }
 
@@ -207,7 +199,7 @@ impl Backend {
 
     /// Connections that the worker was given, those that lbd did not see included.
     fn given(&self) -> Option<u64> {
-        let taken = self.total.load(Relaxed);
+        let taken = self.counters.taken();
         let routed = self.direct.as_ref().map_or(Some(0), Direct::routed);
         Some(routed? + taken)
     }
@@ -251,8 +243,6 @@ impl Backend {
     pub fn tally(&self) -> WorkerTally {
         let mut tally = self.counters.read();
         tally.total = self.given().unwrap_or_default();
-        tally.sent = self.sent.load(Relaxed);
-        tally.received = self.received.load(Relaxed);
         tally
     }
 
@@ -262,7 +252,7 @@ impl Backend {
         self.active.load(SeqCst)
     }
 
-    /// Takes no further connection from lbd, and tells whether it has none. Once a retired upstream
+    /// Takes no further connection from lbd, and tells whether it has none. Once a retired backend
     /// has none, it gets none, whatever snapshot a data thread still looks at. That one which is
     /// direct has none is known after the next sample; it must have no turns any more.
     pub fn retire(&self) -> bool {
@@ -280,7 +270,7 @@ impl Backend {
 
     /// Says whether connections to its port reach another worker, which expects another header.
     ///
-    /// To be said before they do: whoever has connected looks before it sends anything, and places
+    /// To be said before they do: whoever has connected looks before it sends anything, and assigns
     /// its client anew.
     pub fn displace(&self, displaced: bool) {
         self.displaced.store(displaced, SeqCst);
@@ -370,7 +360,6 @@ impl Backend {
     }
 
     pub(crate) fn count_taken(&self, thread: usize, connect: Duration) {
-        self.total.fetch_add(1, Relaxed);
         self.counters.count_connect(thread, connect);
     }
 
@@ -385,20 +374,15 @@ impl Backend {
     /// How many connections it has begun to answer: sent a first byte.
     #[must_use]
     pub fn answered(&self) -> u64 {
-        self.answered.load(Relaxed)
+        self.counters.answered()
     }
 
-    pub(crate) fn count_answered(&self) {
-        self.answered.fetch_add(1, Relaxed);
+    pub(crate) fn count_answered(&self, thread: usize) {
+        self.counters.count_answered(thread);
     }
 
-    pub(crate) fn count_bytes(&self, sent: u64, received: u64) {
-        if sent > 0 {
-            self.sent.fetch_add(sent, Relaxed);
-        }
-        if received > 0 {
-            self.received.fetch_add(received, Relaxed);
-        }
+    pub(crate) fn count_bytes(&self, thread: usize, sent: u64, received: u64) {
+        self.counters.count_bytes(thread, sent, received);
     }
 }
 
@@ -416,7 +400,7 @@ pub(crate) enum LeaseError {
     Retired,
 }
 
-/// One connection's place on an [`Backend`], given back when dropped.
+/// One connection's claim on a [`Backend`], given back when dropped.
 #[derive(Debug)]
 pub(crate) struct Lease {
     backend: Arc<Backend>,
