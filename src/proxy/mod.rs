@@ -1,8 +1,20 @@
 //! The data plane: listeners, the pool of workers, and the relay between the two.
 //!
-//! A connection's way: [`Listener`] → `acceptor` (accept) → `steps` (a PROXY header in front, the client's first
-//! bytes, [`Pool`], connect, or the `line` of those that wait) → `relay` → one line in the access log. It owns the clients' connections and nothing else: it never starts,
-//! probes or stops a worker, and asks nobody. The supervisor publishes a [`Pool`] and reads counters.
+//! A connection's way: a [`Listener`](crate::net::Listener), whose [`Target`] says what its clients get →
+//! `reactor::acceptor`, with a permit → `tcp::engine` (a PROXY header in front, the client's first bytes,
+//! a backend out of the [`Pool`], connect; or the wait list) → `tcp::relay` → one line in the access log.
+//! It owns the clients' connections and nothing else: it never starts, probes or stops a worker, and
+//! asks nobody. The driver publishes a [`Pool`] and reads counters.
+//!
+//! Imports run downward only:
+//!
+//! ```text
+//! plane        the driver's handle: commands in, counters out
+//! reactor      a data thread's loop, and the acceptor
+//! tcp          the engine that passes bytes on
+//! thread       what any engine has of its thread: epoll, clock, buffer, lists of deadlines
+//! balance      who gets which connection; knows of no engine
+//! ```
 //!
 //! # Why it is as it is
 //!
@@ -34,20 +46,21 @@
 //!   (medians of `bench/run new-connections`; the bytes alone, or the segment alone, gain nothing).
 //! - The end of a stream travels with its last bytes.
 //! - Listeners are registered exclusively, so that one client wakes one thread. A thread that then
-//!   has more connections than another hands the new one over (`threads`): without that,
+//!   has more connections than another hands the new one over (`thread::threads`): without that,
 //!   `bench/run` gets 7 % fewer requests on kept connections, and 8 % fewer new connections.
-//! - Of large bodies little stays in the kernel's queues on loopback (`relay`).
+//! - Of large bodies little stays in the kernel's queues on loopback (`tcp::relay`).
 //! - What is counted at the end of a connection is counted in the thread's own cache lines, by the
-//!   clock of its turn (`tally`).
+//!   clock of its turn (`balance::counters`).
 //! - Bytes go through one buffer of 64 KiB a thread. An idle connection is about 250 bytes here.
-//! - Timeouts are the order of a linked list (`queue`), not timers.
+//! - Timeouts are the order of a linked list (`thread::deadlines`), not timers.
 //!
 //! # Those that wait
 //!
-//! Whatever connections wait for a worker for, they wait in one `line` for each service and thread, in
-//! the order in which they came. Only the first looks for a worker, and what it finds is the answer
-//! for all, so that a new [`Pool`] or a place given back costs the same however many wait. The
-//! threads tell each other when their first came ([`ServiceHandle`]), and let the one go first that came first. Beside
+//! Whatever connections wait for a worker for, they are in one list for each service and thread
+//! (`balance::wait_list`), in the order in which they came. Only the first looks for a worker, and what
+//! it finds is the answer for all, so that a new [`Pool`] or a worker with room again costs the same
+//! however many wait. The threads tell each other when their first came ([`ServiceHandle`]), and let the
+//! one go first that came first. Beside
 //! four workers that crash again and again, 9,000 that wait cost what 2,000 cost (0.2 s of processor
 //! time in 8 s, the workers' starts included), where each start had cost a look at each of them.
 //!
@@ -63,7 +76,7 @@
 //! It never shows an end where there was none: what is cut off (by the end of lbd, for want of a
 //! worker) is reset. An idle connection is ended by choice, with nothing on its way: both sides get an end, and a
 //! moment to take it. It never exceeds `max-connections`. It never closes a listener with
-//! clients in its queue, but one that others have too ([`Shared`]): theirs is the queue then.
+//! clients in its queue, but one that others have too ([`Shared`](crate::net::Shared)): theirs is the queue then.
 
 mod balance;
 mod plane;

@@ -154,7 +154,7 @@ impl DataPlane {
         }
     }
 
-    /// Takes over a connection that was accepted in a worker's stead, and places it as if a client
+    /// Takes over a connection that was accepted in a worker's stead, and assigns it as if a client
     /// had just made it: the one with these ends, or one unknown.
     pub fn adopt(&self, permit: ReservedPermit, connection: Socket, client: Option<Ends>) {
         permit.0.service().counters().count_rescued();
@@ -217,7 +217,7 @@ impl DataPlane {
         self.threads.budget().held()
     }
 
-    /// How many clients' connections there may be: all places but a few that are kept for those that
+    /// How many clients' connections there may be: all but a few that are kept for those that
     /// wait for a worker which is gone.
     #[must_use]
     pub fn max_held(&self) -> usize {

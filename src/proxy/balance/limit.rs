@@ -11,10 +11,10 @@ pub(super) struct ConnectionLimit {
     waiting: AtomicBool,
 }
 
-/// What giving back a place calls for.
+/// What one less calls for.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Left {
-    /// Somebody waits for a place: wake them.
+    /// Somebody waits who may come in now: wake them.
     pub(super) wake: bool,
     /// Nothing is held any more.
     pub(super) empty: bool,
@@ -33,7 +33,7 @@ impl ConnectionLimit {
         self.held.load(SeqCst)
     }
 
-    /// Takes a place. After `false`, the next [`leave`](Self::leave) or
+    /// Counts one more. After `false`, the next [`leave`](Self::leave) or
     /// [`set_limit`](Self::set_limit) that makes room tells its caller to wake those who wait.
     pub(super) fn enter(&self) -> bool {
         self.try_enter() || {
@@ -47,7 +47,7 @@ impl ConnectionLimit {
         self.limit.load(SeqCst)
     }
 
-    /// Takes a place even where there is none.
+    /// Counts one more even past the limit.
     pub(super) fn force(&self) {
         self.held.fetch_add(1, SeqCst);
     }

@@ -73,7 +73,7 @@ mod tests {
         ServiceHandle::new(name.into(), pool, Arc::default(), Arc::clone(budget))
     }
 
-    /// As many places as it gets.
+    /// As many as it gets.
     fn all(service: &Arc<ServiceHandle>) -> Vec<Permit> {
         std::iter::from_fn(|| Permit::take(service).ok()).collect()
     }
@@ -88,7 +88,7 @@ mod tests {
         let (of_first, of_second) = (all(&first), all(&second));
         assert_eq!((of_first.len(), of_second.len()), (90, 30));
         assert_eq!(all(&first).len() + all(&second).len(), 0);
-        // Whoever waited for a worker that is gone gets a place all the same, but not without end.
+        // Whoever waited for a worker that is gone gets a permit all the same, but not without end.
         let reserved: Vec<_> = std::iter::from_fn(|| ReservedPermit::take(&first)).collect();
         assert_eq!(reserved.len(), 8);
         drop((of_first, of_second, reserved));

@@ -28,9 +28,10 @@ pub struct ServiceHandle {
     /// Whether each connection is logged at its end.
     access: Arc<AtomicBool>,
     pool: Mutex<Arc<Pool>>,
-    /// Counts the pools, so that a data thread looks behind the lock only when there is a new one,
-    /// and the times that full workers have room again for those that wait.
+    /// Counts the pools, so that a data thread looks behind the lock only when there is a new one.
     version: AtomicU64,
+    /// Counts the times that the longest waiting was told to look for a worker again.
+    calls: AtomicU64,
     /// Connections wait, and are to be told when a worker has room.
     crowded: AtomicBool,
     /// For each thread, when the first came of those that wait there: nanoseconds since the threads
@@ -62,6 +63,7 @@ impl ServiceHandle {
             share: Share::new(budget),
             pool: Mutex::new(Arc::new(pool)),
             version: AtomicU64::new(0),
+            calls: AtomicU64::new(0),
             crowded: AtomicBool::new(false),
             waiting: AtomicUsize::new(0),
             emptied: Notify::new(),
@@ -89,7 +91,7 @@ impl ServiceHandle {
             self.version.fetch_add(1, SeqCst);
             concerns_all
         };
-        // Those turned away at the gate, timeouts that became shorter, and workers that are to be let go
+        // Those turned away at the limit, timeouts that became shorter, and workers that are to be let go
         // of are every thread's business; else it is that of the threads where somebody waits.
         if self.limit.set_limit(limit) || concerns_all {
             self.waker().wake_all();
@@ -198,6 +200,11 @@ impl ServiceHandle {
         self.version.load(SeqCst)
     }
 
+    /// How often the longest waiting was told to look again.
+    pub(crate) fn calls(&self) -> u64 {
+        self.calls.load(SeqCst)
+    }
+
     /// The current pool and its version.
     pub(crate) fn current(&self) -> (Arc<Pool>, u64) {
         let pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
@@ -230,7 +237,7 @@ impl ServiceHandle {
         let came = nanoseconds(came);
         match self.longest(Some(thread)) {
             Some((other, before)) if before.saturating_add(NEAR) < came => {
-                self.version.fetch_add(1, SeqCst);
+                self.calls.fetch_add(1, SeqCst);
                 self.waker().wake(other);
                 false
             }
@@ -241,7 +248,7 @@ impl ServiceHandle {
     /// Has the longest waiting look again, at whatever thread but this.
     pub(crate) fn pass_on(&self, but: Option<usize>) {
         if let Some((thread, _)) = self.longest(but) {
-            self.version.fetch_add(1, SeqCst);
+            self.calls.fetch_add(1, SeqCst);
             self.waker().wake(thread);
         }
     }
@@ -294,9 +301,9 @@ mod tests {
         service.set_head(1, Some(first));
         service.set_head(0, Some(second));
         assert!(service.is_turn(1, first));
-        let before = service.version();
+        let before = service.calls();
         assert!(!service.is_turn(0, second));
-        assert!(service.version() > before, "the other one has to look");
+        assert!(service.calls() > before, "the other one has to look");
         service.set_head(1, None);
         assert!(service.is_turn(0, second));
     }

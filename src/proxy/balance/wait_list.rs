@@ -1,7 +1,7 @@
 //! The connections of one service that wait for a worker, at one thread.
 //!
 //! Whatever they wait for (a worker to be healthy, or to have room, or something that lbd itself is
-//! short of), they wait in one line, in the order in which they came. Only the first looks for a
+//! short of), they wait in one list, in the order in which they came. Only the first looks for a
 //! worker, and what it finds is the answer for all: so an event costs the same, however many wait.
 
 use std::{collections::BTreeSet, time::Instant};
@@ -16,7 +16,7 @@ pub(crate) struct WaitList {
     /// Until when the supervisor has time to notice that none of the workers it calls healthy takes a
     /// connection; then those are given up who joined long enough before.
     pub(crate) doubt: Option<Instant>,
-    /// The one who has left the line for a look that is not over: it is the first again if that
+    /// The one who has left the list for a look that is not over: it is the first again if that
     /// fails, and until then nobody else looks.
     pub(crate) looking: Option<usize>,
 }

@@ -1,6 +1,6 @@
 //! What a data thread has, whatever engine drives its connections.
 
-use std::{io, sync::Arc, time::Instant};
+use std::{io, mem, sync::Arc, time::Instant};
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use slab::Slab;
@@ -28,8 +28,9 @@ pub(in crate::proxy) struct Service {
     pub(in crate::proxy) handle: Arc<ServiceHandle>,
     pub(in crate::proxy) pool: Arc<Pool>,
     version: u64,
-    /// The version by which those that wait have last looked for a worker.
-    offered: u64,
+    /// The version of the pool in which those that wait have last looked for a worker, and how often
+    /// they had been told to.
+    looked: (u64, u64),
     pub(in crate::proxy) waiters: WaitList,
     /// All of its workers are on this machine.
     pub(in crate::proxy) is_local: bool,
@@ -74,7 +75,7 @@ impl Context {
                 is_local: is_local(&pool),
                 pool,
                 version,
-                offered: version,
+                looked: (version, handle.calls()),
                 waiters: WaitList::default(),
                 uses: 0,
             })
@@ -112,7 +113,8 @@ impl Drop for Context {
 impl Service {
     /// Whether there is something new for those that wait since this was asked last.
     pub(in crate::proxy) fn is_news(&mut self) -> bool {
-        std::mem::replace(&mut self.offered, self.version) != self.version
+        let news = (self.version, self.handle.calls());
+        mem::replace(&mut self.looked, news) != news
     }
 
     /// Until when the longest waiting is held.

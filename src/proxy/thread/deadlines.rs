@@ -10,7 +10,7 @@ use slab::Slab;
 
 const NIL: u32 = u32::MAX;
 
-/// A connection's place in its queue.
+/// A connection's neighbours in the list that it is in.
 #[derive(Debug)]
 pub(in crate::proxy) struct Links {
     /// Since when it waits.
@@ -25,7 +25,7 @@ impl Links {
     }
 }
 
-/// What can be in a list: it has its place there in itself.
+/// What can be in a list: it has its own links.
 pub(in crate::proxy) trait Linked {
     fn links(&self) -> &Links;
     fn links_mut(&mut self) -> &mut Links;
