@@ -124,8 +124,7 @@ impl Daemon<'_> {
         let Some(service) = self.supervisor.service(name) else { return };
         let rotation = service.rotation();
         // Before the pool, so that who is handed to a new worker gets there.
-        self.workers.select(&rotation.workers);
-        self.workers.rotate(name, service.config.routing.balance, &rotation.workers);
+        self.workers.activate(name, service.config.routing.balance, &rotation.workers);
         let workers =
             rotation.workers.iter().filter_map(|id| self.workers.backend(*id).cloned()).collect();
         let coming = match rotation.coming {
@@ -215,10 +214,10 @@ impl Daemon<'_> {
         // The kernel may have given it a connection whose handshake ends only now, and where there was
         // no room for all that wait, there will be.
         let again = self.workers.is_direct(&ejected)
-            || self.workers.direct_listeners.has_leftovers()
-            || self.workers.has_left_some();
+            || self.workers.bindings.direct_listeners.has_leftovers()
+            || self.workers.bindings.has_left_some();
         let again = again.then(|| now + DRAIN_PAUSE);
-        self.drain_at = again.into_iter().chain(self.workers.watch_at()).min();
+        self.drain_at = again.into_iter().chain(self.workers.bindings.watch_at()).min();
     }
 
     fn workers_in(&self, wanted: impl Fn(Phase) -> bool) -> Vec<WorkerId> {

@@ -283,14 +283,16 @@ impl<'a> Daemon<'a> {
             config,
         };
         let services = &daemon.config.services;
-        let bound = daemon.frontends.bind(services, &daemon.workers.direct_listeners).map_err(
-            |(service, source)| {
+        let bound = daemon
+            .frontends
+            .bind(services, &daemon.workers.bindings.direct_listeners)
+            .map_err(|(service, source)| {
                 let place = place_of_listen(&daemon.config, &service);
                 DaemonError::Bind { service, place, source }
-            },
-        )?;
+            })?;
         let steerable = daemon
             .workers
+            .bindings
             .direct_listeners
             .prepare(services, |address| daemon.frontends.socket(address, &bound))
             .map_err(|(service, source)| DaemonError::Steer { service, source })?;
@@ -298,7 +300,7 @@ impl<'a> Daemon<'a> {
         info!(version = env!("CARGO_PKG_VERSION"), pid, "starting");
         let connections = daemon.plane.max_held();
         info!(limit = descriptors.limit, connections, "descriptors");
-        daemon.workers.direct_listeners.adopt(steerable, &daemon.config.services);
+        daemon.workers.bindings.direct_listeners.adopt(steerable, &daemon.config.services);
         let (services, ticket) = (daemon.config.services.clone(), daemon.requests.ticket());
         daemon.handle(Event::Apply { services, ticket });
         daemon.frontends.open(bound, Vec::new());

@@ -77,9 +77,9 @@ impl Daemon<'_> {
                 let ticket = self.requests.wait(Waiting::Reload { askers, reloaded, before });
                 self.reload_history.accepted(ticket);
                 let moved = self.frontends.detach(&bound);
-                self.workers.direct_listeners.adopt(steerable, &new.services);
+                self.workers.bindings.direct_listeners.adopt(steerable, &new.services);
                 self.apply(new, &diff, ticket);
-                for service in self.workers.direct_listeners.opened(bound.addresses()) {
+                for service in self.workers.bindings.direct_listeners.opened(bound.addresses()) {
                     self.publish(&service);
                 }
                 self.frontends.open(bound, moved);
@@ -119,10 +119,11 @@ impl Daemon<'_> {
         let diff = diff(&self.config, &new)?;
         let bound = self
             .frontends
-            .bind(&new.services, &self.workers.direct_listeners)
+            .bind(&new.services, &self.workers.bindings.direct_listeners)
             .map_err(|(service, error)| Refused::Bind(service, error))?;
         let steerable = self
             .workers
+            .bindings
             .direct_listeners
             .prepare(&new.services, |address| self.frontends.socket(address, &bound))
             .map_err(|(service, error)| Refused::Steer(service, error))?;

@@ -52,7 +52,10 @@ impl Daemon<'_> {
     /// Gives no new client to the workers of `service`, at addresses that are not in `keep`.
     pub(super) fn close_publics(&mut self, service: &str, keep: &[Listen]) {
         let frontends = &self.frontends;
-        self.workers.direct_listeners.close(service, keep, |listen| frontends.is_passed(listen));
+        self.workers
+            .bindings
+            .direct_listeners
+            .close(service, keep, |listen| frontends.is_passed(listen));
     }
 
     /// Stops accepting on these, in the background; every client that waits there is taken first.

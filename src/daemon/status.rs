@@ -66,7 +66,7 @@ impl Daemon<'_> {
 
     /// How the kernel shares out the service's connections, where it does.
     fn steering(&self, service: &supervisor::Service) -> Option<Steering> {
-        let steering = self.workers.direct_listeners.steering(&service.config.name)?;
+        let steering = self.workers.bindings.direct_listeners.steering(&service.config.name)?;
         Some(Steering { kind: steering.kind.to_string(), why: steering.why.clone() })
     }
 
@@ -89,7 +89,7 @@ impl Daemon<'_> {
                 active: traffic.active.map(|active| active as u64),
                 total: traffic.total,
                 failed: traffic.failed,
-                queued: self.workers.direct_listeners.queued(worker.id),
+                queued: self.workers.bindings.queued(worker.id),
                 per_second: None,
             },
             bytes: Bytes { sent: traffic.sent, received: traffic.received },

@@ -19,7 +19,7 @@ use super::{
     http::{self, NoAnswer, Reading},
 };
 use crate::{
-    config::{Probe, SocketMode},
+    config::Probe,
     net::{
         diag::{Diag, SharedDiag, inode_of, never_tells},
         proxy_protocol::{Ends, Header},
@@ -71,8 +71,8 @@ impl Connection {
         diag: &SharedDiag,
     ) -> Result<Self, ProbeError> {
         let failed = |error| ProbeError::connect(&target.endpoint, error);
-        let listened = match (&target.probe, target.socket, target.endpoint.inet()) {
-            (Probe::Tcp, SocketMode::Bind, Some(server)) => {
+        let listened = match (&target.probe, target.endpoint.inet()) {
+            (Probe::Tcp, Some(server)) if target.makes_its_own => {
                 told(diag, |diag| diag.listener(server))?
             }
             // An answer says more than who listens; and lbd has the other sockets too, so that they

@@ -29,7 +29,7 @@ use tokio::{
 };
 
 use crate::{
-    config::{Probe, ProxyProtocol, SocketMode},
+    config::{Probe, ProxyProtocol},
     net::{Endpoint, diag::SharedDiag},
     supervisor::{ProbeOutcome, Verdict},
 };
@@ -42,8 +42,8 @@ pub struct Target {
     pub probe: Probe,
     /// Where the worker is.
     pub endpoint: Endpoint,
-    /// How the worker comes by the socket that listens there.
-    pub socket: SocketMode,
+    /// Whether the worker makes the socket that listens there itself, so that nobody else has it.
+    pub makes_its_own: bool,
     /// The header that the worker expects on every connection.
     pub proxy_protocol: Option<ProxyProtocol>,
     /// How long one probe may take.
@@ -293,8 +293,8 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     fn target(probe: Probe, address: SocketAddr, timeout: Duration) -> Target {
-        let socket = SocketMode::Bind;
-        Target { probe, endpoint: address.into(), socket, proxy_protocol: None, timeout }
+        let endpoint = address.into();
+        Target { probe, endpoint, makes_its_own: true, proxy_protocol: None, timeout }
     }
 
     fn run<T>(future: impl Future<Output = T>) -> T {
@@ -488,8 +488,9 @@ mod tests {
                 }
             }
         }
-        let (probe, socket) = (Probe::Tcp, SocketMode::Unix);
-        let target = Target { probe, endpoint, socket, proxy_protocol: None, timeout: SECOND / 20 };
+        let (makes_its_own, timeout) = (false, SECOND / 20);
+        let probe = Probe::Tcp;
+        let target = Target { probe, endpoint, makes_its_own, proxy_protocol: None, timeout };
         (listener, target, clients)
     }
 

@@ -16,7 +16,7 @@ use nix::unistd::{Uid, User};
 use tokio::task::spawn_blocking;
 
 use crate::{
-    config::{Owner, SocketMode},
+    config::Owner,
     net::diag::{Diag, ListeningSocket, SharedDiag, never_tells},
     process::Holdings,
     supervisor::{ProbeOutcome, Verdict},
@@ -29,6 +29,17 @@ const PAUSE: Duration = Duration::from_secs(2);
 /// So many addresses are named at most.
 const NAMED: usize = 4;
 
+/// Where a worker is to listen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Listens {
+    /// On this address, by a socket that it makes itself.
+    Itself(SocketAddr),
+    /// On the socket that it is given as descriptor 3, which has this address; on unix none.
+    Passed(Option<SocketAddr>),
+    /// On the public addresses of its service, by sockets that it is given.
+    Publicly,
+}
+
 /// Where one worker listens.
 #[derive(Debug, Clone)]
 pub(super) struct Listening(Rc<Inner>);
@@ -36,9 +47,8 @@ pub(super) struct Listening(Rc<Inner>);
 #[derive(Debug)]
 struct Inner {
     diag: SharedDiag,
-    socket: SocketMode,
-    /// Where it is to listen; on unix nowhere that has an address.
-    address: Option<SocketAddr>,
+    /// Where it is to.
+    listens: Listens,
     guard: i32,
     /// The port of the worker that it stands in for.
     stands_in_for: Option<u16>,
@@ -84,15 +94,13 @@ enum NotOwn {
 impl Listening {
     pub(super) fn new(
         diag: SharedDiag,
-        socket: SocketMode,
-        address: Option<SocketAddr>,
+        listens: Listens,
         guard: i32,
         stands_in_for: Option<u16>,
     ) -> Self {
         Self(Rc::new(Inner {
             diag,
-            socket,
-            address,
+            listens,
             guard,
             stands_in_for,
             started: Instant::now(),
@@ -102,9 +110,9 @@ impl Listening {
         }))
     }
 
-    /// How the worker comes by its listening socket.
-    pub(super) fn socket(&self) -> SocketMode {
-        self.0.socket
+    /// Whether the worker is to make its listening socket itself.
+    pub(super) fn makes_its_own(&self) -> bool {
+        matches!(self.0.listens, Listens::Itself(_))
     }
 
     /// Judges what a probe showed by who listens. Looks into `/proc` on a thread of its own, where
@@ -112,7 +120,7 @@ impl Listening {
     pub(super) async fn judge(&self, outcome: &mut ProbeOutcome, owner: Owner, is_new: bool) {
         match &outcome.verdict {
             Verdict::Passed => {
-                if let Some(address) = self.0.address.filter(|_| self.0.socket == SocketMode::Bind)
+                if let Listens::Itself(address) = self.0.listens
                     && owner != Owner::Any
                     && let Err(error) = self.check(address, owner).await
                 {
@@ -177,13 +185,16 @@ impl Listening {
     /// Looks where the worker listens, and keeps what to change by that. Why it will never do, if
     /// it won't.
     async fn look_elsewhere(&self) -> Option<String> {
-        let Inner { socket, address, guard, stands_in_for, .. } = *self.0;
+        let Inner { listens, guard, stands_in_for, .. } = *self.0;
         let looked = spawn_blocking(move || elsewhere(guard));
         let found = looked.await.ok()?.ok()?;
-        let is_there = address.is_some_and(|address| found.contains(&address));
-        let hint = match (socket, address) {
-            _ if is_there => None,
-            (SocketMode::Bind, Some(address)) => {
+        let hint = match listens {
+            Listens::Itself(address) | Listens::Passed(Some(address))
+                if found.contains(&address) =>
+            {
+                None
+            }
+            Listens::Itself(address) => {
                 if let Some(own) = stands_in_for
                     && found.iter().any(|listener| listener.port() == own)
                 {
@@ -194,14 +205,12 @@ impl Listening {
                 }
                 hint(address, &found)
             }
-            (SocketMode::Inherit | SocketMode::Unix, _) if !found.is_empty() => Some(format!(
+            Listens::Passed(_) if !found.is_empty() => Some(format!(
                 "it listens on {}, and not on the socket that it was given as descriptor 3: have it \
                  accept from that one, or set socket = \"bind\" and have it listen on $PORT",
                 list(&found)
             )),
-            (SocketMode::Bind | SocketMode::Inherit | SocketMode::Unix | SocketMode::Direct, _) => {
-                None
-            }
+            Listens::Passed(_) | Listens::Publicly => None,
         };
         *self.0.hint.borrow_mut() = hint;
         None
@@ -293,7 +302,7 @@ mod tests {
     fn what_lbd_lacks_to_look_with_is_no_fault_of_the_worker() {
         let diag = SharedDiag::default();
         let address = "127.0.0.1:9".parse().unwrap();
-        let listening = Listening::new(diag.clone(), SocketMode::Bind, Some(address), 0, None);
+        let listening = Listening::new(diag.clone(), Listens::Itself(address), 0, None);
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let judge = || {
             let mut outcome = ProbeOutcome { took: Duration::ZERO, verdict: Verdict::Passed };

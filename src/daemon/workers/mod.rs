@@ -1,14 +1,14 @@
 //! The worker processes, as the driver handles them: it starts, signals and probes them as the supervisor
 //! asks, and turns what becomes of them into events.
 
-mod drain_queue;
+mod bindings;
+mod launcher;
 mod listening;
-mod start;
 mod usage;
 
 use std::{
     cell::Cell,
-    collections::HashMap,
+    collections::{BTreeSet, HashMap, HashSet},
     io,
     net::SocketAddr,
     num::NonZeroU32,
@@ -19,72 +19,39 @@ use std::{
 };
 
 use nix::sys::signal::Signal;
-use socket2::Socket;
 use tokio::{
     sync::{Notify, mpsc},
     task::spawn_local,
 };
 
-use super::{descriptors::Descriptors, direct_listeners::DirectListeners, slot_stats::SlotStats};
+use super::{descriptors::Descriptors, slot_stats::SlotStats};
 use crate::{
-    config::{Balance, Health, ProxyProtocol, StopTo},
-    net::{
-        self, Acceptor, DrainedConnection, Port, UnnamedUnixListener, diag::SharedDiag,
-        direct::PinnedRoute,
-    },
+    config::{Balance, Health, StopTo},
+    net::{MayAccept, diag::SharedDiag},
     probe::{self, Prober},
-    process::{Cgroups, Controller, Counted, LastWords, Outputs, Spawner, Watched},
+    process::{Cgroups, Controller, Counted, Identity, LastWords, Watched},
     proxy::Backend,
-    supervisor::{Event, ProbeOutcome, Verdict, WORKERS_ON_A_PORT, WorkerId},
+    supervisor::{Event, ProbeOutcome, Spawn, Verdict, WorkerId},
 };
+use bindings::{Bindings, Drained, Former, OpenError, Opened, Reached};
+use launcher::{LaunchError, Launched, Launcher, Named, Reported, report};
 use listening::Listening;
 use usage::UsageSamplers;
-
-const _: () = assert!(WORKERS_ON_A_PORT == net::SHARERS);
 
 /// All worker processes of the daemon.
 #[derive(Debug)]
 pub(super) struct WorkerTable {
-    spawner: Spawner,
-    outputs: Outputs,
-    descriptors: Descriptors,
+    launcher: Launcher,
     events: mpsc::Sender<Event>,
     /// Notified when a retired worker's last connection ends.
     idle: Arc<Notify>,
     handles: HashMap<WorkerId, WorkerHandle>,
     pub(super) slot_stats: SlotStats,
-    /// The ports whose sockets workers inherit.
-    ports: HashMap<SocketAddr, InheritedPort>,
-    /// The unix sockets that workers inherit, those of workers that are gone with what waits there.
-    unnamed: HashMap<WorkerId, InheritedUnix>,
-    /// Where one can be made.
-    folder: PathBuf,
-    /// The public addresses that workers have sockets on.
-    pub(super) direct_listeners: DirectListeners,
-    /// When they are looked after again.
-    watch_at: Instant,
-    /// Clients that waited for workers which are gone, to be handed over.
-    left: Vec<(Arc<str>, DrainedConnection)>,
-    acceptor: Acceptor,
+    /// How each worker is reached.
+    pub(super) bindings: Bindings,
     /// Whom probes ask about their connections, and who listens.
     diag: SharedDiag,
-    cgroups: Option<Cgroups>,
     usage: UsageSamplers,
-}
-
-/// A port whose sockets workers inherit, and the service whose workers do.
-#[derive(Debug)]
-struct InheritedPort {
-    port: Port<WorkerId>,
-    service: Arc<str>,
-}
-
-/// A unix socket that a worker inherits.
-#[derive(Debug)]
-struct InheritedUnix {
-    socket: UnnamedUnixListener,
-    service: Arc<str>,
-    proxy_protocol: Option<ProxyProtocol>,
 }
 
 /// One worker.
@@ -99,27 +66,21 @@ struct WorkerHandle {
     probing: bool,
     /// A probe has passed.
     proven: bool,
-    /// How lbd reaches it, where the kernel hands it connections.
-    pinned: Option<PinnedRoute>,
     prober: Prober,
     listening: Listening,
-    /// A copy of the probe's socket while that may wait in the accept queue of a worker that has `pinned`:
-    /// nobody else has its port meanwhile, and what comes from there is no client.
-    probe: Option<Socket>,
     /// What it said last.
     last_words: LastWords,
     /// A probe has passed: known to whoever tells of its end.
     was_healthy: Rc<Cell<bool>>,
 }
 
-impl WorkerHandle {
-    /// Whether this connection, which waited for it, is its probe's.
-    fn is_probe(&self, accepted: &Socket) -> bool {
-        let from = |probe: &Socket| {
-            Some(probe.local_addr().ok()?.as_socket()? == accepted.peer_addr().ok()?.as_socket()?)
-        };
-        self.probe.as_ref().and_then(from) == Some(true)
-    }
+/// A worker could not be started.
+#[derive(Debug, thiserror::Error)]
+enum StartError {
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
 }
 
 impl WorkerTable {
@@ -132,24 +93,91 @@ impl WorkerTable {
         output_rate: NonZeroU32,
     ) -> io::Result<Self> {
         Ok(Self {
-            spawner: Spawner::new()?,
-            outputs: Outputs::start(output_rate)?,
-            descriptors,
+            launcher: Launcher::new(descriptors, cgroups, output_rate)?,
             usage: UsageSamplers::new(events.clone()),
             events,
             idle,
             handles: HashMap::new(),
             slot_stats: SlotStats::default(),
-            ports: HashMap::new(),
-            unnamed: HashMap::new(),
-            folder,
-            direct_listeners: DirectListeners::default(),
-            watch_at: Instant::now(),
-            left: Vec::new(),
-            acceptor: Acceptor::new()?,
+            bindings: Bindings::new(folder)?,
             diag: SharedDiag::default(),
-            cgroups,
         })
+    }
+
+    /// Starts a worker; what becomes of it comes as events, these being the first.
+    pub(super) fn spawn(&mut self, order: &Spawn) -> Vec<Event> {
+        let id = order.id;
+        match self.start(order) {
+            Ok(port) => vec![Event::Spawned { id, port }],
+            Err(error) => {
+                let cheap = matches!(error, StartError::Open(OpenError::PortTaken(..)));
+                vec![Event::Failed { id, reason: error.to_string(), cheap }, Event::Gone { id }]
+            }
+        }
+    }
+
+    /// The port of the worker, if it has one.
+    fn start(&mut self, order: &Spawn) -> Result<Option<u16>, StartError> {
+        let opened = self.bindings.open(order)?;
+        let port = opened.port;
+        if let Err(error) = self.launch(order, opened) {
+            self.bindings.release(order.id, Former::NeverRan, |_| Box::new(|| false));
+            return Err(error.into());
+        }
+        Ok(port)
+    }
+
+    /// Starts the process of a worker whose sockets are there.
+    fn launch(&mut self, order: &Spawn, opened: Opened) -> Result<(), LaunchError> {
+        let Opened { reached, listens, port } = opened;
+        let (id, slot, spec) = (order.id, order.slot, &*order.spec);
+        // Where all are on the same port, that tells nobody from the others.
+        let is_shared = matches!(reached, Reached::By(_));
+        let own_port = if is_shared { order.port } else { port };
+        let number = own_port.map_or(slot, u32::from);
+        let label: Arc<str> = format!("{}/{number}", order.service).into();
+        let identity = Identity { service: &order.service, slot, port };
+        let named = Named { identity, label: &label, by_label: is_shared };
+        let sockets = self.bindings.sockets(order);
+        let Launched { child, last_words } = self.launcher.launch(order, named, sockets)?;
+        let idle = Arc::clone(&self.idle);
+        let backend = match reached {
+            Reached::At(endpoint) => {
+                Backend::new(id.0, slot, label, endpoint, spec.proxy_protocol, idle)
+            }
+            Reached::By(routes) => Backend::direct(id.0, slot, label, routes, idle),
+        };
+        let (controller, guard) = (child.controller(), child.guard_pid());
+        let service = Arc::clone(&order.service);
+        self.slot_stats.open(&service, slot, Arc::clone(&backend));
+        let was_healthy = Rc::new(Cell::new(false));
+        spawn_local(report(Reported {
+            child,
+            id,
+            service: Arc::clone(&service),
+            slot,
+            last_words: last_words.clone(),
+            was_healthy: Rc::clone(&was_healthy),
+            events: self.events.clone(),
+        }));
+        let handle = WorkerHandle {
+            controller,
+            guard,
+            service,
+            backend,
+            retired: false,
+            probing: false,
+            proven: false,
+            prober: Prober::new(self.diag.clone()),
+            listening: Listening::new(self.diag.clone(), listens, guard, order.stands_in_for),
+            last_words,
+            was_healthy,
+        };
+        self.handles.insert(id, handle);
+        if is_shared {
+            self.count_connections();
+        }
+        Ok(())
     }
 
     pub(super) fn stop(&self, id: WorkerId, signal: Signal, to: StopTo, timeout: Duration) {
@@ -174,27 +202,19 @@ impl WorkerTable {
         let Some(handle) = self.handles.get_mut(&id) else { return };
         handle.probing = true;
         let endpoint = handle.backend.endpoint().clone();
-        let inherited = endpoint.inet().and_then(|address| self.ports.get_mut(&address));
-        // Where several listen, the connection has to reach the one that is meant. One that waits
-        // there already needs no other.
-        let (socket, pass) = match (&handle.pinned, inherited) {
-            _ if handle.prober.is_waiting() => (Err(io::ErrorKind::NotConnected.into()), None),
-            (Some(pinned), _) => match pinned.open() {
-                Ok((socket, pass)) => (Ok(socket), Some(pass)),
-                Err(error) => (Err(error), None),
-            },
-            (None, Some(inherited)) => (inherited.port.way_to(id), None),
-            (None, None) => (endpoint.way_of_a_probe(), None),
+        // One that waits in its queue already needs no other.
+        let opened = match handle.prober.is_waiting() {
+            true => Err(io::ErrorKind::NotConnected.into()),
+            false => self.bindings.probe_socket(id, &endpoint),
         };
-        if handle.pinned.is_some()
-            && let Ok(socket) = &socket
-        {
-            handle.probe = socket.try_clone().ok();
-        }
+        let (socket, pass) = match opened {
+            Ok((socket, pass)) => (Ok(socket), pass),
+            Err(error) => (Err(error), None),
+        };
         let target = probe::Target {
             probe: health.probe.clone(),
             endpoint,
-            socket: handle.listening.socket(),
+            makes_its_own: handle.listening.makes_its_own(),
             proxy_protocol: handle.backend.proxy_protocol(),
             timeout: health.timeout,
         };
@@ -218,7 +238,7 @@ impl WorkerTable {
             handle.proven |= outcome.verdict == Verdict::Passed;
             handle.was_healthy.set(handle.proven);
             if !handle.prober.is_waiting() {
-                handle.probe = None;
+                self.bindings.probe_ended(id);
             }
             self.slot_stats.probed(&handle.service, handle.backend.slot(), outcome);
         }
@@ -248,14 +268,14 @@ impl WorkerTable {
 
     /// Has the connections counted of those that have them without lbd.
     fn count_connections(&mut self) {
-        let direct = self.handles.values().filter(|handle| handle.pinned.is_some());
+        let direct = self.handles.values().filter(|handle| handle.backend.is_direct());
         let counted = |handle: &WorkerHandle| Counted {
             guard: handle.guard,
             urgent: handle.retired,
             subject: (Arc::clone(&handle.backend), handle.backend.epoch()),
         };
         let workers = direct.map(counted).collect();
-        self.usage.count_connections(self.direct_listeners.addresses(), workers);
+        self.usage.count_connections(self.bindings.direct_listeners.addresses(), workers);
     }
 
     /// These workers' memory is measured from now on, and told as events; the number is the limit.
@@ -272,7 +292,7 @@ impl WorkerTable {
         let idle = |(id, handle): &(&WorkerId, &WorkerHandle)| {
             handle.retired
                 && handle.backend.is_idle()
-                && self.direct_listeners.queued(**id).unwrap_or(0) == 0
+                && self.bindings.queued(**id).unwrap_or(0) == 0
         };
         self.handles.iter().filter(idle).map(|(id, _)| *id).collect()
     }
@@ -284,41 +304,106 @@ impl WorkerTable {
 
     /// Whether the kernel hands connections to one of these.
     pub(super) fn is_direct(&self, workers: &[WorkerId]) -> bool {
-        workers.iter().any(|id| self.handles.get(id).is_some_and(|handle| handle.pinned.is_some()))
+        workers
+            .iter()
+            .any(|id| self.handles.get(id).is_some_and(|handle| handle.backend.is_direct()))
     }
 
     pub(super) fn backend(&self, id: WorkerId) -> Option<&Arc<Backend>> {
         self.handles.get(&id).map(|handle| &handle.backend)
     }
 
-    /// These are the ones in rotation: on the ports they share with others, new connections are
-    /// theirs.
-    pub(super) fn select(&mut self, workers: &[WorkerId]) {
+    /// These are the ones in rotation: new connections to what they share with others are theirs.
+    pub(super) fn activate(&mut self, service: &str, balance: Balance, workers: &[WorkerId]) {
+        let mut turns = Vec::with_capacity(workers.len());
         for &id in workers {
             let Some(WorkerHandle { backend, .. }) = self.handles.get(&id) else { continue };
-            let Some(address) = backend.endpoint().inet() else { continue };
-            let Some(InheritedPort { port, .. }) = self.ports.get_mut(&address) else { continue };
-            let before = port.selected().filter(|before| *before != id);
+            turns.push((backend.slot(), id));
             // Who is on the way to it by the pool before reaches the new one, with its header.
-            let displaced = before
-                .and_then(|before| Some(&self.handles.get(&before)?.backend))
-                .filter(|before| before.proxy_protocol() != backend.proxy_protocol());
+            let before = self.bindings.displaced_by(id);
+            let displaced = before.and_then(|id| Some(&self.handles.get(&id)?.backend));
             displaced.inspect(|before| before.displace(true));
-            match port.select(id) {
+            match self.bindings.activate(id) {
                 Ok(()) => backend.displace(false),
                 Err(error) => {
                     displaced.inspect(|before| before.displace(false));
+                    let address = backend.endpoint();
                     tracing::error!(%address, %error, "cannot steer connections to the new worker");
                 }
             }
         }
+        self.bindings.rotate(service, balance, &turns);
     }
 
-    /// The same for the addresses whose connections the kernel hands out.
-    pub(super) fn rotate(&self, service: &str, balance: Balance, workers: &[WorkerId]) {
-        let turn = |id: &WorkerId| Some((self.handles.get(id)?.backend.slot(), *id));
-        let turns: Vec<_> = workers.iter().filter_map(turn).collect();
-        self.direct_listeners.rotate(service, balance, &turns);
+    /// Forgets a worker of which nothing is left.
+    pub(super) fn forget(&mut self, id: WorkerId, permit: impl FnOnce(&Arc<str>) -> MayAccept) {
+        let Some(handle) = self.handles.remove(&id) else { return };
+        let WorkerHandle { backend, proven, .. } = handle;
+        let former = if proven { Former::Served } else { Former::Failed };
+        backend.left();
+        if self.bindings.release(id, former, permit) {
+            backend.displace(true);
+        }
+        if backend.is_direct() {
+            self.count_connections();
+        }
+    }
+
+    /// Takes the clients out of every accept queue where nobody will: of a worker that is gone, or
+    /// one of the `ejected`. See [`Bindings::collect_leftovers`].
+    pub(super) fn drain_queue(
+        &mut self,
+        needed: &HashSet<SocketAddr>,
+        ejected: &[WorkerId],
+        can_serve: impl Fn(&str) -> bool,
+        is: impl Fn(&str) -> bool,
+        permit: impl Fn(&Arc<str>) -> MayAccept,
+    ) -> Vec<Drained> {
+        self.bindings.begin();
+        let mut drained = self.bindings.collect_leftovers(needed, &can_serve, is, &permit);
+        let ejected = ejected.iter().filter(|id| !self.is_direct(&[**id]));
+        let ejected: Vec<_> = ejected.copied().collect();
+        drained.extend(self.drain_queues_of(&ejected, can_serve, permit));
+        drained
+    }
+
+    /// As [`Self::drain_queue`], of workers that the kernel hands connections to: those that are `ejected`
+    /// and those that are gone. See [`Bindings::collect_public_leftovers`].
+    pub(super) fn drain_direct_queues(
+        &mut self,
+        wanted: &BTreeSet<SocketAddr>,
+        ejected: &[WorkerId],
+        can_serve: impl Fn(&str) -> bool,
+        permit: impl Fn(&Arc<str>) -> MayAccept,
+        now: Instant,
+    ) -> Vec<Drained> {
+        let mut drained = self.bindings.collect_public_leftovers(wanted, &permit, now);
+        let ejected = ejected.iter().filter(|id| self.is_direct(&[**id]));
+        let ejected: Vec<_> = ejected.copied().collect();
+        drained.extend(self.drain_queues_of(&ejected, can_serve, permit));
+        drained
+    }
+
+    fn drain_queues_of(
+        &mut self,
+        workers: &[WorkerId],
+        can_serve: impl Fn(&str) -> bool,
+        permit: impl Fn(&Arc<str>) -> MayAccept,
+    ) -> Vec<Drained> {
+        let mut drained = Vec::new();
+        for id in workers {
+            let Some(handle) = self.handles.get(id) else { continue };
+            // Not while it is being probed: the probe is for it to answer.
+            if handle.probing || !can_serve(&handle.service) {
+                continue;
+            }
+            if let Some(clients) = self.bindings.drain_queue(*id, permit(&handle.service)) {
+                // Its probe's connection was taken out with them.
+                handle.prober.forget();
+                drained.extend(clients);
+            }
+        }
+        drained
     }
 
     /// The last lines that the worker wrote, as far as they came through lbd.
@@ -328,6 +413,6 @@ impl WorkerTable {
 
     /// Reaps what killed guards left behind. To be called on SIGCHLD.
     pub(super) fn reap(&self) {
-        self.spawner.reap();
+        self.launcher.reap();
     }
 }

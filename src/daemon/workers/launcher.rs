@@ -1,0 +1,190 @@
+//! A worker's process: what it is started with, and what is told of it from then on.
+
+use std::{
+    cell::Cell, io, num::NonZeroU32, os::fd::AsFd, path::PathBuf, rc::Rc, sync::Arc, time::Duration,
+};
+
+use socket2::Socket;
+use tokio::sync::mpsc;
+
+use crate::{
+    config::Program,
+    daemon::descriptors::Descriptors,
+    process::{
+        self, Cgroup, Cgroups, Child, ChildEvent, Exit, Identity, LastWords, Launch, Outputs,
+        Spawner,
+    },
+    supervisor::{Event, Spawn, WorkerId},
+};
+
+/// How long the end of a worker that never was healthy is held back for the rest of its output: what
+/// it said last is why it ended.
+const LAST_WORDS: Duration = Duration::from_millis(100);
+
+/// Starts processes.
+#[derive(Debug)]
+pub(super) struct Launcher {
+    spawner: Spawner,
+    outputs: Outputs,
+    descriptors: Descriptors,
+    cgroups: Option<Cgroups>,
+}
+
+/// A process that was started.
+#[derive(Debug)]
+pub(super) struct Launched {
+    pub child: Child,
+    /// What it said last.
+    pub last_words: LastWords,
+}
+
+/// What a worker is called.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Named<'a> {
+    /// By what it is told itself.
+    pub identity: Identity<'a>,
+    /// In the access log, and by lbd.
+    pub label: &'a str,
+    /// Its port does not tell it from the others: what it answers with is to have its label.
+    pub by_label: bool,
+}
+
+/// A process could not be started.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum LaunchError {
+    #[error("cannot open its output: {0}")]
+    Output(io::Error),
+    #[error("cannot limit its processes: {0}")]
+    Cgroup(io::Error),
+    #[error("cannot start a process: {0}")]
+    Spawn(io::Error),
+}
+
+impl Launcher {
+    /// Without `cgroups` no worker has one of its own. Of each one's output so many bytes a second are
+    /// taken.
+    ///
+    /// # Errors
+    /// Where the system denies what it takes.
+    pub(super) fn new(
+        descriptors: Descriptors,
+        cgroups: Option<Cgroups>,
+        output_rate: NonZeroU32,
+    ) -> io::Result<Self> {
+        let (spawner, outputs) = (Spawner::new()?, Outputs::start(output_rate)?);
+        Ok(Self { spawner, outputs, descriptors, cgroups })
+    }
+
+    /// Starts the program of a worker, which gets these sockets.
+    ///
+    /// # Errors
+    /// Where it can't be had, and nothing runs.
+    pub(super) fn launch(
+        &mut self,
+        order: &Spawn,
+        named: Named<'_>,
+        sockets: Vec<&Socket>,
+    ) -> Result<Launched, LaunchError> {
+        let spec = &*order.spec;
+        let Named { identity, label, by_label } = named;
+        let streams = self.outputs.open(&spec.output, identity).map_err(LaunchError::Output)?;
+        let last_words = streams.last_words();
+        let (program, argv) = match &spec.program {
+            Program::Command(argv) => (None, process::expand(argv, identity)),
+            Program::Root(root) => {
+                let root = root.to_string_lossy().into_owned();
+                let mut argv = vec!["lbd", "worker", "--root", &root];
+                if by_label {
+                    argv.extend(["--served-by", label]);
+                }
+                let argv = argv.into_iter().map(str::to_owned).collect();
+                (Some(PathBuf::from("/proc/self/exe")), argv)
+            }
+        };
+        let cgroup = self.cgroup(spec.processes)?;
+        let launch = Launch {
+            label: label.to_owned(),
+            program,
+            argv,
+            env: process::environment(
+                std::env::vars_os(),
+                &spec.env,
+                spec.user.as_deref(),
+                identity,
+            ),
+            directory: spec.directory.clone(),
+            listeners: sockets
+                .into_iter()
+                .map(|socket| (socket.as_fd(), order.service.to_string()))
+                .collect(),
+            streams,
+            umask: spec.umask,
+            user: spec.user.clone(),
+            group: spec.group.clone(),
+            open_files: Some(self.descriptors.of_worker(spec.open_files)),
+            cgroup,
+        };
+        let child = self.spawner.spawn(launch).map_err(LaunchError::Spawn)?;
+        Ok(Launched { child, last_words })
+    }
+
+    /// Reaps what killed guards left behind. To be called on SIGCHLD.
+    pub(super) fn reap(&self) {
+        self.spawner.reap();
+    }
+
+    /// A worker's own cgroup, where there can be one. It has to be where its `processes` are
+    /// limited.
+    fn cgroup(&self, processes: Option<NonZeroU32>) -> Result<Option<Cgroup>, LaunchError> {
+        let made = self.cgroups.as_ref().map(|cgroups| cgroups.make(processes)).transpose();
+        match (made, processes) {
+            (Ok(None), Some(_)) => Err(LaunchError::Cgroup(io::ErrorKind::Unsupported.into())),
+            (Ok(cgroup), _) => Ok(cgroup),
+            (Err(error), Some(_)) => Err(LaunchError::Cgroup(error)),
+            (Err(error), None) => {
+                tracing::warn!(%error, "a worker has no cgroup of its own");
+                Ok(None)
+            }
+        }
+    }
+}
+
+/// A child whose fate is told.
+pub(super) struct Reported {
+    pub child: Child,
+    pub id: WorkerId,
+    pub service: Arc<str>,
+    pub slot: u32,
+    pub last_words: LastWords,
+    /// A probe has passed.
+    pub was_healthy: Rc<Cell<bool>>,
+    pub events: mpsc::Sender<Event>,
+}
+
+/// Hands on what becomes of a child until nothing of it is left.
+pub(super) async fn report(reported: Reported) {
+    let Reported { mut child, id, service, slot, last_words, was_healthy, events } = reported;
+    loop {
+        let event = match child.next().await {
+            Some(ChildEvent::Started { pid }) => Event::Started { id, pid },
+            Some(ChildEvent::Failed(reason)) => Event::Failed { id, reason, cheap: false },
+            Some(ChildEvent::Exited(exit)) => {
+                let by_signal = !matches!(exit, Exit::Code(_));
+                if !was_healthy.get() {
+                    last_words.complete(LAST_WORDS).await;
+                }
+                let said = last_words.lines();
+                Event::Exited { id, status: exit.to_string(), by_signal, said }
+            }
+            Some(ChildEvent::Output(error)) => {
+                tracing::warn!(service = &*service, slot, error, "output not written");
+                continue;
+            }
+            Some(ChildEvent::Gone) => Event::Gone { id },
+            None => return,
+        };
+        if events.send(event).await.is_err() {
+            return;
+        }
+    }
+}
