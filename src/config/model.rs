@@ -301,6 +301,10 @@ pub enum Program {
     Command(Vec<String>),
 }
 
+/// How many workers with inherited sockets can be on one port at once: one, and the one that takes
+/// over from it.
+pub const WORKERS_ON_A_PORT: usize = 2;
+
 /// `socket`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SocketMode {

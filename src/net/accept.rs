@@ -98,16 +98,14 @@ impl Acceptor {
             self.alarm.arm(Duration::ZERO)?;
             match accepted {
                 Ok((connection, _peer)) => return Ok(connection),
-                Err(error) if is_of_one_connection(&error) => {}
-                // A unix socket that is shut down for reading, with nobody left in its queue; poll(2)
-                // calls it readable for its end.
-                Err(error) if error.raw_os_error() == Some(Errno::EINVAL as i32) => {
-                    return Err(io::ErrorKind::WouldBlock.into());
-                }
-                Err(error) => {
-                    self.is_short |= error.kind() != io::ErrorKind::WouldBlock;
-                    return Err(error);
-                }
+                Err(error) => match AcceptFailure::of(&error) {
+                    AcceptFailure::Lost => {}
+                    AcceptFailure::Empty => return Err(io::ErrorKind::WouldBlock.into()),
+                    AcceptFailure::Exhausted => {
+                        self.is_short = true;
+                        return Err(error);
+                    }
+                },
             }
         }
     }
@@ -121,8 +119,43 @@ pub fn accept_nonblocking(socket: &Socket, flags: i32) -> io::Result<Socket> {
     loop {
         match socket.accept4(flags) {
             Ok((connection, _peer)) => return Ok(connection),
-            Err(error) if is_of_one_connection(&error) => {}
+            Err(error) if AcceptFailure::of(&error) == AcceptFailure::Lost => {}
             Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Why accept(2) has returned no connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum AcceptFailure {
+    /// None waits.
+    Empty,
+    /// The one that it would have returned is gone, or the call was interrupted: the next may be there.
+    Lost,
+    /// There is no descriptor or memory left, or something that's just as likely to last.
+    Exhausted,
+}
+
+impl AcceptFailure {
+    /// What `error` of accept(2) says. It passes on what went wrong with the connection before it was
+    /// accepted.
+    pub(crate) fn of(error: &io::Error) -> Self {
+        match Errno::from_raw(error.raw_os_error().unwrap_or(0)) {
+            // EINVAL: a unix socket that is shut down for reading, with nobody left in its queue; poll(2)
+            // calls it readable for its end.
+            Errno::EAGAIN | Errno::EINVAL => Self::Empty,
+            Errno::EINTR
+            | Errno::ECONNABORTED
+            | Errno::EPERM
+            | Errno::EPROTO
+            | Errno::ENETDOWN
+            | Errno::ENOPROTOOPT
+            | Errno::EHOSTDOWN
+            | Errno::ENONET
+            | Errno::EHOSTUNREACH
+            | Errno::EOPNOTSUPP
+            | Errno::ENETUNREACH => Self::Lost,
+            _ => Self::Exhausted,
         }
     }
 }
@@ -162,26 +195,6 @@ fn is_readable(socket: BorrowedFd<'_>) -> io::Result<bool> {
         Err(Errno::EINTR) => Ok(true),
         Err(error) => Err(error.into()),
     }
-}
-
-/// Whether accept(2) failed for the connection it would have returned, or was interrupted: the next
-/// call may succeed.
-fn is_of_one_connection(error: &io::Error) -> bool {
-    let Some(code) = error.raw_os_error() else { return false };
-    matches!(
-        Errno::from_raw(code),
-        Errno::EINTR
-            | Errno::ECONNABORTED
-            | Errno::EPERM
-            | Errno::EPROTO
-            | Errno::ENETDOWN
-            | Errno::ENOPROTOOPT
-            | Errno::EHOSTDOWN
-            | Errno::ENONET
-            | Errno::EHOSTUNREACH
-            | Errno::EOPNOTSUPP
-            | Errno::ENETUNREACH
-    )
 }
 
 #[cfg(test)]

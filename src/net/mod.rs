@@ -27,15 +27,17 @@ pub mod pathname;
 mod peer;
 mod port;
 pub mod proxy_protocol;
+pub(crate) mod rotation;
 mod steer;
 mod unix;
 
+pub(crate) use accept::AcceptFailure;
 pub use accept::{Acceptor, MayAccept, accept_nonblocking};
 pub use holder::Holder;
 pub use listen::{BindError, Listener, Shared};
 pub(crate) use listen::{is_ephemeral, keepalive};
 pub(crate) use peer::{Peer, Reach};
-pub use port::{DrainedConnection, Port, SHARERS};
+pub use port::{DrainedConnection, Port};
 pub use unix::{Endpoint, UnnamedUnixListener};
 
 use std::{
@@ -46,8 +48,9 @@ use std::{
 use nix::{libc, sys::socket::getsockopt};
 use socket2::{Domain, SockFilter, Socket, Type};
 
-/// Asked for; the kernel caps it to `net.core.somaxconn`.
-const BACKLOG: i32 = 4096;
+/// How many clients may wait in the accept queue of a listening socket: asked for, the kernel caps it to
+/// `net.core.somaxconn`.
+pub(crate) const BACKLOG: i32 = 4096;
 
 /// Whether a socket may share its port from the bind on.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -9,11 +9,7 @@ use std::{
 use socket2::Socket;
 
 use super::{Acceptor, BACKLOG, Sharing, accept_all, bound, steer::Steering, unconnected};
-use crate::config::ProxyProtocol;
-
-/// At most this many sockets share a port: with two, whichever leaves, the program's answer is
-/// right for the other before and after.
-pub const SHARERS: usize = 2;
+use crate::config::{ProxyProtocol, WORKERS_ON_A_PORT};
 
 /// How many probes are remembered, so that they are not taken for clients' connections.
 const PROBES: usize = 32;
@@ -118,7 +114,8 @@ impl<Owner: Copy + PartialEq> Port<Owner> {
             orphan.owner = Some(owner);
             return Ok(());
         }
-        if self.members.len() == SHARERS {
+        // With two, whichever leaves, the program's answer is right for the other before and after.
+        if self.members.len() == WORKERS_ON_A_PORT {
             return Err(io::Error::other("two workers are on this port already"));
         }
         let socket = bound(self.address, Sharing::Now)?;

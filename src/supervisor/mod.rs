@@ -34,7 +34,6 @@ pub use event::{
     Chosen, DownKind, Effect, Event, ExitCause, Fact, LimitExceeded, Note, NoteWorker,
     ProbeOutcome, RetireReason, Spawn, Ticket, Verdict, WorkerId,
 };
-pub use ports::WORKERS_ON_A_PORT;
 pub use service::{Coming, Rotation, Service};
 pub use slot::{LastExit, Slot};
 pub use worker::{Phase, Worker};

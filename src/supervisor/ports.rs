@@ -7,10 +7,7 @@
 use std::net::SocketAddr;
 
 use super::worker::{Phase, Worker};
-use crate::config::SocketMode;
-
-/// How many workers with inherited sockets can be on one port at once.
-pub const WORKERS_ON_A_PORT: usize = 2;
+use crate::config::{SocketMode, WORKERS_ON_A_PORT};
 
 /// The workers on their way out, by where they are reached.
 #[derive(Debug, Default)]

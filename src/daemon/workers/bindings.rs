@@ -35,10 +35,8 @@ use crate::{
         direct::{PinGuard, PinnedRoute},
     },
     proxy::PinnedRoutes,
-    supervisor::{Spawn, WORKERS_ON_A_PORT, WorkerId},
+    supervisor::{Spawn, WorkerId},
 };
-
-const _: () = assert!(WORKERS_ON_A_PORT == net::SHARERS);
 
 /// A client that waited unread at a worker, and the service whose it is.
 pub(in crate::daemon) type Drained = (Arc<str>, DrainedConnection);

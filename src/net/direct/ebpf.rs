@@ -38,7 +38,10 @@ use super::{
     steer::Steer,
     turns::{Choice, FALLBACK, FOLD, Key, LAST, STEPS, Turn, buckets, words},
 };
-use crate::net::options::{AttachReusePortEbpf, DetachReusePortBpf};
+use crate::net::{
+    options::{AttachReusePortEbpf, DetachReusePortBpf},
+    rotation,
+};
 
 /// How many sockets there can be in a group, the parking included; a power of two.
 pub(super) const KEYS: u32 = 4096;
@@ -174,7 +177,8 @@ impl Steer for Ebpf {
         for (place, key) in places.iter().skip(first as usize).zip(&keys) {
             place.store(*key, Relaxed);
         }
-        let next = next_turn(&current, turns, cursor.load(Relaxed));
+        let places = |turns: &[Turn]| turns.iter().map(|turn| turn.place).collect::<Vec<_>>();
+        let next = rotation::continued(cursor.load(Relaxed), &places(&current), &places(turns));
         // The table before what points to it.
         rotation.store((keys.len() as u64) << 32 | u64::from(first | hashed), Release);
         cursor.store(next, Relaxed);
@@ -217,20 +221,6 @@ impl Steer for Ebpf {
 
     fn routed(&self, key: Key) -> Option<u64> {
         Some(self.memory.get().routed.get(key as usize)?.load(Acquire))
-    }
-}
-
-/// Where the cursor has to stand for the rotation to go on after the place that had the last turn, so
-/// that a change hits nobody twice in a row.
-fn next_turn(before: &[Turn], after: &[Turn], cursor: u64) -> u64 {
-    let last = cursor
-        .checked_sub(1)
-        .and_then(|last| before.get(usize::try_from(last % (before.len().max(1) as u64)).ok()?));
-    let next = last.and_then(|last| after.iter().position(|turn| turn.place > last.place));
-    // Zero says that nobody had a turn yet; a whole round later is the same place.
-    match (last, next) {
-        (None, _) => 0,
-        (Some(_), next) => (next.unwrap_or(0) + after.len()) as u64,
     }
 }
 

@@ -33,9 +33,6 @@ pub use error::BindError;
 pub(crate) use error::is_ephemeral;
 pub use passed::Shared;
 
-/// Asked for; the kernel caps it to `net.core.somaxconn`.
-const BACKLOG: i32 = 4096;
-
 /// A bound and listening socket.
 ///
 /// Dropped, it closes, and removes its path where that is a unix socket's and still its own.
@@ -64,11 +61,13 @@ impl Listener {
     pub fn bind(listen: &Listen, access: &UnixAccess) -> Result<Self, BindError> {
         match listen {
             Listen::Tcp(address) => bind_tcp(*address).and_then(|s| Self::adopt(s, listen)),
-            Listen::Unix(path) => listen_at(path, access, BACKLOG).and_then(|(socket, file)| {
-                let mut listener = Self::over(socket, listen, None)?;
-                listener.file = Some(file);
-                Ok(listener)
-            }),
+            Listen::Unix(path) => {
+                listen_at(path, access, super::BACKLOG).and_then(|(socket, file)| {
+                    let mut listener = Self::over(socket, listen, None)?;
+                    listener.file = Some(file);
+                    Ok(listener)
+                })
+            }
         }
         .map_err(|cause| BindError::new(listen, cause))
     }
@@ -98,7 +97,7 @@ impl Listener {
 
     /// Takes over a bound TCP socket, and listens.
     fn adopt(socket: Socket, listen: &Listen) -> io::Result<Self> {
-        socket.listen(BACKLOG)?;
+        socket.listen(super::BACKLOG)?;
         Self::over(socket, listen, None)
     }
 

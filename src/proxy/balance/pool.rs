@@ -10,7 +10,10 @@ use std::{
 };
 
 use super::backend::{Backend, Lease, LeaseError};
-use crate::config::{Balance, Routing};
+use crate::{
+    config::{Balance, Routing},
+    net::rotation,
+};
 
 /// Where a service's connections may go, as the supervisor last saw it.
 ///
@@ -84,15 +87,9 @@ impl Pool {
     /// Goes on where `old` stopped: with the first slot after the one last used, so that a change
     /// of members hits no worker twice in a row.
     pub(crate) fn succeed(&mut self, old: &Self) {
-        let used = old.cursor.load(Relaxed);
-        let Some(last) =
-            used.checked_sub(1).and_then(|i| old.backends.get(i % old.backends.len().max(1)))
-        else {
-            return;
-        };
-        let next = self.backends.iter().position(|u| u.slot() > last.slot()).unwrap_or(0);
-        // A cursor of 0 means "none used yet"; one whole turn on is the same place.
-        *self.cursor.get_mut() = next + self.backends.len();
+        let slots = |pool: &Self| pool.backends.iter().map(|u| u.slot()).collect::<Vec<_>>();
+        let turns = old.cursor.load(Relaxed) as u64;
+        *self.cursor.get_mut() = rotation::continued(turns, &slots(old), &slots(self)) as usize;
     }
 
     /// The worker for a connection from `client` (`None`: it has no address), leaving out those

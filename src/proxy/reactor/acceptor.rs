@@ -2,17 +2,15 @@
 
 use std::{
     collections::BTreeMap,
-    io, mem,
+    mem,
     time::{Duration, Instant},
 };
 
-use nix::{
-    errno::Errno,
-    sys::epoll::{EpollEvent, EpollFlags},
-};
+use nix::sys::epoll::{EpollEvent, EpollFlags};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
+use crate::net::AcceptFailure;
 use crate::proxy::{
     balance::{ServiceHandle, Shortage},
     tcp,
@@ -63,15 +61,6 @@ struct Closing {
     until: Instant,
     /// Dropped when the thread has let go.
     _done: mpsc::Sender<()>,
-}
-
-/// What accept() came back with.
-enum Accept {
-    Empty,
-    /// That client is gone; the next may be there.
-    Lost,
-    /// There is no descriptor or memory left, or something that's just as likely to last.
-    Exhausted,
 }
 
 impl Acceptor {
@@ -179,18 +168,18 @@ impl Acceptor {
                         }
                     }
                 }
-                Err(error) => match classify(&error) {
-                    Accept::Empty => {
+                Err(error) => match AcceptFailure::of(&error) {
+                    AcceptFailure::Empty => {
                         permit.service().shortages().end(&Shortage::OF_LISTENERS);
                         drop(permit);
                         return self.let_go_if_closed(cx, id);
                     }
-                    Accept::Lost => {}
-                    Accept::Exhausted if open.gives_up(cx.now) => {
+                    AcceptFailure::Lost => {}
+                    AcceptFailure::Exhausted if open.gives_up(cx.now) => {
                         drop(permit);
                         return self.let_go(cx, id);
                     }
-                    Accept::Exhausted => {
+                    AcceptFailure::Exhausted => {
                         if listener.fails() {
                             warn!(listen = %listener.listen(), %error, "can't accept; clients wait");
                         }
@@ -262,25 +251,5 @@ impl OpenFrontend {
 fn service_of(target: &Target) -> &std::sync::Arc<ServiceHandle> {
     match target {
         Target::Tcp(service) => service,
-    }
-}
-
-/// accept(2) passes on what went wrong with the client's connection before it was accepted.
-fn classify(error: &io::Error) -> Accept {
-    match Errno::from_raw(error.raw_os_error().unwrap_or(0)) {
-        // EINVAL: a unix socket that is shut down for reading, with nobody left in its queue.
-        Errno::EAGAIN | Errno::EINVAL => Accept::Empty,
-        Errno::ECONNABORTED
-        | Errno::EINTR
-        | Errno::EPROTO
-        | Errno::EPERM
-        | Errno::ENETDOWN
-        | Errno::ENOPROTOOPT
-        | Errno::EHOSTDOWN
-        | Errno::ENONET
-        | Errno::EHOSTUNREACH
-        | Errno::EOPNOTSUPP
-        | Errno::ENETUNREACH => Accept::Lost,
-        _ => Accept::Exhausted,
     }
 }

@@ -10,12 +10,12 @@ use std::{
 use super::{
     super::{
         Effect, Event, Fact, ProbeOutcome, RetireReason, Rotation, Slot, Spawn, Supervisor, Ticket,
-        Verdict, WORKERS_ON_A_PORT, WorkerId,
+        Verdict, WorkerId,
     },
     MS,
     process::{Process, Told},
 };
-use crate::config::{Order, Program, Service, SocketMode};
+use crate::config::{Order, Program, Service, SocketMode, WORKERS_ON_A_PORT};
 
 /// From SIGKILL, or the end of a program, until nothing is left of it.
 const LEAVING: u64 = 2000;
