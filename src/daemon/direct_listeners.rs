@@ -52,6 +52,8 @@ struct Entry {
     service: Arc<str>,
     /// lbd's own listener is closed, and no new client comes to the workers.
     closed: bool,
+    /// The configuration in force has it.
+    is_wanted: bool,
     /// Whose workers have sockets here, and are not gone.
     workers: BTreeSet<WorkerId>,
     /// When it was last said that somebody else had steered.
@@ -100,13 +102,23 @@ impl DirectListeners {
             let (service, address) = (Arc::clone(&service.name), public.address());
             tracing::info!(service = &*service, %address, %kind, why, "steering");
             let workers = BTreeSet::new();
-            let entry = Entry { public, service, closed: false, workers, told: None };
+            let (closed, is_wanted) = (false, true);
+            let entry = Entry { public, service, closed, is_wanted, workers, told: None };
             self.0.insert(address, entry);
         }
         for (address, entry) in &mut self.0 {
             if let Some(service) = owner(address) {
                 entry.service = Arc::clone(&service.name);
             }
+        }
+        self.want(services);
+    }
+
+    /// The addresses of `services` stay, and no others for longer than workers have sockets there.
+    pub(super) fn want(&mut self, services: &[config::Service]) {
+        for (address, entry) in &mut self.0 {
+            let has = |service: &config::Service| service.worker.public.contains(address);
+            entry.is_wanted = services.iter().any(has);
         }
     }
 
@@ -228,20 +240,21 @@ impl DirectListeners {
     }
 
     /// Takes what still comes in at sockets whose workers are gone, with whose it is, and lets go of
-    /// the addresses that none of the `wanted` is and no worker has a socket on.
+    /// the addresses that nobody [wants](Self::want) and no worker has a socket on.
     pub(super) fn collect_leftovers(
         &mut self,
-        wanted: &BTreeSet<SocketAddr>,
         now: Instant,
         acceptor: &mut Acceptor,
         permit: impl Fn(&Arc<str>) -> MayAccept,
     ) -> Vec<(Arc<str>, Socket)> {
         let mut drained = Vec::new();
-        self.0.retain(|address, entry| {
-            acceptor.set_permit(Some(permit(&entry.service)));
-            let clients = entry.public.collect_leftovers(now, acceptor);
-            drained.extend(clients.into_iter().map(|client| (Arc::clone(&entry.service), client)));
-            wanted.contains(address) || !entry.workers.is_empty() || entry.public.has_leftovers()
+        self.0.retain(|_, entry| {
+            if entry.public.has_leftovers() {
+                acceptor.set_permit(Some(permit(&entry.service)));
+                let clients = entry.public.collect_leftovers(now, acceptor).into_iter();
+                drained.extend(clients.map(|client| (Arc::clone(&entry.service), client)));
+            }
+            entry.is_wanted || !entry.workers.is_empty() || entry.public.has_leftovers()
         });
         drained
     }

@@ -13,9 +13,9 @@ use std::{
 
 use tracing::debug;
 
-use super::{Daemon, Stage, frontends::Frontends};
+use super::{Daemon, Stage, frontends::Frontends, workers::Drained};
 use crate::{
-    config::{Output, Program, SocketMode},
+    config::{Output, Program},
     net::{
         DrainedConnection, MayAccept,
         diag::{self, Diag},
@@ -23,8 +23,7 @@ use crate::{
     },
     proxy::{Pool, ReservedPermit},
     supervisor::{
-        Coming, DownKind, Effect, Event, Fact, Note, NoteWorker, Phase, Supervisor, Worker,
-        WorkerId,
+        Coming, DownKind, Effect, Event, Fact, Note, NoteWorker, Supervisor, Worker, WorkerId,
     },
 };
 
@@ -48,9 +47,12 @@ const UNBUFFERED: &str =
 impl Daemon<'_> {
     /// Does what the supervisor asks for, and tells it what comes of that at once.
     pub(super) fn perform(&mut self, effects: Vec<Effect>) {
-        // Before others come to the ports.
-        let drained = self.drain_queue();
         let mut queue = VecDeque::from(effects);
+        while let Some(effect) = queue.pop_front_if(|effect| is_about_queues(effect)) {
+            self.act(effect);
+        }
+        // Before others come to the ports.
+        let drained = self.drain_queues();
         while let Some(effect) = queue.pop_front() {
             for event in self.act(effect) {
                 queue.extend(self.supervisor.handle(event, Instant::now()));
@@ -80,6 +82,9 @@ impl Daemon<'_> {
                 }
             }
             Effect::Reinstate { id } => self.workers.reinstate(id),
+            Effect::DrainQueue { id, why } => self.workers.drain_queue(id, why),
+            Effect::KeepQueue { id } => self.workers.keep_queue(id),
+            Effect::ReleasePort { address } => self.workers.bindings.release_port(address),
             Effect::Close { service } => {
                 self.close_publics(&service, &[]);
                 let listeners = self.frontends.take_closing(&service, &[]);
@@ -93,6 +98,7 @@ impl Daemon<'_> {
                         slot.clone_from(&service);
                     }
                 }
+                self.workers.bindings.direct_listeners.want(&self.config.services);
             }
             Effect::Note(note) => {
                 let held = note.worker.and_then(|worker| self.connections(&note.service, worker));
@@ -176,53 +182,28 @@ impl Daemon<'_> {
         (is_silent && keeps_back).then_some(UNBUFFERED)
     }
 
-    /// The connections that wait for a worker that will not take them, to be handed to another one;
-    /// closes the sockets that no worker inherits any more.
-    fn drain_queue(&mut self) -> Vec<(Arc<str>, DrainedConnection)> {
-        let mut needed = HashSet::new();
-        for service in self.supervisor.services() {
-            let slots = service.slots.iter().map(|slot| (&slot.spec, slot.last_port));
-            let workers = service.workers().map(|worker| (&worker.spec, worker.port));
-            for (spec, port) in slots.chain(workers) {
-                if let (SocketMode::Inherit, Some(port)) = (spec.socket, port) {
-                    needed.insert(spec.address(port));
-                }
-            }
-        }
-        let ejected = self.workers_in(|phase| phase == Phase::Unhealthy);
+    /// The connections that wait for workers that will not take them, to be handed to others; closes
+    /// the sockets that no worker inherits any more.
+    fn drain_queues(&mut self) -> Vec<Drained> {
         let supervisor = &self.supervisor;
         let can_serve = |service: &str| can_serve(supervisor, service);
-        let is = |service: &str| supervisor.rotation(service).is_some();
+        let is = |service: &str| supervisor.service(service).is_some();
         let (frontends, reserved) = (&self.frontends, &self.reserved);
         let permit = |service: &Arc<str>| permit(frontends, reserved, service);
-        self.workers.drain_queue(&needed, &ejected, can_serve, is, permit)
+        self.workers.drain_queues(can_serve, is, permit)
     }
 
     /// Hands them over where the kernel hands out connections, and those of workers that are asked to
     /// end: what the kernel gave to them, they may not take any more.
     fn drain_direct_queues(&mut self) {
-        let wanted = self.config.services.iter().flat_map(|service| &service.worker.public);
-        let wanted = wanted.copied().collect();
-        let ejected =
-            self.workers_in(|phase| matches!(phase, Phase::Unhealthy | Phase::Stopping { .. }));
         let (supervisor, now) = (&self.supervisor, Instant::now());
         let can_serve = |service: &str| can_serve(supervisor, service);
         let (frontends, reserved) = (&self.frontends, &self.reserved);
         let permit = |service: &Arc<str>| permit(frontends, reserved, service);
-        let drained = self.workers.drain_direct_queues(&wanted, &ejected, can_serve, permit, now);
+        let drained = self.workers.drain_direct_queues(can_serve, permit, now);
         self.hand_over(drained);
-        // The kernel may have given it a connection whose handshake ends only now, and where there was
-        // no room for all that wait, there will be.
-        let again = self.workers.is_direct(&ejected)
-            || self.workers.bindings.direct_listeners.has_leftovers()
-            || self.workers.bindings.has_left_some();
-        let again = again.then(|| now + DRAIN_PAUSE);
+        let again = self.workers.bindings.has_more_to_drain().then(|| now + DRAIN_PAUSE);
         self.drain_at = again.into_iter().chain(self.workers.bindings.watch_at()).min();
-    }
-
-    fn workers_in(&self, wanted: impl Fn(Phase) -> bool) -> Vec<WorkerId> {
-        let workers = self.supervisor.services().iter().flat_map(|service| service.workers());
-        workers.filter(|worker| wanted(worker.phase)).map(|worker| worker.id).collect()
     }
 
     /// Nothing of the worker is left.
@@ -231,7 +212,7 @@ impl Daemon<'_> {
         self.workers.forget(id, |service| permit(frontends, reserved, service));
     }
 
-    fn hand_over(&self, drained: Vec<(Arc<str>, DrainedConnection)>) {
+    fn hand_over(&self, drained: Vec<Drained>) {
         let deadline = Instant::now() + HEADER;
         let mut own = None;
         for (service, DrainedConnection { socket, proxy_protocol }) in drained {
@@ -262,6 +243,14 @@ impl Daemon<'_> {
             }
         }
     }
+}
+
+/// Whether it only says which queues are to be looked at from now on.
+fn is_about_queues(effect: &Effect) -> bool {
+    matches!(
+        effect,
+        Effect::DrainQueue { .. } | Effect::KeepQueue { .. } | Effect::ReleasePort { .. }
+    )
 }
 
 /// Lets a connection be taken out of a queue where there is a place for it.

@@ -176,6 +176,12 @@ impl<Owner: Copy + PartialEq> Port<Owner> {
         self.members.iter().any(|member| member.owner.is_some())
     }
 
+    /// Whether there is a socket that nobody has.
+    #[must_use]
+    pub fn has_leftovers(&self) -> bool {
+        self.members.iter().any(|member| member.owner.is_none())
+    }
+
     /// Accepts every connection that waits for `owner`, which may go on to accept too, or, with
     /// `None`, in a socket that nobody has.
     pub fn drain_queue(

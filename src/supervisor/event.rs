@@ -1,6 +1,6 @@
 //! What the supervision core is told, and what it asks for.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, net::SocketAddr, sync::Arc, time::Duration};
 
 use nix::sys::signal::Signal;
 
@@ -231,6 +231,25 @@ pub enum Effect {
         /// The incarnation.
         id: WorkerId,
     },
+    /// The worker will not take what waits unread in its accept queue: hand that to others of its
+    /// service, and what still comes, until [`Effect::KeepQueue`] or its end.
+    DrainQueue {
+        /// The incarnation.
+        id: WorkerId,
+        /// Why it will not.
+        why: Untaken,
+    },
+    /// It takes itself again what waits in its accept queue.
+    KeepQueue {
+        /// The incarnation.
+        id: WorkerId,
+    },
+    /// No worker has a socket on this port any more whose sockets are inherited, nor will one take over
+    /// what is left there: close it. Who waits there is another worker's client.
+    ReleasePort {
+        /// The address and port.
+        address: SocketAddr,
+    },
     /// Stop accepting for this service, empty its accept queues, and answer with
     /// [`Event::Closed`].
     Close {
@@ -256,6 +275,16 @@ pub enum Effect {
     Note(Note),
     /// Every worker is gone: the daemon may end.
     Finished,
+}
+
+/// Why a worker does not take what waits in its accept queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Untaken {
+    /// Its probes fail.
+    Hangs,
+    /// It was asked to end. What lbd sent to it before, it may still take; what the kernel gives it, it
+    /// may not.
+    Stops,
 }
 
 /// A worker to be started.

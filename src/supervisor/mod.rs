@@ -32,7 +32,7 @@ use std::{collections::HashMap, sync::Arc, time::Instant};
 
 pub use event::{
     Chosen, DownKind, Effect, Event, ExitCause, Fact, LimitExceeded, Note, NoteWorker,
-    ProbeOutcome, RetireReason, Spawn, Ticket, Verdict, WorkerId,
+    ProbeOutcome, RetireReason, Spawn, Ticket, Untaken, Verdict, WorkerId,
 };
 pub use service::{Coming, Rotation, Service};
 pub use slot::{LastExit, Slot};
@@ -253,6 +253,12 @@ impl Supervisor {
         for service in &mut self.services {
             service.settle(&outgoing, &mut cx);
         }
+        // A port may move from one service to another.
+        let services = &self.services;
+        effects.retain(|effect| match effect {
+            Effect::ReleasePort { address } => !services.iter().any(|s| s.keeps_port(address)),
+            _ => true,
+        });
         self.services.retain(|service| {
             let gone = service.is_gone();
             if gone {
@@ -265,11 +271,13 @@ impl Supervisor {
             effects.push(Effect::Finished);
         }
         let mut effects = self.join_answers(effects);
-        // Data threads must see a rotation without a worker before that worker turns them away.
+        // Who waits is taken out of a queue before a worker is started that would take it over. Data
+        // threads must see a rotation without a worker before that worker turns them away.
         effects.sort_by_key(|effect| match effect {
-            Effect::Reinstate { .. } => 0,
-            Effect::Publish { .. } => 1,
-            _ => 2,
+            Effect::DrainQueue { .. } | Effect::KeepQueue { .. } | Effect::ReleasePort { .. } => 0,
+            Effect::Reinstate { .. } => 1,
+            Effect::Publish { .. } => 2,
+            _ => 3,
         });
         effects
     }

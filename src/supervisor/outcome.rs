@@ -83,8 +83,9 @@ impl Service {
             }
             Event::Probed { outcome, .. } => {
                 let (now, mut change) = (cx.now, Change::None);
+                let effects = &mut *cx.effects;
                 self.with(id, |worker, config| {
-                    change = worker.probed(outcome, &config.health, now);
+                    change = worker.probed(outcome, &config.health, now, effects);
                 });
                 self.changed(id, change, cx);
             }
@@ -260,7 +261,7 @@ impl Service {
                 | Phase::Unhealthy
                 | Phase::Ended => false,
             };
-            worker.ended(cx.now);
+            worker.ended(cx.now, cx.effects);
             let (slot, generation) = (worker.slot, worker.generation);
             if let Some(slot) = self.slots.iter_mut().find(|s| s.number == slot) {
                 slot.exits[cause as usize] += 1;
@@ -274,7 +275,7 @@ impl Service {
         };
         let Some(mut worker) = self.slots[index].take(id) else { return };
         let (subject, healthy) = (note_of(&worker), worker.longest_health(cx.now));
-        worker.ended(cx.now);
+        worker.ended(cx.now, cx.effects);
         self.slots[index].exits[cause as usize] += 1;
         let (reason, stood_in, generation) = (status, worker.stands_in, worker.generation);
         self.retiring.push(worker);

@@ -1,7 +1,13 @@
 //! One service: its slots, the workers that are on their way out, and the rolling replacement that
 //! is under way.
 
-use std::{collections::BTreeMap, mem, net::SocketAddr, sync::Arc, time::Instant};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    mem,
+    net::SocketAddr,
+    sync::Arc,
+    time::Instant,
+};
 
 use super::{
     event::{Effect, Fact, LimitExceeded, Note, NoteWorker, RetireReason, Spawn, Ticket, WorkerId},
@@ -12,7 +18,7 @@ use super::{
     slot::{Slot, note_of, note_of_slot},
     worker::{Phase, Worker},
 };
-use crate::config::{self, Order, Slots};
+use crate::config::{self, Order, Slots, SocketMode};
 
 /// Everything a step needs besides the service itself.
 pub(super) struct Context<'a> {
@@ -91,6 +97,8 @@ pub struct Service {
     pub(super) fallback: Option<config::Service>,
     life: Life,
     published: Option<(Rotation, config::Routing)>,
+    /// The ports whose inherited sockets are to stay: its workers have them, or its slots' next ones will.
+    kept_ports: BTreeSet<SocketAddr>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -116,6 +124,7 @@ impl Service {
             fallback: None,
             life: Life::Open,
             published: None,
+            kept_ports: BTreeSet::new(),
         }
     }
 
@@ -268,6 +277,24 @@ impl Service {
             self.published = Some(now);
             cx.effects.push(Effect::Publish { service: self.name() });
         }
+        let kept = self.inherited_ports();
+        let before = mem::replace(&mut self.kept_ports, kept);
+        let released = before.difference(&self.kept_ports);
+        cx.effects.extend(released.map(|&address| Effect::ReleasePort { address }));
+    }
+
+    /// Whether the sockets at `address` are to stay for its workers to inherit.
+    pub(super) fn keeps_port(&self, address: &SocketAddr) -> bool {
+        self.kept_ports.contains(address)
+    }
+
+    fn inherited_ports(&self) -> BTreeSet<SocketAddr> {
+        let slots = self.slots.iter().map(|slot| (&slot.spec, slot.last_port));
+        let workers = self.workers().map(|worker| (&worker.spec, worker.port));
+        let inherited = |(spec, port): (&Arc<config::WorkerSpec>, Option<u16>)| {
+            port.filter(|_| spec.socket == SocketMode::Inherit).map(|port| spec.address(port))
+        };
+        slots.chain(workers).filter_map(inherited).collect()
     }
 
     pub(super) fn name(&self) -> Arc<str> {

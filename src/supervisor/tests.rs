@@ -3,6 +3,7 @@
 mod drains;
 mod lives;
 mod probes;
+mod queues;
 mod recycling;
 mod reloads;
 mod rollouts;
@@ -14,6 +15,7 @@ mod unhealthy;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
     num::NonZeroU32,
     path::PathBuf,
     sync::Arc,
@@ -22,7 +24,7 @@ use std::{
 
 use super::{
     Chosen, Coming, Effect, Event, Fact, Phase, ProbeOutcome, Service, Spawn, Supervisor, Ticket,
-    Verdict, WorkerId,
+    Untaken, Verdict, WorkerId,
 };
 use crate::config::{
     self, DEFAULT_HOST, Drain, Order, Output, Program, Restart, Rollout, Slots, SocketMode, Stop,
@@ -92,6 +94,10 @@ struct World {
     spawns: Vec<Spawn>,
     probing: BTreeSet<u64>,
     facts: Vec<Fact>,
+    /// The workers whose queues are drained.
+    untaken: BTreeMap<u64, Untaken>,
+    /// The ports that were released.
+    released: Vec<SocketAddr>,
 }
 
 impl World {
@@ -103,6 +109,8 @@ impl World {
             spawns: Vec::new(),
             probing: BTreeSet::new(),
             facts: Vec::new(),
+            untaken: BTreeMap::new(),
+            released: Vec::new(),
         };
         world.apply(0, [service]);
         world
@@ -117,7 +125,7 @@ impl World {
         world
     }
 
-    /// What was asked for, as text; facts are kept apart.
+    /// What was asked for, as text; facts, and what is about queues, are kept apart.
     fn record(&mut self, effects: Vec<Effect>) -> Vec<String> {
         let mut shown = Vec::new();
         for effect in effects {
@@ -140,6 +148,18 @@ impl World {
                 Effect::Publish { service } => format!("publish {service}"),
                 Effect::Retire { id } => format!("retire {}", id.0),
                 Effect::Reinstate { id } => format!("reinstate {}", id.0),
+                Effect::DrainQueue { id, why } => {
+                    self.untaken.insert(id.0, why);
+                    continue;
+                }
+                Effect::KeepQueue { id } => {
+                    self.untaken.remove(&id.0);
+                    continue;
+                }
+                Effect::ReleasePort { address } => {
+                    self.released.push(address);
+                    continue;
+                }
                 Effect::Close { service } => format!("close {service}"),
                 Effect::Forget { service } => format!("forget {service}"),
                 Effect::Answer { ticket, result: Ok(warnings) } => {

@@ -21,7 +21,7 @@ use std::{
 };
 
 use super::{
-    event::{Effect, ProbeOutcome, RetireReason, Verdict, WorkerId},
+    event::{Effect, ProbeOutcome, RetireReason, Untaken, Verdict, WorkerId},
     health::Tally,
     recycle::LimitUsage,
 };
@@ -106,6 +106,21 @@ pub enum Phase {
     },
     /// The program ended; what it left behind is being removed.
     Ended,
+}
+
+impl Phase {
+    /// Why a worker in this phase does not take what waits in its accept queue, where it does not.
+    fn untaken(self) -> Option<Untaken> {
+        match self {
+            Self::Unhealthy => Some(Untaken::Hangs),
+            Self::Stopping { .. } => Some(Untaken::Stops),
+            Self::Launching
+            | Self::Starting
+            | Self::Healthy
+            | Self::Draining { .. }
+            | Self::Ended => None,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -233,7 +248,7 @@ impl Worker {
         match self.phase {
             Phase::Launching => {
                 self.started = now;
-                self.enter(Phase::Starting, now);
+                self.enter(Phase::Starting, now, effects);
                 self.probe = ProbeClock::Due(now);
             }
             Phase::Stopping { kill_at: Some(at), .. } => {
@@ -251,7 +266,13 @@ impl Worker {
 
     /// A probe ended. Results for a worker that is not probed in its phase change nothing: one
     /// that drains stays out of rotation, however well it answers.
-    pub fn probed(&mut self, outcome: ProbeOutcome, health: &Health, now: Instant) -> Change {
+    pub fn probed(
+        &mut self,
+        outcome: ProbeOutcome,
+        health: &Health,
+        now: Instant,
+        effects: &mut Vec<Effect>,
+    ) -> Change {
         let began = match self.probe {
             ProbeClock::Running(began) => began,
             ProbeClock::Stale => {
@@ -272,17 +293,17 @@ impl Worker {
         let is_late = !self.late && now.duration_since(self.started) >= LATE;
         let change = match (self.phase, verdict) {
             (Phase::Starting, Verdict::Passed) if self.tally.risen(health.rise) => {
-                self.enter(Phase::Healthy, now);
+                self.enter(Phase::Healthy, now, effects);
                 Change::Healthy { first: true }
             }
             (Phase::Unhealthy, Verdict::Passed) if self.tally.risen(health.rise) => {
-                self.enter(Phase::Healthy, now);
+                self.enter(Phase::Healthy, now, effects);
                 Change::Healthy { first: false }
             }
             (Phase::Healthy, Verdict::Failed(error) | Verdict::Hopeless(error))
                 if self.tally.fallen(health.fall) =>
             {
-                self.enter(Phase::Unhealthy, now);
+                self.enter(Phase::Unhealthy, now, effects);
                 Change::Unhealthy { error }
             }
             (Phase::Starting, Verdict::Hopeless(_)) => Change::Hopeless,
@@ -339,7 +360,11 @@ impl Worker {
                 } else {
                     self.stop_probing();
                     self.drained_from = Some((self.phase, self.since));
-                    self.enter(Phase::Draining { why, until: now + stop.drain_timeout }, now);
+                    self.enter(
+                        Phase::Draining { why, until: now + stop.drain_timeout },
+                        now,
+                        effects,
+                    );
                     effects.push(Effect::Retire { id: self.id });
                 }
             }
@@ -368,7 +393,7 @@ impl Worker {
     /// prove itself, and one that an operator had set aside stays so.
     pub fn resume(&mut self, now: Instant, effects: &mut Vec<Effect>) {
         let Some((phase, since)) = self.drained_from.take() else { return };
-        self.enter(phase, since);
+        self.enter(phase, since, effects);
         self.tally = Tally::default();
         if self.probe == ProbeClock::Off {
             self.probe = ProbeClock::Due(now);
@@ -396,7 +421,7 @@ impl Worker {
     ) {
         self.stop_probing();
         self.drained_from = None;
-        self.enter(Phase::Stopping { why, kill_at: Some(now + stop.timeout) }, now);
+        self.enter(Phase::Stopping { why, kill_at: Some(now + stop.timeout) }, now, effects);
         if self.pid.is_some() {
             effects.push(self.signal(stop, stop.timeout));
         }
@@ -417,17 +442,19 @@ impl Worker {
             | Phase::Starting
             | Phase::Healthy
             | Phase::Unhealthy
-            | Phase::Draining { .. } => self.enter(Phase::Stopping { why, kill_at: None }, now),
+            | Phase::Draining { .. } => {
+                self.enter(Phase::Stopping { why, kill_at: None }, now, effects);
+            }
         }
         effects.push(Effect::Kill { id: self.id });
     }
 
     /// The program ended.
-    pub fn ended(&mut self, now: Instant) {
+    pub fn ended(&mut self, now: Instant, effects: &mut Vec<Effect>) {
         self.pid = None;
         self.stop_probing();
         self.drained_from = None;
-        self.enter(Phase::Ended, now);
+        self.enter(Phase::Ended, now, effects);
     }
 
     /// When [`Self::timeout`] wants to be called next.
@@ -480,7 +507,15 @@ impl Worker {
         };
     }
 
-    fn enter(&mut self, phase: Phase, since: Instant) {
+    fn enter(&mut self, phase: Phase, since: Instant, effects: &mut Vec<Effect>) {
+        let (before, after) = (self.phase.untaken(), phase.untaken());
+        if before != after {
+            let id = self.id;
+            effects.push(match after {
+                Some(why) => Effect::DrainQueue { id, why },
+                None => Effect::KeepQueue { id },
+            });
+        }
         self.healthiest = self.longest_health(since);
         self.phase = phase;
         self.since = since;

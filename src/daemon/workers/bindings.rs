@@ -16,7 +16,7 @@
 //! | (`direct`)  | one on each public address    | by [`rotate`](Bindings::rotate) | accepts   |
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet},
+    collections::{BTreeSet, HashMap},
     io,
     net::SocketAddr,
     path::PathBuf,
@@ -47,6 +47,8 @@ pub(in crate::daemon) struct Bindings {
     workers: HashMap<WorkerId, Bound>,
     /// The ports whose sockets workers inherit: a port outlives each of its workers.
     ports: HashMap<SocketAddr, InheritedPort>,
+    /// Those that may have sockets which nobody has.
+    leftover_ports: BTreeSet<SocketAddr>,
     /// The unix sockets of workers that are gone, with what waits there.
     orphans: Vec<Orphan>,
     /// Where a unix socket can be made.
@@ -57,6 +59,8 @@ pub(in crate::daemon) struct Bindings {
     watch_at: Instant,
     /// Clients that waited for workers which are gone, to be handed over.
     left: Vec<Drained>,
+    /// Queues were emptied, since [`begin`](Self::begin), that may fill again.
+    may_grow: bool,
     acceptor: Acceptor,
 }
 
@@ -74,7 +78,11 @@ enum Binding {
     /// At a port that it binds itself: lbd has no socket there.
     Own,
     /// At this one of the [ports](Bindings::ports).
-    Inherited(SocketAddr),
+    Inherited {
+        address: SocketAddr,
+        /// lbd has picked the port, as none was asked for.
+        is_picked: bool,
+    },
     Unix(UnnamedUnixListener),
     Direct(Direct),
 }
@@ -93,6 +101,8 @@ struct Direct {
 struct InheritedPort {
     port: Port<WorkerId>,
     service: Arc<str>,
+    /// No worker will be on it any more.
+    is_released: bool,
 }
 
 #[derive(Debug)]
@@ -153,11 +163,13 @@ impl Bindings {
         Ok(Self {
             workers: HashMap::new(),
             ports: HashMap::new(),
+            leftover_ports: BTreeSet::new(),
             orphans: Vec::new(),
             folder,
             direct_listeners: DirectListeners::default(),
             watch_at: Instant::now(),
             left: Vec::new(),
+            may_grow: false,
             acceptor: Acceptor::new()?,
         })
     }
@@ -178,7 +190,7 @@ impl Bindings {
             SocketMode::Inherit => {
                 let address = self.inherit(wanted, order)?;
                 let opened = Opened::at(address, Listens::Passed(Some(address)));
-                (Binding::Inherited(address), opened)
+                (Binding::Inherited { address, is_picked: order.port.is_none() }, opened)
             }
             SocketMode::Unix => {
                 let failed = |error| OpenError::Unix(self.folder.clone(), error);
@@ -207,12 +219,13 @@ impl Bindings {
             let joined = inherited.port.join(order.id, proxy_protocol);
             joined.map_err(|error| OpenError::of(wanted, error))?;
             inherited.service = service;
+            inherited.is_released = false;
             return Ok(wanted);
         }
         let port = Port::open(wanted, order.id, proxy_protocol);
         let port = port.map_err(|error| OpenError::of(wanted, error))?;
         let address = port.address();
-        self.ports.insert(address, InheritedPort { port, service });
+        self.ports.insert(address, InheritedPort { port, service, is_released: false });
         Ok(address)
     }
 
@@ -230,7 +243,7 @@ impl Bindings {
     pub(super) fn sockets(&self, order: &Spawn) -> Vec<&Socket> {
         match self.workers.get(&order.id).map(|bound| &bound.binding) {
             None | Some(Binding::Own) => Vec::new(),
-            Some(Binding::Inherited(address)) => {
+            Some(Binding::Inherited { address, .. }) => {
                 let inherited = self.ports.get(address);
                 inherited
                     .and_then(|inherited| inherited.port.socket(order.id))
@@ -259,12 +272,12 @@ impl Bindings {
                 direct.probe = socket.try_clone().ok();
                 Ok((socket, Some(guard)))
             }
-            Some(Binding::Inherited(address))
+            Some(Binding::Inherited { address, .. })
                 if let Some(inherited) = self.ports.get_mut(address) =>
             {
                 Ok((inherited.port.way_to(id)?, None))
             }
-            Some(Binding::Own | Binding::Inherited(_) | Binding::Unix(_)) | None => {
+            Some(Binding::Own | Binding::Inherited { .. } | Binding::Unix(_)) | None => {
                 Ok((endpoint.way_of_a_probe()?, None))
             }
         }
@@ -281,7 +294,7 @@ impl Bindings {
     /// that one expects another header than `id` does.
     pub(super) fn displaced_by(&self, id: WorkerId) -> Option<WorkerId> {
         let bound = self.workers.get(&id)?;
-        let Binding::Inherited(address) = bound.binding else { return None };
+        let Binding::Inherited { address, .. } = bound.binding else { return None };
         let before = self.ports.get(&address)?.port.selected().filter(|before| *before != id)?;
         let is_other = self.workers.get(&before)?.proxy_protocol != bound.proxy_protocol;
         is_other.then_some(before)
@@ -295,7 +308,7 @@ impl Bindings {
     pub(super) fn activate(&mut self, id: WorkerId) -> io::Result<()> {
         let Some(bound) = self.workers.get(&id) else { return Ok(()) };
         match &bound.binding {
-            Binding::Inherited(address) => match self.ports.get_mut(address) {
+            Binding::Inherited { address, .. } => match self.ports.get_mut(address) {
                 Some(inherited) => inherited.port.select(id),
                 None => Ok(()),
             },
@@ -318,15 +331,18 @@ impl Bindings {
     /// is a `permit`; its probe's connection is closed if it waits there. `None` where lbd has no
     /// socket to accept from.
     pub(super) fn drain_queue(&mut self, id: WorkerId, permit: MayAccept) -> Option<Vec<Drained>> {
-        let Self { workers, ports, direct_listeners, acceptor, .. } = self;
+        let Self { workers, ports, direct_listeners, acceptor, may_grow, .. } = self;
         let Bound { service, proxy_protocol, binding } = workers.get(&id)?;
         acceptor.set_permit(Some(permit));
         let drained = match binding {
             Binding::Own => return None,
-            Binding::Inherited(address) => ports.get(address)?.port.drain_queue(Some(id), acceptor),
+            Binding::Inherited { address, .. } => {
+                ports.get(address)?.port.drain_queue(Some(id), acceptor)
+            }
             Binding::Unix(socket) => with_header(*proxy_protocol, socket.drain_queue(acceptor)),
             Binding::Direct(direct) => direct.clients(direct_listeners.drain_queue(id, acceptor)),
         };
+        *may_grow = true;
         Some(of_service(service, drained))
     }
 
@@ -343,9 +359,12 @@ impl Bindings {
         let Bound { service, proxy_protocol, binding } = bound;
         match binding {
             Binding::Own => {}
-            Binding::Inherited(address) => {
+            Binding::Inherited { address, is_picked } => {
                 if let Some(inherited) = self.ports.get_mut(&address) {
                     inherited.port.abandon(id, former == Former::Failed);
+                    // Who asked for it was never told which it is, and can't release it.
+                    inherited.is_released |= is_picked && former == Former::NeverRan;
+                    self.leftover_ports.insert(address);
                     return true;
                 }
             }
@@ -367,37 +386,54 @@ impl Bindings {
         false
     }
 
-    /// Begins anew to remember whether clients [were left](Self::has_left_some) in a queue.
+    /// No worker will be on this port any more whose sockets workers inherit: it is closed when
+    /// [nobody waits](Self::collect_leftovers) there.
+    pub(in crate::daemon) fn release_port(&mut self, address: SocketAddr) {
+        if let Some(inherited) = self.ports.get_mut(&address) {
+            inherited.is_released = true;
+            self.leftover_ports.insert(address);
+        }
+    }
+
+    /// Begins anew to remember whether there is [more to drain](Self::has_more_to_drain).
     pub(super) fn begin(&mut self) {
+        self.may_grow = false;
         self.acceptor.begin();
     }
 
-    /// Whether clients were left where nobody accepts them, since there was no room for more.
-    pub(in crate::daemon) fn has_left_some(&self) -> bool {
-        self.acceptor.is_short()
+    /// Whether queues are to be looked at again soon, for clients that nobody tells of: the kernel may
+    /// have given a worker a connection whose handshake ends only now, a data thread may have been on
+    /// the way to it, and where there was no room for all that wait, there will be.
+    pub(in crate::daemon) fn has_more_to_drain(&self) -> bool {
+        self.may_grow || self.direct_listeners.has_leftovers() || self.acceptor.is_short()
     }
 
     /// Takes the clients out of the sockets of workers that are gone. They are to be handed to another
     /// worker of their service; where none `can_serve`, they are left to a successor, as long as there
-    /// `is` such a service. Ports that are not `needed` any more are closed. `permit` is asked for each
-    /// client of a service; without one it stays where it is, for the next time.
+    /// `is` such a service, and the port was not [released](Self::release_port). `permit` is asked for
+    /// each client of a service; without one it stays where it is, for the next time.
     pub(super) fn collect_leftovers(
         &mut self,
-        needed: &HashSet<SocketAddr>,
         can_serve: impl Fn(&str) -> bool,
         is: impl Fn(&str) -> bool,
         permit: impl Fn(&Arc<str>) -> MayAccept,
     ) -> Vec<Drained> {
-        let Self { ports, orphans, acceptor, .. } = self;
+        let Self { ports, leftover_ports, orphans, acceptor, may_grow, .. } = self;
         let mut drained = Vec::new();
-        ports.retain(|address, InheritedPort { port, service }| {
-            let stays = needed.contains(address);
+        leftover_ports.retain(|address| {
+            let Some(inherited) = ports.get_mut(address) else { return false };
+            let InheritedPort { port, service, is_released } = inherited;
             acceptor.set_permit(Some(permit(service)));
             drained.extend(of_service(service, port.collect_leftovers(acceptor)));
-            if !stays || can_serve(service) {
+            if *is_released || can_serve(service) {
                 drained.extend(of_service(service, port.drain_queue(None, acceptor)));
+                *may_grow |= port.has_leftovers();
             }
-            stays || acceptor.is_short()
+            if *is_released && !acceptor.is_short() {
+                ports.remove(address);
+                return false;
+            }
+            *is_released || port.has_leftovers()
         });
         orphans.retain(|Orphan { socket, service, proxy_protocol }| {
             let is_over = can_serve(service) || !is(service);
@@ -413,17 +449,15 @@ impl Bindings {
         drained
     }
 
-    /// The same at public addresses, with those that the kernel gave to nobody. Addresses that are not
-    /// `wanted`, and that no worker has a socket on, are let go.
+    /// The same at public addresses, with those that the kernel gave to nobody.
     pub(super) fn collect_public_leftovers(
         &mut self,
-        wanted: &BTreeSet<SocketAddr>,
         permit: impl Fn(&Arc<str>) -> MayAccept,
         now: Instant,
     ) -> Vec<Drained> {
         let Self { direct_listeners, acceptor, watch_at, left, .. } = self;
         let mut drained = std::mem::take(left);
-        let mut clients = direct_listeners.collect_leftovers(wanted, now, acceptor, &permit);
+        let mut clients = direct_listeners.collect_leftovers(now, acceptor, &permit);
         if *watch_at <= now {
             *watch_at = now + WATCH_PAUSE;
             clients.extend(direct_listeners.watch(now, acceptor));

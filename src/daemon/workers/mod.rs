@@ -8,9 +8,8 @@ mod usage;
 
 use std::{
     cell::Cell,
-    collections::{BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, HashMap},
     io,
-    net::SocketAddr,
     num::NonZeroU32,
     path::PathBuf,
     rc::Rc,
@@ -31,9 +30,10 @@ use crate::{
     probe::{self, Prober},
     process::{Cgroups, Controller, Counted, Identity, LastWords, Watched},
     proxy::Backend,
-    supervisor::{Event, ProbeOutcome, Spawn, Verdict, WorkerId},
+    supervisor::{Event, ProbeOutcome, Spawn, Untaken, Verdict, WorkerId},
 };
-use bindings::{Bindings, Drained, Former, OpenError, Opened, Reached};
+pub(super) use bindings::Drained;
+use bindings::{Bindings, Former, OpenError, Opened, Reached};
 use launcher::{LaunchError, Launched, Launcher, Named, Reported, report};
 use listening::Listening;
 use usage::UsageSamplers;
@@ -49,6 +49,8 @@ pub(super) struct WorkerTable {
     pub(super) slot_stats: SlotStats,
     /// How each worker is reached.
     pub(super) bindings: Bindings,
+    /// Those that don't take what waits in their accept queues.
+    untaken: BTreeMap<WorkerId, Untaken>,
     /// Whom probes ask about their connections, and who listens.
     diag: SharedDiag,
     usage: UsageSamplers,
@@ -100,6 +102,7 @@ impl WorkerTable {
             handles: HashMap::new(),
             slot_stats: SlotStats::default(),
             bindings: Bindings::new(folder)?,
+            untaken: BTreeMap::new(),
             diag: SharedDiag::default(),
         })
     }
@@ -302,13 +305,6 @@ impl WorkerTable {
         self.handles.get(&id).is_none_or(|handle| handle.backend.is_idle())
     }
 
-    /// Whether the kernel hands connections to one of these.
-    pub(super) fn is_direct(&self, workers: &[WorkerId]) -> bool {
-        workers
-            .iter()
-            .any(|id| self.handles.get(id).is_some_and(|handle| handle.backend.is_direct()))
-    }
-
     pub(super) fn backend(&self, id: WorkerId) -> Option<&Arc<Backend>> {
         self.handles.get(&id).map(|handle| &handle.backend)
     }
@@ -338,6 +334,7 @@ impl WorkerTable {
     /// Forgets a worker of which nothing is left.
     pub(super) fn forget(&mut self, id: WorkerId, permit: impl FnOnce(&Arc<str>) -> MayAccept) {
         let Some(handle) = self.handles.remove(&id) else { return };
+        self.untaken.remove(&id);
         let WorkerHandle { backend, proven, .. } = handle;
         let former = if proven { Former::Served } else { Former::Failed };
         backend.left();
@@ -349,50 +346,59 @@ impl WorkerTable {
         }
     }
 
-    /// Takes the clients out of every accept queue where nobody will: of a worker that is gone, or
-    /// one of the `ejected`. See [`Bindings::collect_leftovers`].
-    pub(super) fn drain_queue(
+    /// The worker will not take what waits in its accept queue: it is drained from now on.
+    pub(super) fn drain_queue(&mut self, id: WorkerId, why: Untaken) {
+        if self.handles.contains_key(&id) {
+            self.untaken.insert(id, why);
+        }
+    }
+
+    /// It takes it itself again.
+    pub(super) fn keep_queue(&mut self, id: WorkerId) {
+        self.untaken.remove(&id);
+    }
+
+    /// Takes the clients out of every accept queue where nobody will: of a worker that is gone, or that
+    /// [does not take them](Self::drain_queue). See [`Bindings::collect_leftovers`].
+    pub(super) fn drain_queues(
         &mut self,
-        needed: &HashSet<SocketAddr>,
-        ejected: &[WorkerId],
         can_serve: impl Fn(&str) -> bool,
         is: impl Fn(&str) -> bool,
         permit: impl Fn(&Arc<str>) -> MayAccept,
     ) -> Vec<Drained> {
         self.bindings.begin();
-        let mut drained = self.bindings.collect_leftovers(needed, &can_serve, is, &permit);
-        let ejected = ejected.iter().filter(|id| !self.is_direct(&[**id]));
-        let ejected: Vec<_> = ejected.copied().collect();
-        drained.extend(self.drain_queues_of(&ejected, can_serve, permit));
+        let mut drained = self.bindings.collect_leftovers(&can_serve, is, &permit);
+        drained.extend(self.drain_untaken(false, can_serve, permit));
         drained
     }
 
-    /// As [`Self::drain_queue`], of workers that the kernel hands connections to: those that are `ejected`
-    /// and those that are gone. See [`Bindings::collect_public_leftovers`].
+    /// The same of workers that the kernel hands connections to. See
+    /// [`Bindings::collect_public_leftovers`].
     pub(super) fn drain_direct_queues(
         &mut self,
-        wanted: &BTreeSet<SocketAddr>,
-        ejected: &[WorkerId],
         can_serve: impl Fn(&str) -> bool,
         permit: impl Fn(&Arc<str>) -> MayAccept,
         now: Instant,
     ) -> Vec<Drained> {
-        let mut drained = self.bindings.collect_public_leftovers(wanted, &permit, now);
-        let ejected = ejected.iter().filter(|id| self.is_direct(&[**id]));
-        let ejected: Vec<_> = ejected.copied().collect();
-        drained.extend(self.drain_queues_of(&ejected, can_serve, permit));
+        let mut drained = self.bindings.collect_public_leftovers(&permit, now);
+        drained.extend(self.drain_untaken(true, can_serve, permit));
         drained
     }
 
-    fn drain_queues_of(
+    fn drain_untaken(
         &mut self,
-        workers: &[WorkerId],
+        is_direct: bool,
         can_serve: impl Fn(&str) -> bool,
         permit: impl Fn(&Arc<str>) -> MayAccept,
     ) -> Vec<Drained> {
         let mut drained = Vec::new();
-        for id in workers {
+        for (id, why) in &self.untaken {
             let Some(handle) = self.handles.get(id) else { continue };
+            // What lbd sent to one that stops, that one finishes, and gets no more.
+            let is_due = is_direct || *why == Untaken::Hangs;
+            if handle.backend.is_direct() != is_direct || !is_due {
+                continue;
+            }
             // Not while it is being probed: the probe is for it to answer.
             if handle.probing || !can_serve(&handle.service) {
                 continue;

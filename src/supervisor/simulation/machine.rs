@@ -3,14 +3,15 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use super::{
     super::{
-        Effect, Event, Fact, ProbeOutcome, RetireReason, Rotation, Slot, Spawn, Supervisor, Ticket,
-        Verdict, WorkerId,
+        Effect, Event, Fact, Phase, ProbeOutcome, RetireReason, Rotation, Slot, Spawn, Supervisor,
+        Ticket, Untaken, Verdict, Worker, WorkerId,
     },
     MS,
     process::{Process, Told},
@@ -59,6 +60,10 @@ pub(super) struct Machine {
     numbers: u64,
     newest: WorkerId,
     free_ports: u16,
+    /// Whose queues are drained.
+    untaken: BTreeMap<WorkerId, Untaken>,
+    /// The ports with sockets that are inherited.
+    inherited: BTreeSet<SocketAddr>,
 }
 
 impl Drop for Machine {
@@ -89,6 +94,8 @@ impl Machine {
             numbers: 0,
             newest: WorkerId(0),
             free_ports: 0,
+            untaken: BTreeMap::new(),
+            inherited: BTreeSet::new(),
         }
     }
 
@@ -254,6 +261,16 @@ impl Machine {
             Pending::Event(event) => event,
         };
         let told = match &event {
+            Event::Spawned { id, port } => {
+                let workers =
+                    self.supervisor.services().iter().flat_map(super::super::Service::workers);
+                let worker =
+                    workers.filter(|w| w.spec.socket == SocketMode::Inherit).find(|w| w.id == *id);
+                let address = |worker: &Worker| Some(worker.spec.address((*port)?));
+                let opened = worker.and_then(address);
+                self.inherited.extend(opened);
+                None
+            }
             Event::Started { id, .. } => Some((id, Told::Started)),
             Event::Failed { id, .. } | Event::Exited { id, .. } => Some((id, Told::Ended)),
             Event::Gone { id } => Some((id, Told::Gone)),
@@ -393,6 +410,14 @@ impl Machine {
             Effect::Reinstate { id } => {
                 assert!(!self.is_published(id), "{id:?} is in rotation before it is reinstated");
                 self.turn(id, false);
+            }
+            Effect::DrainQueue { id, why } => _ = self.untaken.insert(id, why),
+            Effect::KeepQueue { id } => {
+                assert!(self.untaken.remove(&id).is_some(), "{id:?} took it all along");
+            }
+            Effect::ReleasePort { address } => {
+                assert!(!self.is_inherited(address), "{address} is released");
+                self.inherited.remove(&address);
             }
             Effect::Close { service } => {
                 let at = self.now + MS(self.random.u64(0..PROMPT));
@@ -572,6 +597,33 @@ impl Machine {
         slots.any(|slot| slot.next.as_ref().is_some_and(|next| next.id == id))
     }
 
+    /// Whether a worker has an inherited socket there, or will be started on it.
+    fn is_inherited(&self, address: SocketAddr) -> bool {
+        self.supervisor.services().iter().any(|service| {
+            let slots = service.slots.iter().map(|slot| (&slot.spec, slot.last_port));
+            let workers = service.workers().map(|worker| (&worker.spec, worker.port));
+            slots.chain(workers).any(|(spec, port)| {
+                let here = port.is_some_and(|port| spec.address(port) == address);
+                here && spec.socket == SocketMode::Inherit
+            })
+        })
+    }
+
+    /// The queue of each worker that will not take what waits there is drained, and nobody else's; and
+    /// no port stays open that no worker will be on.
+    fn check_queues(&self) {
+        let workers = self.supervisor.services().iter().flat_map(super::super::Service::workers);
+        let expected = workers.filter_map(|worker| match worker.phase {
+            Phase::Unhealthy => Some((worker.id, Untaken::Hangs)),
+            Phase::Stopping { .. } => Some((worker.id, Untaken::Stops)),
+            _ => None,
+        });
+        assert_eq!(self.untaken, expected.collect());
+        for address in &self.inherited {
+            assert!(self.is_inherited(*address), "{address} is not released");
+        }
+    }
+
     /// What must hold after every step.
     fn check(&self) {
         for service in self.supervisor.services() {
@@ -588,6 +640,7 @@ impl Machine {
             assert_eq!(known, self.processes.values().filter(alive).count(), "lost a worker");
         }
         self.check_wishes();
+        self.check_queues();
         self.check_health();
         for id in self.published.values().flat_map(|rotation| &rotation.workers) {
             let process = &self.processes[id];
