@@ -15,11 +15,14 @@ use std::{
     time::Duration,
 };
 
-use nix::sys::{
-    memfd::{MFdFlags, memfd_create},
-    socket::{
-        AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recv,
-        recvmsg, send, sendmsg, socketpair,
+use nix::{
+    poll::PollTimeout,
+    sys::{
+        memfd::{MFdFlags, memfd_create},
+        socket::{
+            AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recv,
+            recvmsg, send, sendmsg, socketpair,
+        },
     },
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -131,6 +134,14 @@ pub(super) fn hear<T: DeserializeOwned>(channel: impl AsFd) -> io::Result<Option
     }
 }
 
+/// For poll(2), which counts milliseconds: rounded up, so that nobody looks again and again in the
+/// last one.
+pub(super) fn poll_timeout(timeout: Option<Duration>) -> PollTimeout {
+    timeout.map_or(PollTimeout::NONE, |timeout| {
+        PollTimeout::try_from(timeout.as_nanos().div_ceil(1_000_000)).unwrap_or(PollTimeout::MAX)
+    })
+}
+
 /// Sends what the guard needs to start the program.
 ///
 /// The description goes in a memory file: an environment may be larger than a socket's buffer.
@@ -145,25 +156,38 @@ pub(super) fn start(
 ) -> io::Result<()> {
     let mut file = File::from(memfd_create(c"lbd-description", MFdFlags::MFD_CLOEXEC)?);
     file.write_all(&serde_json::to_vec(description)?)?;
-    let mut fds = vec![file.as_raw_fd(), stdout.as_raw_fd(), stderr.as_raw_fd()];
-    fds.extend(reader.iter().chain(listeners).chain(&cgroup).map(|fd| fd.as_raw_fd()));
+    let mut fds = vec![file.as_fd(), stdout, stderr];
+    fds.extend(reader.iter().chain(listeners).chain(&cgroup));
     let count = u8::try_from(listeners.len()).ok().filter(|_| listeners.len() <= MAX_LISTENERS);
     let count = count.ok_or_else(|| io::Error::other("too many listening sockets"))?;
+    send_with(channel, &[count, reader.is_some().into()], &fds)
+}
+
+/// Sends `bytes`, which are not empty (that would read as end of file), with copies of descriptors.
+/// Never blocks, as [`tell`].
+pub(super) fn send_with(
+    channel: impl AsFd,
+    bytes: &[u8],
+    fds: &[BorrowedFd<'_>],
+) -> io::Result<()> {
+    let fds: Vec<i32> = fds.iter().map(BorrowedFd::as_raw_fd).collect();
     sendmsg::<()>(
         channel.as_fd().as_raw_fd(),
-        // Never zero bytes, which would read as end of file.
-        &[IoSlice::new(&[count, reader.is_some().into()])],
+        &[IoSlice::new(bytes)],
         &[ControlMessage::ScmRights(&fds)],
-        MsgFlags::MSG_NOSIGNAL,
+        MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT,
         None,
     )?;
     Ok(())
 }
 
-/// Receives what [`start`] sent, once it is there; `None` where lbd ended before.
-pub(super) fn started(channel: impl AsFd) -> io::Result<Option<Package>> {
-    let mut bytes = [0; 2];
-    let mut iov = [IoSliceMut::new(&mut bytes)];
+/// Receives what [`send_with`] sent, once it is there: how many bytes are in `bytes` now, none where the
+/// other side has ended; and the descriptors, close-on-exec.
+pub(super) fn receive_with(
+    channel: impl AsFd,
+    bytes: &mut [u8],
+) -> io::Result<(usize, Vec<OwnedFd>)> {
+    let mut iov = [IoSliceMut::new(bytes)];
     let mut space = nix::cmsg_space!([i32; MAX_PASSED]);
     let message = recvmsg::<()>(
         channel.as_fd().as_raw_fd(),
@@ -179,7 +203,14 @@ pub(super) fn started(channel: impl AsFd) -> io::Result<Option<Package>> {
             fds.extend(received.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
         }
     }
-    if message.bytes == 0 {
+    Ok((message.bytes, fds))
+}
+
+/// Receives what [`start`] sent, once it is there; `None` where lbd ended before.
+pub(super) fn started(channel: impl AsFd) -> io::Result<Option<Package>> {
+    let mut bytes = [0; 2];
+    let (length, fds) = receive_with(channel, &mut bytes)?;
+    if length == 0 {
         return Ok(None);
     }
     let [count, has_reader] = bytes;

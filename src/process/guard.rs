@@ -8,8 +8,7 @@ use std::{
     io::{self, ErrorKind, Read as _},
     mem,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    panic,
-    process::{ExitCode, abort},
+    process::ExitCode,
     time::{Duration, Instant},
 };
 
@@ -22,14 +21,13 @@ use nix::{
         prctl,
         signal::{SigSet, Signal, kill, killpg},
         signalfd::{SfdFlags, SignalFd},
-        socket::{SockType, getsockopt, sockopt},
     },
     unistd::{ForkResult, Pid, fork, getpid, pipe2, setsid},
 };
 
 use super::{
     Exit, cgroup,
-    channel::{MESSAGE, Order, Report, hear, started, tell},
+    channel::{MESSAGE, Order, Report, hear, poll_timeout, started, tell},
     exec::become_program,
     stop::{Rest, Stop},
     tree::{Process, Reaped, below, kill_all, processes, reap},
@@ -53,33 +51,21 @@ const WRITE: Duration = Duration::from_secs(2);
 /// on the machine.
 const REST: u32 = 10;
 
-/// Runs the hidden `lbd exec`: what lbd starts for each worker. Returns when nothing of the worker
-/// is left, with the program's own status (128 + n for signal n); or at once, with a message and
-/// status 2, where it was not lbd that started it.
+/// Guards the worker that lbd describes on `channel`. Returns when nothing of it is left, with the
+/// program's own status (128 + n for signal n).
 ///
-/// To be called first of all in `main`: the guard forks, so there must be one thread only.
-pub fn exec_main() -> ExitCode {
-    let stdin = io::stdin();
-    if getsockopt(&stdin, sockopt::SockType) != Ok(SockType::SeqPacket) {
-        eprintln!("lbd exec is how lbd starts a worker, and of no use by hand");
-        return ExitCode::from(2);
-    }
-    // A panic would exit, and lbd would take that for an orderly end; a signal says it was none.
-    panic::set_hook(Box::new(|_| abort()));
-    guard(stdin.as_fd()).unwrap_or_else(|error| {
-        let _ = tell(&stdin, &Report::Failed(format!("cannot start a guard: {error}")));
+/// To be called in a process with one thread and no descriptor but the three standard ones, in which
+/// all signals are blocked, a panic aborts, and which is not dumpable.
+pub(super) fn guard(channel: BorrowedFd<'_>) -> ExitCode {
+    start(channel).unwrap_or_else(|error| {
+        let _ = tell(channel, &Report::Failed(format!("cannot start a guard: {error}")));
         ExitCode::FAILURE
     })
 }
 
-fn guard(channel: BorrowedFd<'_>) -> io::Result<ExitCode> {
-    // A terminal's ^C and `pkill lbd` are for lbd, which then tells the guard what to do.
-    SigSet::all().thread_block()?;
+fn start(channel: BorrowedFd<'_>) -> io::Result<ExitCode> {
     setsid()?;
     prctl::set_name(c"lbd-guard")?;
-    // What has lbd's user, as a worker without a user of its own, can't trace it, nor read or change its
-    // memory (ptrace(2)). The program is not affected: execve(2) takes it back.
-    prctl::set_dumpable(false)?;
     prctl::set_child_subreaper(true)?;
     close_inherited()?;
     // Whoever has stopped the guard, and then killed lbd: the end of lbd continues it.
@@ -272,9 +258,18 @@ impl Guard<'_> {
 
     /// Reaps whatever has ended below. How the program ended, once it has.
     fn reap(&mut self) -> Option<Exit> {
-        while let Ok(Some(_)) = self.ends.read_signal() {}
+        self.forget_ends();
         self.reap_all();
         self.exit
+    }
+
+    /// Takes in that children have ended; whether any has.
+    fn forget_ends(&self) -> bool {
+        let mut any = false;
+        while let Ok(Some(_)) = self.ends.read_signal() {
+            any = true;
+        }
+        any
     }
 
     /// Reaps every child that has ended; whether there are others.
@@ -331,7 +326,7 @@ impl Guard<'_> {
             }
             self.wait(Some(next.saturating_duration_since(Instant::now())));
             self.obey();
-            while let Ok(Some(_)) = self.ends.read_signal() {
+            if self.forget_ends() {
                 next = next.min(soonest);
             }
         }
@@ -385,7 +380,7 @@ impl Guard<'_> {
                 if poll(&mut [ends], poll_timeout(Some(rest))) == Ok(0) {
                     break;
                 }
-                while let Ok(Some(_)) = self.ends.read_signal() {}
+                self.forget_ends();
             }
         }
     }
@@ -398,14 +393,8 @@ fn has_ended(channel: BorrowedFd<'_>) -> bool {
     poll(&mut ends, PollTimeout::ZERO) != Ok(0)
 }
 
-/// Rounded up, so that nobody looks again and again in the last millisecond.
-fn poll_timeout(timeout: Option<Duration>) -> PollTimeout {
-    let Some(timeout) = timeout else { return PollTimeout::NONE };
-    PollTimeout::try_from(timeout + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
-}
-
 /// Closes what lbd has inherited without close-on-exec, from a shell, say.
-fn close_inherited() -> io::Result<()> {
+pub(super) fn close_inherited() -> io::Result<()> {
     // SAFETY: closes descriptors that nothing in this process has opened or knows of.
     Errno::result(unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0) })?;
     Ok(())

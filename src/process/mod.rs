@@ -1,15 +1,16 @@
 //! Worker processes: starting, signalling and reaping them, and their output.
 //!
-//! lbd never forks a worker itself. It re-executes its own binary as a *guard*, one a worker, and
-//! the guard forks the program:
+//! lbd never forks a worker itself. It re-executes its own binary as a *template* ([`exec_main`]), which
+//! forks a *guard* for each worker, and the guard forks the program:
 //!
 //! ```text
-//! lbd ──┬── guard ── program ── what the program starts
+//! lbd ──┬── template                      guards are forked from it, and lbd's children
+//!       ├── guard ── program ── what the program starts
 //!       └── guard ─┬─ program
 //!                  └─ writer ─▶ file      where its output goes to one
 //! ```
 //!
-//! The guard ([`exec_main`]) is single-threaded, runs no runtime, and is a subreaper: whatever the
+//! The guard is single-threaded, runs no runtime, and is a subreaper: whatever the
 //! program forks, however it daemonizes, stays below it. So one of four things ends a worker, and
 //! none leaves a process behind:
 //!
@@ -39,18 +40,19 @@ mod memory;
 mod output;
 mod spawn;
 mod stop;
+mod template;
 mod tree;
 mod writer;
 
 pub use cgroup::{Cgroup, Cgroups, NoCgroups};
 pub use connections::{ConnectionGauge, Counted};
 pub use environment::{Identity, environment, expand};
-pub use guard::exec_main;
 pub use holdings::Holdings;
 pub use init::stay_as_init;
 pub use memory::{MemoryGauge, Watched};
 pub use output::{LastWords, Outputs, Streams};
 pub use spawn::{Child, ChildEvent, Controller, Launch, Spawner};
+pub use template::exec_main;
 
 use std::{fmt, os::unix::process::ExitStatusExt as _, process::ExitStatus};
 

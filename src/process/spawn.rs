@@ -4,13 +4,14 @@ use std::{
     cell::{Cell, RefCell},
     collections::BTreeSet,
     ffi::OsString,
-    io, mem,
+    io::{self, ErrorKind},
+    mem,
     os::{
         fd::{AsFd as _, BorrowedFd, OwnedFd},
         unix::process::ExitStatusExt as _,
     },
     path::PathBuf,
-    process::Stdio,
+    process::ExitStatus,
     rc::{Rc, Weak},
     time::Duration,
 };
@@ -22,9 +23,10 @@ use nix::{
     },
     unistd::{Pid, getpid},
 };
+use rustix::process::PidfdFlags;
 use tokio::{
     io::{Interest, unix::AsyncFd},
-    process::Command,
+    runtime::Handle,
     sync::oneshot,
     time::{Instant, sleep},
 };
@@ -32,7 +34,8 @@ use tokio::{
 use super::{
     Cgroup, Exit, Streams, cgroup,
     channel::{Description, Order, Report, hear, pair, start, tell},
-    tree::{Process, below, identity, kill_all, processes, reap},
+    template::Template,
+    tree::{Process, Reaped, below, identity, kill_all, processes, reap},
 };
 use crate::config::StopTo;
 
@@ -104,7 +107,10 @@ pub struct Spawner(Rc<ChildRegistry>);
 
 #[derive(Debug)]
 struct ChildRegistry {
-    guard: PathBuf,
+    /// What templates are started from.
+    binary: PathBuf,
+    /// What guards are forked from; `None` before the first, and after the end of one.
+    template: RefCell<Option<Template>>,
     /// The guards that are not reaped yet.
     guards: RefCell<BTreeSet<i32>>,
     /// What was there before, by pid and start time.
@@ -121,10 +127,11 @@ impl Spawner {
 
     /// As [`new`](Self::new), with another binary that has [`exec_main`](super::exec_main) as its
     /// `exec` command, for processes that are not lbd: tests.
-    pub fn with_guard(guard: PathBuf) -> io::Result<Self> {
+    pub fn with_guard(binary: PathBuf) -> io::Result<Self> {
         prctl::set_child_subreaper(true)?;
         let registry = ChildRegistry {
-            guard,
+            binary,
+            template: RefCell::default(),
             guards: RefCell::default(),
             strangers: RefCell::default(),
             unfinished: Cell::new(false),
@@ -160,23 +167,13 @@ impl Spawner {
         let folder = cgroup.as_ref().map(Cgroup::directory);
         start(&ours, &description, stdout, stderr, reader, &listeners, folder)?;
         // SAFETY: `ours` is open, and its `AsyncFd` alone owns it, and never gives it back.
-        let channel = unsafe { AsyncFd::register_with_interest(ours, Interest::READABLE) }?;
-
-        // Nothing here makes std fork by itself: it uses posix_spawn(3), which does not copy the
-        // page tables of a daemon that may be large.
-        let guard = Command::new(&self.0.guard)
-            .arg0("lbd")
-            .arg("exec")
-            .arg(launch.label)
-            .env_clear()
-            .stdin(Stdio::from(theirs))
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()?;
-        let pid = guard.id().and_then(|id| i32::try_from(id).ok()).unwrap_or_default();
-        self.0.guards.borrow_mut().insert(pid);
+        let socket = unsafe { AsyncFd::register_with_interest(ours, Interest::READABLE) }?;
+        let guard = GuardProcess::new(self.0.fork_guard(theirs.as_fd(), &launch.label)?)
+            // It finds that lbd has left it alone, and ends.
+            .inspect_err(|_| self.0.unfinished.set(true))?;
+        self.0.guards.borrow_mut().insert(guard.pid);
         Ok(Child {
-            line: Rc::new(GuardChannel { channel, guard: pid, alive: Cell::new(true) }),
+            channel: Rc::new(GuardChannel { socket, guard: guard.pid, alive: Cell::new(true) }),
             guard,
             phase: Phase::Starting(streams.pid),
             cgroup,
@@ -187,6 +184,7 @@ impl Spawner {
     /// Reaps children that lbd did not start and that have ended. To be called on `SIGCHLD`; costs
     /// nothing where there are none.
     pub fn reap(&self) {
+        self.0.template.borrow_mut().take_if(|template| template.has_ended());
         if self.0.unfinished.get() || !self.0.strangers.borrow().is_empty() {
             self.0.sweep();
         }
@@ -194,19 +192,44 @@ impl Spawner {
 }
 
 impl ChildRegistry {
+    /// Has the template fork a guard; see [`Template::fork_guard`].
+    fn fork_guard(&self, channel: BorrowedFd<'_>, label: &str) -> io::Result<i32> {
+        let mut current = self.template.borrow_mut();
+        let mut fork = || {
+            let template = match &mut *current {
+                Some(template) => template,
+                None => current.insert(Template::start(&self.binary)?),
+            };
+            // One that does not answer may do so later: what it forks then is a leftover.
+            template.fork_guard(channel, label).inspect_err(|error| {
+                if matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::TimedOut) {
+                    *current = None;
+                    self.unfinished.set(true);
+                }
+            })
+        };
+        match fork() {
+            // Somebody has killed it since.
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => fork(),
+            outcome => outcome,
+        }
+    }
+
     /// Kills and reaps what is below this process and was neither started here nor there before.
     /// How many such children it found: none are left when it finds none.
     fn sweep(&self) -> usize {
         let own = getpid().as_raw();
         let all = processes();
         let guards = self.guards.borrow();
+        let template = self.template.borrow().as_ref().map(Template::pid);
+        let is_ours = |pid: i32| guards.contains(&pid) || template == Some(pid);
         let mut strangers = self.strangers.borrow_mut();
         let known = |process: &Process| strangers.contains(&identity(process));
 
         // What strangers have started since is theirs, and comes here when they end.
         let (theirs, left): (Vec<Process>, Vec<Process>) = all
             .iter()
-            .filter(|process| process.parent == own && !guards.contains(&process.pid))
+            .filter(|process| process.parent == own && !is_ours(process.pid))
             .partition(|process| known(process));
         let pids = |list: &[Process]| list.iter().map(|process| process.pid).collect::<Vec<_>>();
         let mut still: BTreeSet<_> =
@@ -228,8 +251,8 @@ impl ChildRegistry {
 /// A started worker. Dropping it kills the worker, as the end of lbd would.
 #[derive(Debug)]
 pub struct Child {
-    line: Rc<GuardChannel>,
-    guard: tokio::process::Child,
+    channel: Rc<GuardChannel>,
+    guard: GuardProcess,
     phase: Phase,
     /// Removed as soon as nothing is left.
     cgroup: Option<Cgroup>,
@@ -251,12 +274,12 @@ enum Phase {
 impl Child {
     /// The guard's process id: not the program's, which is in [`ChildEvent::Started`].
     pub fn guard_pid(&self) -> i32 {
-        self.line.guard
+        self.channel.guard
     }
 
     /// What signals the worker, from wherever the driver keeps it.
     pub fn controller(&self) -> Controller {
-        Controller(Rc::downgrade(&self.line))
+        Controller(Rc::downgrade(&self.channel))
     }
 
     /// The next event: `Started` and `Exited`, or `Failed`; then `Gone`; and `None` after that. Before
@@ -268,14 +291,13 @@ impl Child {
         loop {
             match &mut self.phase {
                 Phase::Starting(_) | Phase::Running => {
-                    let report = self.line.hear().await;
+                    let report = self.channel.hear().await;
                     return Some(self.take(report));
                 }
                 Phase::Ending => {
-                    // An error would say that somebody else has reaped it.
-                    let status = self.guard.wait().await.ok();
-                    self.line.alive.set(false);
-                    self.registry.guards.borrow_mut().remove(&self.line.guard);
+                    let status = self.guard.ended().await;
+                    self.channel.alive.set(false);
+                    self.registry.guards.borrow_mut().remove(&self.channel.guard);
                     self.phase = match status.and_then(|status| status.signal()) {
                         // It ends by itself only when nothing is left.
                         None => Phase::Clearing(Instant::now()),
@@ -323,6 +345,18 @@ impl Child {
     }
 }
 
+impl Drop for Child {
+    fn drop(&mut self) {
+        // Nobody else waits for its guard, which is about to end.
+        if self.channel.alive.get()
+            && let Ok(runtime) = Handle::try_current()
+            && let Ok(guard) = GuardProcess::new(self.guard.pid)
+        {
+            runtime.spawn(async move { guard.ended().await });
+        }
+    }
+}
+
 /// Signals a worker. After its end, nothing happens.
 #[derive(Debug, Clone)]
 pub struct Controller(Weak<GuardChannel>);
@@ -353,18 +387,49 @@ impl Controller {
     }
 
     fn order(&self, order: Order) {
-        let Some(line) = self.0.upgrade().filter(|line| line.alive.get()) else { return };
+        let Some(channel) = self.0.upgrade().filter(|channel| channel.alive.get()) else { return };
         // An error says that the guard has ended, as `Child::next` is about to find.
-        let _ = tell(&line.channel, &order);
+        let _ = tell(&channel.socket, &order);
         // It may have been stopped; nothing else could wake it.
-        let _ = kill(Pid::from_raw(line.guard), Signal::SIGCONT);
+        let _ = kill(Pid::from_raw(channel.guard), Signal::SIGCONT);
+    }
+}
+
+/// A guard as a child of this process.
+#[derive(Debug)]
+struct GuardProcess {
+    pid: i32,
+    /// Readable when it has ended (pidfd_open(2)).
+    handle: AsyncFd<OwnedFd>,
+}
+
+impl GuardProcess {
+    /// Of a child that has not been reaped.
+    fn new(pid: i32) -> io::Result<Self> {
+        let child = rustix::process::Pid::from_raw(pid).ok_or(ErrorKind::InvalidInput)?;
+        let handle = rustix::process::pidfd_open(child, PidfdFlags::empty())?;
+        // SAFETY: `handle` is open, and its `AsyncFd` alone owns it, and never gives it back.
+        let handle = unsafe { AsyncFd::register_with_interest(handle, Interest::READABLE) }?;
+        Ok(Self { pid, handle })
+    }
+
+    /// Reaps it once it has ended; `None` where somebody else has. Cancel safe.
+    async fn ended(&self) -> Option<ExitStatus> {
+        loop {
+            let mut ready = self.handle.readable().await.ok()?;
+            match reap(Some(self.pid)) {
+                Reaped::Ended(_, status) => return Some(status),
+                Reaped::Alive => ready.clear_ready(),
+                Reaped::None => return None,
+            }
+        }
     }
 }
 
 /// The way to a guard.
 #[derive(Debug)]
 struct GuardChannel {
-    channel: AsyncFd<OwnedFd>,
+    socket: AsyncFd<OwnedFd>,
     guard: i32,
     /// The guard has not been reaped, so `guard` is nobody else's.
     alive: Cell<bool>,
@@ -373,7 +438,7 @@ struct GuardChannel {
 impl GuardChannel {
     /// What the guard reports next; `None` where it has ended.
     async fn hear(&self) -> Option<Report> {
-        let report = self.channel.async_io(Interest::READABLE, |channel| hear(channel)).await;
+        let report = self.socket.async_io(Interest::READABLE, |socket| hear(socket)).await;
         report.ok().flatten()
     }
 }

@@ -29,14 +29,14 @@ use std::{
 use nix::{
     fcntl::OFlag,
     libc,
-    poll::{PollFd, PollFlags, PollTimeout, poll},
+    poll::{PollFd, PollFlags, poll},
     sys::{prctl, stat::Mode, stat::umask},
     unistd::{ForkResult, Pid, dup2_stdin, fork},
 };
 use thiserror::Error;
 
 use super::{
-    channel::{Description, Order, Package, hear, pair, tell},
+    channel::{Description, Order, Package, hear, pair, poll_timeout, tell},
     exec::{ExecError, aside, identity, words},
 };
 
@@ -275,15 +275,10 @@ fn wait(
     channel: Option<&OwnedFd>,
     timeout: Option<Duration>,
 ) -> (bool, bool) {
-    let timeout = timeout.map_or(PollTimeout::NONE, |timeout| {
-        // Rounded up, but for none at all.
-        let millis = timeout.as_nanos().div_ceil(1_000_000);
-        PollTimeout::try_from(millis).unwrap_or(PollTimeout::MAX)
-    });
     let mut fds = Vec::with_capacity(2);
     fds.extend(reader.map(|reader| PollFd::new(reader.as_fd(), PollFlags::POLLIN)));
     fds.extend(channel.map(|channel| PollFd::new(channel.as_fd(), PollFlags::POLLIN)));
-    let _ = poll(&mut fds, timeout);
+    let _ = poll(&mut fds, poll_timeout(timeout));
     // An error or an end is something to be read, too.
     let mut is_ready = fds.iter().map(|fd| fd.any().unwrap_or(false));
     let readable = reader.is_some() && is_ready.next().unwrap_or(false);

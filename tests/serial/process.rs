@@ -362,6 +362,60 @@ async fn a_guard_is_blind_to_signals_that_are_for_lbd() {
     assert_eq!(rest(&mut child).await, ended(Exit::Signal(Signal::SIGUSR1 as i32)));
 }
 
+/// The running process that guards are forked from.
+fn template() -> Option<i32> {
+    let pids = fs::read_dir("/proc").unwrap();
+    let mut pids = pids.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    pids.find(|pid| {
+        let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        let is = |line: &str| text.lines().any(|other| other == line);
+        is("Name:\tlbd-template") && is(&format!("PPid:\t{}", id())) && !text.contains("State:\tZ")
+    })
+}
+
+#[tokio::test]
+async fn workers_start_whatever_has_become_of_the_template() {
+    let (_turn, spawner) = spawner().await;
+    let mut children = Vec::new();
+    for signal in [None, Some(Signal::SIGSTOP), Some(Signal::SIGKILL)] {
+        if let Some(signal) = signal {
+            kill(Pid::from_raw(template().unwrap()), signal).unwrap();
+        }
+        let mut child = spawner.spawn(launch(&["sleep", "1000"]).0).unwrap();
+        started(&mut child).await;
+        children.push(child);
+    }
+    for child in &children {
+        let guard = child.guard_pid();
+        assert_eq!(status(guard)["PPid"], id().to_string());
+        let shown = fs::read_to_string(format!("/proc/{guard}/cmdline")).unwrap();
+        assert_eq!(shown, "lbd exec test/1\0");
+    }
+    for mut child in children {
+        child.controller().kill();
+        assert_eq!(rest(&mut child).await, ended(Exit::Signal(9)));
+    }
+    drop(spawner);
+    assert_eq!(template(), None);
+}
+
+#[tokio::test]
+async fn guards_share_what_the_template_has_set_up() {
+    let (_turn, spawner) = spawner().await;
+    let mut child = spawner.spawn(launch(&["sleep", "1000"]).0).unwrap();
+    started(&mut child).await;
+    let rollup = fs::read_to_string(format!("/proc/{}/smaps_rollup", child.guard_pid()));
+    // Root alone may look.
+    if let Ok(rollup) = rollup {
+        // What it has written to; of the binary it alone may be the one that has read a page.
+        let own = rollup.lines().find_map(|line| line.strip_prefix("Private_Dirty:")).unwrap();
+        let kib: u32 = own.trim().strip_suffix(" kB").unwrap().parse().unwrap();
+        assert!((1..150).contains(&kib), "{kib} KiB");
+    }
+    child.controller().kill();
+    assert_eq!(rest(&mut child).await, ended(Exit::Signal(9)));
+}
+
 #[tokio::test]
 async fn folder_and_path_are_the_workers_own() {
     let (_turn, spawner) = spawner().await;

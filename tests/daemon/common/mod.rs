@@ -377,7 +377,8 @@ impl Daemon {
 
     /// Every process that it or anything below it started, itself included: known by the variable
     /// they inherit, or, those that give their environment away, by the folder they are in. Of itself
-    /// and its guards, root alone may see either.
+    /// and its guards, root alone may see either. What its guards are forked from counts only when it
+    /// is left behind.
     pub(crate) fn processes(&self) -> Vec<i32> {
         let folder = self.folder.path().canonicalize().unwrap();
         let wanted = format!("{MARK}={}", self.mark);
@@ -391,9 +392,13 @@ impl Daemon {
                     && (*pid == self.pid() || proc::parent(*pid) == Some(self.pid()))
                 || fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|at| at.starts_with(&folder))
         };
+        let is_template = |pid: &i32| {
+            let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            name == "lbd-template\n" && proc::parent(*pid) == Some(self.pid())
+        };
         let entries = fs::read_dir("/proc").unwrap();
         let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
-        pids.filter(ours).collect()
+        pids.filter(ours).filter(|pid| !is_template(pid)).collect()
     }
 }
 

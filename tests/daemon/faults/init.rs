@@ -6,7 +6,7 @@ use crate::common::{
     Daemon, Mark, Ports,
     client::turns,
     command, eventually, kill_hard,
-    proc::{children, parent},
+    proc::{children, parent, threads},
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -48,13 +48,14 @@ fn orphans_are_reaped_and_sigterm_stops() {
     // The first process does nothing but reap, and pass signals on.
     let [first] = children(daemon.pid()).try_into().unwrap();
     let [lbd] = children(first).try_into().unwrap();
-    // Those two; and of each worker its guard, itself, its child and its orphan.
-    let all_run = || eventually("all run", || tree(first).len() == 10);
+    // Those two, the template; and of each worker its guard, itself, its child and its orphan.
+    let all_run = || eventually("all run", || tree(first).len() == 11);
     all_run();
     assert_eq!(turns(ports.address(), 4).len(), 4);
 
     // Without its guard, a tree has no parent but lbd.
-    let [guard, _] = children(lbd).try_into().unwrap();
+    let is_guard = |pid: &i32| threads(*pid)[0].1 == "lbd-guard";
+    let guard = children(lbd).into_iter().find(is_guard).unwrap();
     let old = tree(guard);
     assert_eq!(old.len(), 4);
     let since = daemon.now();
@@ -68,7 +69,7 @@ fn orphans_are_reaped_and_sigterm_stops() {
     entered.args(["--target", &first.to_string(), "--pid"]);
     entered.args(["sh", "-c", "sh -c 'exit 3' & exec sleep 0"]);
     assert!(entered.status().unwrap().success());
-    eventually("nothing more", || tree(first).len() == 10);
+    eventually("nothing more", || tree(first).len() == 11);
     assert!(!tree(first).into_iter().any(is_zombie));
 
     kill(Pid::from_raw(first), Signal::SIGTERM).unwrap();
