@@ -12,7 +12,7 @@ use std::{
 
 use tokio::sync::Notify;
 
-use super::access::Via;
+use super::caller::Via;
 
 /// All connections of a listener.
 #[derive(Debug)]

@@ -9,7 +9,7 @@ use axum::{
     response::{Html, IntoResponse, Response},
 };
 
-use super::api::Error;
+use super::answer::Error;
 
 /// Where it is.
 pub(super) const PATH: &str = "/";

@@ -25,8 +25,8 @@ use serde::Serialize;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::{
-    access::{Changes, Via},
-    api::{Context, Error},
+    answer::Error,
+    caller::{Changes, Via},
     sampler::Latest,
 };
 use crate::{
@@ -81,11 +81,11 @@ struct Access {
 }
 
 pub(super) async fn events(
-    State(context): State<Context>,
+    State(watched): State<Arc<Watched>>,
     Extension(via): Extension<Via>,
     Extension(changes): Extension<Changes>,
 ) -> Response {
-    let Some(watcher) = context.watched.watch(via, changes) else {
+    let Some(watcher) = watched.watch(via, changes) else {
         let message = format!("{MAX_STREAMS} watch already, which is as many as can");
         let refusal = Error::new(StatusCode::SERVICE_UNAVAILABLE, message);
         // Nor shall it keep one of the connections that are left.

@@ -12,13 +12,16 @@
 //! for both.
 
 mod access;
+mod answer;
 mod api;
+mod caller;
 mod client;
 mod connections;
 mod dashboard;
 mod events;
 mod find;
 mod folder;
+mod main_thread;
 pub mod metrics;
 mod place;
 mod sampler;

@@ -13,7 +13,7 @@ use tokio::{
     time::{Instant, MissedTickBehavior, interval, sleep_until},
 };
 
-use super::{Status, api::Daemon};
+use super::{Status, main_thread::Daemon};
 use crate::logging::Recent;
 
 /// Between two looks.

@@ -26,10 +26,12 @@ use tower::ServiceExt;
 
 use super::{
     Request, Socket,
-    access::{CurrentToken, Gate, Via, admit, seal},
-    api::{Context, Daemon, router},
+    access::{CurrentToken, Gate, admit, seal},
+    api::{Context, router},
+    caller::Via,
     connections::{Connections, Seat},
     events::Watched,
+    main_thread::Daemon,
     sampler,
 };
 use crate::logging::Recent;
