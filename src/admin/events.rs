@@ -5,9 +5,15 @@
 //! | `access` | what whoever watches may change: `free`, with the `token`, or `never` | once, first |
 //! | `samples` | the last minute of each slot: connections a second and held | once, then |
 //! | `note` | a line of lbd's log, but of traffic | the last 100, then each |
-//! | `status` | the same as `/status` | once a second, and soon after each note |
+//! | `status` | the same as `/status` | once, then; and again when there are other services or slots |
+//! | `news` | what has changed since | once a second, and soon after each note |
 //!
-//! Nothing is queued for a client: it is told the latest when it has taken the one before.
+//! Of `news`, `uptime_seconds` is always there, and each `since_seconds` grows with it untold. What else is
+//! there replaces what was told: `config` and, in `services`, of each service by its `name` the fields
+//! that differ of its `workers`, each by its `slot`, and its `replacements` and `retiring`, whole.
+//!
+//! Nothing is queued for a client: it is told the latest when it has taken the one before, and after a
+//! new connection everything.
 
 use std::{collections::VecDeque, convert::Infallible, sync::Arc};
 
@@ -27,7 +33,9 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use super::{
     answer::Error,
     caller::{Changes, Via},
+    news::News,
     sampler::Latest,
+    status::Status,
 };
 use crate::{
     logging::{Reader, Recent},
@@ -70,7 +78,7 @@ impl Watched {
         latest.mark_changed();
         let notes = self.recent.read();
         let pending = event("access", &Access { changes }).into_iter().collect();
-        Some(Watcher { latest, notes, pending, begun: false, _permit: permit })
+        Some(Watcher { latest, notes, pending, told: None, _permit: permit })
     }
 }
 
@@ -105,7 +113,8 @@ struct Watcher {
     notes: Reader,
     /// Bounded by the notes that are kept, and three more.
     pending: VecDeque<Event>,
-    begun: bool,
+    /// How everything is, as far as it knows; `None` before it was told.
+    told: Option<Arc<Status>>,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -118,7 +127,7 @@ impl Watcher {
             }
             tokio::select! {
                 biased;
-                () = self.notes.changed(), if self.begun => self.tell_notes(),
+                () = self.notes.changed(), if self.told.is_some() => self.tell_notes(),
                 changed = self.latest.changed() => {
                     changed.ok()?;
                     self.tell_all();
@@ -130,13 +139,17 @@ impl Watcher {
     fn tell_all(&mut self) {
         let look = Arc::clone(&self.latest.borrow_and_update());
         let Some(status) = &look.status else { return };
-        if !self.begun {
-            self.begun = true;
+        if self.told.is_none() {
             self.pending.extend(event("samples", &*look.samples));
         }
         // What happened comes before how it is since.
         self.tell_notes();
-        self.pending.extend(event("status", &**status));
+        let told = self.told.replace(Arc::clone(status));
+        let news = told.as_deref().and_then(|told| News::between(told, status));
+        self.pending.extend(match news {
+            Some(news) => event("news", &news),
+            None => event("status", &**status),
+        });
     }
 
     fn tell_notes(&mut self) {

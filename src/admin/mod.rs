@@ -23,6 +23,7 @@ mod find;
 mod folder;
 mod main_thread;
 pub mod metrics;
+mod news;
 mod place;
 mod sampler;
 mod server;

@@ -13,7 +13,7 @@ use tokio::{
     time::{Instant, MissedTickBehavior, interval, sleep_until},
 };
 
-use super::{Status, main_thread::Daemon};
+use super::{Status, main_thread::Daemon, news::steady};
 use crate::logging::Recent;
 
 /// Between two looks.
@@ -31,6 +31,8 @@ pub(super) type Latest = watch::Receiver<Arc<Look>>;
 #[derive(Debug, Default)]
 pub(super) struct Look {
     /// `None` before the first.
+    ///
+    /// What has not changed notably since the look before is as it was.
     pub(super) status: Option<Arc<Status>>,
     /// Of the last minute.
     pub(super) samples: Arc<Samples>,
@@ -95,6 +97,9 @@ pub(super) async fn run(daemon: Daemon, recent: Recent, latest: watch::Sender<Ar
         }
         let look = memory.look();
         look.rate(&mut status);
+        if let Some(before) = &latest.borrow().status {
+            steady(&mut status, before, memory.looks);
+        }
         latest.send_replace(Arc::new(Look { status: Some(Arc::new(status)), ..look }));
         sleep_until(began + SHORTEST).await;
     }
@@ -103,6 +108,8 @@ pub(super) async fn run(daemon: Daemon, recent: Recent, latest: watch::Sender<Ar
 /// What was seen.
 #[derive(Debug, Default)]
 struct Memory {
+    /// How many regular looks there were.
+    looks: usize,
     /// Connections of each worker, ever, at the last regular look.
     totals: HashMap<Key, u64>,
     rates: HashMap<Key, f64>,
@@ -111,6 +118,7 @@ struct Memory {
 
 impl Memory {
     fn remember(&mut self, status: &Status) {
+        self.looks = self.looks.wrapping_add(1);
         let totals: HashMap<Key, u64> = status
             .services
             .iter()

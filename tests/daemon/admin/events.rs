@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::common::{self, Daemon, Mark, PATIENCE, Port, Ports, client, command, kill_hard};
+use crate::common::{self, Daemon, Mark, PATIENCE, Port, Ports, client, command, kill_hard, named};
 use lbd::admin::MAX_CONNECTIONS;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -23,8 +23,8 @@ fn start(ports: &Ports, log: &str) -> Daemon {
     Daemon::start(&format!("[log]\n{log}\n[admin]\nsocket = \"admin.sock\"\n{service}"))
 }
 
-/// Somebody who watches.
-struct Watcher(BufReader<UnixStream>);
+/// Somebody who watches: the stream, and the latest status, as far as it was told.
+struct Watcher(BufReader<UnixStream>, Value);
 
 impl Watcher {
     fn new(socket: PathBuf) -> Self {
@@ -39,11 +39,22 @@ impl Watcher {
         let mut stream = UnixStream::connect(socket).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.write_all(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
-        Self(BufReader::new(stream))
+        Self(BufReader::new(stream), Value::Null)
+    }
+
+    /// The next event, where `news` is taken into the status that it is news of; `None` at the end.
+    fn next(&mut self) -> Option<(String, Value)> {
+        let (name, data) = self.next_as_it_is()?;
+        match &*name {
+            "status" => self.1 = data,
+            "news" => take_news(&mut self.1, &data),
+            _ => return Some((name, data)),
+        }
+        Some(("status".to_owned(), self.1.clone()))
     }
 
     /// The next event; `None` at the end.
-    fn next(&mut self) -> Option<(String, Value)> {
+    fn next_as_it_is(&mut self) -> Option<(String, Value)> {
         let mut name = None;
         loop {
             let mut line = String::new();
@@ -68,6 +79,31 @@ impl Watcher {
             if found == name && good(&data) {
                 return data;
             }
+        }
+    }
+}
+
+/// What somebody who is told `news` knows then.
+fn take_news(status: &mut Value, news: &Value) {
+    status["uptime_seconds"] = news["uptime_seconds"].clone();
+    if let Some(config) = news.get("config") {
+        status["config"] = config.clone();
+    }
+    let by = |list: &Value, key: &str, value: &Value| {
+        list.as_array().unwrap().iter().position(|one| &one[key] == value).unwrap()
+    };
+    for service in news["services"].as_array().unwrap_or(&Vec::new()) {
+        let at = by(&status["services"], "name", &service["name"]);
+        let known = &mut status["services"][at];
+        for list in ["replacements", "retiring"] {
+            if let Some(all) = service.get(list) {
+                known[list] = all.clone();
+            }
+        }
+        for worker in service["workers"].as_array().unwrap_or(&Vec::new()) {
+            let at = by(&known["workers"], "slot", &worker["slot"]);
+            let known = known["workers"][at].as_object_mut().unwrap();
+            known.extend(worker.as_object().unwrap().clone());
         }
     }
 }
@@ -119,6 +155,57 @@ fn who_watches_is_told_what_was_what_happens_and_how_it_is() {
         worker["pid"] != victim && worker["last_exit"] == "killed by SIGKILL"
     });
     assert!(began.elapsed() < PATIENCE);
+}
+
+#[test]
+fn whoever_watches_what_does_nothing_is_told_next_to_nothing_until_something_happens() {
+    const SERVICES: usize = 6;
+    let ports: Vec<_> = (0..SERVICES).map(|_| Ports::take(1)).collect();
+    let mut file = "[admin]\nsocket = \"admin.sock\"\n".to_owned();
+    for (number, ports) in ports.iter().enumerate() {
+        file += &named(&format!("s{number}"), &ports.service(&command(&["http"])));
+    }
+    let daemon = Daemon::healthy(&file, SERVICES);
+    let socket = daemon.path("admin.sock");
+    common::eventually("it is there", || socket.exists());
+    let mut watcher = Watcher::new(socket);
+    let whole = watcher.until("status", |status| {
+        let is_healthy = |service: &Value| service["workers"][0]["state"] == "healthy";
+        status["services"].as_array().unwrap().iter().all(is_healthy)
+    });
+    let row = whole["services"][0].to_string().len();
+
+    // That a probe took longer is news, too, and on a busy machine many do: so it has several attempts.
+    let quiet = |watcher: &mut Watcher| {
+        let mut told = 0;
+        for _ in 0..5 {
+            let (name, data) = watcher.next_as_it_is().unwrap();
+            assert_eq!(name, "news", "{data}");
+            take_news(&mut watcher.1, &data);
+            told += data.to_string().len();
+        }
+        told
+    };
+    let told = (0..5).map(|_| quiet(&mut watcher)).min().unwrap();
+    assert!(told < row, "{told} bytes in five looks, where one service has {row}");
+
+    let victim = whole["services"][3]["workers"][0]["pid"].as_i64().unwrap();
+    let began = Instant::now();
+    kill_hard(victim as i32);
+    let row = loop {
+        let (name, data) = watcher.next_as_it_is().unwrap();
+        let services = data["services"].as_array().cloned().unwrap_or_default();
+        let of_it = |service: &&Value| {
+            service["name"] == "s3"
+                && service["workers"][0]["pid"] != Value::from(victim)
+                && service["workers"][0].get("pid").is_some()
+        };
+        if let (true, Some(service)) = (name == "news", services.iter().find(of_it)) {
+            break service["workers"][0].clone();
+        }
+    };
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    assert_eq!((&row["slot"], row.get("port")), (&0.into(), None), "what is as it was is not told");
 }
 
 #[test]
