@@ -22,9 +22,7 @@ use crate::{
         proxy_protocol::{self, Ends},
     },
     proxy::{Pool, ReservedPermit},
-    supervisor::{
-        Coming, DownKind, Effect, Event, Fact, Note, NoteWorker, Supervisor, Worker, WorkerId,
-    },
+    supervisor::{Coming, DownKind, Effect, Event, Fact, Note, Publication, Supervisor, WorkerId},
 };
 
 /// Places for connections that were taken out of an accept queue and are not handed over yet, by
@@ -45,8 +43,10 @@ const UNBUFFERED: &str =
     "it wrote nothing, for Python keeps its output back: set env.PYTHONUNBUFFERED = \"1\"";
 
 impl Daemon<'_> {
-    /// Does what the supervisor asks for, and tells it what comes of that at once.
-    pub(super) fn perform(&mut self, effects: Vec<Effect>) {
+    /// Does what the supervisor asks for, and tells it what comes of that at once. `is_routine` says that
+    /// it was asked about something that happens all the time, and changes only what the effects say.
+    pub(super) fn perform(&mut self, effects: Vec<Effect>, is_routine: bool) {
+        let is_routine = is_routine && effects.iter().all(is_routine_effect);
         let mut queue = VecDeque::from(effects);
         while let Some(effect) = queue.pop_front_if(|effect| is_about_queues(effect)) {
             self.act(effect);
@@ -63,8 +63,10 @@ impl Daemon<'_> {
         self.drain_direct_queues();
         // Those of connections that went elsewhere at the last moment, or were probes.
         self.reserved.borrow_mut().clear();
-        self.look_whether_ready();
-        self.measure();
+        if !is_routine {
+            self.look_whether_ready();
+            self.measure();
+        }
     }
 
     fn act(&mut self, effect: Effect) -> Vec<Event> {
@@ -74,8 +76,8 @@ impl Daemon<'_> {
                 self.workers.stop(id, signal, to, timeout);
             }
             Effect::Kill { id } => self.workers.kill(id),
-            Effect::Probe { id } => self.probe(id),
-            Effect::Publish { service } => self.publish(&service),
+            Effect::Probe(order) => self.workers.probe(order),
+            Effect::Publish(publication) => self.publish(publication),
             Effect::Retire { id } => {
                 if self.workers.retire(id) {
                     return vec![Event::Idle { id }];
@@ -101,7 +103,8 @@ impl Daemon<'_> {
                 self.workers.bindings.direct_listeners.want(&self.config.services);
             }
             Effect::Note(note) => {
-                let held = note.worker.and_then(|worker| self.connections(&note.service, worker));
+                let worker = note.worker.as_ref().and_then(|worker| worker.id);
+                let held = worker.and_then(|id| self.workers.backend(id)?.connections());
                 let hint = self.hint(&note);
                 self.event_log.write(&note, held, hint, Instant::now());
             }
@@ -115,22 +118,10 @@ impl Daemon<'_> {
         Vec::new()
     }
 
-    fn probe(&mut self, id: WorkerId) {
-        let service = self
-            .supervisor
-            .services()
-            .iter()
-            .find(|service| service.workers().any(|worker| worker.id == id));
-        if let Some(service) = service {
-            self.workers.probe(id, &service.config.health);
-        }
-    }
-
-    pub(super) fn publish(&mut self, name: &Arc<str>) {
-        let Some(service) = self.supervisor.service(name) else { return };
-        let rotation = service.rotation();
+    pub(super) fn publish(&mut self, publication: Publication) {
+        let Publication { service, rotation, routing } = publication;
         // Before the pool, so that who is handed to a new worker gets there.
-        self.workers.activate(name, service.config.routing.balance, &rotation.workers);
+        self.workers.activate(&service, routing.balance, &rotation.workers);
         let workers =
             rotation.workers.iter().filter_map(|id| self.workers.backend(*id).cloned()).collect();
         let coming = match rotation.coming {
@@ -138,24 +129,13 @@ impl Daemon<'_> {
             Coming::At(at) => Some(at),
             Coming::Never => None,
         };
-        let pool = Pool::new(workers, coming, Arc::new(service.config.routing.clone()));
-        self.frontends.publish(name, pool);
+        self.frontends.publish(&service, Pool::new(workers, coming, routing));
     }
 
     pub(super) fn exited(&self, id: WorkerId) {
         if let Some(backend) = self.workers.backend(id) {
             self.plane.exited(backend);
         }
-    }
-
-    fn connections(&self, service: &str, noted: NoteWorker) -> Option<usize> {
-        self.workers.backend(self.noted(service, noted)?.id)?.connections()
-    }
-
-    fn noted(&self, service: &str, noted: NoteWorker) -> Option<&Worker> {
-        let service = self.supervisor.service(service)?;
-        // Its successor has the same slot.
-        service.workers().find(|worker| (worker.slot, worker.pid) == (noted.slot, noted.pid))
     }
 
     /// What an operator might look at where a new worker does not become healthy, and nothing that
@@ -165,16 +145,14 @@ impl Daemon<'_> {
         else {
             return None;
         };
-        if let Fact::Down { failure: DownKind::Exited, reason, .. } = &note.fact
-            && reason == "exit status 0"
-        {
-            return Some(BACKGROUND);
+        if let Fact::Down { failure: DownKind::Exited, reason, .. } = &note.fact {
+            return (reason == "exit status 0").then_some(BACKGROUND);
         }
-        let worker = self.noted(&note.service, note.worker?)?;
+        let worker = note.worker.as_ref()?;
         let Program::Command(argv) = &worker.spec.program else { return None };
         let name = Path::new(argv.first()?).file_name()?.to_str()?;
         let is_silent =
-            worker.spec.output == Output::Log && self.workers.last_words(worker.id).is_empty();
+            worker.spec.output == Output::Log && self.workers.last_words(worker.id?).is_empty();
         let keeps_back = name.starts_with("python")
             && argv.iter().all(|argument| argument != "-u")
             && !worker.spec.env.contains_key("PYTHONUNBUFFERED")
@@ -243,6 +221,11 @@ impl Daemon<'_> {
             }
         }
     }
+}
+
+/// Whether it changes nothing of the workers.
+fn is_routine_effect(effect: &Effect) -> bool {
+    matches!(effect, Effect::Probe { .. } | Effect::Answer { .. })
 }
 
 /// Whether it only says which queues are to be looked at from now on.

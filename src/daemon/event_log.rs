@@ -57,9 +57,10 @@ impl EventLog {
         now: Instant,
     ) {
         let service = &*note.service;
-        let slot = note.worker.map(|worker| worker.slot);
-        let port = note.worker.and_then(|worker| worker.port);
-        let pid = note.worker.and_then(|worker| worker.pid);
+        let worker = note.worker.as_ref();
+        let slot = worker.map(|worker| worker.slot);
+        let port = worker.and_then(|worker| worker.port);
+        let pid = worker.and_then(|worker| worker.pid);
         match &note.fact {
             Fact::Started => {
                 // The first start after a port was free again is news.
@@ -224,7 +225,7 @@ fn gist(reason: &str) -> String {
 }
 
 fn key(note: &Note) -> (Arc<str>, u32) {
-    (Arc::clone(&note.service), note.worker.map_or(u32::MAX, |worker| worker.slot))
+    (Arc::clone(&note.service), note.worker.as_ref().map_or(u32::MAX, |worker| worker.slot))
 }
 
 /// Seconds with milliseconds, as the log shows them.
@@ -235,12 +236,19 @@ pub(super) fn seconds(duration: Duration) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::supervisor::NoteWorker;
+    use crate::{config, supervisor::NoteWorker};
+
+    fn of_slot_0(fact: Fact) -> Note {
+        let listen = ["127.0.0.1:80".to_owned()];
+        let config = config::from_command(&listen, Some(1), vec!["x".to_owned()]).unwrap();
+        let spec = Arc::clone(&config.services[0].worker);
+        let worker = NoteWorker { id: None, spec, slot: 0, port: None, pid: None };
+        Note { service: "web".into(), worker: Some(worker), fact }
+    }
 
     #[test]
     fn the_same_failure_is_written_ten_times_and_then_every_ten_seconds() {
-        let worker = Some(NoteWorker { slot: 0, port: None, pid: None });
-        let down = Note { service: "web".into(), worker, fact: Fact::Started };
+        let down = of_slot_0(Fact::Started);
         let (mut event_log, began) = (EventLog::default(), Instant::now());
         let mut fold = |reason: &str, tenths: u32| {
             event_log.fold(&down, reason, STARTED, began + Duration::from_millis(100) * tenths)
@@ -255,8 +263,7 @@ mod tests {
 
     #[test]
     fn a_port_that_stays_taken_is_told_once_and_then_every_minute() {
-        let worker = Some(NoteWorker { slot: 0, port: None, pid: None });
-        let down = Note { service: "web".into(), worker, fact: Fact::Started };
+        let down = of_slot_0(Fact::Started);
         let (mut event_log, began) = (EventLog::default(), Instant::now());
         let mut fold = |reason: &str, seconds: u64| {
             event_log.fold(&down, reason, NOT_TRIED, began + Duration::from_secs(seconds))
@@ -282,8 +289,7 @@ mod tests {
 
     #[test]
     fn an_exponential_backoff_is_never_folded() {
-        let worker = Some(NoteWorker { slot: 0, port: None, pid: None });
-        let down = Note { service: "web".into(), worker, fact: Fact::Started };
+        let down = of_slot_0(Fact::Started);
         let (mut event_log, mut now) = (EventLog::default(), Instant::now());
         for doubling in 0..20 {
             assert_eq!(event_log.fold(&down, "exit status 1", STARTED, now), Some(0));

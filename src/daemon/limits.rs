@@ -8,7 +8,7 @@ use crate::process::{Cgroups, NoCgroups};
 impl Daemon<'_> {
     /// Has the memory measured of the workers that may have only so much.
     pub(super) fn measure(&mut self) {
-        let services = self.supervisor.services().iter();
+        let services = self.supervisor.services();
         let limits = services.filter_map(|s| Some((s, s.config.limits.memory?.get())));
         let workers = limits.flat_map(|(service, limit)| {
             let current = service.slots.iter().filter_map(|slot| slot.current.as_ref());

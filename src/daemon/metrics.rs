@@ -18,7 +18,7 @@ impl Daemon<'_> {
         self.forget_slots();
         let status = self.status();
         let now = Instant::now();
-        let services = self.supervisor.services().iter().zip(&status.services);
+        let services = self.supervisor.services().zip(&status.services);
         let services: Vec<_> = services
             .map(|(service, shown)| {
                 let route = self.frontends.route(&service.config.name);
@@ -63,10 +63,9 @@ impl Daemon<'_> {
     /// Forgets what was counted of slots that are gone, so that the memory for it is bounded by the
     /// configuration, also where nobody ever looks.
     pub(super) fn forget_slots(&mut self) {
-        let services = self.supervisor.services();
+        let supervisor = &self.supervisor;
         self.workers.slot_stats.retain(|name, number| {
-            let service = services.iter().find(|service| &*service.config.name == name);
-            service.is_some_and(|service| {
+            supervisor.service(name).is_some_and(|service| {
                 service.slots.iter().any(|slot| slot.number == number)
                     || service.retiring.iter().any(|worker| worker.slot == number)
             })

@@ -54,7 +54,7 @@ use crate::{
     net::BindError,
     process::Cgroups,
     proxy::{DataPlane, Settings},
-    supervisor::{Event, Supervisor},
+    supervisor::{Event, Service, Supervisor},
 };
 use descriptors::Descriptors;
 pub use direct_listeners::SteerError;
@@ -350,7 +350,7 @@ impl<'a> Daemon<'a> {
             return;
         }
         let effects = self.supervisor.timeout(now);
-        self.perform(effects);
+        self.perform(effects, true);
     }
 
     fn signal(&mut self, signal: i32) {
@@ -388,8 +388,9 @@ impl<'a> Daemon<'a> {
             Event::Probed { id, ref outcome } => self.workers.probed(id, outcome),
             _ => {}
         }
+        let is_routine = matches!(event, Event::Probed { .. } | Event::Memory { .. });
         let effects = self.supervisor.handle(event, Instant::now());
-        self.perform(effects);
+        self.perform(effects, is_routine);
     }
 
     fn look_for_idle(&mut self) {
@@ -402,8 +403,8 @@ impl<'a> Daemon<'a> {
         if self.ready || self.stage != Stage::Running {
             return;
         }
-        let services = self.supervisor.services();
-        self.ready = services.iter().all(|service| !service.rotation().workers.is_empty());
+        let is_served = |service: &Service| !service.rotation().workers.is_empty();
+        self.ready = self.supervisor.services().all(is_served);
         if self.ready {
             let after = event_log::seconds(self.started.elapsed());
             info!(after, "ready");

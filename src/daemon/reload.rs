@@ -80,7 +80,9 @@ impl Daemon<'_> {
                 self.workers.bindings.direct_listeners.adopt(steerable, &new.services);
                 self.apply(new, &diff, ticket);
                 for service in self.workers.bindings.direct_listeners.opened(bound.addresses()) {
-                    self.publish(&service);
+                    if let Some(service) = self.supervisor.service(&service) {
+                        self.publish(service.publication());
+                    }
                 }
                 self.frontends.open(bound, moved);
                 info!(added, removed, changed, "reloaded");

@@ -289,7 +289,7 @@ impl Daemon<'_> {
 
     /// Which workers there are.
     pub(super) fn generations(&self) -> Generations {
-        let services = self.supervisor.services().iter();
+        let services = self.supervisor.services();
         let slots = services.flat_map(|service| {
             let name = &service.config.name;
             service.slots.iter().map(|s| ((Arc::clone(name), s.number), s.generation))
@@ -312,7 +312,7 @@ impl Daemon<'_> {
             let _ = asker.send(Err(failure));
             return;
         }
-        let services = self.supervisor.services().iter();
+        let services = self.supervisor.services();
         let wanted = services.filter(|found| {
             let name = &*found.config.name;
             found.is_open() && service.as_deref().is_none_or(|wanted| wanted == name)

@@ -93,7 +93,7 @@ impl Daemon<'_> {
     }
 
     fn all_held(&self) -> usize {
-        self.supervisor.services().iter().map(|service| self.held(&service.config.name)).sum()
+        self.supervisor.services().map(|service| self.held(&service.config.name)).sum()
     }
 
     /// The connections of a service, those included that its workers have without lbd.

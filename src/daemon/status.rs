@@ -25,7 +25,7 @@ impl Daemon<'_> {
                 loaded_at: rfc3339(self.reload_history.loaded_at),
                 last_reload: self.reload_history.last.clone(),
             },
-            services: self.supervisor.services().iter().map(|s| self.service(s, now)).collect(),
+            services: self.supervisor.services().map(|s| self.service(s, now)).collect(),
         }
     }
 

@@ -17,10 +17,10 @@ const REASON: usize = 120;
 impl Daemon<'_> {
     /// The sentence. Of one line, and a few hundred characters at most.
     pub(super) fn status_line(&self) -> String {
-        let services = self.supervisor.services();
+        let services: Vec<_> = self.supervisor.services().collect();
         match self.stage {
             Stage::Running => {
-                let mut status_line = running(services, self.ready);
+                let mut status_line = running(&services, self.ready);
                 if let Some(error) = &self.reload_history.last.error {
                     let _ = write!(status_line, "; the last reload failed: {}", short(error));
                 }
@@ -36,16 +36,16 @@ impl Daemon<'_> {
     }
 
     fn leaving(&self, how: &str, waits: &str) -> String {
-        let workers = self.supervisor.services().iter().flat_map(Service::workers).count();
+        let workers = self.supervisor.services().flat_map(Service::workers).count();
         let connections = counted(self.frontends.active(), "connection");
         format!("{how}, {waits} {connections} and {}", counted(workers, "worker"))
     }
 }
 
-fn running(services: &[Service], ready: bool) -> String {
+fn running(services: &[&Service], ready: bool) -> String {
     let healthy = |service: &Service| service.rotation().workers.len();
     let all: usize = services.iter().map(|service| service.slots.len()).sum();
-    let serving: usize = services.iter().map(healthy).sum();
+    let serving: usize = services.iter().map(|service| healthy(service)).sum();
     let doing = if ready { "serving" } else { "starting" };
     let mut status_line = format!("{doing}, {serving} of {} healthy", counted(all, "worker"));
 

@@ -1,6 +1,11 @@
 //! What the supervision core is told, and what it asks for.
 
-use std::{fmt, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use nix::sys::signal::Signal;
 
@@ -210,16 +215,9 @@ pub enum Effect {
         id: WorkerId,
     },
     /// Probe it; answer with [`Event::Probed`], also where it is retired meanwhile.
-    Probe {
-        /// The incarnation.
-        id: WorkerId,
-    },
-    /// The set of workers in rotation, or when one is due, changed: publish
-    /// [`Supervisor::rotation`](super::Supervisor::rotation).
-    Publish {
-        /// The service.
-        service: Arc<str>,
-    },
+    Probe(ProbeOrder),
+    /// The set of workers in rotation, when one is due, or how they are chosen from, changed.
+    Publish(Publication),
     /// Hand it no connection any more, and say [`Event::Idle`] as soon as it holds none; at once
     /// where that was asked for before and is so already.
     Retire {
@@ -304,6 +302,50 @@ pub struct Spawn {
     pub spec: Arc<config::WorkerSpec>,
 }
 
+/// A probe to be made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProbeOrder {
+    /// The incarnation.
+    pub id: WorkerId,
+    /// What it does.
+    pub what: config::Probe,
+    /// How long it may take.
+    pub timeout: Duration,
+    /// Whose listening socket is believed on the worker's port.
+    pub owner: config::Owner,
+}
+
+/// Who can be handed the connections of a service from now on, and how one is chosen.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Publication {
+    /// The service.
+    pub service: Arc<str>,
+    /// Who can be handed a connection.
+    pub rotation: Rotation,
+    /// How one of them is chosen, and how connections are treated.
+    pub routing: Arc<config::Routing>,
+}
+
+/// Who can be handed a connection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rotation {
+    /// The healthy workers, in the order of the configuration.
+    pub workers: Vec<WorkerId>,
+    /// Whether to wait where there are none.
+    pub coming: Coming,
+}
+
+/// When a worker is on its way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Coming {
+    /// One is being started.
+    Now,
+    /// The first is due to be started then.
+    At(Instant),
+    /// None.
+    Never,
+}
+
 /// A fact for the log, about one worker or one service.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Note {
@@ -316,8 +358,12 @@ pub struct Note {
 }
 
 /// Which worker a [`Note`] is about.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct NoteWorker {
+    /// The incarnation; `None` where it is about a slot that nobody is in.
+    pub id: Option<WorkerId>,
+    /// What it was started with, or would be.
+    pub spec: Arc<config::WorkerSpec>,
     /// Its slot.
     pub slot: u32,
     /// Its port, once it has one.

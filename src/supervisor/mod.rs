@@ -19,6 +19,7 @@ mod outcome;
 mod ports;
 mod reconcile;
 mod recycle;
+mod registry;
 mod rollout;
 mod service;
 #[cfg(test)]
@@ -28,24 +29,31 @@ mod slot;
 mod tests;
 mod worker;
 
-use std::{collections::HashMap, sync::Arc, time::Instant};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Instant,
+};
 
 pub use event::{
-    Chosen, DownKind, Effect, Event, ExitCause, Fact, LimitExceeded, Note, NoteWorker,
-    ProbeOutcome, RetireReason, Spawn, Ticket, Untaken, Verdict, WorkerId,
+    Chosen, Coming, DownKind, Effect, Event, ExitCause, Fact, LimitExceeded, Note, NoteWorker,
+    ProbeOrder, ProbeOutcome, Publication, RetireReason, Rotation, Spawn, Ticket, Untaken, Verdict,
+    WorkerId,
 };
-pub use service::{Coming, Rotation, Service};
+pub use service::Service;
 pub use slot::{LastExit, Slot};
 pub use worker::{Phase, Worker};
 
-use ports::Outgoing;
+use ports::Ports;
+use registry::{Registry, ServiceKey, Touched};
 use rollout::Kind;
 use service::{Context, Shared};
 
 /// The state of everything that is supervised.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Supervisor {
-    services: Vec<Service>,
+    services: Registry,
+    ports: Ports,
     shared: Shared,
     stopping: bool,
     finished: bool,
@@ -53,7 +61,7 @@ pub struct Supervisor {
 }
 
 /// A request, and how many services have not answered it yet.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Waiting {
     services: usize,
     warnings: Vec<String>,
@@ -72,7 +80,8 @@ impl Supervisor {
     #[must_use]
     pub fn new(seed: u64) -> Self {
         Self {
-            services: Vec::new(),
+            services: Registry::default(),
+            ports: Ports::default(),
             shared: Shared::new(seed),
             stopping: false,
             finished: false,
@@ -83,7 +92,7 @@ impl Supervisor {
     /// Takes in what happened, at `now`, and tells what to do. Events about a worker or service
     /// that is gone change nothing.
     pub fn handle(&mut self, event: Event, now: Instant) -> Vec<Effect> {
-        let mut effects = Vec::new();
+        let (mut effects, mut touched) = (Vec::new(), Touched::new());
         let mut cx = Context { now, shared: &mut self.shared, effects: &mut effects };
         match event {
             Event::Spawned { id, .. }
@@ -94,74 +103,69 @@ impl Supervisor {
             | Event::Probed { id, .. }
             | Event::Memory { id, .. }
             | Event::Idle { id } => {
-                for service in &mut self.services {
-                    if service.worker_event(id, event.clone(), &mut cx) {
-                        break;
-                    }
+                let key = self.services.of_worker(id);
+                if let Some(service) = key.and_then(|key| self.services.get_mut(key)) {
+                    service.worker_event(id, event, &mut cx);
                 }
+                touched.extend(key);
             }
             Event::Closed { service: name } => {
-                if let Some(service) = self.services.iter_mut().find(|s| s.config.name == name) {
-                    service.closed(&mut cx);
-                }
+                touched.extend(self.services.named(&name));
+                self.each(&touched, &mut effects, now, Service::closed);
             }
-            Event::Apply { services, ticket } => self.apply(services, ticket, now, &mut effects),
+            Event::Apply { services, ticket } => {
+                touched = self.apply(services, ticket, now, &mut effects);
+            }
             Event::Restart { service, slots, ticket } => {
-                self.restart(service.as_deref(), &slots, ticket, now, &mut effects);
+                touched = self.restart(service.as_deref(), &slots, ticket, now, &mut effects);
             }
             Event::Drain { service: name, slot } => {
-                if let Some(service) = open(&mut self.services, &name) {
-                    service.drain(slot, &mut cx);
-                }
+                touched.extend(self.open(&name));
+                self.each(&touched, &mut effects, now, |service, cx| service.drain(slot, cx));
             }
             Event::Resume { service: name, slot } => {
-                if let Some(service) = open(&mut self.services, &name) {
-                    service.resume(slot, &mut cx);
-                }
+                touched.extend(self.open(&name));
+                self.each(&touched, &mut effects, now, |service, cx| service.resume(slot, cx));
             }
             Event::Stop => {
                 self.stopping = true;
-                for service in &mut self.services {
-                    service.close(RetireReason::Stopping, &mut cx);
-                }
+                touched.extend(self.services.keys());
+                let close = |service: &mut Service, cx: &mut Context<'_>| {
+                    service.close(RetireReason::Stopping, cx);
+                };
+                self.each(&touched, &mut effects, now, close);
             }
             Event::Abort => {
                 self.stopping = true;
-                for service in &mut self.services {
-                    service.abort(&mut cx);
-                }
+                touched.extend(self.services.keys());
+                self.each(&touched, &mut effects, now, Service::abort);
             }
         }
-        self.settle(effects, now)
+        self.settle(touched, effects, now)
     }
 
     /// Looks at the clock: to be called when [`Self::deadline`] has come.
     pub fn timeout(&mut self, now: Instant) -> Vec<Effect> {
-        let mut effects = Vec::new();
-        let mut cx = Context { now, shared: &mut self.shared, effects: &mut effects };
-        for service in &mut self.services {
-            service.timeout(&mut cx);
-        }
-        self.settle(effects, now)
+        let (mut effects, due) = (Vec::new(), self.services.due(now));
+        self.each(&due, &mut effects, now, Service::timeout);
+        self.settle(due, effects, now)
     }
 
     /// When [`Self::timeout`] has something to do, if nothing happens before.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
-        let outgoing = self.outgoing();
-        self.services.iter().filter_map(|service| service.deadline(&outgoing)).min()
+        self.services.deadline()
     }
 
-    /// The services, those that are on their way out included.
-    #[must_use]
-    pub fn services(&self) -> &[Service] {
-        &self.services
+    /// The services, those that are on their way out included, in the order in which they came.
+    pub fn services(&self) -> impl Iterator<Item = &Service> + Clone {
+        self.services.iter()
     }
 
     /// The service of that name.
     #[must_use]
     pub fn service(&self, name: &str) -> Option<&Service> {
-        self.services.iter().find(|service| &*service.config.name == name)
+        self.services.get(self.services.named(name)?)
     }
 
     /// Who can be handed a connection of this service.
@@ -170,16 +174,37 @@ impl Supervisor {
         self.service(service).map(Service::rotation)
     }
 
+    fn each(
+        &mut self,
+        keys: &Touched,
+        effects: &mut Vec<Effect>,
+        now: Instant,
+        act: impl Fn(&mut Service, &mut Context<'_>),
+    ) {
+        let mut cx = Context { now, shared: &mut self.shared, effects };
+        for &key in keys {
+            if let Some(service) = self.services.get_mut(key) {
+                act(service, &mut cx);
+            }
+        }
+    }
+
+    /// The service of that name, unless it is on its way out.
+    fn open(&self, name: &str) -> Option<ServiceKey> {
+        let key = self.services.named(name)?;
+        self.services.get(key).filter(|service| service.is_open()).map(|_| key)
+    }
+
     fn apply(
         &mut self,
         targets: Vec<crate::config::Service>,
         ticket: Ticket,
         now: Instant,
         effects: &mut Vec<Effect>,
-    ) {
+    ) -> Touched {
         if self.stopping {
             effects.push(Effect::Answer { ticket, result: Err("lbd is stopping".to_owned()) });
-            return;
+            return Touched::new();
         }
         self.waiting.insert(ticket, Waiting::new(targets.len()));
         let mut cx = Context { now, shared: &mut self.shared, effects };
@@ -187,20 +212,25 @@ impl Supervisor {
         for target in &targets {
             cx.shared.claim_ports(target);
         }
-        for service in &mut self.services {
-            if !targets.iter().any(|target| target.name == service.config.name) {
+        let wanted: HashSet<_> = targets.iter().map(|target| Arc::clone(&target.name)).collect();
+        let is_removed = |service: &Service| !wanted.contains(&service.config.name);
+        let removed = self.services.chosen(is_removed);
+        for &key in &removed {
+            if let Some(service) = self.services.get_mut(key) {
                 service.close(RetireReason::Removed, &mut cx);
             }
         }
         for target in targets {
-            match self.services.iter_mut().find(|s| s.config.name == target.name) {
+            let known = self.services.named(&target.name);
+            match known.and_then(|key| self.services.get_mut(key)) {
                 Some(service) => service.apply(target, Some(ticket), Kind::Reload, &mut cx),
                 None => {
-                    self.services.push(Service::new(target, now));
+                    self.services.add(Service::new(target, now));
                     cx.effects.push(Effect::Answer { ticket, result: Ok(Vec::new()) });
                 }
             }
         }
+        self.services.keys().collect()
     }
 
     fn restart(
@@ -210,14 +240,13 @@ impl Supervisor {
         ticket: Ticket,
         now: Instant,
         effects: &mut Vec<Effect>,
-    ) {
-        let chosen = |service: &Service| {
+    ) -> Touched {
+        let chosen = self.services.chosen(|service| {
             service.is_open()
                 && name.is_none_or(|name| &*service.config.name == name)
                 && (*slots == Chosen::All || service.slots.iter().any(|s| slots.has(s.number)))
-        };
-        let services = self.services.iter().filter(|service| chosen(service)).count();
-        if self.stopping || services == 0 {
+        });
+        if self.stopping || chosen.is_empty() {
             let error = match (name, slots) {
                 _ if self.stopping => "lbd is stopping".to_owned(),
                 (Some(name), Chosen::All | Chosen::These(_)) => {
@@ -227,45 +256,56 @@ impl Supervisor {
                 (None, _) => "there is no service".to_owned(),
             };
             effects.push(Effect::Answer { ticket, result: Err(error) });
-            return;
+            return Touched::new();
         }
-        self.waiting.insert(ticket, Waiting::new(services));
-        let mut cx = Context { now, shared: &mut self.shared, effects };
-        for service in self.services.iter_mut().filter(|service| chosen(service)) {
-            service.restart(slots, ticket, &mut cx);
-        }
+        self.waiting.insert(ticket, Waiting::new(chosen.len()));
+        self.each(&chosen, effects, now, |service, cx| service.restart(slots, ticket, cx));
+        chosen
     }
 
-    /// Lets every service draw its conclusions, forgets those that are gone, and puts the actions
-    /// in order.
-    fn settle(&mut self, mut effects: Vec<Effect>, now: Instant) -> Vec<Effect> {
-        for index in 0..self.services.len() {
-            loop {
-                let outgoing = self.outgoing();
-                let mut cx = Context { now, shared: &mut self.shared, effects: &mut effects };
-                if !self.services[index].advance_rollout(&outgoing, &mut cx) {
-                    break;
-                }
+    /// Lets the services that something happened to draw their conclusions, forgets those that are
+    /// gone, and puts the effects in order.
+    fn settle(
+        &mut self,
+        mut touched: Touched,
+        mut effects: Vec<Effect>,
+        now: Instant,
+    ) -> Vec<Effect> {
+        self.occupy_ports(&mut touched);
+        let mut cx = Context { now, shared: &mut self.shared, effects: &mut effects };
+        // Whoever a rollout keeps waiting, by a port that it occupies, is looked at again too.
+        let mut left = touched.clone();
+        while let Some(key) = left.pop_first() {
+            let Some(service) = self.services.get_mut(key) else { continue };
+            while service.advance_rollout(&self.ports, &mut cx) {
+                let waiting = self.ports.occupy(key, service.outgoing());
+                left.extend(&waiting);
+                touched.extend(waiting);
             }
         }
-        let outgoing = self.outgoing();
-        let mut cx = Context { now, shared: &mut self.shared, effects: &mut effects };
-        for service in &mut self.services {
-            service.settle(&outgoing, &mut cx);
+        for key in &touched {
+            if let Some(service) = self.services.get_mut(*key) {
+                service.settle(&self.ports, &mut cx);
+            }
         }
         // A port may move from one service to another.
-        let services = &self.services;
         effects.retain(|effect| match effect {
-            Effect::ReleasePort { address } => !services.iter().any(|s| s.keeps_port(address)),
+            Effect::ReleasePort { address } => !self.services().any(|s| s.keeps_port(address)),
             _ => true,
         });
-        self.services.retain(|service| {
-            let gone = service.is_gone();
-            if gone {
+        self.occupy_ports(&mut touched);
+        for key in touched {
+            let Some(service) = self.services.get(key) else { continue };
+            if service.is_gone() {
                 effects.push(Effect::Forget { service: Arc::clone(&service.config.name) });
+                self.ports.forget(key);
+                self.services.remove(key);
+            } else {
+                let asked = service.slots.iter().flat_map(|slot| service.addresses_of(slot));
+                self.ports.ask(key, asked);
+                self.services.file(key, &self.ports);
             }
-            !gone
-        });
+        }
         if self.stopping && self.services.is_empty() && !self.finished {
             self.finished = true;
             effects.push(Effect::Finished);
@@ -282,9 +322,13 @@ impl Supervisor {
         effects
     }
 
-    /// The workers on their way out, of all services: a port may move from one to another.
-    fn outgoing(&self) -> Outgoing {
-        self.services.iter().flat_map(Service::outgoing).collect()
+    /// Takes note of the ports that the workers of these services occupy on their way out; the
+    /// services that wait for such a port are to be looked at as well.
+    fn occupy_ports(&mut self, touched: &mut Touched) {
+        for key in touched.clone() {
+            let Some(service) = self.services.get(key) else { continue };
+            touched.extend(self.ports.occupy(key, service.outgoing()));
+        }
     }
 
     /// One answer to a request that several services work on, when the last has answered.
@@ -318,7 +362,21 @@ impl Supervisor {
     }
 }
 
-/// The service of that name, unless it is on its way out.
-fn open<'s>(services: &'s mut [Service], name: &str) -> Option<&'s mut Service> {
-    services.iter_mut().find(|service| service.is_open() && &*service.config.name == name)
+#[cfg(test)]
+impl Supervisor {
+    /// What is found by an index is what a look at everything finds.
+    fn check_indexes(&self) {
+        self.services.check(&self.ports);
+    }
+
+    /// None of the services whose time has not come has anything to do.
+    fn check_rest(&self, now: Instant) {
+        let due = self.services.due(now);
+        let rest = self.services.keys().filter(|key| !due.contains(key)).collect();
+        let (mut copy, mut effects) = (self.clone(), Vec::new());
+        copy.each(&rest, &mut effects, now, Service::timeout);
+        let effects = copy.settle(rest, effects, now);
+        assert_eq!(effects, [], "not told by the deadline {:?}", self.deadline());
+        assert_eq!(copy.deadline(), self.deadline(), "the deadline is not that of all");
+    }
 }

@@ -6,7 +6,7 @@ use super::{
     event::{DownKind, Event, ExitCause, Fact, LimitExceeded, NoteWorker, RetireReason, WorkerId},
     rollout::Rollout,
     service::{Context, Service},
-    slot::{LastExit, note_of},
+    slot::{LastExit, Slot, note_of},
     worker::{Change, Phase},
 };
 
@@ -39,16 +39,8 @@ struct Loss {
 }
 
 impl Service {
-    /// Handles what happened to one of its workers; `false` where it has none of that incarnation.
-    pub(super) fn worker_event(
-        &mut self,
-        id: WorkerId,
-        event: Event,
-        cx: &mut Context<'_>,
-    ) -> bool {
-        if !self.workers().any(|worker| worker.id == id) {
-            return false;
-        }
+    /// Handles what happened to one of its workers.
+    pub(super) fn worker_event(&mut self, id: WorkerId, event: Event, cx: &mut Context<'_>) {
         match event {
             Event::Spawned { port, .. } => {
                 self.with(id, |worker, _| worker.port = port);
@@ -106,18 +98,19 @@ impl Service {
             | Event::Stop
             | Event::Abort => {}
         }
-        true
     }
 
     /// Looks at the clock of every worker.
     pub(super) fn timeout(&mut self, cx: &mut Context<'_>) {
-        let ids: Vec<_> = self.workers().map(|worker| worker.id).collect();
-        for id in ids {
-            let (now, mut change) = (cx.now, Change::None);
-            let effects = &mut *cx.effects;
-            self.with(id, |worker, config| {
-                change = worker.timeout(&config.health, now, effects);
-            });
+        let (health, mut changes) = (&self.config.health, Vec::new());
+        let workers = self.slots.iter_mut().flat_map(Slot::workers_mut).chain(&mut self.retiring);
+        for worker in workers {
+            match worker.timeout(health, cx.now, cx.effects) {
+                Change::None => {}
+                change => changes.push((worker.id, change)),
+            }
+        }
+        for (id, change) in changes {
             self.changed(id, change, cx);
         }
     }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::{
     backoff::Backoff,
     event::{DownKind, Fact, LimitExceeded, ProbeOutcome, WorkerId},
-    ports::Outgoing,
+    ports::Ports,
     rollout::{Beside, Kind, Rollout},
     service::{Context, Service},
     slot::{Slot, note_of},
@@ -109,17 +109,17 @@ impl Worker {
 
 impl Service {
     /// When [`Self::begin_recycling`] has something to do, if nothing happens before.
-    pub(super) fn recycling_deadline(&self, outgoing: &Outgoing) -> Option<Instant> {
+    pub(super) fn recycling_deadline(&self, ports: &Ports) -> Option<Instant> {
         // The end of a rollout looks for itself.
         let may = self.is_open() && self.rollout.is_none();
-        let due = |slot| self.recycling_due(slot, outgoing);
+        let due = |slot| self.recycling_due(slot, ports);
         self.slots.iter().filter(|_| may).filter_map(due).min()
     }
 
     /// Begins to replace the first worker that is due; whether there was one. Not to be called while
     /// a rollout is under way.
-    pub(super) fn begin_recycling(&mut self, outgoing: &Outgoing, cx: &mut Context<'_>) -> bool {
-        let due = |slot: &&Slot| self.recycling_due(slot, outgoing).is_some_and(|at| at <= cx.now);
+    pub(super) fn begin_recycling(&mut self, ports: &Ports, cx: &mut Context<'_>) -> bool {
+        let due = |slot: &&Slot| self.recycling_due(slot, ports).is_some_and(|at| at <= cx.now);
         let Some(slot) = self.slots.iter().filter(|_| self.is_open()).find(due) else {
             return false;
         };
@@ -193,9 +193,9 @@ impl Service {
     }
 
     /// When the worker in `slot` is to be replaced at nobody's order, by all that is known.
-    fn recycling_due(&self, slot: &Slot, outgoing: &Outgoing) -> Option<Instant> {
+    fn recycling_due(&self, slot: &Slot, ports: &Ports) -> Option<Instant> {
         // Others need not wait for one that itself has to wait.
-        let may = !slot.drained && self.beside(slot, outgoing) != Beside::Later;
+        let may = !slot.drained && self.beside(slot, ports) != Beside::Later;
         let worker = slot.current.as_ref().filter(|_| may)?;
         let worn = worker.worn_at(&self.config.limits, &self.config.restart)?;
         Some(slot.recycling.not_before.map_or(worn, |at| at.max(worn)))

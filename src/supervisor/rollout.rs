@@ -21,7 +21,7 @@ use std::{
 
 use super::{
     event::{Chosen, DownKind, Effect, Fact, LimitExceeded, RetireReason, Ticket, WorkerId},
-    ports::Outgoing,
+    ports::Ports,
     service::{Context, Position, Service},
     slot::Slot,
     worker::Phase,
@@ -29,7 +29,7 @@ use super::{
 use crate::config::{Order, Slots, SocketMode, WorkerSpec};
 
 /// A rolling replacement under way.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Rollout {
     kind: Kind,
     began: Instant,
@@ -233,9 +233,9 @@ impl Service {
     }
 
     /// Takes up the next slot where the one before is done. Whether it is to be called again, with
-    /// the workers that are on their way out then. `outgoing` as in [`Self::settle`].
-    pub(super) fn advance_rollout(&mut self, outgoing: &Outgoing, cx: &mut Context<'_>) -> bool {
-        while self.rollout.is_some() || self.begin_recycling(outgoing, cx) {
+    /// the `ports` that are occupied then.
+    pub(super) fn advance_rollout(&mut self, ports: &Ports, cx: &mut Context<'_>) -> bool {
+        while self.rollout.is_some() || self.begin_recycling(ports, cx) {
             let Some(rollout) = &mut self.rollout else { return false };
             match rollout.step {
                 Step::Vacating { .. } => return false,
@@ -257,7 +257,7 @@ impl Service {
                         rollout.todo.pop_front();
                         continue;
                     };
-                    let beside = self.beside(&self.slots[index], outgoing);
+                    let beside = self.beside(&self.slots[index], ports);
                     if beside == Beside::Later {
                         return false;
                     }
@@ -469,7 +469,7 @@ impl Service {
     }
 
     /// Whether the worker in `slot` can stay until its replacement is proven.
-    pub(super) fn beside(&self, slot: &Slot, outgoing: &Outgoing) -> Beside {
+    pub(super) fn beside(&self, slot: &Slot, ports: &Ports) -> Beside {
         let staying = slot.current.as_ref().filter(|worker| worker.can_stay());
         let Some(current) = staying else { return Beside::Never };
         if self.config.rollout.order == Order::StopFirst {
@@ -484,7 +484,7 @@ impl Service {
         let is_one_workers = [target, &current.spec].map(|spec| spec.socket == SocketMode::Bind);
         if shared && is_one_workers.contains(&true) {
             Beside::StandIn
-        } else if outgoing.leave_room(address, target.socket, usize::from(shared)) {
+        } else if ports.leave_room(address, target.socket, usize::from(shared)) {
             Beside::Now
         } else {
             Beside::Later

@@ -10,8 +10,11 @@ use std::{
 };
 
 use super::{
-    event::{Effect, Fact, LimitExceeded, Note, NoteWorker, RetireReason, Spawn, Ticket, WorkerId},
-    ports::Outgoing,
+    event::{
+        Coming, Effect, Fact, LimitExceeded, Note, NoteWorker, Publication, RetireReason, Rotation,
+        Spawn, Ticket, WorkerId,
+    },
+    ports::Ports,
     reconcile::numbered,
     recycle::LimitUsage,
     rollout::{Kind, Rollout},
@@ -28,7 +31,7 @@ pub(super) struct Context<'a> {
 }
 
 /// What the services have in common.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Shared {
     /// The incarnation last made.
     pub ids: u64,
@@ -52,26 +55,6 @@ impl Shared {
     }
 }
 
-/// Who can be handed a connection.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Rotation {
-    /// The healthy workers, in the order of the configuration.
-    pub workers: Vec<WorkerId>,
-    /// Whether to wait where there are none.
-    pub coming: Coming,
-}
-
-/// When a worker is on its way.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Coming {
-    /// One is being started.
-    Now,
-    /// The first is due to be started then.
-    At(Instant),
-    /// None.
-    Never,
-}
-
 /// Where in a slot a worker is started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Position {
@@ -84,7 +67,7 @@ pub(super) enum Position {
 }
 
 /// One service under supervision.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Service {
     /// The settings in force; while a rollout is under way, those that it leads to.
     pub config: config::Service,
@@ -96,7 +79,7 @@ pub struct Service {
     /// What to return to if the rollout fails.
     pub(super) fallback: Option<config::Service>,
     life: Life,
-    published: Option<(Rotation, config::Routing)>,
+    published: Option<Publication>,
     /// The ports whose inherited sockets are to stay: its workers have them, or its slots' next ones will.
     kept_ports: BTreeSet<SocketAddr>,
 }
@@ -134,6 +117,13 @@ impl Service {
         let workers = self.slots.iter().filter_map(Slot::serving).map(|worker| worker.id).collect();
         let coming = self.slots.iter().map(|slot| self.coming(slot)).min();
         Rotation { workers, coming: coming.unwrap_or(Coming::Never) }
+    }
+
+    /// The same, with all that goes with it.
+    #[must_use]
+    pub fn publication(&self) -> Publication {
+        let routing = Arc::new(self.config.routing.clone());
+        Publication { service: self.name(), rotation: self.rotation(), routing }
     }
 
     fn coming(&self, slot: &Slot) -> Coming {
@@ -247,35 +237,41 @@ impl Service {
         }
     }
 
-    /// When [`Self::timeout`] wants to be called next; `outgoing` as in [`Self::settle`].
-    pub(super) fn deadline(&self, outgoing: &Outgoing) -> Option<Instant> {
+    /// The addresses where a worker of this slot may have to wait for room.
+    pub(super) fn addresses_of(&self, slot: &Slot) -> impl Iterator<Item = SocketAddr> {
+        let next = slot.wanted_port().map(|port| slot.spec.address(port));
+        let replacement = slot.fixed_port.map(|port| self.config.worker.address(port));
+        next.into_iter().chain(replacement)
+    }
+
+    /// When [`Self::timeout`] wants to be called next.
+    pub(super) fn deadline(&self, ports: &Ports) -> Option<Instant> {
         let workers = self.workers().filter_map(|worker| worker.deadline(&self.config.health));
-        let slots = self
-            .slots
-            .iter()
-            .filter(|slot| self.may_fill(slot, outgoing))
-            .map(|slot| slot.start_at);
-        let recycling = self.recycling_deadline(outgoing);
+        let slots =
+            self.slots.iter().filter(|slot| self.may_fill(slot, ports)).map(|slot| slot.start_at);
+        let recycling = self.recycling_deadline(ports);
         workers.chain(slots).chain(recycling).chain(self.proven_at()).min()
     }
 
     /// Starts what is due, and asks for publication where the rotation changed. Called after every
-    /// event, when the rollouts have moved on. `outgoing` are the workers on their way out, those of
-    /// other services included: a port may move from one service to another.
-    pub(super) fn settle(&mut self, outgoing: &Outgoing, cx: &mut Context<'_>) {
+    /// event that may have changed something here, when the rollouts have moved on.
+    pub(super) fn settle(&mut self, ports: &Ports, cx: &mut Context<'_>) {
         for index in 0..self.slots.len() {
             let slot = &self.slots[index];
-            if slot.start_at <= cx.now && self.may_fill(slot, outgoing) {
+            if slot.start_at <= cx.now && self.may_fill(slot, ports) {
                 let id = self.spawn(index, Position::Slot, cx);
                 if let Some(rollout) = &mut self.rollout {
                     rollout.filled(self.slots[index].number, id);
                 }
             }
         }
-        let now = (self.rotation(), self.config.routing.clone());
-        if self.published.as_ref() != Some(&now) && !self.is_gone() {
-            self.published = Some(now);
-            cx.effects.push(Effect::Publish { service: self.name() });
+        let is_published = |published: &Publication| {
+            *published.routing == self.config.routing && published.rotation == self.rotation()
+        };
+        if !self.published.as_ref().is_some_and(is_published) && !self.is_gone() {
+            let publication = self.publication();
+            self.published = Some(publication.clone());
+            cx.effects.push(Effect::Publish(publication));
         }
         let kept = self.inherited_ports();
         let before = mem::replace(&mut self.kept_ports, kept);
@@ -409,8 +405,8 @@ impl Service {
 
     /// Whether the slot is to be filled, and workers on their way out leave it its port and, where
     /// no two of a slot may run at once, are gone.
-    fn may_fill(&self, slot: &Slot, outgoing: &Outgoing) -> bool {
-        let room = |port| outgoing.leave_room(slot.spec.address(port), slot.spec.socket, 0);
+    fn may_fill(&self, slot: &Slot, ports: &Ports) -> bool {
+        let room = |port| ports.leave_room(slot.spec.address(port), slot.spec.socket, 0);
         self.is_filled()
             && slot.is_vacant()
             && slot.wanted_port().is_none_or(room)

@@ -199,7 +199,7 @@ fn is_as_wanted(machine: &Machine) -> bool {
                 == service.slots.iter().filter(|slot| !slot.drained).count()
     };
     machine.tickets.is_empty()
-        && running.len() == machine.wanted.len()
+        && running.count() == machine.wanted.len()
         && machine.wanted.iter().all(complete)
 }
 

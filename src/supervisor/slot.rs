@@ -170,12 +170,16 @@ impl Slot {
 /// What a note says of `worker`.
 #[must_use]
 pub(super) fn note_of(worker: &Worker) -> NoteWorker {
-    NoteWorker { slot: worker.slot, port: worker.port, pid: worker.pid }
+    let (id, spec) = (Some(worker.id), Arc::clone(&worker.spec));
+    NoteWorker { id, spec, slot: worker.slot, port: worker.port, pid: worker.pid }
 }
 
 /// What a note says of `slot`, whoever fills it.
 #[must_use]
 pub(super) fn note_of_slot(slot: &Slot) -> NoteWorker {
-    let vacant = NoteWorker { slot: slot.number, port: slot.fixed_port, pid: None };
-    slot.current.as_ref().map_or(vacant, note_of)
+    let vacant = || {
+        let (id, spec) = (None, Arc::clone(&slot.spec));
+        NoteWorker { id, spec, slot: slot.number, port: slot.fixed_port, pid: None }
+    };
+    slot.current.as_ref().map_or_else(vacant, note_of)
 }

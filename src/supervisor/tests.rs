@@ -23,8 +23,8 @@ use std::{
 };
 
 use super::{
-    Chosen, Coming, Effect, Event, Fact, Phase, ProbeOutcome, Service, Spawn, Supervisor, Ticket,
-    Untaken, Verdict, WorkerId,
+    Chosen, Coming, Effect, Event, Fact, Phase, ProbeOrder, ProbeOutcome, Publication, Service,
+    Spawn, Supervisor, Ticket, Untaken, Verdict, WorkerId,
 };
 use crate::config::{
     self, DEFAULT_HOST, Drain, Order, Output, Program, Restart, Rollout, Slots, SocketMode, Stop,
@@ -141,11 +141,11 @@ impl World {
                 }
                 Effect::Signal { id, signal, .. } => format!("{signal} {}", id.0),
                 Effect::Kill { id } => format!("kill {}", id.0),
-                Effect::Probe { id } => {
+                Effect::Probe(ProbeOrder { id, .. }) => {
                     assert!(self.probing.insert(id.0), "{} is probed twice at once", id.0);
                     format!("probe {}", id.0)
                 }
-                Effect::Publish { service } => format!("publish {service}"),
+                Effect::Publish(Publication { service, .. }) => format!("publish {service}"),
                 Effect::Retire { id } => format!("retire {}", id.0),
                 Effect::Reinstate { id } => format!("reinstate {}", id.0),
                 Effect::DrainQueue { id, why } => {

@@ -21,7 +21,7 @@ use std::{
 };
 
 use super::{
-    event::{Effect, ProbeOutcome, RetireReason, Untaken, Verdict, WorkerId},
+    event::{Effect, ProbeOrder, ProbeOutcome, RetireReason, Untaken, Verdict, WorkerId},
     health::Tally,
     recycle::LimitUsage,
 };
@@ -494,7 +494,9 @@ impl Worker {
             && change == Change::None
         {
             self.probe = ProbeClock::Running(now);
-            effects.push(Effect::Probe { id: self.id });
+            let (id, what) = (self.id, health.probe.clone());
+            let Health { timeout, owner, .. } = *health;
+            effects.push(Effect::Probe(ProbeOrder { id, what, timeout, owner }));
         }
         change
     }

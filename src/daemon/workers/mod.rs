@@ -25,12 +25,12 @@ use tokio::{
 
 use super::{descriptors::Descriptors, slot_stats::SlotStats};
 use crate::{
-    config::{Balance, Health, StopTo},
+    config::{Balance, StopTo},
     net::{MayAccept, diag::SharedDiag},
     probe::{self, Prober},
     process::{Cgroups, Controller, Counted, Identity, LastWords, Watched},
     proxy::Backend,
-    supervisor::{Event, ProbeOutcome, Spawn, Untaken, Verdict, WorkerId},
+    supervisor::{Event, ProbeOrder, ProbeOutcome, Spawn, Untaken, Verdict, WorkerId},
 };
 pub(super) use bindings::Drained;
 use bindings::{Bindings, Former, OpenError, Opened, Reached};
@@ -201,7 +201,8 @@ impl WorkerTable {
     }
 
     /// Probes once, beside everything else.
-    pub(super) fn probe(&mut self, id: WorkerId, health: &Health) {
+    pub(super) fn probe(&mut self, order: ProbeOrder) {
+        let ProbeOrder { id, what, timeout, owner } = order;
         let Some(handle) = self.handles.get_mut(&id) else { return };
         handle.probing = true;
         let endpoint = handle.backend.endpoint().clone();
@@ -215,13 +216,13 @@ impl WorkerTable {
             Err(error) => (Err(error), None),
         };
         let target = probe::Target {
-            probe: health.probe.clone(),
+            probe: what,
             endpoint,
             makes_its_own: handle.listening.makes_its_own(),
             proxy_protocol: handle.backend.proxy_protocol(),
-            timeout: health.timeout,
+            timeout,
         };
-        let (owner, is_new) = (health.owner, !handle.proven);
+        let is_new = !handle.proven;
         let (prober, listening) = (handle.prober.clone(), handle.listening.clone());
         let (backend, events) = (Arc::clone(&handle.backend), self.events.clone());
         spawn_local(async move {

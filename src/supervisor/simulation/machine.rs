@@ -10,8 +10,8 @@ use std::{
 
 use super::{
     super::{
-        Effect, Event, Fact, Phase, ProbeOutcome, RetireReason, Rotation, Slot, Spawn, Supervisor,
-        Ticket, Untaken, Verdict, Worker, WorkerId,
+        Effect, Event, Fact, Phase, ProbeOrder, ProbeOutcome, Publication, RetireReason, Rotation,
+        Slot, Spawn, Supervisor, Ticket, Untaken, Verdict, Worker, WorkerId,
     },
     MS,
     process::{Process, Told},
@@ -195,7 +195,7 @@ impl Machine {
     pub(super) fn restart(&mut self, service: Option<Arc<str>>, slot: Option<u32>) {
         let ticket = self.ticket();
         let is_chosen = |name: &str| service.as_deref().is_none_or(|service| service == name);
-        let slots = self.supervisor.services().iter().filter(|found| is_chosen(&found.config.name));
+        let slots = self.supervisor.services().filter(|found| is_chosen(&found.config.name));
         let slots = slots.map(|found| Arc::clone(&found.config.name));
         let chosen: Vec<_> = slots.filter_map(|name| Some((name, slot?))).collect();
         let before = (self.drained.clone(), self.restarted.clone());
@@ -230,7 +230,7 @@ impl Machine {
     }
 
     pub(super) fn resume_all(&mut self) {
-        let slots = self.supervisor.services().iter().flat_map(|service| {
+        let slots = self.supervisor.services().flat_map(|service| {
             service.slots.iter().map(|slot| (Arc::clone(&service.config.name), slot.number))
         });
         for (service, slot) in slots.collect::<Vec<_>>() {
@@ -262,8 +262,7 @@ impl Machine {
         };
         let told = match &event {
             Event::Spawned { id, port } => {
-                let workers =
-                    self.supervisor.services().iter().flat_map(super::super::Service::workers);
+                let workers = self.supervisor.services().flat_map(super::super::Service::workers);
                 let worker =
                     workers.filter(|w| w.spec.socket == SocketMode::Inherit).find(|w| w.id == *id);
                 let address = |worker: &Worker| Some(worker.spec.address((*port)?));
@@ -375,12 +374,11 @@ impl Machine {
                 process.killed = true;
                 self.end(id, PROMPT);
             }
-            Effect::Probe { id } => {
+            Effect::Probe(ProbeOrder { id, .. }) => {
                 let calm = self.calm;
                 let process = self.processes.get_mut(&id).unwrap();
                 assert!(process.told == Told::Started && !process.probing, "{id:?} is probed");
-                let known =
-                    self.supervisor.services().iter().flat_map(super::super::Service::workers);
+                let known = self.supervisor.services().flat_map(super::super::Service::workers);
                 let drained = known.filter(|w| w.drained.is_some()).any(|worker| worker.id == id);
                 assert!(!process.retired || drained, "{id:?} is probed");
                 process.probing = true;
@@ -396,8 +394,7 @@ impl Machine {
                 let outcome = ProbeOutcome { took, verdict };
                 self.later(self.now + took, Pending::Event(Event::Probed { id, outcome }));
             }
-            Effect::Publish { service } => {
-                let rotation = self.supervisor.rotation(&service).expect("nothing to publish");
+            Effect::Publish(Publication { service, rotation, .. }) => {
                 self.published.insert(service, rotation);
             }
             Effect::Retire { id } => {
@@ -526,7 +523,7 @@ impl Machine {
 
     /// Who is out of rotation at an operator's wish, and nobody else, is handed no connection.
     fn check_wishes(&self) {
-        for service in self.supervisor.services().iter().filter(|service| service.is_open()) {
+        for service in self.supervisor.services().filter(|service| service.is_open()) {
             for slot in &service.slots {
                 let wish = (Arc::clone(&service.config.name), slot.number);
                 assert!(slot.drained || !self.drained.contains(&wish), "{wish:?} is forgotten");
@@ -578,7 +575,7 @@ impl Machine {
     /// Who is healthy by what the probes showed, and nobody else, is in rotation. (What one that was
     /// retired once showed meanwhile does not count.)
     fn check_health(&self) {
-        let slots = self.supervisor.services().iter().flat_map(|service| &service.slots);
+        let slots = self.supervisor.services().flat_map(|service| &service.slots);
         for worker in slots.flat_map(Slot::workers) {
             let process = &self.processes[&worker.id];
             if process.turns > 0 {
@@ -593,13 +590,13 @@ impl Machine {
     }
 
     fn is_replacement(&self, id: WorkerId) -> bool {
-        let mut slots = self.supervisor.services().iter().flat_map(|service| &service.slots);
+        let mut slots = self.supervisor.services().flat_map(|service| &service.slots);
         slots.any(|slot| slot.next.as_ref().is_some_and(|next| next.id == id))
     }
 
     /// Whether a worker has an inherited socket there, or will be started on it.
     fn is_inherited(&self, address: SocketAddr) -> bool {
-        self.supervisor.services().iter().any(|service| {
+        self.supervisor.services().any(|service| {
             let slots = service.slots.iter().map(|slot| (&slot.spec, slot.last_port));
             let workers = service.workers().map(|worker| (&worker.spec, worker.port));
             slots.chain(workers).any(|(spec, port)| {
@@ -612,7 +609,7 @@ impl Machine {
     /// The queue of each worker that will not take what waits there is drained, and nobody else's; and
     /// no port stays open that no worker will be on.
     fn check_queues(&self) {
-        let workers = self.supervisor.services().iter().flat_map(super::super::Service::workers);
+        let workers = self.supervisor.services().flat_map(super::super::Service::workers);
         let expected = workers.filter_map(|worker| match worker.phase {
             Phase::Unhealthy => Some((worker.id, Untaken::Hangs)),
             Phase::Stopping { .. } => Some((worker.id, Untaken::Stops)),
@@ -626,6 +623,11 @@ impl Machine {
 
     /// What must hold after every step.
     fn check(&self) {
+        self.supervisor.check_indexes();
+        // Less often, since it takes longer than the step itself.
+        if self.steps.is_multiple_of(4) {
+            self.supervisor.check_rest(self.now);
+        }
         for service in self.supervisor.services() {
             let name = &service.config.name;
             assert_eq!(self.published.get(name), Some(&service.rotation()), "{name}'s rotation");

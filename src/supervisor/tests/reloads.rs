@@ -162,7 +162,7 @@ fn a_removed_service_is_forgotten_when_its_last_worker_is_gone() {
     assert_eq!(world.closed(), ["publish web", "retire 1"]);
     world.idle(1);
     assert_eq!(world.end(1), ["forget web"]);
-    assert_eq!(world.supervisor.services().len(), 1);
+    assert_eq!(world.supervisor.services().count(), 1);
 }
 
 #[test]
