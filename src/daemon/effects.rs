@@ -22,7 +22,9 @@ use crate::{
         proxy_protocol::{self, Ends},
     },
     proxy::{Pool, ReservedPermit},
-    supervisor::{Coming, DownKind, Effect, Event, Fact, Note, Publication, Supervisor, WorkerId},
+    supervisor::{
+        Coming, Down, Effect, Event, Exit, Fact, Note, Publication, Supervisor, WorkerId,
+    },
 };
 
 /// Places for connections that were taken out of an accept queue and are not handed over yet, by
@@ -145,8 +147,8 @@ impl Daemon<'_> {
         else {
             return None;
         };
-        if let Fact::Down { failure: DownKind::Exited, reason, .. } = &note.fact {
-            return (reason == "exit status 0").then_some(BACKGROUND);
+        if let Fact::Down { how: Down::Exited(exit), .. } = &note.fact {
+            return (*exit == Exit::Code(0)).then_some(BACKGROUND);
         }
         let worker = note.worker.as_ref()?;
         let Program::Command(argv) = &worker.spec.program else { return None };

@@ -81,13 +81,14 @@ impl EventLog {
                 let after = seconds(*after);
                 warn!(service, slot, port, pid, error, after, hint, "worker not healthy yet");
             }
-            Fact::Down { reason, restart_in, failures, failure, .. } => {
+            Fact::Down { how, restart_in, failures, .. } => {
+                let (reason, failure) = (how.to_string(), how.kind());
                 let pace = match failure {
                     DownKind::NotTried => NOT_TRIED,
                     DownKind::NotStarted | DownKind::Exited | DownKind::NotHealthy => STARTED,
                 };
                 let gist = match failure {
-                    DownKind::NotTried => gist(reason),
+                    DownKind::NotTried => gist(&reason),
                     DownKind::NotStarted | DownKind::Exited | DownKind::NotHealthy => {
                         reason.clone()
                     }
@@ -96,7 +97,7 @@ impl EventLog {
                 let folded = (folded > 0).then_some(folded);
                 let restart_in = restart_in.map(seconds);
                 let failures = (*failures > 0).then_some(*failures);
-                let (error, status) = (reason, reason);
+                let (error, status) = (&reason, &reason);
                 match failure {
                     DownKind::NotTried | DownKind::NotStarted => error!(
                         service,
@@ -128,9 +129,10 @@ impl EventLog {
                     ),
                 }
             }
-            Fact::Stopped { reason } => {
+            Fact::Stopped { how } => {
                 if !self.is_folded(note) {
-                    info!(service, slot, port, pid, status = reason, "worker exited");
+                    let status = how.to_string();
+                    info!(service, slot, port, pid, status, "worker exited");
                 }
             }
             Fact::Draining { why } => {

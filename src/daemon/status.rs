@@ -147,7 +147,7 @@ fn nothing(spec: &WorkerSpec) -> Traffic {
 /// How its last worker ended that nobody had asked to: what lbd ended itself is no sign of trouble.
 fn last_exit(slot: &Slot) -> Option<String> {
     let unasked = slot.last_exit.as_ref().filter(|exit| !exit.asked);
-    unasked.map(|exit| exit.status.clone())
+    unasked.map(|exit| exit.how.to_string())
 }
 
 fn state(worker: &supervisor::Worker) -> State {

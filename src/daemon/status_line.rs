@@ -55,7 +55,7 @@ fn running(services: &[&Service], ready: bool) -> String {
         let has = if has == 0 { "none".to_owned() } else { has.to_string() };
         let _ = write!(status_line, "; {name} has {has} of {wants}");
         if let Some(reason) = service.slots.iter().find_map(|slot| reason(service, slot)) {
-            let _ = write!(status_line, " ({})", short(reason));
+            let _ = write!(status_line, " ({})", short(&reason));
         }
     }
     if let more @ 1.. = in_trouble.len().saturating_sub(NAMED) {
@@ -65,17 +65,17 @@ fn running(services: &[&Service], ready: bool) -> String {
 }
 
 /// Why the slot has no worker in rotation, where it has none and that is known.
-fn reason<'a>(service: &Service, slot: &'a Slot) -> Option<&'a str> {
+fn reason(service: &Service, slot: &Slot) -> Option<String> {
     let current = slot.current.as_ref();
     if current.is_some_and(|worker| service.rotation().workers.contains(&worker.id)) {
         return None;
     }
     if slot.drained {
-        return Some("drained by an operator");
+        return Some("drained by an operator".to_owned());
     }
     let probe = current.and_then(|worker| worker.last_probe.as_ref()?.error());
     let unasked = slot.last_exit.as_ref().filter(|exit| !exit.asked);
-    probe.or_else(|| Some(&*unasked?.status))
+    probe.map(str::to_owned).or_else(|| Some(unasked?.how.to_string()))
 }
 
 fn short(text: &str) -> String {

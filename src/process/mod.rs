@@ -54,7 +54,7 @@ pub use output::{LastWords, Outputs, Streams};
 pub use spawn::{Child, ChildEvent, Controller, Launch, Spawner};
 pub use template::exec_main;
 
-use std::{fmt, os::unix::process::ExitStatusExt as _, process::ExitStatus};
+use std::{os::unix::process::ExitStatusExt as _, process::ExitStatus};
 
 use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
@@ -86,31 +86,5 @@ impl Exit {
             Self::Lost => 128 + Signal::SIGKILL as i32,
         };
         u8::try_from(status).unwrap_or(u8::MAX)
-    }
-}
-
-impl fmt::Display for Exit {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match *self {
-            Self::Code(code) => write!(f, "exit status {code}"),
-            Self::Signal(number) => match Signal::try_from(number) {
-                Ok(signal) => write!(f, "killed by {signal}"),
-                Err(_) => write!(f, "killed by signal {number}"),
-            },
-            Self::Lost => f.write_str("its guard was killed"),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_exit_reads_as_a_person_would_say_it() {
-        assert_eq!(Exit::Code(3).to_string(), "exit status 3");
-        assert_eq!(Exit::Signal(9).to_string(), "killed by SIGKILL");
-        assert_eq!(Exit::Signal(40).to_string(), "killed by signal 40");
-        assert_eq!(Exit::Lost.to_string(), "its guard was killed");
     }
 }

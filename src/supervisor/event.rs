@@ -80,10 +80,8 @@ pub enum Event {
     Exited {
         /// The incarnation.
         id: WorkerId,
-        /// How it ended, as a phrase ("exit status 1", "killed by SIGKILL").
-        status: String,
-        /// A signal ended it.
-        by_signal: bool,
+        /// How it ended.
+        exit: Exit,
         /// The last lines that it wrote, oldest first, as far as they came through lbd: few, and
         /// harmless to show.
         said: Vec<String>,
@@ -396,22 +394,20 @@ pub enum Fact {
     },
     /// The program ended, or could not be started, unasked.
     Down {
-        /// How, as a phrase.
-        reason: String,
+        /// How.
+        how: Down,
         /// When the slot is filled again; `None` where another worker is in it, or where the
         /// service is on its way out.
         restart_in: Option<Duration>,
         /// How often in a row it failed.
         failures: u32,
-        /// What went wrong.
-        failure: DownKind,
         /// It had been healthy before.
         was_healthy: bool,
     },
     /// It ended after it was asked to.
     Stopped {
-        /// How, as a phrase.
-        reason: String,
+        /// How.
+        how: Down,
     },
     /// Out of rotation; its connections are given time to end.
     Draining {
@@ -485,6 +481,78 @@ pub enum LimitExceeded {
     StandIn,
 }
 
+/// How a program ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    /// It ended itself, with this status.
+    Code(i32),
+    /// The signal of this number ended it.
+    Signal(i32),
+    /// Its guard was killed, and the program by the kernel right after it.
+    GuardKilled,
+    /// Nobody told.
+    Unknown,
+}
+
+impl Exit {
+    /// What the metrics count it as.
+    pub(super) fn cause(self) -> ExitCause {
+        match self {
+            Self::Code(_) => ExitCause::Exit,
+            Self::Signal(_) | Self::GuardKilled | Self::Unknown => ExitCause::Signal,
+        }
+    }
+}
+
+impl fmt::Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::Code(code) => write!(f, "exit status {code}"),
+            Self::Signal(number) => match Signal::try_from(number) {
+                Ok(signal) => write!(f, "killed by {signal}"),
+                Err(_) => write!(f, "killed by signal {number}"),
+            },
+            Self::GuardKilled => f.write_str("its guard was killed"),
+            Self::Unknown => f.write_str("lost"),
+        }
+    }
+}
+
+/// How a worker ended, or why it was given up. Shown as a phrase.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Down {
+    /// The program ended.
+    Exited(Exit),
+    /// What it needs is taken for now: nothing was started. Why, as a sentence.
+    NotTried(String),
+    /// The program could not be started. Why, as a sentence.
+    NotStarted(String),
+    /// It was not healthy for too long. Why, as a phrase.
+    NotHealthy(String),
+}
+
+impl Down {
+    /// What went wrong.
+    #[must_use]
+    pub fn kind(&self) -> DownKind {
+        match self {
+            Self::Exited(_) => DownKind::Exited,
+            Self::NotTried(_) => DownKind::NotTried,
+            Self::NotStarted(_) => DownKind::NotStarted,
+            Self::NotHealthy(_) => DownKind::NotHealthy,
+        }
+    }
+}
+
+impl fmt::Display for Down {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Exited(exit) => exit.fmt(f),
+            Self::NotTried(why) | Self::NotStarted(why) | Self::NotHealthy(why) => f.write_str(why),
+        }
+    }
+}
+
 /// What went wrong with a worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DownKind {
@@ -552,5 +620,19 @@ impl fmt::Display for RetireReason {
             Self::Unhealthy => "unhealthy",
             Self::Stopping => "stopping",
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_exit_reads_as_a_person_would_say_it() {
+        assert_eq!(Exit::Code(3).to_string(), "exit status 3");
+        assert_eq!(Exit::Signal(9).to_string(), "killed by SIGKILL");
+        assert_eq!(Exit::Signal(40).to_string(), "killed by signal 40");
+        assert_eq!(Exit::GuardKilled.to_string(), "its guard was killed");
+        assert_eq!(Exit::Unknown.to_string(), "lost");
     }
 }

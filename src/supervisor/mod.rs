@@ -36,9 +36,9 @@ use std::{
 };
 
 pub use event::{
-    Chosen, Coming, DownKind, Effect, Event, ExitCause, Fact, LimitExceeded, Note, NoteWorker,
-    ProbeOrder, ProbeOutcome, Publication, RetireReason, Rotation, Spawn, Ticket, Untaken, Verdict,
-    WorkerId,
+    Chosen, Coming, Down, DownKind, Effect, Event, Exit, ExitCause, Fact, LimitExceeded, Note,
+    NoteWorker, ProbeOrder, ProbeOutcome, Publication, RetireReason, Rotation, Spawn, Ticket,
+    Untaken, Verdict, WorkerId,
 };
 pub use service::Service;
 pub use slot::{LastExit, Slot};

@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use super::{
-    event::{DownKind, Event, ExitCause, Fact, LimitExceeded, NoteWorker, RetireReason, WorkerId},
+    event::{
+        Down, DownKind, Event, Exit, ExitCause, Fact, LimitExceeded, NoteWorker, RetireReason,
+        WorkerId,
+    },
     rollout::Rollout,
     service::{Context, Service},
     slot::{LastExit, Slot, note_of},
@@ -14,15 +17,6 @@ use super::{
 const STOOD_IN: &str = " (started on a free port, to stand in while the port is handed over: for a \
     program that ignores $PORT or can't run twice set rollout.order = \"stop-first\")";
 
-/// How a program ended, or why it could not be started.
-struct End {
-    status: String,
-    cause: ExitCause,
-    failure: DownKind,
-    /// What it wrote last.
-    said: Vec<String>,
-}
-
 /// How a slot lost a worker.
 struct Loss {
     id: WorkerId,
@@ -30,8 +24,7 @@ struct Loss {
     subject: NoteWorker,
     /// The longest it had been healthy without a break.
     healthy: Duration,
-    reason: String,
-    failure: DownKind,
+    how: Down,
     /// What it wrote last.
     said: Vec<String>,
     /// It was to stand in for one on the slot's own port.
@@ -58,19 +51,16 @@ impl Service {
                 self.note_worker(id, Fact::Started, cx);
             }
             Event::Failed { reason, cheap, .. } => {
-                let failure = if cheap { DownKind::NotTried } else { DownKind::NotStarted };
-                let (cause, said) = (ExitCause::NotStarted, Vec::new());
-                self.ended(id, End { status: reason, cause, failure, said }, cx);
+                let how = if cheap { Down::NotTried(reason) } else { Down::NotStarted(reason) };
+                self.ended(id, how, ExitCause::NotStarted, Vec::new(), cx);
             }
-            Event::Exited { status, by_signal, said, .. } => {
-                let cause = if by_signal { ExitCause::Signal } else { ExitCause::Exit };
-                self.ended(id, End { status, cause, failure: DownKind::Exited, said }, cx);
+            Event::Exited { exit, said, .. } => {
+                self.ended(id, Down::Exited(exit), exit.cause(), said, cx);
             }
             Event::Gone { .. } => {
                 // A guard that died without a word says only this.
-                let (status, said) = ("lost".to_owned(), Vec::new());
-                let (cause, failure) = (ExitCause::Signal, DownKind::Exited);
-                self.ended(id, End { status, cause, failure, said }, cx);
+                let exit = Exit::Unknown;
+                self.ended(id, Down::Exited(exit), exit.cause(), Vec::new(), cx);
                 self.retiring.retain(|worker| worker.id != id);
             }
             Event::Probed { outcome, .. } => {
@@ -221,14 +211,20 @@ impl Service {
         } else {
             self.dismiss(worker, RetireReason::Unhealthy, cx);
         }
-        let (failure, said) = (DownKind::NotHealthy, Vec::new());
-        let loss = Loss { id, generation, subject, healthy, reason, failure, said, stood_in };
+        let (how, said) = (Down::NotHealthy(reason), Vec::new());
+        let loss = Loss { id, generation, subject, healthy, how, said, stood_in };
         self.failed(index, loss, cx);
     }
 
-    /// A program ended, or could not be started.
-    fn ended(&mut self, id: WorkerId, end: End, cx: &mut Context<'_>) {
-        let End { status, cause, failure, said } = end;
+    /// A program ended, or could not be started; `said` is what it wrote last.
+    fn ended(
+        &mut self,
+        id: WorkerId,
+        how: Down,
+        cause: ExitCause,
+        said: Vec<String>,
+        cx: &mut Context<'_>,
+    ) {
         if let Some(worker) = self.retiring.iter_mut().find(|worker| worker.id == id) {
             if worker.phase == Phase::Ended {
                 return;
@@ -258,9 +254,9 @@ impl Service {
             let (slot, generation) = (worker.slot, worker.generation);
             if let Some(slot) = self.slots.iter_mut().find(|s| s.number == slot) {
                 slot.exits[cause as usize] += 1;
-                slot.exited(generation, LastExit { status: status.clone(), at: cx.now, asked });
+                slot.exited(generation, LastExit { how: how.clone(), at: cx.now, asked });
             }
-            self.note_of(subject, Fact::Stopped { reason: status }, cx);
+            self.note_of(subject, Fact::Stopped { how }, cx);
             return;
         }
         let Some(index) = self.slots.iter().position(|slot| slot.holds(id)) else {
@@ -270,22 +266,23 @@ impl Service {
         let (subject, healthy) = (note_of(&worker), worker.longest_health(cx.now));
         worker.ended(cx.now, cx.effects);
         self.slots[index].exits[cause as usize] += 1;
-        let (reason, stood_in, generation) = (status, worker.stands_in, worker.generation);
+        let (stood_in, generation) = (worker.stands_in, worker.generation);
         self.retiring.push(worker);
-        let loss = Loss { id, generation, subject, healthy, reason, failure, said, stood_in };
+        let loss = Loss { id, generation, subject, healthy, how, said, stood_in };
         self.failed(index, loss, cx);
     }
 
     /// A slot lost its worker, or the replacement of it, by a failure.
     fn failed(&mut self, index: usize, loss: Loss, cx: &mut Context<'_>) {
-        let Loss { id, generation, subject, healthy, mut reason, failure, said, stood_in } = loss;
+        let Loss { id, generation, subject, healthy, how, said, stood_in } = loss;
+        let failure = how.kind();
         let is_filled = self.is_filled();
         let slot = &mut self.slots[index];
         if matches!(failure, DownKind::NotTried | DownKind::NotStarted) {
             // Perhaps somebody has the port that was asked for: try another one, if any will do.
             slot.last_port = slot.fixed_port;
         }
-        slot.exited(generation, LastExit { status: reason.clone(), at: cx.now, asked: false });
+        slot.exited(generation, LastExit { how: how.clone(), at: cx.now, asked: false });
         let restart_in = (is_filled && slot.is_vacant()).then(|| {
             let (settings, random) = (&self.config.restart, cx.shared.random.f64());
             let delay = slot.backoff.failed(healthy, failure, settings, random);
@@ -295,16 +292,11 @@ impl Service {
         let failures = slot.backoff.failures();
         self.note_of(
             subject,
-            Fact::Down {
-                reason: reason.clone(),
-                restart_in,
-                failures,
-                failure,
-                was_healthy: !healthy.is_zero(),
-            },
+            Fact::Down { how: how.clone(), restart_in, failures, was_healthy: !healthy.is_zero() },
             cx,
         );
         if self.rollout.as_ref().is_some_and(|rollout| rollout.waits_for(id)) {
+            let mut reason = how.to_string();
             if stood_in {
                 reason += STOOD_IN;
             }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::{
     backoff::Backoff,
-    event::{DownKind, Fact, LimitExceeded, ProbeOutcome, WorkerId},
+    event::{Down, DownKind, Fact, LimitExceeded, ProbeOutcome, WorkerId},
     ports::Ports,
     rollout::{Beside, Kind, Rollout},
     service::{Context, Service},
@@ -135,10 +135,9 @@ impl Service {
                 let error = worker.last_probe.as_ref().and_then(ProbeOutcome::error);
                 let error = error.map_or_else(String::new, |error| format!(": {error}"));
                 Fact::Down {
-                    reason: format!("unhealthy for {shown}{error}"),
+                    how: Down::NotHealthy(format!("unhealthy for {shown}{error}")),
                     restart_in: None,
                     failures: slot.backoff.failures(),
-                    failure: DownKind::NotHealthy,
                     was_healthy: true,
                 }
             }

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Instant};
 
 use super::{
     backoff::Backoff,
-    event::{ExitCause, NoteWorker, WorkerId},
+    event::{Down, ExitCause, NoteWorker, WorkerId},
     recycle::Recycling,
     worker::Worker,
 };
@@ -54,8 +54,8 @@ pub struct Slot {
 /// How a worker ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LastExit {
-    /// As a phrase.
-    pub status: String,
+    /// How.
+    pub how: Down,
     /// When.
     pub at: Instant,
     /// lbd wanted it to end: it was replaced or removed, or lbd stops.

@@ -23,8 +23,8 @@ use std::{
 };
 
 use super::{
-    Chosen, Coming, Effect, Event, Fact, Phase, ProbeOrder, ProbeOutcome, Publication, Service,
-    Spawn, Supervisor, Ticket, Untaken, Verdict, WorkerId,
+    Chosen, Coming, Down, DownKind, Effect, Event, Exit, Fact, Phase, ProbeOrder, ProbeOutcome,
+    Publication, Service, Spawn, Supervisor, Ticket, Untaken, Verdict, WorkerId,
 };
 use crate::config::{
     self, DEFAULT_HOST, Drain, Order, Output, Program, Restart, Rollout, Slots, SocketMode, Stop,
@@ -278,12 +278,7 @@ impl World {
     }
 
     fn exit(&mut self, id: u64) -> Vec<String> {
-        self.event(Event::Exited {
-            id: WorkerId(id),
-            status: "exit status 1".to_owned(),
-            by_signal: false,
-            said: Vec::new(),
-        })
+        self.event(Event::Exited { id: WorkerId(id), exit: Exit::Code(1), said: Vec::new() })
     }
 
     fn gone(&mut self, id: u64) -> Vec<String> {

@@ -14,7 +14,7 @@ use crate::{
         self, Cgroup, Cgroups, Child, ChildEvent, Exit, Identity, LastWords, Launch, Outputs,
         Spawner,
     },
-    supervisor::{Event, Spawn, WorkerId},
+    supervisor::{self, Event, Spawn, WorkerId},
 };
 
 /// How long the end of a worker that never was healthy is held back for the rest of its output: what
@@ -169,12 +169,11 @@ pub(super) async fn report(reported: Reported) {
             Some(ChildEvent::Started { pid }) => Event::Started { id, pid },
             Some(ChildEvent::Failed(reason)) => Event::Failed { id, reason, cheap: false },
             Some(ChildEvent::Exited(exit)) => {
-                let by_signal = !matches!(exit, Exit::Code(_));
                 if !was_healthy.get() {
                     last_words.complete(LAST_WORDS).await;
                 }
                 let said = last_words.lines();
-                Event::Exited { id, status: exit.to_string(), by_signal, said }
+                Event::Exited { id, exit: told(exit), said }
             }
             Some(ChildEvent::Output(error)) => {
                 tracing::warn!(service = &*service, slot, error, "output not written");
@@ -186,5 +185,14 @@ pub(super) async fn report(reported: Reported) {
         if events.send(event).await.is_err() {
             return;
         }
+    }
+}
+
+/// How a program ended, in the supervisor's words.
+fn told(exit: Exit) -> supervisor::Exit {
+    match exit {
+        Exit::Code(code) => supervisor::Exit::Code(code),
+        Exit::Signal(number) => supervisor::Exit::Signal(number),
+        Exit::Lost => supervisor::Exit::GuardKilled,
     }
 }

@@ -10,8 +10,8 @@ use std::{
 
 use super::{
     super::{
-        Effect, Event, Fact, Phase, ProbeOrder, ProbeOutcome, Publication, RetireReason, Rotation,
-        Slot, Spawn, Supervisor, Ticket, Untaken, Verdict, Worker, WorkerId,
+        Effect, Event, Exit, Fact, Phase, ProbeOrder, ProbeOutcome, Publication, RetireReason,
+        Rotation, Slot, Spawn, Supervisor, Ticket, Untaken, Verdict, Worker, WorkerId,
     },
     MS,
     process::{Process, Told},
@@ -314,16 +314,7 @@ impl Machine {
         process.ending = true;
         process.connections = 0;
         if self.random.u8(..) < 240 {
-            self.tell(
-                id,
-                delay,
-                Event::Exited {
-                    id,
-                    status: "exit status 1".to_owned(),
-                    by_signal: false,
-                    said: Vec::new(),
-                },
-            );
+            self.tell(id, delay, Event::Exited { id, exit: Exit::Code(1), said: Vec::new() });
         }
         let leaving = if self.random.bool() { 0 } else { LEAVING };
         self.tell(id, leaving, Event::Gone { id });

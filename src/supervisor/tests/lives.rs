@@ -16,7 +16,8 @@ fn an_exit_takes_the_worker_out_of_rotation_at_once() {
     world.spawned(3);
     let slot = &world.web().slots[0];
     assert_eq!((slot.generation, slot.restarts), (2, 1));
-    assert_eq!(slot.last_exit.as_ref().map(|exit| &*exit.status), Some("exit status 1"));
+    let last = slot.last_exit.as_ref().map(|exit| exit.how.to_string());
+    assert_eq!(last.as_deref(), Some("exit status 1"));
 }
 
 #[test]
@@ -85,12 +86,8 @@ fn the_delay_doubles_with_each_failure_and_health_ends_that() {
 fn a_program_that_can_not_be_started_is_tried_again() {
     let mut world = World::begin(ports("a", &[9002]));
     assert_eq!(world.fail_to_start(1), ["publish web"]);
-    let Some(Fact::Down { reason, failure: crate::supervisor::DownKind::NotStarted, .. }) =
-        world.facts.last()
-    else {
-        panic!()
-    };
-    assert_eq!(reason, "no such file");
+    let Some(Fact::Down { how, .. }) = world.facts.last() else { panic!() };
+    assert_eq!(*how, Down::NotStarted("no such file".to_owned()));
     assert_eq!(world.wait(MS(100)), ["publish web", "spawn 2 a on 9002"]);
 }
 
@@ -150,12 +147,7 @@ fn each_end_is_counted_once_and_by_its_cause() {
     counts(&world, Exit);
     world.wait(SEC(60));
     world.up(2);
-    let killed = Event::Exited {
-        id: WorkerId(2),
-        status: "killed by SIGKILL".to_owned(),
-        by_signal: true,
-        said: Vec::new(),
-    };
+    let killed = Event::Exited { id: WorkerId(2), exit: super::Exit::Signal(9), said: Vec::new() };
     world.event(killed);
     world.gone(2);
     counts(&world, Signal);
@@ -191,12 +183,11 @@ fn a_port_that_is_taken_is_looked_at_every_other_second() {
     let mut world = World::begin(config);
     for id in 1..40 {
         world.port_taken(id);
-        let Some(Fact::Down { restart_in: Some(delay), failures, failure, .. }) =
-            world.facts.last()
+        let Some(Fact::Down { restart_in: Some(delay), failures, how, .. }) = world.facts.last()
         else {
             panic!("{:?}", world.facts)
         };
-        assert_eq!((u64::from(*failures), *failure), (id, crate::supervisor::DownKind::NotTried));
+        assert_eq!((u64::from(*failures), how.kind()), (id, DownKind::NotTried));
         assert!(*delay <= SEC(2), "{delay:?}");
         assert_eq!(world.wait(SEC(2)).last(), Some(&format!("spawn {} a on 9002", id + 1)));
     }

@@ -79,14 +79,11 @@ fn a_worker_that_is_not_healthy_in_time_is_killed_and_counts_as_failed() {
     world.fail(1);
     let shown = world.wait(SEC(60));
     assert_eq!(shown, ["probe 1", "publish web", "kill 1"]);
-    let Some(Fact::Down { reason, restart_in, failures, failure, .. }) = world.facts.last() else {
+    let Some(Fact::Down { how, restart_in, failures, .. }) = world.facts.last() else {
         panic!("{:?}", world.facts)
     };
-    assert_eq!(reason, "not healthy within 1m: connection refused");
-    assert_eq!(
-        (*restart_in, *failures, *failure),
-        (Some(MS(100)), 1, crate::supervisor::DownKind::NotHealthy)
-    );
+    assert_eq!(*how, Down::NotHealthy("not healthy within 1m: connection refused".to_owned()));
+    assert_eq!((*restart_in, *failures), (Some(MS(100)), 1));
     assert_eq!(world.gone(1), [""; 0]);
     assert_eq!(world.wait(MS(100)), ["publish web", "spawn 2 a on 9002"]);
 }
@@ -226,11 +223,10 @@ fn a_start_that_is_hopeless_is_given_up_at_once() {
     world.started(1);
     world.wait(MS(0));
     assert_eq!(world.judge_probe(1, hopeless()), ["publish web", "kill 1"]);
-    let Some(Fact::Down { reason, restart_in: Some(_), failure, .. }) = world.facts.last() else {
+    let Some(Fact::Down { how, restart_in: Some(_), .. }) = world.facts.last() else {
         panic!("{:?}", world.facts)
     };
-    let expected = ("it listens on port 3000", crate::supervisor::DownKind::NotHealthy);
-    assert_eq!((&**reason, *failure), expected);
+    assert_eq!(*how, Down::NotHealthy("it listens on port 3000".to_owned()));
     world.gone(1);
     assert_eq!(world.wait(MS(100)), ["publish web", "spawn 2 a on 9002"]);
     // One that was healthy once has as many failures as any other.

@@ -429,8 +429,7 @@ fn a_rollout_that_fails_tells_what_the_worker_said_last() {
     let said = vec!["Error: Cannot find module './app'".to_owned(), "    at Module".to_owned()];
     let shown = world.event(Event::Exited {
         id: WorkerId(3),
-        status: "exit status 1".to_owned(),
-        by_signal: false,
+        exit: Exit::Code(1),
         said: said.clone(),
     });
     let reason = "slot 0: exit status 1; the 2 old workers still serve, nothing changed";
@@ -458,7 +457,7 @@ fn a_replacement_that_is_killed_is_not_the_end_of_the_one_that_stays() {
     assert_eq!(world.web().slots[0].last_exit, None);
     world.end(1);
     let last = world.web().slots[0].last_exit.as_ref();
-    assert_eq!(last.map(|exit| &*exit.status), Some("exit status 1"));
+    assert_eq!(last.map(|exit| exit.how.to_string()).as_deref(), Some("exit status 1"));
 }
 
 #[test]

@@ -1,7 +1,6 @@
 //! A worker that stays unhealthy is replaced, by way of draining: it may be busy, not dead.
 
 use super::*;
-use crate::supervisor::DownKind;
 
 /// One worker on a free port, unhealthy for as long as it may be, and the start of its replacement.
 fn replaced(config: config::Service) -> World {
@@ -18,13 +17,10 @@ fn replaced(config: config::Service) -> World {
 fn its_replacement_is_proven_before_it_is_retired() {
     for config in [count("a", 1), ports("a", &[9002])] {
         let mut world = replaced(config);
-        let Some(Fact::Down { reason, restart_in: None, failure, .. }) = world.facts.last() else {
+        let Some(Fact::Down { how, restart_in: None, .. }) = world.facts.last() else {
             panic!("{:?}", world.facts)
         };
-        assert_eq!(
-            (&**reason, *failure),
-            ("unhealthy for 30s: connection refused", DownKind::NotHealthy)
-        );
+        assert_eq!(*how, Down::NotHealthy("unhealthy for 30s: connection refused".to_owned()));
         assert_eq!(world.up(2), ["publish web", "retire 1"]);
         assert_eq!(world.rotation(), [2]);
         let why = crate::supervisor::RetireReason::Unhealthy;
@@ -163,7 +159,7 @@ fn a_stand_in_that_is_unhealthy_makes_way_for_one_on_the_port() {
     // The attempt that was under way by then.
     world.fail_to_start(5);
     world.wait(SEC(30));
-    let is_down = |fact: &Fact| matches!(fact, Fact::Down { reason, .. } if reason.starts_with("unhealthy for 30s"));
+    let is_down = |fact: &Fact| matches!(fact, Fact::Down { how: Down::NotHealthy(why), .. } if why.starts_with("unhealthy for 30s"));
     assert!(world.facts.iter().any(is_down), "{:?}", world.facts);
     let last = world.spawns.last().map(|spawn| (spawn.id.0, spawn.port));
     assert_eq!(last, Some((6, Some(9002))));
