@@ -1,31 +1,27 @@
 //! `lbd` supervises an app's worker processes and balances connections between them.
 //!
-//! The map, imports running downward only:
+//! The map, imports running downward only; `docs/ARCHITECTURE.md` walks through it:
 //!
 //! ```text
-//! cli ─┬─ daemon ─┬─ admin ─────────┐      the operator's side: an HTTP API and its client
-//!      │          ├─ proxy ─────────┤      the data plane: client ─▶ worker, threads of its own
-//!      │          ├─ probe ─────────┤      one look at one worker
-//!      │          ├─ process ───────┤      children: guard, signals, output
-//!      │          ├─ supervisor ────┼─ config   state × event ─▶ actions, pure
-//!      │          └─ logging ───────┘
-//!      ├─ bench ─── admin, config          the comparison: load, tables, a plot
+//! cli ─┬─ daemon ─┬─ admin          the operator's side: an HTTP API and its client
+//!      │          ├─ proxy          the data plane: client ─▶ worker, on threads of its own
+//!      │          ├─ probe          one look at one worker
+//!      │          ├─ process        children: guard, signals, output
+//!      │          ├─ supervisor     state × event ─▶ effects, pure
+//!      │          └─ logging
+//!      ├─ bench ─── admin           the comparison: load, tables, a plot
 //!      ├─ admin
-//!      └─ worker                           the built-in HTTP worker, a program of its own
+//!      └─ worker                    the built-in HTTP worker, a program of its own
+//!
+//! net              sockets, and the programs in the kernel that steer them
+//! config           lb.toml ─▶ types
+//! histogram, per_thread, printable
 //! ```
 //!
-//! `net`, `histogram` and `per_thread` are below all of them, and know nothing of lbd but
-//! what `config` calls things. `printable` is below these: whatever is shown of others goes through it.
-//!
-//! With `route = "direct"` connections don't come through `proxy` at all: `net::direct` has the
-//! kernel hand them out, and `daemon` tells it to whom.
-//!
-//! Three journeys, each a straight line:
-//!
-//! - a connection: `proxy`'s listener ─▶ pool ─▶ relay ─▶ counters;
-//! - a child: `supervisor` says spawn ─▶ `process` ─▶ `probe` ─▶ `supervisor` ─▶ the pool is published; it
-//!   ends ─▶ `supervisor` ─▶ a pool without it ─▶ backoff ─▶ spawn;
-//! - a SIGHUP: `daemon` ─▶ `config` reads and compares ─▶ `supervisor` ─▶ actions ─▶ "reloaded".
+//! The daemon is an event loop: what happens is told to the `supervisor`, which alone decides, and
+//! what that asks for is done to `process`, `proxy` and `net`. The data threads decide only who gets
+//! which connection. With `route = "direct"` connections don't come through `proxy` at all:
+//! `net::direct` has the kernel hand them out, and `daemon` tells it to whom.
 
 pub mod admin;
 pub mod bench;
