@@ -1,4 +1,5 @@
-//! The real `lbd` with real workers, from outside: what it does, and what happens when something goes wrong.
+//! The real `lbd` with real workers, from outside: what it does, and what happens when something goes
+//! wrong.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "these are tests")]
 
 mod accept_proxy;

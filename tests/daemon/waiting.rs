@@ -131,6 +131,7 @@ fn cost(daemon: &Daemon, other: SocketAddr) -> (Duration, Duration) {
 #[test]
 fn thousands_that_wait_cost_next_to_nothing() {
     const HELD: usize = 4_000;
+    // It stays so for other tests, which are none the worse for it.
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
     assert!(most > 2 * HELD as u64, "a test of {HELD} connections with {most} descriptors");
