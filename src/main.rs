@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    // Decided before anything else is set up: the step stays on as each worker's guard and should
+    // Decided before anything else is set up: each worker's guard is a copy of this process, and should
     // cost as little as it can.
     if std::env::args_os().nth(1).is_some_and(|argument| argument == "exec") {
         return lbd::process::exec_main();

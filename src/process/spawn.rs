@@ -181,8 +181,8 @@ impl Spawner {
         })
     }
 
-    /// Reaps children that lbd did not start and that have ended. To be called on `SIGCHLD`; costs
-    /// nothing where there are none.
+    /// Reaps children other than guards that have ended. To be called on `SIGCHLD`; costs next to nothing
+    /// where there are none.
     pub fn reap(&self) {
         self.0.template.borrow_mut().take_if(|template| template.has_ended());
         if self.0.unfinished.get() || !self.0.strangers.borrow().is_empty() {
