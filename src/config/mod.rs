@@ -7,7 +7,7 @@
 mod addresses;
 mod admin;
 mod describe;
-pub mod diff;
+pub(crate) mod diff;
 mod error;
 mod file;
 mod limits;

@@ -18,7 +18,7 @@ use crate::{
         diff::{Diff, NeedsRestart, diff},
     },
     net::BindError,
-    supervisor::{Event, Ticket},
+    supervisor::Event,
 };
 
 /// Why a reload was refused.
@@ -40,7 +40,7 @@ pub(super) enum Refused {
     Stopping,
 }
 
-/// What can only succeed from here on.
+/// A reload of which nothing can fail any more.
 struct Prepared {
     new: Config,
     diff: Diff,
@@ -67,27 +67,7 @@ impl Daemon<'_> {
             self.manager.reloading(Instant::now());
         }
         match self.prepare(&askers) {
-            Ok(Prepared { new, diff, bound, steerable }) => {
-                let (added, removed) = (diff.added.len(), diff.removed.len());
-                let changed = diff.changed.len();
-                let warnings = Vec::new();
-                let reloaded = Reloaded { added, removed, changed, warnings };
-                let restarts = askers.iter().any(|asker| matches!(asker, Asker::Restart { .. }));
-                let before = if restarts { self.generations() } else { Generations::new() };
-                let ticket = self.requests.wait(Waiting::Reload { askers, reloaded, before });
-                self.reload_history.accepted(ticket);
-                let moved = self.frontends.detach(&bound);
-                self.workers.bindings.direct_listeners.adopt(steerable, &new.services);
-                self.apply(new, &diff, ticket);
-                for service in self.workers.bindings.direct_listeners.opened(bound.addresses()) {
-                    if let Some(service) = self.supervisor.service(&service) {
-                        self.publish(service.publication());
-                    }
-                }
-                self.frontends.open(bound, moved);
-                info!(added, removed, changed, "reloaded");
-                warnings::tell(&self.config);
-            }
+            Ok(prepared) => self.commit(prepared, askers),
             Err(error) => {
                 warn!(%error, "reload refused");
                 self.reload_history.refused(error.to_string());
@@ -100,6 +80,8 @@ impl Daemon<'_> {
         }
     }
 
+    /// Everything that can fail: reads the file, compares it, and binds what it asks for. Dropped,
+    /// nothing has changed.
     fn prepare(&self, askers: &[Asker]) -> Result<Prepared, Refused> {
         let path = self.config.path.as_deref().ok_or(Refused::NoFile)?;
         let new = config::read(path)?;
@@ -132,21 +114,30 @@ impl Daemon<'_> {
         Ok(Prepared { new, diff, bound, steerable })
     }
 
-    fn apply(&mut self, new: Config, diff: &Diff, ticket: Ticket) {
-        if let Some(level) = diff.log_level {
-            self.logging.set_level(level);
+    /// Puts it in force. The askers are told when the rollouts that follow have ended.
+    fn commit(&mut self, prepared: Prepared, askers: Vec<Asker>) {
+        let Prepared { new, diff, bound, steerable } = prepared;
+        let (added, removed) = (diff.added.len(), diff.removed.len());
+        let (changed, warnings) = (diff.changed.len(), Vec::new());
+        let reloaded = Reloaded { added, removed, changed, warnings };
+        let restarts = askers.iter().any(|asker| matches!(asker, Asker::Restart { .. }));
+        let before = if restarts { self.generations() } else { Generations::new() };
+        let ticket = self.requests.wait(Waiting::Reload { askers, reloaded, before });
+        self.reload_history.accepted(ticket);
+        let moved = self.frontends.detach(&bound);
+        self.workers.bindings.direct_listeners.adopt(steerable, &new.services);
+        if new.log.level != self.config.log.level {
+            self.logging.set_level(new.log.level);
         }
-        if let Some(access) = diff.log_access {
-            self.set_access(access);
-        }
-        for change in &diff.changed {
-            self.close_publics(&change.name, &change.new.listen);
-            let listeners = self.frontends.take_closing(&change.name, &change.new.listen);
+        self.set_access(new.log.access);
+        for service in new.services.iter().filter(|s| diff.changed.contains(&s.name)) {
+            self.close_publics(&service.name, &service.listen);
+            let listeners = self.frontends.take_closing(&service.name, &service.listen);
             if !listeners.is_empty() {
                 self.close(listeners, None);
             }
         }
-        if diff.token_changed {
+        if new.admin.token != self.config.admin.token {
             self.token.send_replace(new.admin.token.clone());
         }
         self.config = new;
@@ -154,6 +145,14 @@ impl Daemon<'_> {
         let services = self.config.services.clone();
         self.handle(Event::Apply { services, ticket });
         self.forget_slots();
+        for service in self.workers.bindings.direct_listeners.opened(bound.addresses()) {
+            if let Some(service) = self.supervisor.service(&service) {
+                self.publish(service.publication());
+            }
+        }
+        self.frontends.open(bound, moved);
+        info!(added, removed, changed, "reloaded");
+        warnings::tell(&self.config);
     }
 }
 

@@ -427,11 +427,8 @@ fn a_rollout_that_fails_tells_what_the_worker_said_last() {
     world.restart(1, None);
     world.started(3);
     let said = vec!["Error: Cannot find module './app'".to_owned(), "    at Module".to_owned()];
-    let shown = world.event(Event::Exited {
-        id: WorkerId(3),
-        exit: Exit::Code(1),
-        said: said.clone(),
-    });
+    let shown =
+        world.event(Event::Exited { id: WorkerId(3), exit: Exit::Code(1), said: said.clone() });
     let reason = "slot 0: exit status 1; the 2 old workers still serve, nothing changed";
     let answer = format!(
         "answer 1: web: {reason}; it said last:\n    Error: Cannot find module './app'\n        at Module"

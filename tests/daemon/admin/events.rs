@@ -197,7 +197,7 @@ fn whoever_watches_what_does_nothing_is_told_next_to_nothing_until_something_hap
         let services = data["services"].as_array().cloned().unwrap_or_default();
         let of_it = |service: &&Value| {
             service["name"] == "s3"
-                && service["workers"][0]["pid"] != Value::from(victim)
+                && service["workers"][0]["pid"] != victim
                 && service["workers"][0].get("pid").is_some()
         };
         if let (true, Some(service)) = (name == "news", services.iter().find(of_it)) {
