@@ -283,7 +283,7 @@ impl Service {
             slot.last_port = slot.fixed_port;
         }
         slot.exited(generation, LastExit { how: how.clone(), at: cx.now, asked: false });
-        let restart_in = (is_filled && slot.is_vacant()).then(|| {
+        let restart_in = (is_filled && slot.is_vacant() && !slot.leaving).then(|| {
             let (settings, random) = (&self.config.restart, cx.shared.random.f64());
             let delay = slot.backoff.failed(healthy, failure, settings, random);
             slot.start_at = cx.now + delay;

@@ -4,31 +4,55 @@ use std::{collections::BTreeSet, mem, sync::Arc};
 
 use super::{
     event::{Fact, RetireReason},
+    rollout::Kind,
     service::{Context, Service},
     slot::{Slot, note_of},
     worker::{Phase, Worker},
 };
-use crate::config::{self, Slots};
+use crate::config::{self, Order, Slots};
 
 impl Service {
     /// Keeps the slots that stay, makes those that are new, and takes the workers of those that are
-    /// gone out of service.
-    pub(super) fn reconcile(&mut self, cx: &mut Context<'_>) {
+    /// gone out of service: at once, or, where a reload puts others in their place, when these are
+    /// proven.
+    pub(super) fn reconcile(
+        &mut self,
+        previous: &config::Service,
+        kind: Kind,
+        cx: &mut Context<'_>,
+    ) {
         let numbered = numbered(&self.config, &self.slots, &self.retiring);
+        let is_kept = |slot: &Slot| numbered.contains(&(slot.number, slot.fixed_port));
+        let serves = |slot: &&Slot| slot.workers().any(Worker::can_stay);
+        // Between ports that are given and any ports, numbers mean different slots.
+        let same_numbers =
+            mem::discriminant(&previous.slots) == mem::discriminant(&self.config.slots);
+        let may_stay = kind == Kind::Reload
+            && same_numbers
+            && self.config.rollout.order == Order::StartFirst
+            && self.slots.iter().filter(|slot| !is_kept(slot)).any(|slot| serves(&slot));
+        let known = |(number, port): &(u32, Option<u16>)| {
+            self.slots.iter().any(|slot| (slot.number, slot.fixed_port) == (*number, *port))
+        };
+        let kept = self.slots.iter().filter(|slot| is_kept(slot));
+        let is_new = |slot: &Slot| slot.unproven || slot.spec != self.config.worker;
+        let stay = may_stay && (!numbered.iter().all(known) || kept.clone().any(is_new));
         let mut old = mem::take(&mut self.slots);
         let drained: BTreeSet<_> =
             old.iter().filter(|slot| slot.drained).map(|slot| slot.number).collect();
         for (number, port) in numbered {
             let kept = old.iter().position(|slot| slot.number == number && slot.fixed_port == port);
             let slot = if let Some(position) = kept {
-                old.remove(position)
+                Slot { leaving: false, ..old.remove(position) }
             } else {
                 let spec = Arc::clone(&self.config.worker);
                 let mut slot = Slot::new(number, port, spec, cx.now);
                 slot.drained = drained.contains(&number);
+                slot.unproven = stay;
                 slot.current = self.resumable(&slot, cx);
                 if let Some(worker) = &slot.current {
                     slot.generation = worker.generation;
+                    slot.unproven = false;
                     // It was out of rotation before the slot was away.
                     slot.drained = worker.drained.is_some();
                     slot.last_port = worker.port;
@@ -37,9 +61,29 @@ impl Service {
             };
             self.slots.push(slot);
         }
-        for worker in old.into_iter().flat_map(Slot::into_workers) {
+        for mut slot in old {
+            let owner = slot.fixed_port.map(|port| slot.spec.address(port));
+            let owner = owner.and_then(|address| cx.shared.owners.get(&address));
+            let is_lost = owner.is_some_and(|owner| *owner != self.config.name);
+            if stay && serves(&&slot) && !is_lost {
+                slot.leaving = true;
+                self.slots.push(slot);
+                continue;
+            }
+            for worker in slot.into_workers() {
+                self.dismiss(worker, RetireReason::Removed, cx);
+            }
+        }
+    }
+
+    /// Takes the slots away that stayed only until others were proven; whether there were any.
+    pub(super) fn remove_leaving(&mut self, cx: &mut Context<'_>) -> bool {
+        let leaving: Vec<_> = self.slots.extract_if(.., |slot| slot.leaving).collect();
+        let some = !leaving.is_empty();
+        for worker in leaving.into_iter().flat_map(Slot::into_workers) {
             self.dismiss(worker, RetireReason::Removed, cx);
         }
+        some
     }
 
     /// A worker that drains only because an earlier reload removed it, and would be started just

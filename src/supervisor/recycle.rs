@@ -194,7 +194,7 @@ impl Service {
     /// When the worker in `slot` is to be replaced at nobody's order, by all that is known.
     fn recycling_due(&self, slot: &Slot, ports: &Ports) -> Option<Instant> {
         // Others need not wait for one that itself has to wait.
-        let may = !slot.drained && self.beside(slot, ports) != Beside::Later;
+        let may = !slot.drained && !slot.leaving && self.beside(slot, ports) != Beside::Later;
         let worker = slot.current.as_ref().filter(|_| may)?;
         let worn = worker.worn_at(&self.config.limits, &self.config.restart)?;
         Some(slot.recycling.not_before.map_or(worn, |at| at.max(worn)))

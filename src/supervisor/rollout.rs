@@ -192,7 +192,7 @@ impl Service {
         }
         // One that was just started in its stead counts as restarted.
         let old = |found: &&Slot| proving.is_none_or(|id| !found.holds(id));
-        let chosen = |found: &&Slot| slots.has(found.number);
+        let chosen = |found: &&Slot| slots.has(found.number) && !found.leaving;
         let todo = self.slots.iter().filter(chosen).filter(old).map(|slot| slot.number).collect();
         self.begin_rollout(todo, proving, Some(ticket), Kind::Restart, cx);
         if let Some(rollout) = &mut self.rollout {
@@ -249,7 +249,11 @@ impl Service {
                 }
                 Step::Ready => {
                     let Some(&number) = rollout.todo.front() else {
+                        let leave_ports = self.remove_leaving(cx);
                         self.finish_rollout(cx);
+                        if leave_ports {
+                            return true;
+                        }
                         continue;
                     };
                     let Some(index) = self.slots.iter().position(|slot| slot.number == number)
@@ -257,6 +261,18 @@ impl Service {
                         rollout.todo.pop_front();
                         continue;
                     };
+                    // One that was started in a new slot meanwhile only has to prove itself.
+                    let slot = &self.slots[index];
+                    let started = slot.current.as_ref().filter(|worker| {
+                        slot.unproven
+                            && worker.spec == self.config.worker
+                            && worker.phase != Phase::Unhealthy
+                    });
+                    if let Some(id) = started.map(|worker| worker.id) {
+                        rollout.todo.pop_front();
+                        rollout.step = Step::Proving { id, proof: Proof::Settings };
+                        continue;
+                    }
                     let beside = self.beside(&self.slots[index], ports);
                     if beside == Beside::Later {
                         return false;
@@ -298,6 +314,7 @@ impl Service {
         let Some(rollout) = &mut self.rollout else { return };
         rollout.step = Step::Ready;
         let Some(slot) = self.slots.iter_mut().find(|slot| slot.holds(id)) else { return };
+        slot.unproven = false;
         let proven = slot.workers().find(|worker| worker.id == id);
         let stands_in = proven.is_some_and(|worker| worker.stands_in);
         // A new worker that an operator wants in rotation brings its slot back.
@@ -388,7 +405,8 @@ impl Service {
             }
             return;
         }
-        let outcome = outcome(rollout, kept, serving);
+        let stays = kept || self.slots.iter().any(|slot| slot.leaving);
+        let outcome = outcome(rollout, stays, serving);
         let reason = format!("slot {number}: {reason}; {outcome}");
         let mut error = format!("{}: {reason}", self.name());
         if !said.is_empty() {
@@ -513,6 +531,7 @@ impl Service {
         let number = slot.number;
         let fails = slot.backoff.failures() > 0;
         let is_down = slot.current.as_ref().is_none_or(|worker| !worker.can_stay());
+        let is_down = is_down && !slot.unproven;
         slot.start_at = cx.now;
         let old = slot.current.as_ref().map(|worker| worker.id);
         self.renew(index);

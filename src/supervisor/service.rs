@@ -129,7 +129,7 @@ impl Service {
     fn coming(&self, slot: &Slot) -> Coming {
         if slot.on_its_way() {
             Coming::Now
-        } else if slot.is_vacant() && !slot.drained && self.is_filled() {
+        } else if slot.is_vacant() && !slot.drained && !slot.leaving && self.is_filled() {
             // A slot that waits for its predecessor to be gone is as good as starting.
             Coming::At(slot.start_at)
         } else {
@@ -182,19 +182,21 @@ impl Service {
         let previous = mem::replace(&mut self.config, target);
         let wanted = Arc::clone(&self.config.worker);
         let proving = self.abandon_rollout("another change was applied", Some(&wanted), cx);
+        self.reconcile(&previous, kind, cx);
+        let is_new = |slot: &&Slot| slot.unproven || slot.spec != self.config.worker;
+        // One that the rollout before has begun to prove is waited for first.
+        let is_left = |slot: &&Slot| {
+            slot.spec != self.config.worker || proving.is_none_or(|id| !slot.holds(id))
+        };
+        let slots = self.slots.iter().filter(|slot| !slot.leaving);
+        let has_new_slots = slots.clone().any(|slot| slot.unproven);
+        let todo = slots.filter(is_new).filter(is_left).map(|slot| slot.number).collect();
         // Settings that never proved themselves are nothing to return to.
-        if kind == Kind::Reload && self.fallback.is_none() && previous.worker != self.config.worker
-        {
+        let is_unproven = previous.worker != self.config.worker || has_new_slots;
+        if kind == Kind::Reload && self.fallback.is_none() && is_unproven {
             self.fallback = Some(previous);
         }
-        self.reconcile(cx);
-        let outdated = self
-            .slots
-            .iter()
-            .filter(|slot| slot.spec != self.config.worker)
-            .map(|slot| slot.number)
-            .collect();
-        self.begin_rollout(outdated, proving, ticket, kind, cx);
+        self.begin_rollout(todo, proving, ticket, kind, cx);
     }
 
     /// Stops accepting; the workers are stopped when [`Event::Closed`](super::Event::Closed) says that nobody will ask
@@ -409,6 +411,7 @@ impl Service {
         let room = |port| ports.leave_room(slot.spec.address(port), slot.spec.socket, 0);
         self.is_filled()
             && slot.is_vacant()
+            && !slot.leaving
             && slot.wanted_port().is_none_or(room)
             && !(self.runs_one_at_a_time(slot) && self.is_being_left(slot))
     }

@@ -24,6 +24,10 @@ pub struct Slot {
     /// An operator wants it out of rotation: whoever fills it gets no connection. Kept for as long
     /// as the slot is, whatever becomes of its workers.
     pub drained: bool,
+    /// A reload takes it away, once what takes its place is proven; until then its worker serves.
+    pub(super) leaving: bool,
+    /// A reload made it, in the place of others that stay until its first worker is proven.
+    pub(super) unproven: bool,
     /// The worker that fills it.
     pub current: Option<Worker>,
     /// The one that replaces `current` once it is proven, and serves for it before where it can't.
@@ -71,6 +75,8 @@ impl Slot {
             fixed_port,
             spec,
             drained: false,
+            leaving: false,
+            unproven: false,
             current: None,
             next: None,
             start_at: now,

@@ -50,6 +50,7 @@ fn a_worker_that_drains_since_it_was_removed_resumes_when_it_is_back() {
 fn a_number_is_kept_for_a_worker_that_may_come_back() {
     let mut world = World::healthy(ports("a", &[9002, 9003]));
     world.apply(1, [ports("a", &[9010])]);
+    world.up(3);
     assert_eq!(world.slots(), [(2, Some(9010), Some(3))]);
     let shown = world.apply(2, [ports("a", &[9010, 9003, 9002])]);
     assert_eq!(shown, ["reinstate 2", "reinstate 1", "publish web", "answer 2"]);
@@ -68,10 +69,49 @@ fn a_number_is_free_when_nobody_has_it() {
 }
 
 #[test]
-fn all_ports_new_need_not_wait_for_the_old_ones() {
+fn workers_on_other_ports_are_proven_before_the_old_ones_go() {
+    let mut world = World::healthy(ports("a", &[9002, 9003]));
+    let shown = world.apply(1, [ports("a", &[9003, 9010])]);
+    assert_eq!(shown, ["publish web", "spawn 3 a on 9010"], "they need not wait for each other");
+    assert_eq!(world.rotation(), [2, 1]);
+    assert_eq!(world.up(3), ["publish web", "retire 1", "answer 1"]);
+    assert_eq!(world.rotation(), [2, 3]);
+    assert_eq!(world.slots(), [(1, Some(9003), Some(2)), (2, Some(9010), Some(3))]);
+}
+
+#[test]
+fn workers_whose_successors_on_other_ports_fail_stay() {
+    for command in ["a", "b"] {
+        let mut world = World::healthy(ports("a", &[9002, 9003]));
+        world.apply(1, [ports(command, &[9010])]);
+        world.started(3);
+        let error = "web: slot 2: exit status 1; the 2 old workers still serve, nothing changed";
+        assert_eq!(world.exit(3), ["publish web", &format!("answer 1: {error}"), "restored web"]);
+        assert_eq!(world.web().config, ports("a", &[9002, 9003]));
+        assert_eq!(world.rotation(), [1, 2]);
+        assert_eq!(world.gone(3), [""; 0]);
+        assert_eq!(world.slots(), [(0, Some(9002), Some(1)), (1, Some(9003), Some(2))]);
+        assert_eq!(world.end(1), ["publish web"], "and is restarted like any other");
+        assert_eq!(world.wait(MS(100))[..2], ["publish web", "spawn 4 a on 9002"]);
+    }
+}
+
+#[test]
+fn a_slot_that_is_too_many_stays_until_the_new_settings_are_proven() {
+    let mut world = World::healthy(count("a", 2));
+    assert_eq!(world.apply(1, [count("b", 1)]), ["publish web", "spawn 3 b on any"]);
+    assert_eq!(world.rotation(), [1, 2]);
+    assert_eq!(world.up(3), ["publish web", "retire 1", "retire 2", "answer 1"]);
+    assert_eq!(world.rotation(), [3]);
+}
+
+#[test]
+fn a_worker_that_is_to_go_and_ends_before_is_not_started_again() {
     let mut world = World::healthy(ports("a", &[9002]));
-    let shown = world.apply(1, [ports("a", &[9010])]);
-    assert_eq!(shown, ["publish web", "retire 1", "answer 1", "spawn 2 a on 9010"]);
+    world.apply(1, [ports("a", &[9010])]);
+    assert_eq!(world.end(1), ["publish web"]);
+    assert_eq!(world.wait(SEC(1)), [""; 0]);
+    assert_eq!(world.up(2), ["publish web", "answer 1"]);
 }
 
 #[test]
