@@ -18,6 +18,7 @@ fn the_queue_of_a_worker_that_hangs_is_drained_until_it_is_healthy_again() {
 fn the_queue_of_a_worker_that_is_to_end_is_drained_until_it_has_ended() {
     let mut world = World::healthy(ports("a", &[9001]));
     world.apply(1, [ports("a", &[9002])]);
+    world.up(2);
     assert_eq!(world.untaken, BTreeMap::new(), "it drains, and takes what waits");
     world.idle(1);
     assert_eq!(world.untaken, BTreeMap::from([(1, Untaken::Stops)]));
