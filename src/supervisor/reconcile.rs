@@ -22,21 +22,7 @@ impl Service {
         cx: &mut Context<'_>,
     ) {
         let numbered = numbered(&self.config, &self.slots, &self.retiring);
-        let is_kept = |slot: &Slot| numbered.contains(&(slot.number, slot.fixed_port));
-        let serves = |slot: &&Slot| slot.workers().any(Worker::can_stay);
-        // Between ports that are given and any ports, numbers mean different slots.
-        let same_numbers =
-            mem::discriminant(&previous.slots) == mem::discriminant(&self.config.slots);
-        let may_stay = kind == Kind::Reload
-            && same_numbers
-            && self.config.rollout.order == Order::StartFirst
-            && self.slots.iter().filter(|slot| !is_kept(slot)).any(|slot| serves(&slot));
-        let known = |(number, port): &(u32, Option<u16>)| {
-            self.slots.iter().any(|slot| (slot.number, slot.fixed_port) == (*number, *port))
-        };
-        let kept = self.slots.iter().filter(|slot| is_kept(slot));
-        let is_new = |slot: &Slot| slot.unproven || slot.spec != self.config.worker;
-        let stay = may_stay && (!numbered.iter().all(known) || kept.clone().any(is_new));
+        let stay = self.stay_until_proven(&numbered, previous, kind);
         let mut old = mem::take(&mut self.slots);
         let drained: BTreeSet<_> =
             old.iter().filter(|slot| slot.drained).map(|slot| slot.number).collect();
@@ -65,7 +51,7 @@ impl Service {
             let owner = slot.fixed_port.map(|port| slot.spec.address(port));
             let owner = owner.and_then(|address| cx.shared.owners.get(&address));
             let is_lost = owner.is_some_and(|owner| *owner != self.config.name);
-            if stay && serves(&&slot) && !is_lost {
+            if stay && serves(&slot) && !is_lost {
                 slot.leaving = true;
                 self.slots.push(slot);
                 continue;
@@ -74,6 +60,27 @@ impl Service {
                 self.dismiss(worker, RetireReason::Removed, cx);
             }
         }
+    }
+
+    /// Whether the slots that are not in `numbered` stay until the others are proven: where a reload
+    /// puts new ones in their place, or has new settings for the rest, and both may run at once.
+    fn stay_until_proven(
+        &self,
+        numbered: &[(u32, Option<u16>)],
+        previous: &config::Service,
+        kind: Kind,
+    ) -> bool {
+        // Between given ports and free ones, the same number means another slot.
+        let same_numbers =
+            mem::discriminant(&previous.slots) == mem::discriminant(&self.config.slots);
+        if kind != Kind::Reload || !same_numbers || self.config.rollout.order == Order::StopFirst {
+            return false;
+        }
+        let is_kept = |slot: &&Slot| numbered.contains(&(slot.number, slot.fixed_port));
+        let (kept, going): (Vec<_>, Vec<_>) = self.slots.iter().partition(is_kept);
+        let is_unproven = |slot: &&Slot| slot.unproven || slot.spec != self.config.worker;
+        let has_new = kept.len() < numbered.len() || kept.iter().any(is_unproven);
+        has_new && going.into_iter().any(serves)
     }
 
     /// Takes the slots away that stayed only until others were proven; whether there were any.
@@ -103,6 +110,11 @@ impl Service {
         self.note_of(note_of(&worker), Fact::Resumed, cx);
         Some(worker)
     }
+}
+
+/// Whether a worker in it may serve as it is, or soon again.
+fn serves(slot: &Slot) -> bool {
+    slot.workers().any(Worker::can_stay)
 }
 
 /// The numbers and ports of the slots of `config`, in order. A port keeps its number while it has a
