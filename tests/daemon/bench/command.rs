@@ -410,8 +410,8 @@ fn long() -> Daemon {
         let total = &status["services"][0]["workers"][0]["connections"]["total"];
         total.as_u64().is_some_and(|total| total > 2)
     });
-    // With itself, a guard, and a worker.
-    assert_eq!(bench.processes().len(), 5);
+    // With itself, what the balancer's guards are forked from, a guard, and a worker.
+    assert_eq!(bench.processes().len(), 6);
     bench
 }
 

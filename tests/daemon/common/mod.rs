@@ -392,14 +392,23 @@ impl Daemon {
                     && (*pid == self.pid() || proc::parent(*pid) == Some(self.pid()))
                 || fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|at| at.starts_with(&folder))
         };
-        let is_template = |pid: &i32| {
-            let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-            name == "lbd-template\n" && proc::parent(*pid) == Some(self.pid())
-        };
-        let entries = fs::read_dir("/proc").unwrap();
-        let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
-        pids.filter(ours).filter(|pid| !is_template(pid)).collect()
+        all_processes().filter(ours).filter(|pid| !self.is_template(*pid)).collect()
     }
+
+    /// What its guards are forked from.
+    pub(crate) fn template(&self) -> i32 {
+        all_processes().find(|pid| self.is_template(*pid)).expect("it has started workers")
+    }
+
+    fn is_template(&self, pid: i32) -> bool {
+        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        name == "lbd-template\n" && proc::parent(pid) == Some(self.pid())
+    }
+}
+
+fn all_processes() -> impl Iterator<Item = i32> {
+    let entries = fs::read_dir("/proc").unwrap();
+    entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
 }
 
 impl Drop for Daemon {

@@ -166,10 +166,13 @@ fn a_fork_that_fails_is_tried_again() {
             RLIM_INFINITY => "--nproc=unlimited:".to_owned(),
             processes => format!("--nproc={processes}:"),
         };
-        let pid = daemon.pid().to_string();
-        let mut prlimit = Command::new("prlimit");
-        let output = prlimit.args(["--pid", &pid, &limit]).uid(user).gid(user).output().unwrap();
-        assert!(output.status.success(), "{output:?}");
+        // Of whoever forks: as a unit's `LimitNPROC=` would.
+        for pid in [daemon.pid(), daemon.template()] {
+            let mut prlimit = Command::new("prlimit");
+            prlimit.args(["--pid", &pid.to_string(), &limit]).uid(user).gid(user);
+            let output = prlimit.output().unwrap();
+            assert!(output.status.success(), "{output:?}");
+        }
     };
     allow(1);
     let since = daemon.now();

@@ -165,8 +165,8 @@ fn its_main_process_is_killed(machine: &Machine) {
         let left = machine.attempt(&format!("test -e /proc/{pid}"));
         assert!(!left.status.success(), "{pid} is an orphan");
     }
-    // lbd, a guard and a worker for each slot.
-    assert_eq!(machine.run("pgrep --full --count '^lbd( |$)'"), "9");
+    // lbd, what guards are forked from, a guard and a worker for each slot.
+    assert_eq!(machine.run("pgrep --full --count '^lbd( |$)'"), "10");
 }
 
 fn a_data_thread_hangs(machine: &Machine) {
