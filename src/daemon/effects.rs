@@ -241,7 +241,7 @@ fn is_about_queues(effect: &Effect) -> bool {
 /// Lets a connection be taken out of a queue where there is a place for it.
 fn permit(frontends: &Frontends, reserved: &ReservedPermits, service: &Arc<str>) -> MayAccept {
     let (reserved, service) = (Rc::clone(reserved), Arc::clone(service));
-    match frontends.route(&service).cloned() {
+    match frontends.service(&service).cloned() {
         Some(route) => Box::new(move || {
             let permit = ReservedPermit::take(&route);
             let is_permitted = permit.is_some();

@@ -1,8 +1,9 @@
-//! The services' public side: their listeners and what is published to the data threads.
+//! The frontends: which addresses clients connect to, what each leads to, and what is published to
+//! the data threads about the services behind them.
 
 use std::{
     collections::HashMap,
-    io,
+    io, mem,
     net::SocketAddr,
     rc::Rc,
     sync::{Arc, atomic::AtomicBool},
@@ -18,22 +19,32 @@ use crate::{
     proxy::{AccessChange, DataPlane, FrontendId, Pool, ServiceHandle},
 };
 
-/// The public sides of all services, by name.
+/// All frontends, and the services that they lead to.
 #[derive(Debug)]
 pub(super) struct Frontends {
     plane: Rc<DataPlane>,
     access: Arc<AtomicBool>,
     /// What the service manager made, and keeps.
     passed: PassedSockets,
-    frontends: HashMap<Arc<str>, Front>,
+    /// By the address that clients connect to.
+    open: HashMap<Listen, Frontend>,
+    services: HashMap<Arc<str>, Service>,
     /// Services that are gone but still hold connections: clients that read slowly.
     lingering: Vec<Arc<ServiceHandle>>,
 }
 
+/// An open listener, and where its clients go.
 #[derive(Debug)]
-struct Front {
-    route: Arc<ServiceHandle>,
-    open: HashMap<Listen, FrontendId>,
+struct Frontend {
+    id: FrontendId,
+    /// The service that it leads to, or will as soon as a reload that moves it is through.
+    service: Arc<str>,
+}
+
+/// A service, as the data threads know it.
+#[derive(Debug)]
+struct Service {
+    handle: Arc<ServiceHandle>,
     /// What its listeners were last told.
     keepalive: Duration,
 }
@@ -42,8 +53,8 @@ struct Front {
 #[derive(Debug, Default)]
 pub(super) struct Bound {
     new: Vec<(Arc<str>, Listener)>,
-    /// Open listeners that go from one service to another.
-    moving: Vec<Move>,
+    /// Open listeners that go to another service, and to which.
+    moving: Vec<(Listen, Arc<str>)>,
     /// Who may connect to open unix sockets changes at once, and back if the reload is refused.
     access: Vec<AccessChange>,
 }
@@ -59,20 +70,14 @@ impl Bound {
     }
 }
 
-#[derive(Debug)]
-struct Move {
-    listen: Listen,
-    from: Arc<str>,
-    to: Arc<str>,
-}
-
 impl Frontends {
     pub(super) fn new(
         plane: Rc<DataPlane>,
         access: Arc<AtomicBool>,
         passed: PassedSockets,
     ) -> Self {
-        Self { plane, access, passed, frontends: HashMap::new(), lingering: Vec::new() }
+        let (open, services) = (HashMap::new(), HashMap::new());
+        Self { plane, access, passed, open, services, lingering: Vec::new() }
     }
 
     /// Binds every address of `services` that is not open yet and for which no socket was passed, or is
@@ -90,21 +95,17 @@ impl Frontends {
                     Listen::Unix(path) => service.access(path),
                     Listen::Tcp(_) => UnixAccess::default(),
                 };
-                if let Some(id) = self.id(listen) {
-                    let change = self.plane.set_access(id, &access);
-                    bound.access.extend(change.map_err(|error| (Arc::clone(&name), error))?);
-                }
-                match self.owner(listen) {
-                    Some(owner) if *owner == service.name => {}
-                    Some(owner) => bound.moving.push(Move {
-                        listen: listen.clone(),
-                        from: Arc::clone(owner),
-                        to: name,
-                    }),
-                    None => match self.bind_one(listen, &access, services, direct_listeners) {
+                let Some(frontend) = self.open.get(listen) else {
+                    match self.bind_one(listen, &access, services, direct_listeners) {
                         Ok(listener) => bound.new.push((name, listener)),
                         Err(error) => return Err((name, error)),
-                    },
+                    }
+                    continue;
+                };
+                let change = self.plane.set_access(frontend.id, &access);
+                bound.access.extend(change.map_err(|error| (Arc::clone(&name), error))?);
+                if frontend.service != name {
+                    bound.moving.push((listen.clone(), name));
                 }
             }
         }
@@ -114,52 +115,47 @@ impl Frontends {
     /// lbd's own socket at `address`: one that is open, or was just bound.
     pub(super) fn socket(&self, address: SocketAddr, bound: &Bound) -> Option<io::Result<Socket>> {
         let listen = Listen::Tcp(address);
-        let open = self.frontends.values().find_map(|front| front.open.get(&listen));
-        open.and_then(|id| self.plane.socket(*id)).or_else(|| {
+        let open = self.open.get(&listen);
+        open.and_then(|frontend| self.plane.socket(frontend.id)).or_else(|| {
             let new = bound.new.iter().find(|(_, listener)| *listener.listen() == listen);
             new.map(|(_, listener)| listener.socket())
         })
     }
 
-    /// Detaches what changes hands from the service that had it, which is not to close it.
-    pub(super) fn detach(&mut self, bound: &Bound) -> Vec<(Arc<str>, Listen, FrontendId)> {
-        let take = |change: &Move| {
-            let id = self.frontends.get_mut(&change.from)?.open.remove(&change.listen)?;
-            Some((Arc::clone(&change.to), change.listen.clone(), id))
-        };
-        bound.moving.iter().filter_map(take).collect()
+    /// Says of what changes hands whose it will be: who had it is not to close it.
+    pub(super) fn detach(&mut self, bound: &Bound) {
+        for (listen, to) in &bound.moving {
+            if let Some(frontend) = self.open.get_mut(listen) {
+                frontend.service = Arc::clone(to);
+            }
+        }
     }
 
-    /// Takes clients on what was bound, and on what was detached for it. The services must have been
-    /// published before.
-    pub(super) fn open(&mut self, bound: Bound, moved: Vec<(Arc<str>, Listen, FrontendId)>) {
+    /// Takes clients on what was bound, and gives those of what was [detached](Self::detach) to their
+    /// new service. The services must have been published before.
+    pub(super) fn open(&mut self, bound: Bound) {
         bound.access.into_iter().for_each(AccessChange::keep);
-        for (name, listen, id) in moved {
-            if let Some(front) = self.frontends.get_mut(&name) {
-                let socket = self.passed.find(&listen).map(|shared| shared.name());
-                tracing::info!(service = &*name, address = %listen, socket, "listening");
-                self.plane.retarget(id, &front.route);
-                front.open.insert(listen, id);
+        for (listen, name) in bound.moving {
+            if let (Some(frontend), Some(service)) =
+                (self.open.get(&listen), self.services.get(&name))
+            {
+                self.plane.retarget(frontend.id, &service.handle);
+                self.tell_listening(&name, &listen);
             }
         }
         for (name, listener) in bound.new {
-            if let Some(front) = self.frontends.get_mut(&name) {
+            if let Some(service) = self.services.get(&name) {
                 let listen = listener.listen().clone();
-                let socket = self.passed.find(&listen).map(|shared| shared.name());
-                tracing::info!(service = &*name, address = %listen, socket, "listening");
-                let id = self.plane.open(&front.route, listener);
-                front.open.insert(listen, id);
+                self.tell_listening(&name, &listen);
+                let id = self.plane.open(&service.handle, listener);
+                self.open.insert(listen, Frontend { id, service: name });
             }
         }
     }
 
-    fn id(&self, listen: &Listen) -> Option<FrontendId> {
-        self.frontends.values().find_map(|front| front.open.get(listen)).copied()
-    }
-
-    fn owner(&self, listen: &Listen) -> Option<&Arc<str>> {
-        let has = |front: &Front| front.open.contains_key(listen);
-        self.frontends.iter().find(|(_, front)| has(front)).map(|(name, _)| name)
+    fn tell_listening(&self, service: &str, listen: &Listen) {
+        let socket = self.passed.find(listen).map(|shared| shared.name());
+        tracing::info!(service, address = %listen, socket, "listening");
     }
 
     /// Binds beside those of our own listeners on the same port that `services` do without: as
@@ -188,9 +184,8 @@ impl Frontends {
             (Listen::Tcp(open), Listen::Tcp(new)) => open.port() == new.port(),
             (Listen::Tcp(_) | Listen::Unix(_), _) => false,
         };
-        let open = self.frontends.values().flat_map(|front| &front.open);
-        let replaced: Vec<_> =
-            open.filter(|(open, _)| goes(open) && overlaps(open)).map(|(_, id)| *id).collect();
+        let replaced = self.open.iter().filter(|(open, _)| goes(open) && overlaps(open));
+        let replaced: Vec<_> = replaced.map(|(_, frontend)| frontend.id).collect();
         match listen {
             Listen::Tcp(address) if !replaced.is_empty() => {
                 self.plane.bind_beside(*address, &replaced)
@@ -202,8 +197,10 @@ impl Frontends {
 
     /// The listeners of `service` that are not in `keep`: to be closed by the caller.
     pub(super) fn take_closing(&mut self, service: &str, keep: &[Listen]) -> Vec<FrontendId> {
-        let Some(front) = self.frontends.get_mut(service) else { return Vec::new() };
-        front.open.extract_if(|listen, _| !keep.contains(listen)).map(|(_, id)| id).collect()
+        let goes = |listen: &Listen, frontend: &mut Frontend| {
+            *frontend.service == *service && !keep.contains(listen)
+        };
+        self.open.extract_if(goes).map(|(_, frontend)| frontend.id).collect()
     }
 
     /// Whether the socket at `listen` is the service manager's too.
@@ -220,41 +217,42 @@ impl Frontends {
     /// Publishes who can be handed a connection.
     pub(super) fn publish(&mut self, name: &Arc<str>, pool: Pool) {
         let keepalive = pool.routing().keepalive;
-        if let Some(front) = self.frontends.get_mut(name) {
-            front.route.publish(pool);
-            if std::mem::replace(&mut front.keepalive, keepalive) != keepalive {
-                front.open.values().for_each(|id| self.plane.keep_alive(*id, keepalive));
+        if let Some(service) = self.services.get_mut(name) {
+            service.handle.publish(pool);
+            if mem::replace(&mut service.keepalive, keepalive) != keepalive {
+                let its = self.open.values().filter(|frontend| frontend.service == *name);
+                its.for_each(|frontend| self.plane.keep_alive(frontend.id, keepalive));
             }
             return;
         }
-        let route = self.plane.service(Arc::clone(name), pool, Arc::clone(&self.access));
-        let front = Front { route, open: HashMap::new(), keepalive };
-        self.frontends.insert(Arc::clone(name), front);
+        let handle = self.plane.service(Arc::clone(name), pool, Arc::clone(&self.access));
+        self.services.insert(Arc::clone(name), Service { handle, keepalive });
     }
 
-    pub(super) fn route(&self, service: &str) -> Option<&Arc<ServiceHandle>> {
-        self.frontends.get(service).map(|front| &front.route)
+    /// The service of that name, as the data threads know it.
+    pub(super) fn service(&self, service: &str) -> Option<&Arc<ServiceHandle>> {
+        self.services.get(service).map(|service| &service.handle)
     }
 
     /// Lets go of a service that has neither listeners nor workers left.
     pub(super) fn forget(&mut self, service: &str) {
-        self.lingering.extend(self.frontends.remove(service).map(|front| front.route));
-        self.lingering.retain(|route| route.active() > 0);
+        self.lingering.extend(self.services.remove(service).map(|service| service.handle));
+        self.lingering.retain(|handle| handle.active() > 0);
     }
 
     /// Connections held by all services.
     pub(super) fn active(&self) -> usize {
-        self.routes().map(|route| route.active()).sum()
+        self.handles().map(|handle| handle.active()).sum()
     }
 
     /// Returns when no service holds a connection. May be dropped at any time.
     pub(super) async fn emptied(&self) {
-        for route in self.routes() {
-            route.emptied().await;
+        for handle in self.handles() {
+            handle.emptied().await;
         }
     }
 
-    fn routes(&self) -> impl Iterator<Item = &Arc<ServiceHandle>> {
-        self.frontends.values().map(|front| &front.route).chain(&self.lingering)
+    fn handles(&self) -> impl Iterator<Item = &Arc<ServiceHandle>> {
+        self.services.values().map(|service| &service.handle).chain(&self.lingering)
     }
 }

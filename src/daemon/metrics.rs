@@ -21,7 +21,7 @@ impl Daemon<'_> {
         let services = self.supervisor.services().zip(&status.services);
         let services: Vec<_> = services
             .map(|(service, shown)| {
-                let route = self.frontends.route(&service.config.name);
+                let route = self.frontends.service(&service.config.name);
                 let counted = route.map(|route| route.tally()).unwrap_or_default();
                 let waiting = route.map_or(0, |route| route.waiting());
                 let mut slots = BTreeMap::new();

@@ -303,7 +303,7 @@ impl<'a> Daemon<'a> {
         daemon.workers.bindings.direct_listeners.adopt(steerable, &daemon.config.services);
         let (services, ticket) = (daemon.config.services.clone(), daemon.requests.ticket());
         daemon.handle(Event::Apply { services, ticket });
-        daemon.frontends.open(bound, Vec::new());
+        daemon.frontends.open(bound);
         warnings::tell(&daemon.config);
         Ok(daemon)
     }

@@ -124,7 +124,7 @@ impl Daemon<'_> {
         let before = if restarts { self.generations() } else { Generations::new() };
         let ticket = self.requests.wait(Waiting::Reload { askers, reloaded, before });
         self.reload_history.accepted(ticket);
-        let moved = self.frontends.detach(&bound);
+        self.frontends.detach(&bound);
         self.workers.bindings.direct_listeners.adopt(steerable, &new.services);
         if new.log.level != self.config.log.level {
             self.logging.set_level(new.log.level);
@@ -150,7 +150,7 @@ impl Daemon<'_> {
                 self.publish(service.publication());
             }
         }
-        self.frontends.open(bound, moved);
+        self.frontends.open(bound);
         info!(added, removed, changed, "reloaded");
         warnings::tell(&self.config);
     }

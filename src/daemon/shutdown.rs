@@ -64,7 +64,7 @@ impl Daemon<'_> {
         // Those that wait for a worker were promised one that is due within `hold-timeout`.
         let is_stopping = matches!(self.stage, Stage::Stopping(_));
         let route = service.as_ref().filter(|_| is_stopping);
-        let route = route.and_then(|service| self.frontends.route(service)).cloned();
+        let route = route.and_then(|service| self.frontends.service(service)).cloned();
         self.closing.spawn_local(async move {
             for listener in listeners {
                 if let Err(error) = plane.close(listener).await {
@@ -98,7 +98,7 @@ impl Daemon<'_> {
 
     /// The connections of a service, those included that its workers have without lbd.
     fn held(&self, service: &str) -> usize {
-        let relayed = self.frontends.route(service).map_or(0, |route| route.active());
+        let relayed = self.frontends.service(service).map_or(0, |route| route.active());
         let workers = self.supervisor.service(service).into_iter().flat_map(|s| s.workers());
         let backends = workers.filter_map(|worker| self.workers.backend(worker.id));
         let direct = backends.filter(|backend| backend.is_direct());
