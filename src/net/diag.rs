@@ -2,12 +2,12 @@
 
 use std::{
     cell::RefCell,
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd, AsRawFd, OwnedFd},
     rc::Rc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use netlink_packet_core::{
@@ -50,9 +50,22 @@ pub struct Diag {
     sequence: u32,
 }
 
+/// How old the answer to [`SharedDiag::lately_listening`] may be.
+const LATELY: Duration = Duration::from_millis(50);
+
 /// One [`Diag`] for all who ask on one thread. It is opened when it is first needed.
 #[derive(Debug, Clone, Default)]
-pub struct SharedDiag(Rc<RefCell<Option<Diag>>>);
+pub struct SharedDiag(Rc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    diag: RefCell<Option<Diag>>,
+    /// Who listened on each port, and when that was looked up.
+    listening: RefCell<Option<(Instant, ByPort)>>,
+}
+
+/// The sockets that listen, by port.
+type ByPort = HashMap<u16, Vec<ListeningSocket>>;
 
 impl SharedDiag {
     /// What it answers to this question.
@@ -60,7 +73,7 @@ impl SharedDiag {
     /// # Errors
     /// As [`Diag::open`], and as the question.
     pub fn ask<T>(&self, question: impl FnOnce(&mut Diag) -> io::Result<T>) -> io::Result<T> {
-        let mut shared = self.0.borrow_mut();
+        let mut shared = self.0.diag.borrow_mut();
         let diag = match &mut *shared {
             Some(diag) => diag,
             none => none.insert(Diag::open()?),
@@ -73,11 +86,34 @@ impl SharedDiag {
         answer
     }
 
+    /// As [`Diag::listeners`], but as it was up to 50 ms ago.
+    ///
+    /// The kernel goes through all sockets that listen, whatever port is asked for: where hundreds of
+    /// workers are probed, one look serves all of them.
+    ///
+    /// # Errors
+    /// As [`ask`](Self::ask).
+    pub fn lately_listening(&self, port: u16) -> io::Result<Vec<ListeningSocket>> {
+        let mut listening = self.0.listening.borrow_mut();
+        let now = Instant::now();
+        let known = match &mut *listening {
+            Some((at, known)) if now.duration_since(*at) < LATELY => known,
+            old => {
+                let mut known = ByPort::new();
+                for socket in self.ask(Diag::all_listeners)? {
+                    known.entry(socket.address.port()).or_default().push(socket);
+                }
+                &mut old.insert((now, known)).1
+            }
+        };
+        Ok(known.get(&port).cloned().unwrap_or_default())
+    }
+
     /// Has the next question fail, as where something lacks at the moment.
     #[cfg(test)]
     pub(crate) fn fail_once(&self) {
         let socket = std::os::unix::net::UnixDatagram::unbound().unwrap().into();
-        *self.0.borrow_mut() = Some(Diag { socket, buffer: Box::default(), sequence: 0 });
+        *self.0.diag.borrow_mut() = Some(Diag { socket, buffer: Box::default(), sequence: 0 });
     }
 }
 
