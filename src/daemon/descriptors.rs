@@ -1,11 +1,11 @@
-//! How many descriptors there are, and what they are for.
+//! How many file descriptors lbd may have, and how they are divided up.
 
 use std::num::{NonZeroU32, NonZeroUsize};
 
 use crate::admin;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-/// Descriptors that are not for clients: standard streams, log, event loops, signals …
+/// Descriptors that are not for clients: for standard streams, log, event loops, signals …
 const OWN: u64 = 40;
 /// … for each listener of the admin API itself and its connections …
 const PER_ADMIN: u64 = 1 + admin::MAX_CONNECTIONS as u64;
@@ -13,18 +13,18 @@ const PER_ADMIN: u64 = 1 + admin::MAX_CONNECTIONS as u64;
 /// it, its cgroup and its probe.
 const PER_WORKER: u64 = 9;
 
-/// What the limits allow.
+/// The limits on file descriptors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Descriptors {
-    /// The soft limit lbd was started with, which its workers get back.
+    /// The soft limit that lbd was started with, which its workers get back.
     pub(super) inherited: u64,
     /// The limit now in force.
     pub(super) limit: u64,
 }
 
 impl Descriptors {
-    /// Raises the soft limit to the hard one (getrlimit(2), `RLIMIT_NOFILE`). Where that is not
-    /// allowed, what there is has to do.
+    /// Raises the soft limit to the hard one (getrlimit(2), `RLIMIT_NOFILE`). If that is not
+    /// allowed, the soft limit stays.
     pub(super) fn raise() -> Self {
         let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
             return Self { inherited: 1024, limit: 1024 };
@@ -33,14 +33,14 @@ impl Descriptors {
         Self { inherited: soft, limit: if raised { hard } else { soft } }
     }
 
-    /// The soft and the hard limit of a worker: the one that is set for it, or what lbd was started
-    /// with.
+    /// The soft and the hard limit of a worker: the limit that is configured for it, or else what
+    /// lbd was started with.
     pub(super) fn of_worker(self, set: Option<NonZeroU32>) -> (u64, u64) {
         set.map_or((self.inherited, self.limit), |most| (most.get().into(), most.get().into()))
     }
 
-    /// How many connections may be held at once so that probes, restarts and reloads still have
-    /// descriptors: each connection has two.
+    /// How many connections may be held at once such that descriptors remain for probes, restarts
+    /// and reloads: each connection needs two.
     ///
     /// `admin_addresses` is how many addresses the admin API has besides its unix socket.
     pub(super) fn connections(self, workers: usize, admin_addresses: usize) -> NonZeroUsize {

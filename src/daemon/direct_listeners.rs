@@ -1,9 +1,10 @@
 //! The public addresses whose connections the kernel hands to workers (`route = "direct"`), and the
 //! workers' sockets on them.
 //!
-//! What is lbd's own socket there, the parking, is a listener like any other, in the hands of the data
-//! plane: whom the kernel gives to nobody comes to lbd, is held, and handed on. An address stays here
-//! for as long as a worker has a socket on it, also where the configuration does without by then.
+//! lbd's own socket on such an address is a listener of the data plane like any other: connections
+//! that the kernel gives to no worker come to lbd, which holds them and hands them on. An address
+//! stays in this table for as long as a worker has a socket on it, even if the configuration has it
+//! no more.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -25,7 +26,7 @@ use crate::{
     supervisor::{Spawn, WorkerId},
 };
 
-/// The kernel can't be had to hand out the connections to an address.
+/// The kernel can't be set up to hand out the connections to an address.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot have the kernel hand out connections to {address}: {cause}{hint}")]
 pub struct SteerError {
@@ -35,41 +36,42 @@ pub struct SteerError {
     hint: &'static str,
 }
 
-/// All of them.
+/// All public addresses with `route = "direct"`.
 #[derive(Debug, Default)]
 pub(super) struct DirectListeners(HashMap<SocketAddr, Entry>);
 
-/// How often it is looked whether connections are still steered as lbd has said.
+/// How often lbd checks that connections are still steered by its own program.
 pub(super) const WATCH_PAUSE: Duration = Duration::from_secs(1);
 
-/// What was said of an address is said again after this long at the earliest.
+/// How long a warning about an address is not repeated.
 const TOLD_PAUSE: Duration = Duration::from_secs(60);
 
 #[derive(Debug)]
 struct Entry {
     public: Public<WorkerId>,
-    /// Whose it is: the workers in its rotation have the turns.
+    /// The service that has the address: the workers in its rotation get the connections.
     service: Arc<str>,
-    /// lbd's own listener is closed, and no new client comes to the workers.
+    /// lbd's own listener is closed, and the workers get no new clients.
     closed: bool,
-    /// The configuration in force has it.
+    /// The configuration in force has the address.
     is_wanted: bool,
-    /// Whose workers have sockets here, and are not gone.
+    /// The workers that have a socket here and are not gone.
     workers: BTreeSet<WorkerId>,
-    /// When it was last said that somebody else had steered.
+    /// When the log last said that another program steered the connections.
     told: Option<Instant>,
 }
 
-/// Addresses that can be steered from now on, and aren't yet.
+/// Addresses whose connections can be steered, but are not yet.
 #[derive(Debug, Default)]
 pub(super) struct Steerable(Vec<Public<WorkerId>>);
 
 impl DirectListeners {
-    /// Makes sure that all addresses of `services` which are to be can be steered. Nothing changes for
-    /// anybody; `fallback` finds lbd's own socket.
+    /// Makes sure that the connections to all `route = "direct"` addresses of `services` can be
+    /// steered. Changes nothing for clients and workers. `fallback` finds lbd's own socket on an
+    /// address.
     ///
     /// # Errors
-    /// The first that can't.
+    /// The first address whose connections can't be steered.
     pub(super) fn prepare(
         &self,
         services: &[config::Service],
@@ -90,8 +92,7 @@ impl DirectListeners {
         Ok(Steerable(steerable))
     }
 
-    /// The addresses of `services` are theirs from now on, and say how they are steered where that
-    /// is news.
+    /// Makes `services` the owners of their addresses, and logs how new addresses are steered.
     pub(super) fn adopt(&mut self, steerable: Steerable, services: &[config::Service]) {
         let owner = |address: &SocketAddr| {
             services.iter().find(|service| service.worker.public.contains(address))
@@ -114,7 +115,7 @@ impl DirectListeners {
         self.want(services);
     }
 
-    /// The addresses of `services` stay, and no others for longer than workers have sockets there.
+    /// Keeps the addresses of `services`; others go when no worker has a socket on them.
     pub(super) fn want(&mut self, services: &[config::Service]) {
         for (address, entry) in &mut self.0 {
             let has = |service: &config::Service| service.worker.public.contains(address);
@@ -122,14 +123,14 @@ impl DirectListeners {
         }
     }
 
-    /// The listener of an address that is closed, but that workers have sockets on still: nobody else
-    /// could bind it.
+    /// lbd's listener for an address that is closed, but on which workers still have sockets, so
+    /// that it can't be bound again.
     pub(super) fn reopen(&self, address: SocketAddr) -> Option<io::Result<Socket>> {
         self.0.get(&address).filter(|entry| entry.closed).map(|entry| entry.public.fallback())
     }
 
-    /// Lets clients in again where [`reopen`](Self::reopen) gave a listener to the data plane. The
-    /// services whose workers are to be [rotated](Self::rotate) over anew.
+    /// Lets clients in again at the addresses for which [`reopen`](Self::reopen) gave a listener to
+    /// the data plane. Returns the services to call [`rotate`](Self::rotate) for again.
     pub(super) fn opened(&mut self, addresses: Vec<SocketAddr>) -> BTreeSet<Arc<str>> {
         let mut services = BTreeSet::new();
         for address in addresses {
@@ -145,8 +146,10 @@ impl DirectListeners {
         services
     }
 
-    /// Gives no new client to the workers at the addresses of `service` that are not in `keep`: they
-    /// are not let in, or, where the socket `is_passed`, wait there for whoever has it next.
+    /// Stops giving new clients to the workers at the addresses of `service` that are not in
+    /// `keep`. New clients are not let in: the kernel drops their SYN, or refuses them if lbd may
+    /// attach no filter. If the socket `is_passed`, they wait in its accept queue for its next
+    /// owner instead.
     pub(super) fn close(
         &mut self,
         service: &str,
@@ -166,7 +169,7 @@ impl DirectListeners {
         }
     }
 
-    /// Gives a worker a socket on each of its addresses; none where one fails.
+    /// Makes a socket for a worker on each of its addresses; none if one fails.
     pub(super) fn join(&mut self, order: &Spawn) -> Result<(), (SocketAddr, io::Error)> {
         for &address in &order.spec.public {
             let joined = match self.0.get_mut(&address) {
@@ -187,14 +190,15 @@ impl DirectListeners {
         order.spec.public.iter().filter_map(socket).collect()
     }
 
-    /// How lbd reaches a worker.
+    /// The pinned routes by which lbd reaches a worker.
     pub(super) fn ways_to(&self, order: &Spawn) -> Option<PinnedRoutes> {
         let pinned = |address| self.0.get(address)?.public.way_to(order.id);
         let mut routes = order.spec.public.iter().filter_map(pinned);
         Some(PinnedRoutes { first: routes.next()?, others: routes.collect() })
     }
 
-    /// The workers in rotation, each with its slot, get the connections of the service.
+    /// Has the kernel share the service's connections among the workers in rotation, each given
+    /// with its slot.
     pub(super) fn rotate(&self, service: &str, balance: Balance, turns: &[(u32, WorkerId)]) {
         let choice = match balance {
             Balance::RoundRobin | Balance::LeastConnections => Choice::Rotation,
@@ -207,14 +211,15 @@ impl DirectListeners {
         }
     }
 
-    /// How many connections wait for a worker.
+    /// How many connections wait in a worker's accept queues.
     pub(super) fn queued(&self, id: WorkerId) -> Option<u64> {
         let queued: Vec<u32> =
             self.0.values().filter_map(|entry| entry.public.queued(id)).collect();
         (!queued.is_empty()).then(|| queued.into_iter().map(u64::from).sum())
     }
 
-    /// How connections to these addresses are steered: the worst of it.
+    /// How the connections of `service` are steered; if its addresses differ, the least capable
+    /// way.
     pub(super) fn steering(&self, service: &str) -> Option<&Steering> {
         let own = self.0.values().filter(|entry| *entry.service == *service);
         own.map(|entry| entry.public.steering()).max_by_key(|steering| steering.kind)
@@ -225,7 +230,7 @@ impl DirectListeners {
         self.0.keys().copied().collect()
     }
 
-    /// Accepts what waits for a worker that will not take it.
+    /// Accepts the connections that wait for a worker which will not accept them.
     pub(super) fn drain_queue(&self, id: WorkerId, acceptor: &mut Acceptor) -> Vec<Socket> {
         self.0.values().flat_map(|entry| entry.public.drain_queue(id, acceptor)).collect()
     }
@@ -239,8 +244,8 @@ impl DirectListeners {
         }
     }
 
-    /// Takes what still comes in at sockets whose workers are gone, with whose it is, and lets go of
-    /// the addresses that nobody [wants](Self::want) and no worker has a socket on.
+    /// Accepts connections that still arrive at sockets whose workers are gone, each with its
+    /// service. Drops the addresses that are not [wanted](Self::want) and have no workers' sockets.
     pub(super) fn collect_leftovers(
         &mut self,
         now: Instant,
@@ -259,9 +264,10 @@ impl DirectListeners {
         drained
     }
 
-    /// Sees to it that connections are steered as lbd has said: every worker has the group by its
-    /// socket, and can take the program off or put on its own. To be called every [`WATCH_PAUSE`]. Gives
-    /// back the clients that were given to nobody meanwhile, with whose they are.
+    /// Checks that connections are still steered by lbd's program, and restores it otherwise: the
+    /// sockets of all workers are in the reuseport group, and so a worker can detach the program or
+    /// attach its own. To be called every [`WATCH_PAUSE`]. Returns the clients that meanwhile were
+    /// given to no worker, each with its service.
     pub(super) fn watch(
         &mut self,
         now: Instant,

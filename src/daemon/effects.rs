@@ -1,4 +1,4 @@
-//! Doing what the supervisor asks for.
+//! Carries out the supervisor's effects.
 
 use std::{
     cell::RefCell,
@@ -27,43 +27,46 @@ use crate::{
     },
 };
 
-/// Places for connections that were taken out of an accept queue and are not handed over yet, by
-/// service.
+/// Permits for connections that were taken out of an accept queue and are not handed to a data
+/// thread yet, by service.
 pub(super) type ReservedPermits = Rc<RefCell<HashMap<Arc<str>, Vec<ReservedPermit>>>>;
 
-/// How long the headers of rescued connections may take, all together: the thread that made such a
-/// connection sends its header with the next system call.
+/// How long to wait for the PROXY protocol headers of rescued connections, all together: the data
+/// thread that made such a connection sends its header with the next system call.
 const HEADER: Duration = Duration::from_millis(100);
-/// Between two looks at queues that may still grow without anybody telling.
+/// The pause between two attempts to drain queues that may grow without an event.
 const DRAIN_PAUSE: Duration = Duration::from_millis(50);
 
-/// Of a program that ended well before it accepted a connection.
+/// The hint for a program that exited with status 0 before it accepted a connection.
 const BACKGROUND: &str = "a program that goes into the background has to be told not to: daemon off, \
     --foreground, --nodaemon";
-/// Of one in Python that wrote nothing.
+/// The hint for a Python program without any output.
 const UNBUFFERED: &str =
     "it wrote nothing, for Python keeps its output back: set env.PYTHONUNBUFFERED = \"1\"";
 
 impl Daemon<'_> {
-    /// Does what the supervisor asks for, and tells it what comes of that at once. `is_routine` says that
-    /// it was asked about something that happens all the time, and changes only what the effects say.
+    /// Carries out effects, and passes the events that they cause to the supervisor at once.
+    /// `is_routine` says that the effects follow from an event that happens all the time; then,
+    /// unless the effects themselves change something, readiness and memory limits are not checked
+    /// again.
     pub(super) fn perform(&mut self, effects: Vec<Effect>, is_routine: bool) {
         let is_routine = is_routine && effects.iter().all(is_routine_effect);
         let mut queue = VecDeque::from(effects);
         while let Some(effect) = queue.pop_front_if(|effect| is_about_queues(effect)) {
             self.act(effect);
         }
-        // Before others come to the ports.
+        // Before new workers share the ports.
         let drained = self.drain_queues();
         while let Some(effect) = queue.pop_front() {
             for event in self.act(effect) {
                 queue.extend(self.supervisor.handle(event, Instant::now()));
             }
         }
-        // When the data threads, and the kernel, know who is in rotation.
+        // After the data threads and the kernel know the new rotation.
         self.hand_over(drained);
         self.drain_direct_queues();
-        // Those of connections that went elsewhere at the last moment, or were probes.
+        // Give back the unused permits: of connections that another process accepted first, or that
+        // were probes.
         self.reserved.borrow_mut().clear();
         if !is_routine {
             self.look_whether_ready();
@@ -122,7 +125,7 @@ impl Daemon<'_> {
 
     pub(super) fn publish(&mut self, publication: Publication) {
         let Publication { service, rotation, routing } = publication;
-        // Before the pool, so that who is handed to a new worker gets there.
+        // Before the pool is published, so that connections for a new worker reach it.
         self.workers.activate(&service, routing.balance, &rotation.workers);
         let workers =
             rotation.workers.iter().filter_map(|id| self.workers.backend(*id).cloned()).collect();
@@ -140,8 +143,8 @@ impl Daemon<'_> {
         }
     }
 
-    /// What an operator might look at where a new worker does not become healthy, and nothing that
-    /// it says tells why.
+    /// A hint for an operator if a new worker does not become healthy and its output does not say
+    /// why.
     fn hint(&self, note: &Note) -> Option<&'static str> {
         let (Fact::NotYetHealthy { .. } | Fact::Down { was_healthy: false, .. }) = &note.fact
         else {
@@ -162,8 +165,8 @@ impl Daemon<'_> {
         (is_silent && keeps_back).then_some(UNBUFFERED)
     }
 
-    /// The connections that wait for workers that will not take them, to be handed to others; closes
-    /// the sockets that no worker inherits any more.
+    /// Takes the connections out of the accept queues of workers that will not accept them, to be
+    /// handed to other workers; closes the ports that no worker inherits any more.
     fn drain_queues(&mut self) -> Vec<Drained> {
         let supervisor = &self.supervisor;
         let can_serve = |service: &str| can_serve(supervisor, service);
@@ -173,8 +176,9 @@ impl Daemon<'_> {
         self.workers.drain_queues(can_serve, is, permit)
     }
 
-    /// Hands them over where the kernel hands out connections, and those of workers that are asked to
-    /// end: what the kernel gave to them, they may not take any more.
+    /// Does the same for workers that the kernel hands connections to (`route = "direct"`), and
+    /// hands the clients over. That includes workers that were asked to end, since those may not
+    /// accept what the kernel gave them.
     fn drain_direct_queues(&mut self) {
         let (supervisor, now) = (&self.supervisor, Instant::now());
         let can_serve = |service: &str| can_serve(supervisor, service);
@@ -186,7 +190,7 @@ impl Daemon<'_> {
         self.drain_at = again.into_iter().chain(self.workers.bindings.watch_at()).min();
     }
 
-    /// Nothing of the worker is left.
+    /// Forgets a worker that has no process left.
     pub(super) fn forget_worker(&mut self, id: WorkerId) {
         let (frontends, reserved) = (&self.frontends, &self.reserved);
         self.workers.forget(id, |service| permit(frontends, reserved, service));
@@ -197,7 +201,8 @@ impl Daemon<'_> {
         let mut own = None;
         for (service, DrainedConnection { socket, proxy_protocol }) in drained {
             let ends = Ends::of(&socket);
-            // A worker's port is open to others on the machine too, who may say what they like.
+            // Other programs on the machine can connect to a worker's port too, and could send a
+            // forged header: a header is believed only on a connection that lbd made.
             let mut is_own = || {
                 let own = own.get_or_insert_with(OwnConnections::look);
                 ends.is_none_or(|ends| own.contain(ends.client, ends.server))
@@ -213,10 +218,11 @@ impl Daemon<'_> {
             let permit = self.reserved.borrow_mut().get_mut(&service).and_then(Vec::pop);
             match (taken_off, permit) {
                 (Ok(client), Some(permit)) => self.plane.adopt(permit, socket, client.flatten()),
-                // The service is gone.
+                // The service is gone: the connection is closed.
                 (Ok(_), None) => {}
                 (Err(error), _) => {
-                    // Nobody takes the end of it for the end of an answer.
+                    // Reset the connection, so that the client does not take its end for the end of
+                    // an answer.
                     _ = socket.set_linger(Some(Duration::ZERO));
                     debug!(service = &*service, %error, "a rescued connection had no header");
                 }
@@ -225,12 +231,12 @@ impl Daemon<'_> {
     }
 }
 
-/// Whether it changes nothing of the workers.
+/// Whether the effect leaves workers and rotations unchanged.
 fn is_routine_effect(effect: &Effect) -> bool {
     matches!(effect, Effect::Probe { .. } | Effect::Answer { .. })
 }
 
-/// Whether it only says which queues are to be looked at from now on.
+/// Whether the effect only selects the queues that are drained from now on.
 fn is_about_queues(effect: &Effect) -> bool {
     matches!(
         effect,
@@ -238,7 +244,8 @@ fn is_about_queues(effect: &Effect) -> bool {
     )
 }
 
-/// Lets a connection be taken out of a queue where there is a place for it.
+/// Decides for each connection in an accept queue whether it may be taken out: only if the service
+/// has a permit for it.
 fn permit(frontends: &Frontends, reserved: &ReservedPermits, service: &Arc<str>) -> MayAccept {
     let (reserved, service) = (Rc::clone(reserved), Arc::clone(service));
     match frontends.service(&service).cloned() {
@@ -248,12 +255,13 @@ fn permit(frontends: &Frontends, reserved: &ReservedPermits, service: &Arc<str>)
             reserved.borrow_mut().entry(Arc::clone(&service)).or_default().extend(permit);
             is_permitted
         }),
-        // Of a service that is gone: nobody is there to serve it, and it is closed at once.
+        // The service is gone: there is no worker for the connection, and it is closed at once.
         None => Box::new(|| true),
     }
 }
 
-/// Which connections to workers lbd has made: what they begin with is true.
+/// The connections to workers that lbd itself has made: their PROXY protocol headers can be
+/// trusted.
 struct OwnConnections(io::Result<(Diag, HashSet<u32>)>);
 
 impl OwnConnections {
@@ -261,7 +269,8 @@ impl OwnConnections {
         Self(Diag::open().and_then(|diag| Ok((diag, diag::own_sockets()?))))
     }
 
-    /// Whether the connection from `client` to `server` is one. Where the kernel does not tell, none is.
+    /// Whether lbd made the connection from `client` to `server`. If the kernel does not tell, the
+    /// answer is no.
     fn contain(&mut self, client: SocketAddr, server: SocketAddr) -> bool {
         let Ok((diag, own)) = &mut self.0 else { return false };
         diag.inode(client, server)

@@ -1,8 +1,8 @@
-//! The facts that the supervisor notes, as lines of the log.
+//! Writes the supervisor's facts to the log.
 //!
 //! A worker that crashes many times a second for the same reason would flood the log with the same
-//! line: past ten in ten seconds, what is the same is folded into one line every ten seconds. Where
-//! nothing is started before a port is free again, one line a minute says so.
+//! line. So after ten equal lines in ten seconds, equal failures are folded into one line every ten
+//! seconds. If nothing is started because a port is taken, one line a minute says so.
 
 use std::{
     collections::HashMap,
@@ -14,23 +14,23 @@ use tracing::{error, info, warn};
 
 use crate::supervisor::{DownKind, Fact, LimitExceeded, Note, RetireReason};
 
-/// So many failures of one slot for the same reason are all written in this time; after that, one in
-/// this time.
+/// How often a slot's failures for the same reason are logged: up to `lines` in each `window`; once
+/// that is exceeded, one line in each `window`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Pace {
     lines: u32,
     window: Duration,
 }
 
-/// Of a program that was started.
+/// For programs that were started.
 const STARTED: Pace = Pace { lines: 10, window: Duration::from_secs(10) };
-/// Of one that was not, since its port is taken.
+/// For programs that were not started, because the port is taken.
 const NOT_TRIED: Pace = Pace { lines: 1, window: Duration::from_secs(60) };
 
-/// Writes notes, and remembers what it folds.
+/// Writes facts, and keeps what it needs to fold them.
 #[derive(Debug, Default)]
 pub(super) struct EventLog {
-    /// The slots that fail again and again.
+    /// The recent failures of each slot.
     folds: HashMap<(Arc<str>, u32), Fold>,
 }
 
@@ -42,13 +42,13 @@ struct Fold {
     began: Instant,
     /// Lines that may still be written in it.
     left: u32,
-    /// Failures that were not, since the last line.
+    /// Failures since the last line that were not written.
     folded: u32,
 }
 
 impl EventLog {
-    /// Writes one line, or folds it. `connections` is what the worker holds, and `hint` what an
-    /// operator might look at, where that is of interest.
+    /// Writes one line, or folds it. `connections` is how many connections the worker holds; `hint`
+    /// is advice for an operator, if there is any.
     pub(super) fn write(
         &mut self,
         note: &Note,
@@ -63,7 +63,8 @@ impl EventLog {
         let pid = worker.and_then(|worker| worker.pid);
         match &note.fact {
             Fact::Started => {
-                // The first start after a port was free again is news.
+                // The first start after the port became free is logged, although failures were
+                // folded before.
                 let is_folded = |fold: &Fold| fold.folded > 0 && fold.pace == STARTED;
                 if !self.folds.get(&key(note)).is_some_and(is_folded) {
                     info!(service, slot, port, pid, "worker started");
@@ -136,7 +137,7 @@ impl EventLog {
                 }
             }
             Fact::Draining { why } => {
-                // Where the whole daemon stops, one line for each service says it better.
+                // When the whole daemon stops, each service has one line instead.
                 if *why != RetireReason::Stopping {
                     let why = why.to_string();
                     info!(service, slot, port, pid, why, connections, "draining");
@@ -154,7 +155,7 @@ impl EventLog {
                 let (age, limit) = (seconds(*age), seconds(*limit));
                 info!(service, slot, port, pid, why = "max-age", age, limit, "recycling");
             }
-            // That one is said as `Fact::Down`.
+            // This one is logged as `Fact::Down`.
             Fact::Recycling { worn: LimitExceeded::Unhealthy { .. } } => {}
             Fact::Recycling { worn: LimitExceeded::StandIn } => {
                 if !self.is_folded(note) {
@@ -162,7 +163,7 @@ impl EventLog {
                 }
             }
             Fact::NotRecycled { reason, retry_in } => {
-                // Where the failure before was folded, so is what follows from it.
+                // If the failure was folded, its consequence is folded too.
                 if !self.is_folded(note) {
                     let retry_in = seconds(*retry_in);
                     warn!(service, slot, port, pid, error = reason, retry_in, "not recycled");
@@ -188,7 +189,8 @@ impl EventLog {
         }
     }
 
-    /// How many failures the line stands for besides its own; `None` where it is not to be written.
+    /// How many folded failures the line stands for in addition to its own; `None` if the line is
+    /// not to be written.
     fn fold(&mut self, note: &Note, reason: &str, pace: Pace, now: Instant) -> Option<u32> {
         let Pace { lines, window } = pace;
         let new = || Fold { reason: reason.to_owned(), pace, began: now, left: lines, folded: 0 };
@@ -219,8 +221,8 @@ impl EventLog {
     }
 }
 
-/// What is the same of the reasons for which a bind fails again and again, though each time it may be
-/// known or not who has the port, or for how long: their beginning, without numbers.
+/// The constant part of a reason: its beginning, without numbers. When a bind fails again and
+/// again, the rest of the reason (who has the port, and for how long) may differ each time.
 fn gist(reason: &str) -> String {
     let begins = reason.split([':', ';']).next().unwrap_or_default();
     begins.chars().filter(|c| !c.is_ascii_digit()).collect()

@@ -24,9 +24,9 @@ use crate::{
 pub(super) struct Frontends {
     plane: Rc<DataPlane>,
     access: Arc<AtomicBool>,
-    /// What the service manager made, and keeps.
+    /// The listening sockets that the service manager made, and keeps open.
     passed: PassedSockets,
-    /// By the address that clients connect to.
+    /// The open frontends, by the address that clients connect to.
     open: HashMap<Listen, Frontend>,
     services: HashMap<Arc<str>, Service>,
     /// Services that are gone but still hold connections: clients that read slowly.
@@ -37,7 +37,8 @@ pub(super) struct Frontends {
 #[derive(Debug)]
 struct Frontend {
     id: FrontendId,
-    /// The service that it leads to, or will as soon as a reload that moves it is through.
+    /// The service that its clients go to; during a reload that moves the listener, already the new
+    /// one.
     service: Arc<str>,
 }
 
@@ -45,22 +46,24 @@ struct Frontend {
 #[derive(Debug)]
 struct Service {
     handle: Arc<ServiceHandle>,
-    /// What its listeners were last told.
+    /// The keepalive interval that its listeners use.
     keepalive: Duration,
 }
 
-/// What a reload opens: nothing of it takes a client yet, so that the reload can still be refused.
+/// The listeners that a reload opens. None of them accepts a client yet, so the reload can still be
+/// refused.
 #[derive(Debug, Default)]
 pub(super) struct Bound {
     new: Vec<(Arc<str>, Listener)>,
-    /// Open listeners that go to another service, and to which.
+    /// Open listeners that move to another service, and that service.
     moving: Vec<(Listen, Arc<str>)>,
-    /// Who may connect to open unix sockets changes at once, and back if the reload is refused.
+    /// Changes of who may connect to open unix sockets. They take effect at once, and are undone if
+    /// the reload is refused.
     access: Vec<AccessChange>,
 }
 
 impl Bound {
-    /// The IP addresses that are bound for it.
+    /// The IP addresses of the new listeners.
     pub(super) fn addresses(&self) -> Vec<SocketAddr> {
         let address = |listener: &Listener| match listener.listen() {
             Listen::Tcp(address) => Some(*address),
@@ -80,8 +83,9 @@ impl Frontends {
         Self { plane, access, passed, open, services, lingering: Vec::new() }
     }
 
-    /// Binds every address of `services` that is not open yet and for which no socket was passed, or is
-    /// among the `direct_listeners`. Nobody is accepted until [`Self::open`]; dropped, all are let go.
+    /// Binds every address of `services` that is not open yet, unless a socket was passed for it or
+    /// the `direct_listeners` have it. Nothing is accepted before [`Self::open`]; dropping the
+    /// result closes the new listeners.
     pub(super) fn bind(
         &self,
         services: &[config::Service],
@@ -112,7 +116,7 @@ impl Frontends {
         Ok(bound)
     }
 
-    /// lbd's own socket at `address`: one that is open, or was just bound.
+    /// lbd's own socket at `address`: an open one, or one that was just bound.
     pub(super) fn socket(&self, address: SocketAddr, bound: &Bound) -> Option<io::Result<Socket>> {
         let listen = Listen::Tcp(address);
         let open = self.open.get(&listen);
@@ -122,7 +126,8 @@ impl Frontends {
         })
     }
 
-    /// Says of what changes hands whose it will be: who had it is not to close it.
+    /// Assigns the listeners that move to their new services, so that the old services don't close
+    /// them.
     pub(super) fn detach(&mut self, bound: &Bound) {
         for (listen, to) in &bound.moving {
             if let Some(frontend) = self.open.get_mut(listen) {
@@ -131,8 +136,8 @@ impl Frontends {
         }
     }
 
-    /// Takes clients on what was bound, and gives those of what was [detached](Self::detach) to their
-    /// new service. The services must have been published before.
+    /// Starts to accept on the new listeners, and sends the clients of [detached](Self::detach)
+    /// listeners to their new service. The services must have been published before.
     pub(super) fn open(&mut self, bound: Bound) {
         bound.access.into_iter().for_each(AccessChange::keep);
         for (listen, name) in bound.moving {
@@ -158,9 +163,9 @@ impl Frontends {
         tracing::info!(service, address = %listen, socket, "listening");
     }
 
-    /// Binds beside those of our own listeners on the same port that `services` do without: as
-    /// `0.0.0.0:80` beside `127.0.0.1:80`, which it replaces. A passed socket is taken instead, where
-    /// there is one, and never replaced.
+    /// Binds an address, beside those of lbd's own listeners on the same port that `services` no
+    /// longer have: for example `0.0.0.0:80` beside `127.0.0.1:80`, which it replaces. If a socket
+    /// was passed for the address, that one is used instead, and is never replaced.
     fn bind_one(
         &self,
         listen: &Listen,
@@ -195,7 +200,7 @@ impl Frontends {
         .map_err(|error| self.passed.explain(listen, error))
     }
 
-    /// The listeners of `service` that are not in `keep`: to be closed by the caller.
+    /// Takes out the listeners of `service` that are not in `keep`; the caller closes them.
     pub(super) fn take_closing(&mut self, service: &str, keep: &[Listen]) -> Vec<FrontendId> {
         let goes = |listen: &Listen, frontend: &mut Frontend| {
             *frontend.service == *service && !keep.contains(listen)
@@ -203,18 +208,18 @@ impl Frontends {
         self.open.extract_if(goes).map(|(_, frontend)| frontend.id).collect()
     }
 
-    /// Whether the socket at `listen` is the service manager's too.
+    /// Whether the service manager passed the socket at `listen`, and so has it open too.
     pub(super) fn is_passed(&self, listen: &Listen) -> bool {
         self.passed.find(listen).is_some()
     }
 
-    /// Says which passed sockets `services` have no use for: nobody is refused there, and nobody is
+    /// Logs which passed sockets `services` have no use for: clients there are neither refused nor
     /// served.
     pub(super) fn tell_unused(&self, services: &[config::Service]) {
         self.passed.tell_unused(services);
     }
 
-    /// Publishes who can be handed a connection.
+    /// Publishes a service's pool to the data threads.
     pub(super) fn publish(&mut self, name: &Arc<str>, pool: Pool) {
         let keepalive = pool.routing().keepalive;
         if let Some(service) = self.services.get_mut(name) {
@@ -234,13 +239,13 @@ impl Frontends {
         self.services.get(service).map(|service| &service.handle)
     }
 
-    /// Lets go of a service that has neither listeners nor workers left.
+    /// Removes a service that has neither listeners nor workers left.
     pub(super) fn forget(&mut self, service: &str) {
         self.lingering.extend(self.services.remove(service).map(|service| service.handle));
         self.lingering.retain(|handle| handle.active() > 0);
     }
 
-    /// Connections held by all services.
+    /// The number of connections that all services hold.
     pub(super) fn active(&self) -> usize {
         self.handles().map(|handle| handle.active()).sum()
     }

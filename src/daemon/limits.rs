@@ -1,4 +1,4 @@
-//! What the machine does for `[service.NAME.limits]`.
+//! Enforces `[service.NAME.limits]`, as far as the system has a part in it.
 
 use tracing::{info, warn};
 
@@ -6,7 +6,7 @@ use super::Daemon;
 use crate::process::{Cgroups, NoCgroups};
 
 impl Daemon<'_> {
-    /// Has the memory measured of the workers that may have only so much.
+    /// Has the memory of workers with a memory limit measured.
     pub(super) fn measure(&mut self) {
         let services = self.supervisor.services();
         let limits = services.filter_map(|s| Some((s, s.config.limits.memory?.get())));
@@ -18,8 +18,8 @@ impl Daemon<'_> {
     }
 }
 
-/// Says in the log which cgroup there is, and returns why workers' processes can't be limited, where
-/// they can't.
+/// Logs which cgroup lbd can use. Returns why the number of workers' processes can't be limited;
+/// `None` if it can.
 pub(super) fn no_process_limits(cgroups: &Result<Cgroups, NoCgroups>) -> Option<String> {
     match cgroups {
         Ok(cgroups) => {

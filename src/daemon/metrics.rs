@@ -1,4 +1,4 @@
-//! Everything that the metrics tell, but for what only `/proc` knows.
+//! Collects the metrics, except for what is read from `/proc`.
 
 use std::{
     collections::BTreeMap,
@@ -13,7 +13,7 @@ use crate::{
 };
 
 impl Daemon<'_> {
-    /// What `/metrics` tells. State, pid and restarts are what `/status` tells of them.
+    /// The content of `/metrics`. State, pid and restarts are the same as in `/status`.
     pub(super) fn metrics(&mut self) -> metrics::Snapshot {
         self.forget_slots();
         let status = self.status();
@@ -25,7 +25,7 @@ impl Daemon<'_> {
                 let counted = route.map(|route| route.tally()).unwrap_or_default();
                 let waiting = route.map_or(0, |route| route.waiting());
                 let mut slots = BTreeMap::new();
-                // A slot that a reload took away is there for as long as its worker.
+                // A slot that a reload removed is shown for as long as its worker exists.
                 for worker in shown.retiring.iter().chain(&shown.workers) {
                     slots.insert(worker.slot, slot(service, worker, now));
                 }
@@ -60,8 +60,8 @@ impl Daemon<'_> {
         snapshot
     }
 
-    /// Forgets what was counted of slots that are gone, so that the memory for it is bounded by the
-    /// configuration, also where nobody ever looks.
+    /// Forgets the counters of slots that are gone, so that their memory is bounded by the
+    /// configuration even if nobody reads the metrics.
     pub(super) fn forget_slots(&mut self) {
         let supervisor = &self.supervisor;
         self.workers.slot_stats.retain(|name, number| {
@@ -91,7 +91,7 @@ fn service(
     }
 }
 
-/// The slot that `shown` fills, or has left last; without what its connections and probes were.
+/// The slot of the worker `shown`, without the counters of its connections and probes.
 fn slot(service: &supervisor::Service, shown: &status::Worker, now: Instant) -> metrics::Slot {
     let slot = service.slots.iter().find(|slot| slot.number == shown.slot);
     let backoff = slot.filter(|slot| slot.is_vacant()).map(|slot| slot.start_at - now);
@@ -105,7 +105,7 @@ fn slot(service: &supervisor::Service, shown: &status::Worker, now: Instant) -> 
         restarts: shown.restarts,
         failures_in_a_row: slot.map_or(0, |slot| slot.backoff.failures()),
         backoff: backoff.unwrap_or(Duration::ZERO),
-        // As far as they are known: the numbers follow.
+        // Only whether they are known; the totals are filled in later.
         total: shown.connections.total,
         sent: shown.bytes.sent,
         received: shown.bytes.received,

@@ -1,8 +1,9 @@
-//! The driver: waits for what happens, tells the supervisor, and does what the supervisor asks for.
+//! The driver: an event loop that waits for events, passes them to the supervisor, and carries out
+//! the effects that the supervisor returns.
 //!
-//! It runs on the main thread, in one `current_thread` runtime, and is the only place where children
-//! are started. It holds no state that the supervisor holds: processes, sockets and routes by their
-//! incarnation or name, and nothing of what they mean.
+//! It runs on the main thread, in one `current_thread` runtime, and is the only part of lbd that
+//! starts child processes. It keeps processes, sockets and routes, by worker id or service name,
+//! but none of the supervisor's state: what they mean is for the supervisor to know.
 
 mod descriptors;
 mod direct_listeners;
@@ -67,60 +68,63 @@ use passed::PassedSockets;
 use requests::{Asker, ReloadHistory, Requests};
 use workers::WorkerTable;
 
-/// Events that wait for the main thread; whoever brings one more waits too.
+/// How many events may wait for the main thread; a sender of one more waits.
 const QUEUED_EVENTS: usize = 1024;
 
-/// Operators' requests that wait for the main thread; whoever brings one more waits too.
+/// How many requests of operators may wait for the main thread; a sender of one more waits.
 const QUEUED_REQUESTS: usize = 16;
 
-/// What the service manager grants on top of the longest time that lbd's own deadlines allow.
+/// How much more time the service manager is asked for than lbd's own deadlines allow.
 const SLACK: Duration = Duration::from_secs(10);
 
-/// A second SIGTERM or SIGINT that comes this soon after the first is the same wish.
+/// A second SIGTERM or SIGINT within this time after the first one is taken for the same request.
 const TWICE: Duration = Duration::from_millis(200);
 
-/// How long a stop at once may take before lbd ends anyway; its guards then finish the work.
+/// How long an immediate stop may take before lbd exits anyway; the guards then kill the remaining
+/// workers.
 const ABORT_PATIENCE: Duration = Duration::from_secs(5);
 
-/// The daemon could not start, or not go on.
+/// The daemon could not start, or could not go on.
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
     /// The log file can't be opened.
     #[error(transparent)]
     Log(#[from] LogError),
-    /// Another daemon runs with this configuration, or `[admin] socket` can't be had.
+    /// Another daemon runs with this configuration, or the `[admin] socket` can't be used.
     #[error(transparent)]
     Claim(#[from] ClaimError),
     /// The admin API can't be served.
     #[error(transparent)]
     Admin(#[from] ServerError),
-    /// A service's own address can't be listened on.
+    /// lbd can't listen on an address of a service.
     #[error("service {service}: {source}{place}")]
     Bind {
-        /// Which service.
+        /// The service.
         service: Arc<str>,
-        /// Where the configuration says so, in brackets; nothing where it is no file.
+        /// Where the configuration has the address, in brackets; empty without a configuration
+        /// file.
         place: String,
-        /// Why.
+        /// The reason.
         source: BindError,
     },
-    /// The kernel can't be had to hand out a service's connections.
+    /// The kernel can't be set up to hand out a service's connections (`route = "direct"`).
     #[error("service {service}: {source}")]
     Steer {
-        /// Which service.
+        /// The service.
         service: Arc<str>,
-        /// Why.
+        /// The reason.
         source: SteerError,
     },
-    /// The configuration asks for what this lbd can't do.
+    /// The configuration asks for something that lbd can't do here.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// The system denies what the daemon can't do without.
+    /// The system denies something that the daemon needs.
     #[error("cannot start: {0}")]
     System(#[from] io::Error),
 }
 
-/// ` (/etc/lb.toml:3: service.web.listen)`.
+/// Where the configuration has a service's addresses, after a space:
+/// `(/etc/lb.toml:3: service.web.listen)`.
 fn place_of_listen(config: &Config, service: &str) -> String {
     let Some(file) = &config.path else { return String::new() };
     let key = format!("service.{}.listen", shown_key(service));
@@ -128,29 +132,30 @@ fn place_of_listen(config: &Config, service: &str) -> String {
     format!(" ({}{line}: {key})", file.display())
 }
 
-/// Runs the daemon until it is stopped, on the sockets that were `passed` to it as far as they are
-/// those that `config` asks for. Blocks.
+/// Runs the daemon until it is stopped. Blocks. Of the sockets that were `passed` to it, it uses
+/// those whose addresses `config` asks for.
 ///
 /// # Errors
-/// Where it can't start. Nothing is left running then.
+/// If the daemon can't start. No process is left running then.
 pub fn run(config: Config, passed: Passed) -> Result<(), DaemonError> {
     supervise(config, passed).inspect_err(notify::failed)
 }
 
 fn supervise(config: Config, passed: Passed) -> Result<(), DaemonError> {
-    // What has lbd's user, as a worker without a user of its own, can't trace it, nor read or change its
-    // memory (ptrace(2)); and no core of it has anybody's data in it. Where the kernel refuses it, that
-    // is no reason not to run.
+    // Processes of lbd's own user, such as a worker without a user of its own, can't trace lbd or
+    // read or change its memory (ptrace(2)), and no core dump holds clients' data. If the kernel
+    // refuses this, lbd runs all the same.
     let _ = prctl::set_dumpable(false);
-    // First of all: of two daemons with one configuration the second must not touch a thing.
+    // First of all: if two daemons have the same configuration, the second one must not change
+    // anything.
     let socket = match admin::Socket::claim(&config) {
         Err(error) if !matches!(error, ClaimError::NoFolder(_)) => return Err(error.into()),
         socket => socket,
     };
     let descriptors = Descriptors::raise();
-    // Before anything runs: a port that is taken ends it all.
+    // Before any process is started: if a port is taken, lbd does not start.
     let tcp = admin::TcpSockets::bind(&config.admin.listen)?;
-    // Declared first, dropped last: what the end has to say is still written.
+    // Declared first and so dropped last: log lines of the shutdown are still written.
     let logging = Logging::start(&config.log)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let tasks = tokio::task::LocalSet::new();
@@ -167,10 +172,12 @@ fn supervise(config: Config, passed: Passed) -> Result<(), DaemonError> {
             info!(%address, token = config.admin.token.is_some(), "admin listening");
         }
         let (token, current) = watch::channel(config.admin.token.clone());
-        // Where lbd can write, and few others: it is needed for a moment at a time.
+        // Preferably the admin socket's folder, which only lbd and few others can write to. Sockets
+        // are in it only for a moment.
         let folder = socket.as_ref().ok().and_then(|socket| socket.path().parent());
         let folder = folder.map_or_else(std::env::temp_dir, Path::to_owned);
-        // Dropped after the daemon, so that whoever waits for it gets an answer.
+        // Dropped after the daemon, so that clients of the admin API that wait for the stop get an
+        // answer.
         let _server = admin::Server::start(socket.ok(), tcp, current, sender, logging.recent())?;
         let daemon = Daemon::start(config, passed, &logging, descriptors, token, folder)?;
         daemon.run(signals, requests).await;
@@ -186,22 +193,23 @@ struct Daemon<'a> {
     frontends: Frontends,
     plane: Rc<DataPlane>,
     access: Arc<AtomicBool>,
-    /// What the admin API asks for over TCP.
+    /// The token that the admin API asks for over TCP.
     token: watch::Sender<Option<Token>>,
     logging: &'a Logging,
     manager: Manager,
-    /// Why workers' processes can't be limited, where they can't.
+    /// Why the number of workers' processes can't be limited; `None` if it can.
     no_process_limits: Option<String>,
     event_log: EventLog,
     events: mpsc::Receiver<Event>,
     idle: Arc<Notify>,
-    /// Listeners that are being emptied; the service where all of its are.
+    /// Tasks that close listeners and empty their accept queues. A task returns the service if it
+    /// closes all of the service's listeners.
     closing: JoinSet<Option<Arc<str>>>,
-    /// Places for connections that were taken out of accept queues.
+    /// Permits for connections that were taken out of accept queues.
     reserved: ReservedPermits,
-    /// When accept queues are looked at again, whatever happens.
+    /// When accept queues are drained again, if nothing happens before.
     drain_at: Option<Instant>,
-    /// A reload that waits for that, and who waits for it.
+    /// A reload that waits until `closing` is empty, and those who asked for it.
     reload_wanted: Option<Vec<Asker>>,
     requests: Requests,
     reload_history: ReloadHistory,
@@ -215,12 +223,12 @@ struct Daemon<'a> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
     Running,
-    /// Since then, gracefully.
+    /// A graceful stop, begun at this time.
     Stopping(Instant),
-    /// Since then, at once.
+    /// An immediate stop, begun at this time.
     Aborting(Instant),
-    /// No worker is left. Clients are waited for as long as the stop that began then allows; not at
-    /// all where there is no such time.
+    /// No worker is left. After a graceful stop, which began at this time, lbd still waits for
+    /// clients for the rest of the drain timeout; with `None` it does not wait.
     Finished(Option<Instant>),
 }
 
@@ -308,7 +316,7 @@ impl<'a> Daemon<'a> {
         Ok(daemon)
     }
 
-    /// Waits and handles until no worker and no connection is left.
+    /// Runs the event loop until no worker is left, then waits for the last connections.
     async fn run(mut self, mut signals: Signals, mut asked: mpsc::Receiver<admin::Request>) {
         while !matches!(self.stage, Stage::Finished(_)) {
             let deadline = self.deadline();
@@ -326,7 +334,8 @@ impl<'a> Daemon<'a> {
             self.tell_manager();
         }
         self.flush(&mut signals, &mut asked).await;
-        // Before the last line: each connection that is cut has its own.
+        // Before the last log line, since each connection that is cut has its line in the access
+        // log.
         self.plane.cut();
         let uptime = event_log::seconds(self.started.elapsed());
         info!(uptime, "stopped");
@@ -368,8 +377,8 @@ impl<'a> Daemon<'a> {
         }
     }
 
-    /// Whether a stop has just begun: timeout(1) sends the signal to the process and then to its group,
-    /// which is no second wish.
+    /// Whether a stop has just begun. timeout(1) sends the signal to the process and then to its
+    /// group; the second signal must not turn the graceful stop into an immediate one.
     fn is_one_of_two(&self, now: Instant) -> bool {
         let began = match self.stage {
             Stage::Stopping(since) | Stage::Finished(Some(since)) => Some(since),
@@ -416,7 +425,7 @@ impl<'a> Daemon<'a> {
         self.manager.ready(&self.status_line(), Instant::now());
     }
 
-    /// What there is to say to the service manager at the end of a turn.
+    /// Tells the service manager what is due at the end of a turn of the event loop.
     fn tell_manager(&mut self) {
         let now = Instant::now();
         self.manager.timeout(now, || self.plane.progress());
@@ -429,7 +438,7 @@ impl<'a> Daemon<'a> {
         let dropped = self.logging.dropped_lines();
         if dropped > self.dropped_lines && self.dropped_told.elapsed() >= Duration::from_secs(1) {
             let lines = dropped - self.dropped_lines;
-            // Also in all: where the disk is full, this line is lost as well.
+            // With the total, since this line is lost as well while the disk is full.
             warn!(lines, total = dropped, "log lines dropped, the log is full or too slow");
             self.dropped_lines = dropped;
             self.dropped_told = Instant::now();
@@ -441,13 +450,13 @@ impl<'a> Daemon<'a> {
     }
 }
 
-/// Restarts of different machines shall not go in step.
+/// A random seed, so that restarts on different machines are not synchronised.
 fn seed() -> u64 {
     use std::hash::{BuildHasher, RandomState};
     RandomState::new().hash_one(std::process::id())
 }
 
-/// What a timer that is not armed would wait for.
+/// A time for a timer that is not armed.
 fn far_future() -> Instant {
     Instant::now() + Duration::from_secs(24 * 3600)
 }

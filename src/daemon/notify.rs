@@ -1,5 +1,5 @@
-//! What the service manager is told (sd_notify(3)): in which state lbd is, in one sentence how it is,
-//! and, where it asks for that, that lbd is alive. Without a `NOTIFY_SOCKET` nothing is done.
+//! Tells the service manager (sd_notify(3)) lbd's state, its status as one sentence, and, if the
+//! manager asks for it, that lbd is alive (watchdog). Without `NOTIFY_SOCKET` nothing is sent.
 
 use std::{
     collections::VecDeque,
@@ -19,25 +19,27 @@ use tracing::{debug, warn};
 
 use super::event_log::seconds;
 
-/// The sentence is sent no sooner after the one before. And so soon it is tried again to say what
-/// the manager had no room for.
+/// The shortest time between two status sentences. Also the pause before a message is sent again
+/// for which the manager's socket had no room.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// How often it is looked whether there is another sentence while connections drain, which end
-/// without the main thread's knowing.
+/// How often the status is checked for changes while connections drain: their ends don't wake the
+/// main thread.
 const DRAINING_LOOK: Duration = Duration::from_secs(1);
 
-/// How long a timeout is put off at a time, and how often: where lbd hangs, it strikes soon.
+/// By how much the manager's timeout is extended at a time, and how often: if lbd hangs, the
+/// timeout soon expires.
 const EXTENSION: Duration = Duration::from_secs(15);
 const EXTENSION_EVERY: Duration = Duration::from_secs(5);
 
-/// In one timeout of the watchdog, lbd is looked at so many times: more than one look must fail.
+/// How many times lbd checks itself within one watchdog timeout: a single failed check must not be
+/// fatal.
 const LOOKS: u32 = 4;
 
-/// So many messages wait for a manager that has no room; there are hardly more states.
+/// How many messages wait for a manager whose socket is full; lbd has hardly more states.
 const WAITING: usize = 16;
 
-/// The way to the service manager.
+/// The connection to the service manager; `None` if there is none.
 #[derive(Debug)]
 pub(super) struct Manager(Option<Told>);
 
@@ -45,13 +47,13 @@ pub(super) struct Manager(Option<Told>);
 struct Told {
     channel: Channel,
     watchdog: Option<Watchdog>,
-    /// The state that is under way and has a timeout: until then the manager is asked for time, next
-    /// at that time.
+    /// For a start or a stop that is under way: until when the manager is asked for more time, and
+    /// when it is asked next.
     extending: Option<(Instant, Instant)>,
     shutdown: bool,
     status: String,
     status_at: Option<Instant>,
-    /// The sentence may have changed since; it was too early to send it.
+    /// The sentence may have changed, but it was too early to send it.
     status_due: bool,
 }
 
@@ -59,14 +61,14 @@ struct Told {
 struct Watchdog {
     every: Duration,
     next: Instant,
-    /// The turns that each data thread had made at the last look.
+    /// The event loop turns of each data thread at the last check.
     turns: Vec<u64>,
     hangs: bool,
 }
 
 impl Manager {
-    /// Who the environment names. The manager is asked for time until `until`, or until
-    /// [`ready`](Self::ready).
+    /// Connects to the manager that the environment names. The manager is asked for time until
+    /// `until`, or until [`ready`](Self::ready).
     pub(super) fn from_environment(now: Instant, until: Instant) -> Self {
         let Some(channel) = Channel::from_environment() else { return Self(None) };
         let watchdog = |timeout: Duration| {
@@ -84,14 +86,14 @@ impl Manager {
         }))
     }
 
-    /// Every service has a healthy worker, or a reload is done.
+    /// Reports that every service has a healthy worker, or that a reload is done.
     pub(super) fn ready(&mut self, status: &str, now: Instant) {
         let Some(told) = &mut self.0 else { return };
         told.extending = None;
         told.enter(&[NotifyState::Ready], status, now);
     }
 
-    /// A reload has begun; [`Self::ready`] ends it.
+    /// Reports that a reload has begun; [`Self::ready`] ends it.
     pub(super) fn reloading(&mut self, now: Instant) {
         let Some(told) = &mut self.0 else { return };
         let mut state = vec![NotifyState::Reloading];
@@ -99,7 +101,7 @@ impl Manager {
         told.enter(&state, "reloading", now);
     }
 
-    /// The daemon stops, which may take until `until`.
+    /// Reports that the daemon stops, which may take until `until`.
     pub(super) fn shutdown(&mut self, status: &str, until: Instant, now: Instant) {
         let Some(told) = &mut self.0 else { return };
         told.shutdown = true;
@@ -107,7 +109,7 @@ impl Manager {
         told.enter(&[NotifyState::Stopping, extension()], status, now);
     }
 
-    /// Whether [`Self::status`] is of use now: somebody listens, and the last sentence is not too
+    /// Whether to call [`Self::status`] now: there is a manager, and the last sentence is not too
     /// recent.
     pub(super) fn wants_status(&mut self, now: Instant) -> bool {
         let Some(told) = &mut self.0 else { return false };
@@ -115,18 +117,18 @@ impl Manager {
         !told.status_due
     }
 
-    /// How it is now; sent if it is another sentence than the last one.
+    /// Sends the current status sentence, if it differs from the last one.
     pub(super) fn status(&mut self, status: &str, now: Instant) {
         let Some(told) = &mut self.0 else { return };
         let status = one_line(status);
         told.status_at = Some(now);
-        // One that does not get through is found different again.
+        // If sending fails, the next call finds the sentence changed again.
         if status != told.status && told.channel.tell(&[NotifyState::Status(&status)]) {
             told.status = status;
         }
     }
 
-    /// When [`Self::timeout`] or [`Self::status`] has something to do.
+    /// When to call [`Self::timeout`] or [`Self::status`] next.
     pub(super) fn deadline(&self) -> Option<Instant> {
         let told = self.0.as_ref()?;
         let watchdog = told.watchdog.as_ref().map(|watchdog| watchdog.next);
@@ -140,9 +142,9 @@ impl Manager {
         watchdog.into_iter().chain(extension).chain(status).min()
     }
 
-    /// Asks for more time, and says that lbd is alive if it is: the main thread is, having come
-    /// here, and the data threads if each has made a turn since the last look, as
-    /// [`progress`](crate::proxy::DataPlane::progress) tells.
+    /// Asks for more time if that is due, and feeds the watchdog if lbd is alive. The main thread
+    /// is alive if it gets here; the data threads are if each has made a turn of its event loop
+    /// since the last check, as [`progress`](crate::proxy::DataPlane::progress) tells.
     pub(super) fn timeout(&mut self, now: Instant, progress: impl FnOnce() -> Vec<u64>) {
         let Some(told) = &mut self.0 else { return };
         if let Some((until, next)) = told.extending
@@ -161,7 +163,7 @@ impl Manager {
     }
 }
 
-/// Says why lbd could not start.
+/// Reports why lbd could not start.
 pub(super) fn failed(error: &impl ToString) {
     if let Some(mut channel) = Channel::from_environment() {
         channel.tell(&[NotifyState::Status(&one_line(&error.to_string()))]);
@@ -169,7 +171,7 @@ pub(super) fn failed(error: &impl ToString) {
 }
 
 impl Told {
-    /// Tells of another state, and in the same message how it is now.
+    /// Reports a new state, together with the current status sentence.
     fn enter(&mut self, state: &[NotifyState<'_>], status: &str, now: Instant) {
         self.status = one_line(status);
         self.status_at = Some(now);
@@ -179,7 +181,7 @@ impl Told {
 }
 
 impl Watchdog {
-    /// Whether all have made progress since the last look.
+    /// Whether all data threads have made progress since the last check.
     fn look(&mut self, now: Instant, turns: Vec<u64>) -> bool {
         self.next = now + self.every;
         let hang = self.turns.iter().zip(&turns).any(|(before, after)| before == after);
@@ -193,12 +195,12 @@ impl Watchdog {
     }
 }
 
-/// The socket. Nothing here ever blocks: a manager that is busy must not hold up lbd.
+/// The socket to the manager. No call here blocks: a busy manager must not hold up lbd.
 #[derive(Debug)]
 struct Channel {
     socket: UnixDatagram,
     manager: SocketAddr,
-    /// What must be said and could not be yet.
+    /// Messages that must get through but could not be sent yet.
     waiting: VecDeque<String>,
 }
 
@@ -219,12 +221,13 @@ impl Channel {
             .ok()
     }
 
-    /// Says what is soon out of date. Whether it got through.
+    /// Sends a message that is soon out of date, once. Returns whether it was sent.
     fn tell(&mut self, state: &[NotifyState<'_>]) -> bool {
         self.flush() && self.send(&message(state))
     }
 
-    /// Says it as soon as the manager has room for it.
+    /// Sends a message that must get through: as soon as the manager's socket has room. If too many
+    /// messages wait, the oldest one is dropped.
     fn insist(&mut self, state: &[NotifyState<'_>]) {
         if self.waiting.len() == WAITING {
             self.waiting.pop_front();
@@ -237,7 +240,7 @@ impl Channel {
         !self.waiting.is_empty()
     }
 
-    /// Whether all that had to be said is.
+    /// Sends the waiting messages. Returns whether all of them were sent.
     fn flush(&mut self) -> bool {
         while let Some(next) = self.waiting.front() {
             if !self.send(next) {
@@ -248,8 +251,8 @@ impl Channel {
         true
     }
 
-    /// False where there is no room for it. One that nobody can take is as good as sent: that is no
-    /// reason to stop serving.
+    /// Sends a message; returns false if the socket has no room. If the message can't be sent for
+    /// another reason, it counts as sent: that is no reason to stop serving.
     fn send(&self, message: &str) -> bool {
         match self.socket.send_to_addr(message.as_bytes(), &self.manager) {
             Ok(_) => true,
@@ -270,7 +273,7 @@ fn extension() -> NotifyState<'static> {
     NotifyState::ExtendTimeoutUsec(u32::try_from(EXTENSION.as_micros()).unwrap_or(u32::MAX))
 }
 
-/// A line feed would begin another field.
+/// Makes a text one line, since a line feed would begin another field.
 fn one_line(text: &str) -> String {
     text.replace(['\n', '\r'], " ")
 }

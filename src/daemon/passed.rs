@@ -1,9 +1,10 @@
 //! Listening sockets that the service manager made and passed to lbd (sd_listen_fds(3)).
 //!
-//! They outlive lbd, so clients that connect while it is being restarted wait in their accept queues
-//! instead of being refused. That is why nothing is ever done to one that its next owner would
-//! notice: its queue is not emptied when lbd lets go of it, and no filter is attached to it. A copy is
-//! kept for as long as lbd runs: a reload that brings an address back finds its socket again.
+//! They outlive lbd, so clients that connect while lbd is being restarted wait in their accept
+//! queues instead of being refused. So lbd never changes anything about such a socket that its next
+//! owner would notice: its accept queue is not emptied when lbd closes it, and no filter is
+//! attached to it. lbd keeps a copy for as long as it runs, so that a reload that brings an address
+//! back finds its socket again.
 
 use std::{
     collections::HashMap,
@@ -20,18 +21,18 @@ use crate::{
     net::{BindError, Listener, Shared},
 };
 
-/// What the environment says was passed to this process, not yet looked at.
+/// The sockets that were passed to this process according to its environment, not yet examined.
 #[derive(Debug)]
 pub struct Passed(io::Result<Vec<(OwnedFd, String)>>);
 
 impl Passed {
-    /// Takes the descriptors that `LISTEN_FDS`, `LISTEN_PID` and `LISTEN_FDNAMES` tell of; none
-    /// where they are meant for another process. They are close-on-exec from here on; the variables
-    /// stay, and are kept from the workers with all others that are for lbd alone.
+    /// Takes the descriptors that `LISTEN_FDS`, `LISTEN_PID` and `LISTEN_FDNAMES` name; none if
+    /// they are meant for another process. From here on they are close-on-exec. The variables stay
+    /// set, but are not passed on to workers, like all others that are for lbd alone.
     ///
     /// # Safety
-    /// To be called once, before anything else in this process opens a descriptor or forks: what is
-    /// open from 3 on is then as the service manager left it, and nobody else's.
+    /// To be called once, before this process opens a descriptor or forks: only then are the
+    /// descriptors from 3 on those that the service manager left, and owned by nothing else.
     #[must_use]
     pub unsafe fn from_environment() -> Self {
         // SAFETY: the caller says that the descriptors are ours alone; that each is open has just
@@ -41,23 +42,24 @@ impl Passed {
         Self(fds.map(|fds| fds.map(|(fd, name)| (own(fd), name)).collect()))
     }
 
-    /// Nothing was passed.
+    /// No passed sockets.
     #[must_use]
     pub fn none() -> Self {
         Self(Ok(Vec::new()))
     }
 }
 
-/// The passed sockets that the configuration has, or had, a use for.
+/// The passed sockets that a configuration has used since the start.
 #[derive(Debug)]
 pub(super) struct PassedSockets {
     sockets: Vec<Arc<Shared>>,
-    /// Which one serves an address that it is not bound to, because its name says so.
+    /// Sockets that are used for an address that they are not bound to, because their name says so:
+    /// indexes into `sockets`.
     named: HashMap<Listen, usize>,
 }
 
 impl PassedSockets {
-    /// Keeps those that are of use to `services`; says in the log which are not, and closes them.
+    /// Keeps the sockets that `services` use; logs which they don't, and closes those.
     pub(super) fn choose(passed: Passed, services: &[config::Service]) -> Self {
         let fds = passed.0.unwrap_or_else(|error| {
             warn!(%error, "cannot take over the sockets that LISTEN_FDS tells of");
@@ -75,15 +77,16 @@ impl PassedSockets {
         Self::assign(found, services)
     }
 
-    /// To each address the socket that is bound to it. What is left over goes, in order, by name: to
-    /// the service of that name, for an address of the same kind that has none.
+    /// Assigns to each address the socket that is bound to it. The remaining sockets are assigned
+    /// by name, in order: to the service of that name, for an address of the same kind that has no
+    /// socket yet.
     fn assign(found: Vec<(Socket, String)>, services: &[config::Service]) -> Self {
         let mut sockets: Vec<Arc<Shared>> = Vec::new();
         let mut left = Vec::new();
         let wanted = |listen: &Listen| services.iter().any(|s| s.listen.contains(listen));
         for (socket, name) in found {
             let Ok(shared) = Shared::new(socket, name) else { continue };
-            // Two sockets on one address share it by SO_REUSEPORT: the second serves nobody here.
+            // Two sockets on one address share it by SO_REUSEPORT: lbd uses only the first.
             let twin = sockets.iter().any(|other| other.address() == shared.address());
             if wanted(shared.address()) && !twin {
                 sockets.push(Arc::new(shared));
@@ -120,8 +123,8 @@ impl PassedSockets {
         bound.or_else(|| self.sockets.get(*self.named.get(listen)?))
     }
 
-    /// A listener on the socket for `listen`, if one was passed. Who may connect to it is for whoever
-    /// made it to say.
+    /// A listener on the socket for `listen`, if one was passed. Who may connect to it is up to the
+    /// process that made it.
     pub(super) fn listener(
         &self,
         listen: &Listen,
@@ -136,8 +139,8 @@ impl PassedSockets {
         Some(Listener::share(shared, listen))
     }
 
-    /// Says which of them `services` have no use for any more. They stay open, and clients who come
-    /// there wait, until an address comes back or their owner closes them.
+    /// Logs which of the sockets `services` no longer use. They stay open, and clients that connect
+    /// there wait until an address comes back or the owner closes the socket.
     pub(super) fn tell_unused(&self, services: &[config::Service]) {
         let listens: Vec<_> = services.iter().flat_map(|service| &service.listen).collect();
         for (index, socket) in self.sockets.iter().enumerate() {
@@ -151,7 +154,8 @@ impl PassedSockets {
         }
     }
 
-    /// Why `listen` could not be bound, where that is for a passed socket, which is never let go.
+    /// Adds to an error that a passed socket, which is never closed, is why `listen` could not be
+    /// bound, if that is so.
     pub(super) fn explain(&self, listen: &Listen, error: BindError) -> BindError {
         if error.kind() != io::ErrorKind::AddrInUse {
             return error;
@@ -175,13 +179,13 @@ impl PassedSockets {
     }
 }
 
-/// What makes a passed descriptor useless.
+/// Why a passed descriptor can't be used.
 struct Unfit {
     address: Option<String>,
     why: String,
 }
 
-/// A listening stream socket, or why it is none.
+/// Checks that a descriptor is a listening stream socket.
 fn inspect(fd: OwnedFd) -> Result<Socket, Unfit> {
     let socket = Socket::from(fd);
     let kind = socket.r#type().map_err(|error| Unfit { address: None, why: error.to_string() })?;
@@ -204,7 +208,7 @@ fn same_kind(a: &Listen, b: &Listen) -> bool {
     matches!((a, b), (Listen::Tcp(_), Listen::Tcp(_)) | (Listen::Unix(_), Listen::Unix(_)))
 }
 
-/// Whether `listen` can't be bound because of `socket`.
+/// Whether `socket` is what keeps `listen` from being bound.
 fn in_the_way(socket: &Shared, listen: &Listen) -> bool {
     let (Listen::Tcp(bound), Listen::Tcp(wanted)) = (socket.address(), listen) else {
         return false;

@@ -1,4 +1,5 @@
-//! A reload: read, compare, bind, and only then apply. A file that is refused changes nothing.
+//! A reload: reads the file, compares it, binds what is new, and only then applies it. A file that
+//! is refused changes nothing.
 
 use std::{sync::Arc, time::Instant};
 
@@ -40,7 +41,7 @@ pub(super) enum Refused {
     Stopping,
 }
 
-/// A reload of which nothing can fail any more.
+/// A reload of which no step can fail any more.
 struct Prepared {
     new: Config,
     diff: Diff,
@@ -49,20 +50,20 @@ struct Prepared {
 }
 
 impl Daemon<'_> {
-    /// Reads the file again and applies the difference, and says in the log how that went. The
-    /// askers are told when it has been refused, or when the rollouts that follow have ended.
+    /// Reads the file again, applies the difference, and logs the result. The askers get their
+    /// answer when the reload is refused, or when the rollouts that follow have ended.
     pub(super) fn reload(&mut self, askers: Vec<Asker>) {
         if self.stage != Stage::Running {
             warn!(error = %Refused::Stopping, "reload refused");
             let failure = Failure::from(Refused::Stopping);
             return askers.into_iter().for_each(|asker| asker.refuse(failure.clone()));
         }
-        // An address may only be bound again once whoever had it has let go of it.
+        // An address can be bound again only after its old listener is closed.
         if !self.closing.is_empty() {
             self.reload_wanted.get_or_insert_default().extend(askers);
             return;
         }
-        // Before the first READY it is the start that goes on.
+        // Before the first READY=1 the service manager still waits for the start.
         if self.ready {
             self.manager.reloading(Instant::now());
         }
@@ -80,8 +81,8 @@ impl Daemon<'_> {
         }
     }
 
-    /// Everything that can fail: reads the file, compares it, and binds what it asks for. Dropped,
-    /// nothing has changed.
+    /// Does everything that can fail: reads the file, compares it, and binds new listeners. If the
+    /// result is dropped, nothing has changed.
     fn prepare(&self, askers: &[Asker]) -> Result<Prepared, Refused> {
         let path = self.config.path.as_deref().ok_or(Refused::NoFile)?;
         let new = config::read(path)?;
@@ -91,7 +92,8 @@ impl Daemon<'_> {
             Asker::Restart { service, .. } => service.as_ref(),
             Asker::Reload(_) => None,
         });
-        // Before anything is changed that was not meant alone.
+        // If all that was asked for is restarts, one for a missing service is refused before the
+        // reload changes anything.
         if let Some(name) = restarts.clone().find(is_missing)
             && restarts.count() == askers.len()
         {
@@ -114,7 +116,7 @@ impl Daemon<'_> {
         Ok(Prepared { new, diff, bound, steerable })
     }
 
-    /// Puts it in force. The askers are told when the rollouts that follow have ended.
+    /// Applies the reload. The askers get their answer when the rollouts that follow have ended.
     fn commit(&mut self, prepared: Prepared, askers: Vec<Asker>) {
         let Prepared { new, diff, bound, steerable } = prepared;
         let (added, removed) = (diff.added.len(), diff.removed.len());
@@ -159,7 +161,7 @@ impl Daemon<'_> {
 impl From<Refused> for Failure {
     fn from(refused: Refused) -> Self {
         match refused {
-            // Somebody reads it in a terminal: a line a problem.
+            // The answer is read in a terminal, so each problem has a line of its own.
             Refused::Config(error) => Self::Refused(error.to_string()),
             Refused::NeedsRestart(_) | Refused::Bind(..) | Refused::Steer(..) => {
                 Self::Refused(refused.to_string())

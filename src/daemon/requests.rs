@@ -1,4 +1,4 @@
-//! What operators ask for over the admin socket, and who waits for the end of it.
+//! The requests of operators over the admin API, and the answers they wait for.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -16,17 +16,17 @@ use crate::{
     supervisor::{Chosen, Coming, Event, Service, Ticket},
 };
 
-/// Requests that the supervisor works on, by their tickets.
+/// The requests that the supervisor works on, by their tickets.
 #[derive(Debug, Default)]
 pub(super) struct Requests {
     tickets: u64,
     waiting: HashMap<Ticket, Waiting>,
     finished: Vec<(Ticket, Result<Vec<String>, String>)>,
-    /// Restarts of several services that one answer waits for.
+    /// Restarts of several services that share one answer.
     sets: HashMap<u64, RestartSet>,
 }
 
-/// What is to be said at the end, and to whom.
+/// The answer to give when a request has ended, and who gets it.
 #[derive(Debug)]
 pub(super) enum Waiting {
     Reload {
@@ -38,17 +38,18 @@ pub(super) enum Waiting {
         asker: Answer<Restarted>,
         restarted: Restarted,
     },
-    /// One restart of such a set.
+    /// One restart of a [`RestartSet`].
     PartOf {
         set: u64,
     },
 }
 
-/// Who waits for a reload.
+/// A client of the admin API that waits for a reload.
 #[derive(Debug)]
 pub(super) enum Asker {
     Reload(Answer<Reloaded>),
-    /// All workers of the service, or of all, or that of the slot, are to be new after it.
+    /// After the reload, every worker of the service (or of all services, or of the one slot) is to
+    /// be new.
     Restart {
         service: Option<String>,
         slot: Option<u32>,
@@ -56,10 +57,10 @@ pub(super) enum Asker {
     },
 }
 
-/// Which workers there were, by service and slot.
+/// The generation of each slot's worker, by service and slot number.
 pub(super) type Generations = BTreeMap<(Arc<str>, u32), u64>;
 
-/// Restarts that are under way together.
+/// Restarts that are under way together and share one answer.
 #[derive(Debug)]
 struct RestartSet {
     left: usize,
@@ -70,7 +71,7 @@ struct RestartSet {
 
 impl Asker {
     pub(super) fn refuse(self, failure: Failure) {
-        // Whoever asked may have gone away since.
+        // The asker may have gone away; then sending fails.
         match self {
             Self::Reload(answer) => _ = answer.send(Err(failure)),
             Self::Restart { answer, .. } => _ = answer.send(Err(failure)),
@@ -78,19 +79,19 @@ impl Asker {
     }
 }
 
-/// When the configuration was read, and how that went.
+/// When the configuration was loaded, and whether that succeeded.
 #[derive(Debug)]
 pub(super) struct ReloadHistory {
-    /// When the one in force was.
+    /// When the configuration in force was loaded.
     pub(super) loaded_at: SystemTime,
-    /// How the last attempt went; the start counts as one that went well.
+    /// The result of the last reload; the start counts as a successful one.
     pub(super) last: status::Reload,
-    /// Of the last reload that was accepted, until another is tried.
+    /// The ticket of the last accepted reload, until another is tried.
     ticket: Option<Ticket>,
     ok: u64,
     refused: u64,
     failed: u64,
-    /// When the last one that went well was read.
+    /// When the last successful reload was loaded.
     succeeded_at: SystemTime,
 }
 
@@ -100,14 +101,14 @@ impl Requests {
         Ticket(self.tickets)
     }
 
-    /// A ticket that somebody waits for.
+    /// Makes a ticket for a request that somebody waits for.
     pub(super) fn wait(&mut self, waiting: Waiting) -> Ticket {
         let ticket = self.ticket();
         self.waiting.insert(ticket, waiting);
         ticket
     }
 
-    /// Takes note of the supervisor's answer, which [`Daemon::tell_askers`] passes on.
+    /// Stores the supervisor's answer, which [`Daemon::tell_askers`] passes on.
     pub(super) fn finish(&mut self, ticket: Ticket, result: Result<Vec<String>, String>) {
         self.finished.push((ticket, result));
     }
@@ -143,14 +144,15 @@ impl ReloadHistory {
         self.refused += 1;
     }
 
-    /// Its rollouts may still fail: they answer to `ticket`.
+    /// Records an accepted reload. Its rollouts may still fail; their result comes with `ticket`.
     pub(super) fn accepted(&mut self, ticket: Ticket) {
         self.loaded_at = SystemTime::now();
         self.record(self.loaded_at, None);
         self.ticket = Some(ticket);
     }
 
-    /// Of several reloads only the last one says how it is.
+    /// Records the result of a reload's rollouts. All are counted, but only the last reload's
+    /// result is the current state.
     fn rolled_out(&mut self, ticket: Ticket, result: &Result<Vec<String>, String>) {
         let is_last = self.ticket == Some(ticket);
         match result {
@@ -185,7 +187,7 @@ impl ReloadHistory {
 }
 
 impl Daemon<'_> {
-    /// Answers at once, or sees to it that [`Self::tell_askers`] will.
+    /// Answers a request at once, or has [`Self::tell_askers`] answer it later.
     pub(super) fn request(&mut self, request: Request) {
         match request {
             Request::Status(asker) => {
@@ -207,10 +209,10 @@ impl Daemon<'_> {
         }
     }
 
-    /// Answers what the supervisor has finished. Called at the end of a turn, when everything that the
-    /// answer is about has been carried out.
+    /// Answers the requests that the supervisor has finished. Called at the end of a turn of the
+    /// event loop, when all effects that the answers are about have been carried out.
     pub(super) fn tell_askers(&mut self) {
-        // What is begun here may be finished at once.
+        // A request that is started here may finish at once.
         while !self.requests.finished.is_empty() {
             for (ticket, result) in mem::take(&mut self.requests.finished) {
                 self.tell_asker(ticket, result);
@@ -241,7 +243,7 @@ impl Daemon<'_> {
                         restarted.warnings.extend(warnings);
                         Ok(restarted)
                     }
-                    // What was not known when it was asked for may be what it failed for.
+                    // The warnings may explain the failure.
                     Err(error) => {
                         let lines = std::iter::once(error).chain(restarted.warnings);
                         Err(Failure::Failed(lines.collect::<Vec<_>>().join("\n")))
@@ -250,7 +252,7 @@ impl Daemon<'_> {
                 let _ = asker.send(answer);
             }
             Some(Waiting::PartOf { set }) => self.requests.part_finished(set, result),
-            // The start of the daemon, which nobody asked for.
+            // The first `Apply` at the daemon's start: nobody waits for its answer.
             None => {}
         }
     }
@@ -271,7 +273,7 @@ impl Daemon<'_> {
         self.handle(Event::Restart { service, slots: slot.into(), ticket });
     }
 
-    /// What there is to say where the file is not the one that is in force.
+    /// A remark if the configuration file has changed since it was loaded.
     fn is_file_changed(&self) -> Option<String> {
         let path = self.config.path.as_deref()?;
         let now = config::digest(path)?;
@@ -287,7 +289,7 @@ impl Daemon<'_> {
         ))
     }
 
-    /// Which workers there are.
+    /// The generation of each slot's worker.
     pub(super) fn generations(&self) -> Generations {
         let services = self.supervisor.services();
         let slots = services.flat_map(|service| {
@@ -297,7 +299,7 @@ impl Daemon<'_> {
         slots.collect()
     }
 
-    /// After a reload: replaces those workers that it has not replaced.
+    /// After a reload: restarts the workers that the reload has not replaced.
     fn restart_rest(
         &mut self,
         service: Option<String>,
@@ -346,7 +348,8 @@ impl Daemon<'_> {
         }
     }
 
-    /// When this returns, the data threads know it.
+    /// Drains a slot, or resumes it. When this returns, the new rotation is published to the data
+    /// threads.
     fn place(&mut self, name: &str, slot: u32, drained: bool) -> Result<Placed, Failure> {
         let service = Arc::clone(&self.known(name, Some(slot))?.config.name);
         self.handle(match drained {
@@ -365,7 +368,8 @@ impl Daemon<'_> {
             Coming::Never | Coming::Now | Coming::At(_) => None,
         };
         let state = worker.state;
-        // What the kernel gave it in this instant is counted in the next.
+        // A connection that the kernel gave the worker just now is in no sample yet: unless the
+        // worker is known to hold none, count at least one.
         let known = worker.connections.active.unwrap_or(0) + worker.connections.queued.unwrap_or(0);
         let current = service.slots.iter().find(|found| found.number == slot);
         let current = current.and_then(|slot| slot.current.as_ref());
@@ -374,7 +378,7 @@ impl Daemon<'_> {
         Ok(Placed { drained: worker.drained, state, active, in_rotation, warning })
     }
 
-    /// The service `name`, which has this slot, and on which there is something to do.
+    /// The service `name`, if it has this slot and may be changed.
     fn known(&self, name: &str, slot: Option<u32>) -> Result<&Service, Failure> {
         if self.stage != Stage::Running {
             return Err(Failure::Failed("lbd is stopping".to_owned()));

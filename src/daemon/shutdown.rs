@@ -1,5 +1,6 @@
-//! The end of listeners and of the whole daemon, in the order that loses nobody: no new clients,
-//! then those that wait are taken, then workers end, then what they said last is passed on.
+//! Closing listeners and stopping the daemon, in an order that loses no connection: stop accepting,
+//! take the connections that wait in accept queues, stop the workers, then send the rest of their
+//! answers to the clients.
 
 use std::{
     rc::Rc,
@@ -22,7 +23,8 @@ use crate::{
 };
 
 impl Daemon<'_> {
-    /// Graceful: no new connections, then those in flight end, then the workers do.
+    /// Begins a graceful stop: no new connections are accepted, connections in flight end, then the
+    /// workers are stopped.
     pub(super) fn stop(&mut self) {
         info!(connections = self.all_held(), "stopping");
         let now = Instant::now();
@@ -49,7 +51,8 @@ impl Daemon<'_> {
         self.handle(Event::Abort);
     }
 
-    /// Gives no new client to the workers of `service`, at addresses that are not in `keep`.
+    /// Stops giving new clients to the workers of `service`, at public addresses that are not in
+    /// `keep`.
     pub(super) fn close_publics(&mut self, service: &str, keep: &[Listen]) {
         let frontends = &self.frontends;
         self.workers
@@ -58,10 +61,12 @@ impl Daemon<'_> {
             .close(service, keep, |listen| frontends.is_passed(listen));
     }
 
-    /// Stops accepting on these, in the background; every client that waits there is taken first.
+    /// Closes these listeners in the background, after accepting every client in their accept
+    /// queues.
     pub(super) fn close(&mut self, listeners: Vec<FrontendId>, service: Option<Arc<str>>) {
         let plane = Rc::clone(&self.plane);
-        // Those that wait for a worker were promised one that is due within `hold-timeout`.
+        // When lbd stops, clients on the wait list may still get a worker that is due within
+        // `hold-timeout`.
         let is_stopping = matches!(self.stage, Stage::Stopping(_));
         let route = service.as_ref().filter(|_| is_stopping);
         let route = route.and_then(|service| self.frontends.service(service)).cloned();
@@ -96,7 +101,7 @@ impl Daemon<'_> {
         self.supervisor.services().map(|service| self.held(&service.config.name)).sum()
     }
 
-    /// The connections of a service, those included that its workers have without lbd.
+    /// The connections of a service, including those that don't pass through lbd.
     fn held(&self, service: &str) -> usize {
         let relayed = self.frontends.service(service).map_or(0, |route| route.active());
         let workers = self.supervisor.service(service).into_iter().flat_map(|s| s.workers());
@@ -115,8 +120,8 @@ impl Daemon<'_> {
         }
     }
 
-    /// After the last worker: what it answered last may still be on its way to slow clients, who
-    /// have the rest of the drain timeout, unless lbd stops at once.
+    /// Waits after the last worker has ended, while its last answers are on their way to slow
+    /// clients: for the rest of the drain timeout, unless lbd stops at once.
     pub(super) async fn flush(
         &mut self,
         signals: &mut Signals,

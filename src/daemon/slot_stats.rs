@@ -1,8 +1,8 @@
-//! What each slot has done so far, whoever filled it.
+//! Counts what each slot has done so far, over all its workers.
 //!
-//! A worker's counters begin at nothing with each generation, and end with the last connection that
-//! it had, which may be later than its process. So what is counted of a slot is a sum over its
-//! generations: those that may still count one by one, and those that can't in one number.
+//! Each worker's counters start at zero, and may change until its last connection ends, which may
+//! be after its process ended. So a slot's total is a sum over its generations: those that may
+//! still change are kept one by one, and the others as a single sum.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -15,21 +15,21 @@ use crate::{
     supervisor::{ProbeOutcome, Verdict},
 };
 
-/// The accounts of all slots, by service and number.
+/// The counters of all slots, by service and slot number.
 #[derive(Debug, Default)]
 pub(super) struct SlotStats(HashMap<Arc<str>, BTreeMap<u32, Account>>);
 
-/// One slot's.
+/// The counters of one slot.
 #[derive(Debug, Default)]
 struct Account {
-    /// The generations that may still count.
+    /// The generations whose counters may still change.
     open: Vec<Arc<Backend>>,
-    /// The sum of the others.
+    /// The sum over all other generations.
     closed: WorkerTally,
     probes: Probes,
 }
 
-/// What probes showed.
+/// The results of probes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Probes {
     pub(super) passed: u64,
@@ -37,22 +37,22 @@ pub(super) struct Probes {
     pub(super) took: Durations,
 }
 
-/// What a slot has done so far.
+/// A slot's totals.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Entry {
-    /// Connections on its workers now, the ones being made included; `None` where that can't be told.
+    /// The connections of its workers now, including those being made; `None` if that is not known.
     pub(super) active: Option<usize>,
     pub(super) tally: WorkerTally,
     pub(super) probes: Probes,
 }
 
 impl SlotStats {
-    /// A new generation of the slot.
+    /// Adds a new generation of a slot.
     pub(super) fn open(&mut self, service: &Arc<str>, slot: u32, backend: Arc<Backend>) {
         let slots = self.0.entry(Arc::clone(service)).or_default();
         let account = slots.entry(slot).or_default();
-        // Here and not only when somebody looks, so that a crash loop which nobody looks at does not
-        // grow.
+        // Not only when the counters are read, so that a crash loop does not fill the memory if
+        // nobody reads them.
         account.close();
         account.open.push(backend);
     }
@@ -63,14 +63,14 @@ impl SlotStats {
             match outcome.verdict {
                 Verdict::Passed => probes.passed += 1,
                 Verdict::Failed(_) | Verdict::Hopeless(_) => probes.failed += 1,
-                // It says nothing of the worker.
+                // This says nothing about the worker.
                 Verdict::Unknown(_) => {}
             }
             probes.took.count(outcome.took);
         }
     }
 
-    /// Nothing, of a slot that nobody was ever in.
+    /// The totals of a slot; zero if it never had a worker.
     pub(super) fn read(&mut self, service: &str, slot: u32) -> Entry {
         let account = self.0.get_mut(service).and_then(|slots| slots.get_mut(&slot));
         let Some(account) = account else { return Entry { active: Some(0), ..Entry::default() } };
@@ -83,7 +83,7 @@ impl SlotStats {
         entry
     }
 
-    /// Forgets the slots that are not wanted any more.
+    /// Forgets the slots that are not `wanted`.
     pub(super) fn retain(&mut self, wanted: impl Fn(&str, u32) -> bool) {
         self.0.retain(|service, slots| {
             slots.retain(|slot, _| wanted(service, *slot));
@@ -93,7 +93,7 @@ impl SlotStats {
 }
 
 impl Account {
-    /// Adds up the generations that nobody else knows any more: no pool, and no connection.
+    /// Moves the generations that no pool and no connection refers to any more into the sum.
     fn close(&mut self) {
         let closed = &mut self.closed;
         self.open.retain_mut(|backend| {

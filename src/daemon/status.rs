@@ -1,4 +1,4 @@
-//! How everything is, put together from the supervisor (lives), the fleet (traffic) and the
+//! Builds the status from the supervisor (states), the worker table (traffic) and the
 //! configuration.
 
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use crate::{
 };
 
 impl Daemon<'_> {
-    /// What `/status` tells, but for what only `/proc` knows.
+    /// The content of `/status`, except for what is read from `/proc`.
     pub(super) fn status(&self) -> Status {
         let now = Instant::now();
         let path = self.config.path.as_ref().map(|path| path.display().to_string());
@@ -29,7 +29,7 @@ impl Daemon<'_> {
         }
     }
 
-    /// What [`Self::status`] tells of one slot; `None` where the service has no such.
+    /// What [`Self::status`] says about one slot; `None` if the service has no such slot.
     pub(super) fn slot_status(&self, service: &supervisor::Service, number: u32) -> Option<Worker> {
         let slot = service.slots.iter().find(|slot| slot.number == number)?;
         Some(self.slot(slot, Instant::now()))
@@ -64,13 +64,14 @@ impl Daemon<'_> {
         }
     }
 
-    /// How the kernel shares out the service's connections, where it does.
+    /// How the kernel distributes the service's connections; `None` if lbd distributes them.
     fn steering(&self, service: &supervisor::Service) -> Option<Steering> {
         let steering = self.workers.bindings.direct_listeners.steering(&service.config.name)?;
         Some(Steering { kind: steering.kind.to_string(), why: steering.why.clone() })
     }
 
-    /// `slot` is its slot, or that of its successors; a reload may have taken it away.
+    /// `slot` is the worker's slot, which may hold its successor by now; `None` if a reload has
+    /// removed it.
     fn worker(&self, worker: &supervisor::Worker, slot: Option<&Slot>, now: Instant) -> Worker {
         let generation = worker.generation;
         let traffic = self.workers.backend(worker.id).map(|backend| backend.traffic());
@@ -94,7 +95,7 @@ impl Daemon<'_> {
             },
             bytes: Bytes { sent: traffic.sent, received: traffic.received },
             guard: self.workers.guard(worker.id),
-            // As its limit takes it, where it has one.
+            // As measured for its memory limit, if it has one.
             resident_bytes: worker.usage.resident,
             cpu_seconds: None,
             last_probe: worker.last_probe.as_ref().map(|probe| Probe {
@@ -106,12 +107,12 @@ impl Daemon<'_> {
     }
 }
 
-/// A slot that nobody is in.
+/// The status of a vacant slot.
 fn vacant(slot: &Slot, now: Instant) -> Worker {
-    // Once it is due, it only waits for the port that its predecessor has.
+    // A start that is due only waits for the predecessor to leave the port.
     let state = if slot.start_at > now { State::Backoff } else { State::Starting };
     let none = nothing(&slot.spec);
-    // Since it is due, or else since its last worker ended.
+    // Since the start was due, or else since the last worker ended.
     let due = Some(slot.start_at).filter(|at| *at <= now);
     let ended = slot.last_exit.as_ref().map(|exit| exit.at);
     let since = due.into_iter().chain(ended).max().unwrap_or(now);
@@ -138,13 +139,14 @@ fn vacant(slot: &Slot, now: Instant) -> Worker {
     }
 }
 
-/// What passed through a worker that never was: nothing, as far as it would be known.
+/// The traffic of a worker that does not exist: zero, as far as it would be known.
 fn nothing(spec: &WorkerSpec) -> Traffic {
     let through = (spec.route() == Route::Proxy).then_some(0);
     Traffic { active: Some(0), total: through, failed: 0, sent: through, received: through }
 }
 
-/// How its last worker ended that nobody had asked to: what lbd ended itself is no sign of trouble.
+/// How the slot's last worker ended that lbd had not asked to end: an end that lbd asked for is no
+/// sign of trouble.
 fn last_exit(slot: &Slot) -> Option<String> {
     let unasked = slot.last_exit.as_ref().filter(|exit| !exit.asked);
     unasked.map(|exit| exit.how.to_string())
@@ -161,7 +163,7 @@ fn state(worker: &supervisor::Worker) -> State {
     }
 }
 
-/// Since when it is in its [`state`].
+/// Since when the worker is in its [`state`].
 fn since(worker: &supervisor::Worker) -> Instant {
     match worker.phase {
         Phase::Healthy => worker.drained.map_or(worker.since, |drained| drained.max(worker.since)),
@@ -174,7 +176,7 @@ fn since(worker: &supervisor::Worker) -> Instant {
     }
 }
 
-/// Seconds with microseconds: a probe on this machine takes some hundred of them.
+/// Seconds, to the microsecond: a probe on the same machine takes some hundred microseconds.
 fn micros(duration: Duration) -> f64 {
     (duration.as_secs_f64() * 1e6).round() / 1e6
 }

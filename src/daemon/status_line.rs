@@ -1,4 +1,4 @@
-//! How lbd is, in one sentence: what `systemctl status` shows.
+//! The status as one sentence, which `systemctl status` shows.
 
 use std::fmt::Write as _;
 
@@ -8,14 +8,14 @@ use crate::{
     supervisor::{Service, Slot},
 };
 
-/// So many services in trouble are named.
+/// How many services in trouble are named.
 const NAMED: usize = 3;
 
-/// So many characters are given to a reason.
+/// How many characters of a reason are shown.
 const REASON: usize = 120;
 
 impl Daemon<'_> {
-    /// The sentence. Of one line, and a few hundred characters at most.
+    /// The sentence: one line, a few hundred characters at most.
     pub(super) fn status_line(&self) -> String {
         let services: Vec<_> = self.supervisor.services().collect();
         match self.stage {
@@ -64,7 +64,7 @@ fn running(services: &[&Service], ready: bool) -> String {
     status_line
 }
 
-/// Why the slot has no worker in rotation, where it has none and that is known.
+/// Why the slot has no worker in rotation; `None` if it has one, or if the reason is not known.
 fn reason(service: &Service, slot: &Slot) -> Option<String> {
     let current = slot.current.as_ref();
     if current.is_some_and(|worker| service.rotation().workers.contains(&worker.id)) {
@@ -81,7 +81,7 @@ fn reason(service: &Service, slot: &Slot) -> Option<String> {
 fn short(text: &str) -> String {
     let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
     let first = lines.next().unwrap_or_default();
-    // What a worker said is below, and left out.
+    // The worker's output is on the following lines, and is left out.
     let line = printable::line(first.strip_suffix("; it said last:").unwrap_or(first));
     match line.char_indices().nth(REASON) {
         Some((end, _)) => format!("{}…", &line[..end]),

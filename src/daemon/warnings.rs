@@ -1,4 +1,4 @@
-//! What `lbd check` would warn of, in the log of the daemon that runs the file all the same.
+//! Logs what `lbd check` would warn of, since the daemon runs the configuration all the same.
 
 use std::{
     sync::atomic::{AtomicBool, Ordering},
@@ -9,11 +9,11 @@ use tracing::warn;
 
 use crate::config::{self, Config};
 
-/// Whether a look is under way: accounts are looked up in it, which may take as long as it likes
-/// (nsswitch.conf(5)).
+/// Whether a check is under way: it looks up accounts, which may take any time (nsswitch.conf(5)).
 static LOOKING: AtomicBool = AtomicBool::new(false);
 
-/// Looks, on a thread of its own, whether all is there that `config` names, and says what is not.
+/// Checks on a thread of its own whether everything exists that `config` names, and logs what does
+/// not.
 pub(super) fn tell(config: &Config) {
     if LOOKING.swap(true, Ordering::AcqRel) {
         return;
@@ -27,7 +27,7 @@ pub(super) fn tell(config: &Config) {
         }
         LOOKING.store(false, Ordering::Release);
     };
-    // Where there can be no thread there are other worries.
+    // Without a thread the check is skipped: the system then has worse problems.
     if thread::Builder::new().name("warnings".to_owned()).spawn(look).is_err() {
         LOOKING.store(false, Ordering::Release);
     }

@@ -1,11 +1,12 @@
-//! How long to wait before a worker that ended is started again.
+//! Exponential backoff: how long to wait before a worker that ended is started again.
 
 use std::time::Duration;
 
 use super::event::DownKind;
 use crate::config::Restart;
 
-/// The longest delay where nothing is started before it is known that it would be in vain.
+/// The longest delay if an attempt costs nothing, because it is known beforehand that a start would
+/// fail (the port is taken).
 const SOON: Duration = Duration::from_secs(2);
 
 /// Counts the failures of one slot in a row.
@@ -16,14 +17,15 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// Counts an unasked end of a worker that had been healthy for at most `healthy` without a break
-    /// (zero where it never was), and tells how long to wait before the next start.
+    /// Counts a failure of a worker whose longest unbroken time of health was `healthy` (zero if it
+    /// never was healthy), and returns the delay before the next start.
     ///
-    /// After `reset-after` of health the count begins anew and the first restart is immediate.
-    /// Otherwise the delay doubles from `min-delay` to `max-delay`; where the attempt cost nothing,
-    /// to two seconds, unless that is out of these bounds. `random` in `0.0..1.0` spreads it over
-    /// `1.0..1.25` of that (over `0.8..1.0` at the upper end), so that workers that fell together
-    /// don't return together; it is never under `min-delay` nor over `max-delay`.
+    /// A worker that was healthy for `reset-after` resets the count, and its first restart is
+    /// immediate. Otherwise the delay doubles from `min-delay` up to `max-delay`; if the attempt
+    /// cost nothing, up to two seconds, within these two bounds. `random` in `0.0..1.0` adds
+    /// jitter: the delay is multiplied by `1.0..1.25` (`0.8..1.0` at the upper bound), so that
+    /// workers that failed together don't restart together. The result is never under `min-delay`
+    /// nor over `max-delay`.
     pub fn failed(
         &mut self,
         healthy: Duration,
@@ -52,13 +54,13 @@ impl Backoff {
         low + (high - low).mul_f64(random.clamp(0.0, 1.0))
     }
 
-    /// How often in a row the slot failed.
+    /// How many times in a row the slot failed.
     #[must_use]
     pub fn failures(&self) -> u32 {
         self.failures
     }
 
-    /// Forgets every failure: what is started next is another program.
+    /// Forgets every failure, since other settings are started next.
     pub fn reset(&mut self) {
         *self = Self::default();
     }

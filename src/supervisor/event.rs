@@ -1,4 +1,4 @@
-//! What the supervision core is told, and what it asks for.
+//! The input and output of the supervision core: events, effects, and the facts it logs.
 
 use std::{
     fmt,
@@ -11,28 +11,29 @@ use nix::sys::signal::Signal;
 
 use crate::config;
 
-/// One incarnation of a worker: never used twice while lbd runs, so a late answer can't be taken
-/// for one about the successor.
+/// Identifies one incarnation of a worker. An id is never reused while lbd runs, so a late answer
+/// about a worker can't be mistaken for one about its successor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct WorkerId(pub u64);
 
-/// A request that somebody waits for; echoed in [`Effect::Answer`].
+/// Identifies a request that waits for an answer; echoed in [`Effect::Answer`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Ticket(pub u64);
 
-/// Which slots of a service.
+/// A selection of a service's slots.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Chosen {
-    /// All that there are.
+    /// All slots.
     All,
-    /// One that somebody named: its new worker is in rotation, also if the slot was drained.
+    /// The one slot that an operator named: its new worker is in rotation, even if the slot was
+    /// drained.
     One(u32),
-    /// These.
+    /// The slots with these numbers.
     These(Vec<u32>),
 }
 
 impl Chosen {
-    /// Whether this slot is among them.
+    /// Whether this slot is selected.
     #[must_use]
     pub fn has(&self, slot: u32) -> bool {
         match self {
@@ -49,99 +50,100 @@ impl From<Option<u32>> for Chosen {
     }
 }
 
-/// What happened outside.
+/// What happened, as the driver reports it.
 #[derive(Debug, Clone)]
 pub enum Event {
-    /// [`Effect::Spawn`] was carried out: its guard runs, and the worker will be on this port.
+    /// [`Effect::Spawn`] was carried out: the worker's guard process runs, and its port is known.
     Spawned {
-        /// The incarnation.
+        /// The worker.
         id: WorkerId,
-        /// The port it is reached on; `None` on a unix socket.
+        /// The port that the worker is reached on; `None` with a unix socket.
         port: Option<u16>,
     },
-    /// The program runs.
+    /// The worker's program runs.
     Started {
-        /// The incarnation.
+        /// The worker.
         id: WorkerId,
         /// The process id of the program (not of its guard).
         pid: i32,
     },
     /// The program could not be started. [`Event::Gone`] follows.
     Failed {
-        /// The incarnation.
+        /// The worker.
         id: WorkerId,
-        /// Why, as a sentence.
+        /// The reason, as a sentence.
         reason: String,
-        /// Nothing was started, since what it needs (its port) is taken for now: to look again costs
-        /// next to nothing.
+        /// Nothing was started, because the port is taken at the moment: another attempt costs next
+        /// to nothing.
         cheap: bool,
     },
-    /// The program ended. [`Event::Gone`] follows when what it left behind is gone too.
+    /// The program ended. [`Event::Gone`] follows once every process that it started is gone too.
     Exited {
-        /// The incarnation.
+        /// The worker.
         id: WorkerId,
         /// How it ended.
         exit: Exit,
-        /// The last lines that it wrote, oldest first, as far as they came through lbd: few, and
-        /// harmless to show.
+        /// The last lines of its output, oldest first, as far as the output passed through lbd.
+        /// They are few, and safe to show.
         said: Vec<String>,
     },
-    /// No process of this incarnation is left. Always its last event.
+    /// No process of this worker is left. Always the worker's last event.
     Gone {
-        /// The incarnation.
+        /// The worker.
         id: WorkerId,
     },
-    /// A probe that was asked for ended.
+    /// A probe that [`Effect::Probe`] asked for has ended.
     Probed {
-        /// The incarnation.
+        /// The worker.
         id: WorkerId,
-        /// What it showed.
+        /// The probe's result.
         outcome: ProbeOutcome,
     },
-    /// How much memory it and all that it started have, as was just measured.
+    /// The memory of the worker and of all processes that it started, as just measured.
     Memory {
-        /// The incarnation.
+        /// The worker.
         id: WorkerId,
-        /// Resident, in bytes.
+        /// Resident memory, in bytes.
         bytes: u64,
     },
-    /// A retired worker holds no connection any more. Not to be said for a [`Effect::Retire`] that
-    /// an [`Effect::Reinstate`] took back.
+    /// A retired worker holds no connection any more. Not to be sent for an [`Effect::Retire`] that
+    /// an [`Effect::Reinstate`] has since undone.
     Idle {
-        /// The incarnation.
+        /// The worker.
         id: WorkerId,
     },
-    /// Nobody will ask this service for a worker any more: its listeners are closed and emptied.
-    /// Not to be said for a [`Effect::Close`] that an [`Event::Apply`] with the service overtook.
+    /// No client will need a worker of this service any more: its listeners are closed, and their
+    /// accept queues are empty. Not to be sent for an [`Effect::Close`] that a later
+    /// [`Event::Apply`] with the service has overtaken.
     Closed {
         /// The service.
         service: Arc<str>,
     },
-    /// A valid configuration whose listeners are bound takes effect.
+    /// Apply a valid configuration, whose listeners are bound already.
     Apply {
-        /// All services that shall be.
+        /// All services of the configuration. Services that are not in it are removed.
         services: Vec<config::Service>,
-        /// Who waits for the rollouts that follow.
+        /// The request that is answered when the rollouts that follow have ended.
         ticket: Ticket,
     },
     /// Replace the workers of one service, or of all, one at a time.
     Restart {
-        /// The service; all of them where `None`.
+        /// The service; `None` for all services.
         service: Option<Arc<str>>,
-        /// Which of its workers.
+        /// Which slots' workers.
         slots: Chosen,
-        /// Who waits for the end.
+        /// The request that is answered when the restart has ended.
         ticket: Ticket,
     },
-    /// An operator wants no connection to go to this slot, until [`Event::Resume`]. Its worker runs
-    /// on.
+    /// An operator drains a slot: no connection goes to it until [`Event::Resume`]. Its worker
+    /// keeps running.
     Drain {
         /// The service.
         service: Arc<str>,
         /// The slot's number.
         slot: u32,
     },
-    /// Takes that back.
+    /// Undoes [`Event::Drain`].
     Resume {
         /// The service.
         service: Arc<str>,
@@ -154,17 +156,17 @@ pub enum Event {
     Abort,
 }
 
-/// What a probe showed.
+/// A probe's result.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ProbeOutcome {
-    /// How long it took.
+    /// How long the probe took.
     pub took: Duration,
-    /// What that says of the worker.
+    /// What the probe says about the worker.
     pub verdict: Verdict,
 }
 
 impl ProbeOutcome {
-    /// Why it did not pass; `None` where it did.
+    /// Why the probe did not pass; `None` if it did.
     #[must_use]
     pub fn error(&self) -> Option<&str> {
         match &self.verdict {
@@ -176,72 +178,75 @@ impl ProbeOutcome {
     }
 }
 
-/// What a probe says of a worker.
+/// What a probe says about a worker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
-    /// It works.
+    /// The worker answered as it should.
     Passed,
-    /// It does not, for this reason.
+    /// The probe failed, for this reason.
     Failed(String),
-    /// A new worker never will, for this reason: no further probe is needed.
+    /// The probe failed, and a new worker will never pass it, for this reason: no further probe is
+    /// needed.
     Hopeless(String),
-    /// Nothing: lbd itself lacks something (a descriptor, a port), or the worker has more to do than
-    /// it can at the moment, but goes on.
+    /// No verdict, for this reason: lbd itself lacks a resource (a descriptor, a port), or the
+    /// worker is overloaded at the moment but makes progress. Counts neither as passed nor as
+    /// failed.
     Unknown(String),
 }
 
-/// What the driver shall do, in this order.
+/// What the driver has to do. Effects are carried out in the order in which they are returned.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Effect {
     /// Start a worker; answer with [`Event::Spawned`] or [`Event::Failed`] and [`Event::Gone`].
     Spawn(Spawn),
-    /// Ask the worker to stop with this signal. Its end is told when its whole tree has ended, or at
-    /// [`Effect::Kill`].
+    /// Send the worker the stop signal. Its end is reported when all processes that it started have
+    /// ended, or after [`Effect::Kill`].
     Signal {
-        /// The incarnation.
+        /// The worker.
         id: WorkerId,
         /// The signal.
         signal: Signal,
-        /// Who gets it.
+        /// Which of its processes get the signal.
         to: config::StopTo,
-        /// How long until the worker is killed.
+        /// How long the worker has before it is killed.
         timeout: Duration,
     },
-    /// SIGKILL to everything that the worker ever started.
+    /// Send SIGKILL to every process that the worker ever started.
     Kill {
-        /// The incarnation.
+        /// The worker.
         id: WorkerId,
     },
-    /// Probe it; answer with [`Event::Probed`], also where it is retired meanwhile.
+    /// Probe a worker; answer with [`Event::Probed`], even if the worker is retired meanwhile.
     Probe(ProbeOrder),
-    /// The set of workers in rotation, when one is due, or how they are chosen from, changed.
+    /// The rotation, the time when its next worker is due, or the routing settings changed.
     Publish(Publication),
-    /// Hand it no connection any more, and say [`Event::Idle`] as soon as it holds none; at once
-    /// where that was asked for before and is so already.
+    /// Hand the worker no new connection, and send [`Event::Idle`] as soon as it holds none: at
+    /// once if it holds none already, also when this was asked for before.
     Retire {
-        /// The incarnation.
+        /// The worker.
         id: WorkerId,
     },
-    /// It may be handed connections again.
+    /// Undo [`Effect::Retire`]: the worker may be handed connections again.
     Reinstate {
-        /// The incarnation.
+        /// The worker.
         id: WorkerId,
     },
-    /// The worker will not take what waits unread in its accept queue: hand that to others of its
-    /// service, and what still comes, until [`Effect::KeepQueue`] or its end.
+    /// The worker will not accept the connections that wait in its accept queue: hand them, and
+    /// those that still arrive, to other workers of its service, until [`Effect::KeepQueue`] or the
+    /// worker's end.
     DrainQueue {
-        /// The incarnation.
+        /// The worker.
         id: WorkerId,
-        /// Why it will not.
+        /// Why the worker does not accept them.
         why: Untaken,
     },
-    /// It takes itself again what waits in its accept queue.
+    /// Undo [`Effect::DrainQueue`]: the worker accepts its connections itself again.
     KeepQueue {
-        /// The incarnation.
+        /// The worker.
         id: WorkerId,
     },
-    /// No worker has a socket on this port any more whose sockets are inherited, nor will one take over
-    /// what is left there: close it. Who waits there is another worker's client.
+    /// No worker inherits this port's sockets any more, and none will: close the port. Connections
+    /// that still wait in its accept queues go to other workers.
     ReleasePort {
         /// The address and port.
         address: SocketAddr,
@@ -252,49 +257,51 @@ pub enum Effect {
         /// The service.
         service: Arc<str>,
     },
-    /// The service is gone for good: nothing of it is left to ask for.
+    /// The service is gone, with all its workers: forget it.
     Forget {
         /// The service.
         service: Arc<str>,
     },
-    /// A request came to its end.
+    /// Answer a request.
     Answer {
-        /// Which one.
+        /// The request.
         ticket: Ticket,
-        /// What is to be known about its success, a sentence each; or why it failed: a sentence,
-        /// and perhaps lines that the worker wrote.
+        /// On success, remarks, each a sentence. On failure the reason: a sentence, and perhaps
+        /// lines of the worker's output.
         result: Result<Vec<String>, String>,
     },
-    /// The service runs on these settings now, and not on those last applied: a rollout failed.
+    /// A rollout failed: the service runs on these settings again, not on those that were applied
+    /// last.
     Restored(Box<config::Service>),
-    /// Something a user wants to read in the log.
+    /// Write a fact to the log.
     Note(Note),
-    /// Every worker is gone: the daemon may end.
+    /// Every service is gone after a stop: the daemon may exit.
     Finished,
 }
 
-/// Why a worker does not take what waits in its accept queue.
+/// Why a worker does not accept the connections in its accept queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Untaken {
-    /// Its probes fail.
+    /// It hangs: its probes fail.
     Hangs,
-    /// It was asked to end. What lbd sent to it before, it may still take; what the kernel gives it, it
-    /// may not.
+    /// It was asked to end. It may still accept connections that lbd made to it before; those that
+    /// the kernel gave it (`route = "direct"`) must go to other workers.
     Stops,
 }
 
 /// A worker to be started.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Spawn {
-    /// The new incarnation.
+    /// The id of the new worker.
     pub id: WorkerId,
     /// Its service.
     pub service: Arc<str>,
     /// Its slot.
     pub slot: u32,
-    /// The port it shall be on; the driver picks a free one where `None`.
+    /// The port to start it on; `None` lets the driver pick a free one.
     pub port: Option<u16>,
-    /// The port of its slot, where it stands in on another one for as long as that is not to be had.
+    /// The slot's own port, if the worker is a stand-in: it runs on another port while the slot's
+    /// port is taken.
     pub stands_in_for: Option<u16>,
     /// What to start.
     pub spec: Arc<config::WorkerSpec>,
@@ -303,53 +310,53 @@ pub struct Spawn {
 /// A probe to be made.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProbeOrder {
-    /// The incarnation.
+    /// The worker.
     pub id: WorkerId,
-    /// What it does.
+    /// What kind of probe.
     pub what: config::Probe,
-    /// How long it may take.
+    /// The time limit.
     pub timeout: Duration,
-    /// Whose listening socket is believed on the worker's port.
+    /// Which process's listening socket is accepted as the worker's own.
     pub owner: config::Owner,
 }
 
-/// Who can be handed the connections of a service from now on, and how one is chosen.
+/// The workers in rotation from now on, and how connections are distributed among them.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Publication {
     /// The service.
     pub service: Arc<str>,
-    /// Who can be handed a connection.
+    /// The workers in rotation.
     pub rotation: Rotation,
-    /// How one of them is chosen, and how connections are treated.
+    /// The balancing algorithm and the connection settings.
     pub routing: Arc<config::Routing>,
 }
 
-/// Who can be handed a connection.
+/// The workers of a service that can be handed a connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rotation {
     /// The healthy workers, in the order of the configuration.
     pub workers: Vec<WorkerId>,
-    /// Whether to wait where there are none.
+    /// When another worker is expected, so that clients can wait for it if `workers` is empty.
     pub coming: Coming,
 }
 
-/// When a worker is on its way.
+/// When a service's next worker is expected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Coming {
-    /// One is being started.
+    /// A worker is being started.
     Now,
-    /// The first is due to be started then.
+    /// The next start is due at this time.
     At(Instant),
-    /// None.
+    /// No start is planned.
     Never,
 }
 
-/// A fact for the log, about one worker or one service.
+/// A fact for the log, about a worker or a service.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Note {
     /// The service.
     pub service: Arc<str>,
-    /// The worker, where it is about one.
+    /// The worker; `None` if the note is about the service.
     pub worker: Option<NoteWorker>,
     /// What happened.
     pub fact: Fact,
@@ -358,9 +365,9 @@ pub struct Note {
 /// Which worker a [`Note`] is about.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NoteWorker {
-    /// The incarnation; `None` where it is about a slot that nobody is in.
+    /// The worker; `None` if the note is about a vacant slot.
     pub id: Option<WorkerId>,
-    /// What it was started with, or would be.
+    /// The settings that the worker runs with, or that the slot's next worker would get.
     pub spec: Arc<config::WorkerSpec>,
     /// Its slot.
     pub slot: u32,
@@ -375,127 +382,130 @@ pub struct NoteWorker {
 pub enum Fact {
     /// The program runs.
     Started,
-    /// It is in rotation; the time since it was started, for a new one.
+    /// The worker passed its probes and is healthy.
     Healthy {
-        /// From the start of the program; `None` where it was unhealthy in between.
+        /// How long after the start of the program, for a new worker; `None` if it was unhealthy in
+        /// between.
         after: Option<Duration>,
     },
-    /// It is out of rotation because probes failed.
+    /// The worker is out of rotation because its probes failed.
     Unhealthy {
-        /// What the last probe showed.
+        /// The error of the last probe.
         error: String,
     },
-    /// It runs for some time and is not healthy yet. Said once.
+    /// The worker has been running for some time and is not healthy yet. Reported once.
     NotYetHealthy {
-        /// What the last probe showed.
+        /// The error of the last probe.
         error: String,
         /// How long it has been running.
         after: Duration,
     },
-    /// The program ended, or could not be started, unasked.
+    /// The program ended without lbd asking it to, or could not be started, or its probes failed
+    /// for too long.
     Down {
-        /// How.
+        /// What went wrong.
         how: Down,
-        /// When the slot is filled again; `None` where another worker is in it, or where the
-        /// service is on its way out.
+        /// When the slot's next worker is started; `None` if another worker holds the slot, or if
+        /// the service is being removed or stopped.
         restart_in: Option<Duration>,
-        /// How often in a row it failed.
+        /// How many times in a row the slot failed.
         failures: u32,
-        /// It had been healthy before.
+        /// Whether the worker had ever been healthy.
         was_healthy: bool,
     },
-    /// It ended after it was asked to.
+    /// The worker ended after lbd asked it to.
     Stopped {
-        /// How.
+        /// How it ended.
         how: Down,
     },
-    /// Out of rotation; its connections are given time to end.
+    /// The worker is out of rotation, and its connections have time to end.
     Draining {
         /// Why.
         why: RetireReason,
     },
-    /// An operator took its slot out of rotation; it runs on.
+    /// An operator drained the worker's slot; the worker keeps running.
     Drained,
     /// A worker that was draining is back in rotation.
     Resumed,
-    /// Its time to stop is over: it is killed.
+    /// The worker did not end within its stop timeout, and is killed.
     Killed {
         /// Why.
         why: &'static str,
     },
-    /// It is past a limit and is being replaced; it serves until its successor is proven, unless it
-    /// is to be stopped first.
+    /// The worker exceeds a limit and is being replaced. It serves until its successor is proven,
+    /// unless `rollout.order` has it stopped first.
     Recycling {
         /// Which limit.
         worn: LimitExceeded,
     },
-    /// The successor of a worker that was to be replaced failed: the worker stays for now.
+    /// The successor of a worker that exceeds a limit failed: the worker stays for now.
     NotRecycled {
         /// Why.
         reason: String,
         /// When the next attempt is made.
         retry_in: Duration,
     },
-    /// A rolling replacement begins.
+    /// A rollout begins.
     RolloutBegun {
         /// How many workers are replaced.
         workers: usize,
     },
-    /// A rolling replacement is complete.
+    /// A rollout is complete.
     RolloutDone {
-        /// What is not as it was to be: a sentence each.
+        /// What the rollout skipped, each a sentence.
         skipped: Vec<String>,
     },
-    /// A rolling replacement failed; the old settings stay in force.
+    /// A rollout failed; the old settings stay in force.
     RolloutFailed {
         /// Why.
         reason: String,
-        /// What the worker that failed wrote last.
+        /// The last output of the worker that failed.
         said: Vec<String>,
     },
 }
 
-/// Why a worker is replaced at nobody's order: the limit that it is past, or what is wrong with it.
+/// Why lbd replaces a worker by itself: the limit that the worker exceeds, or what is wrong with
+/// it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LimitExceeded {
-    /// It has more memory than it may have.
+    /// It uses more memory than `limits.memory` allows.
     Memory {
-        /// How much it has, in bytes.
+        /// Its memory, in bytes.
         bytes: u64,
-        /// How much it may have.
+        /// The limit, in bytes.
         limit: u64,
     },
-    /// It has run for long enough.
+    /// It has run for longer than `limits.max-age` allows.
     Age {
-        /// For how long.
+        /// Its age.
         age: Duration,
-        /// For how long it may.
+        /// The limit.
         limit: Duration,
     },
-    /// Its probes have failed for so long.
+    /// Its probes have failed for too long.
     Unhealthy {
         /// For how long.
         time: Duration,
     },
-    /// It stands in for one on the slot's own port, which may be to be had again.
+    /// It is a stand-in on another port, and the slot's own port may be free again.
     StandIn,
 }
 
 /// How a program ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exit {
-    /// It ended itself, with this status.
+    /// It exited with this status.
     Code(i32),
-    /// The signal of this number ended it.
+    /// This signal killed it.
     Signal(i32),
-    /// Its guard was killed, and the program by the kernel right after it.
+    /// Its guard was killed; the kernel killed the program right after.
     GuardKilled,
-    /// Nobody told.
+    /// The cause is not known.
     Unknown,
 }
 
 impl Exit {
-    /// What the metrics count it as.
+    /// The cause under which the metrics count this exit.
     pub(super) fn cause(self) -> ExitCause {
         match self {
             Self::Code(_) => ExitCause::Exit,
@@ -518,21 +528,21 @@ impl fmt::Display for Exit {
     }
 }
 
-/// How a worker ended, or why it was given up. Shown as a phrase.
+/// How a worker ended, or why it was given up. Displayed as a phrase.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Down {
     /// The program ended.
     Exited(Exit),
-    /// What it needs is taken for now: nothing was started. Why, as a sentence.
+    /// Nothing was started, because the port is taken at the moment. Why, as a sentence.
     NotTried(String),
     /// The program could not be started. Why, as a sentence.
     NotStarted(String),
-    /// It was not healthy for too long. Why, as a phrase.
+    /// It was unhealthy for too long. Why, as a phrase.
     NotHealthy(String),
 }
 
 impl Down {
-    /// What went wrong.
+    /// The kind of failure, without its reason.
     #[must_use]
     pub fn kind(&self) -> DownKind {
         match self {
@@ -553,25 +563,25 @@ impl fmt::Display for Down {
     }
 }
 
-/// What went wrong with a worker.
+/// The kind of a worker's failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DownKind {
-    /// What it needs is taken for now: nothing was started.
+    /// Nothing was started, because the port is taken at the moment.
     NotTried,
     /// The program could not be started.
     NotStarted,
     /// The program ended.
     Exited,
-    /// It runs, but was not healthy for too long: it is stopped.
+    /// It runs, but was unhealthy for too long: lbd stops it.
     NotHealthy,
 }
 
-/// Why a worker is no more, as the metrics count it.
+/// Why a worker ended, as the metrics count it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ExitCause {
-    /// The program ended by itself, with whatever status.
+    /// The program exited by itself, with any status.
     Exit,
-    /// A signal ended it that lbd did not send.
+    /// A signal that lbd did not send killed it.
     Signal,
     /// It could not be started.
     NotStarted,
@@ -582,11 +592,11 @@ pub enum ExitCause {
 }
 
 impl ExitCause {
-    /// All of them.
+    /// All causes, in the order in which [`Slot::exits`](super::Slot::exits) counts them.
     pub const ALL: [Self; 5] =
         [Self::Exit, Self::Signal, Self::NotStarted, Self::Unhealthy, Self::Stopped];
 
-    /// What the metrics call it.
+    /// The label value in the metrics.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -604,7 +614,7 @@ impl ExitCause {
 pub enum RetireReason {
     /// A reload removed it.
     Removed,
-    /// Another one takes its place.
+    /// Another worker replaces it.
     Replaced,
     /// Its probes failed for too long.
     Unhealthy,

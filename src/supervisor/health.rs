@@ -1,8 +1,8 @@
-//! Rise and fall: how single probes add up to a verdict.
+//! Rise and fall: how many probe results in a row change a worker's health.
 
 use std::num::NonZeroU32;
 
-/// Probe results in a row.
+/// Counts passed and failed probes in a row.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Tally {
     passes: u32,
@@ -10,7 +10,6 @@ pub(super) struct Tally {
 }
 
 impl Tally {
-    /// Counts one probe.
     pub(super) fn count(&mut self, passed: bool) {
         if passed {
             self.passes = self.passes.saturating_add(1);

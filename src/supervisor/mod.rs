@@ -1,9 +1,9 @@
-//! The supervision core: what happens to the workers, and when.
+//! The supervision core: decides when workers are started, probed, replaced and stopped.
 //!
-//! It owns the state of every service, slot and worker, and does nothing itself: no I/O, no clock,
-//! no task. The driver tells it what happened ([`Supervisor::handle`]) and what time it is
-//! ([`Supervisor::timeout`]), and carries out the [`Effect`]s that come back. So each transition can
-//! be tested by name, and whole histories by simulation.
+//! This module owns the state of every service, slot and worker. It does no I/O, reads no clock and
+//! runs no task. The driver (`daemon`) tells it what happened ([`Supervisor::handle`]) and what
+//! time it is ([`Supervisor::timeout`]), and carries out the [`Effect`]s that it returns. So each
+//! transition can be tested by itself, and whole histories by simulation.
 //!
 //! ```text
 //! Supervisor ─ Service ─┬─ Slot ─┬─ current: Worker
@@ -49,7 +49,7 @@ use registry::{Registry, ServiceKey, Touched};
 use rollout::Kind;
 use service::{Context, Shared};
 
-/// The state of everything that is supervised.
+/// The state of all supervised services.
 #[derive(Debug, Clone)]
 pub struct Supervisor {
     services: Registry,
@@ -60,7 +60,7 @@ pub struct Supervisor {
     waiting: HashMap<Ticket, Waiting>,
 }
 
-/// A request, and how many services have not answered it yet.
+/// A request that has no answer yet, and how many services still have to answer it.
 #[derive(Debug, Clone)]
 struct Waiting {
     services: usize,
@@ -75,8 +75,8 @@ impl Waiting {
 }
 
 impl Supervisor {
-    /// A supervisor of nothing yet; [`Event::Apply`] gives it services. `seed` is for the jitter of
-    /// restarts: the same seed and events give the same actions.
+    /// A supervisor without services; [`Event::Apply`] adds them. `seed` seeds the jitter of
+    /// restarts: the same seed and the same events give the same effects.
     #[must_use]
     pub fn new(seed: u64) -> Self {
         Self {
@@ -89,8 +89,8 @@ impl Supervisor {
         }
     }
 
-    /// Takes in what happened, at `now`, and tells what to do. Events about a worker or service
-    /// that is gone change nothing.
+    /// Handles an event that happened at `now`, and returns what the driver has to do. An event
+    /// about a worker or a service that is gone changes nothing.
     pub fn handle(&mut self, event: Event, now: Instant) -> Vec<Effect> {
         let (mut effects, mut touched) = (Vec::new(), Touched::new());
         let mut cx = Context { now, shared: &mut self.shared, effects: &mut effects };
@@ -144,20 +144,22 @@ impl Supervisor {
         self.settle(touched, effects, now)
     }
 
-    /// Looks at the clock: to be called when [`Self::deadline`] has come.
+    /// Handles every deadline that has passed at `now`. To be called when [`Self::deadline`] has
+    /// come.
     pub fn timeout(&mut self, now: Instant) -> Vec<Effect> {
         let (mut effects, due) = (Vec::new(), self.services.due(now));
         self.each(&due, &mut effects, now, Service::timeout);
         self.settle(due, effects, now)
     }
 
-    /// When [`Self::timeout`] has something to do, if nothing happens before.
+    /// When to call [`Self::timeout`] next, if no event comes before; `None` if no deadline is
+    /// pending.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
         self.services.deadline()
     }
 
-    /// The services, those that are on their way out included, in the order in which they came.
+    /// All services in the order in which they were added, including those that are being removed.
     pub fn services(&self) -> impl Iterator<Item = &Service> + Clone {
         self.services.iter()
     }
@@ -168,7 +170,7 @@ impl Supervisor {
         self.services.get(self.services.named(name)?)
     }
 
-    /// Who can be handed a connection of this service.
+    /// The workers of this service that can be handed a connection.
     #[must_use]
     pub fn rotation(&self, service: &str) -> Option<Rotation> {
         self.service(service).map(Service::rotation)
@@ -189,7 +191,7 @@ impl Supervisor {
         }
     }
 
-    /// The service of that name, unless it is on its way out.
+    /// The service of that name, unless it is being removed or stopped.
     fn open(&self, name: &str) -> Option<ServiceKey> {
         let key = self.services.named(name)?;
         self.services.get(key).filter(|service| service.is_open()).map(|_| key)
@@ -263,8 +265,8 @@ impl Supervisor {
         chosen
     }
 
-    /// Lets the services that something happened to draw their conclusions, forgets those that are
-    /// gone, and puts the effects in order.
+    /// Finishes an event: advances the rollouts and starts the workers that are due in the services
+    /// that changed, forgets the services that are gone, and sorts the effects.
     fn settle(
         &mut self,
         mut touched: Touched,
@@ -273,7 +275,8 @@ impl Supervisor {
     ) -> Vec<Effect> {
         self.occupy_ports(&mut touched);
         let mut cx = Context { now, shared: &mut self.shared, effects: &mut effects };
-        // Whoever a rollout keeps waiting, by a port that it occupies, is looked at again too.
+        // When a rollout step occupies or frees a port, the services that wait for that port are
+        // examined again too.
         let mut left = touched.clone();
         while let Some(key) = left.pop_first() {
             let Some(service) = self.services.get_mut(key) else { continue };
@@ -288,7 +291,7 @@ impl Supervisor {
                 service.settle(&self.ports, &mut cx);
             }
         }
-        // A port may move from one service to another.
+        // Another service may have taken the port over: then it stays open.
         effects.retain(|effect| match effect {
             Effect::ReleasePort { address } => !self.services().any(|s| s.keeps_port(address)),
             _ => true,
@@ -311,8 +314,9 @@ impl Supervisor {
             effects.push(Effect::Finished);
         }
         let mut effects = self.join_answers(effects);
-        // Who waits is taken out of a queue before a worker is started that would take it over. Data
-        // threads must see a rotation without a worker before that worker turns them away.
+        // Accept queues are drained before a worker is started that would inherit them. And a
+        // rotation without a worker is published before that worker refuses connections, so that no
+        // data thread still picks it.
         effects.sort_by_key(|effect| match effect {
             Effect::DrainQueue { .. } | Effect::KeepQueue { .. } | Effect::ReleasePort { .. } => 0,
             Effect::Reinstate { .. } => 1,
@@ -322,8 +326,8 @@ impl Supervisor {
         effects
     }
 
-    /// Takes note of the ports that the workers of these services occupy on their way out; the
-    /// services that wait for such a port are to be looked at as well.
+    /// Records which ports the outgoing workers of these services still occupy. Adds the services
+    /// that wait for such a port to `touched`.
     fn occupy_ports(&mut self, touched: &mut Touched) {
         for key in touched.clone() {
             let Some(service) = self.services.get(key) else { continue };
@@ -331,7 +335,8 @@ impl Supervisor {
         }
     }
 
-    /// One answer to a request that several services work on, when the last has answered.
+    /// Merges the answers of the services that work on one request into a single answer, given when
+    /// the last of them has answered.
     fn join_answers(&mut self, effects: Vec<Effect>) -> Vec<Effect> {
         let mut joined = Vec::with_capacity(effects.len());
         for effect in effects {
@@ -351,7 +356,7 @@ impl Supervisor {
             if waiting.services == 0
                 && let Some(Waiting { warnings, errors, .. }) = self.waiting.remove(ticket)
             {
-                // What they wrote last makes several lines of one error.
+                // An error that quotes a worker's last output has several lines.
                 let apart =
                     if errors.iter().any(|error| error.contains('\n')) { "\n" } else { "; " };
                 let result = if errors.is_empty() { Ok(warnings) } else { Err(errors.join(apart)) };
@@ -364,12 +369,12 @@ impl Supervisor {
 
 #[cfg(test)]
 impl Supervisor {
-    /// What is found by an index is what a look at everything finds.
+    /// Asserts that every index agrees with a full scan.
     fn check_indexes(&self) {
         self.services.check(&self.ports);
     }
 
-    /// None of the services whose time has not come has anything to do.
+    /// Asserts that a service whose deadline has not come has nothing to do.
     fn check_rest(&self, now: Instant) {
         let due = self.services.due(now);
         let rest = self.services.keys().filter(|key| !due.contains(key)).collect();

@@ -1,4 +1,4 @@
-//! What the end, the health and the deadlines of single workers mean for their service.
+//! How a service reacts to what happens to a single worker: its end, its health, its deadlines.
 
 use std::time::Duration;
 
@@ -13,26 +13,26 @@ use super::{
     worker::{Change, Phase},
 };
 
-/// What may be wrong where a stand-in fails.
+/// Added to the reason when a stand-in fails: what may be wrong.
 const STOOD_IN: &str = " (started on a free port, to stand in while the port is handed over: for a \
     program that ignores $PORT or can't run twice set rollout.order = \"stop-first\")";
 
-/// How a slot lost a worker.
+/// A worker that its slot has lost, and how.
 struct Loss {
     id: WorkerId,
     generation: u64,
     subject: NoteWorker,
-    /// The longest it had been healthy without a break.
+    /// The longest time that the worker was healthy without a break.
     healthy: Duration,
     how: Down,
-    /// What it wrote last.
+    /// The worker's last output.
     said: Vec<String>,
-    /// It was to stand in for one on the slot's own port.
+    /// The worker was a stand-in.
     stood_in: bool,
 }
 
 impl Service {
-    /// Handles what happened to one of its workers.
+    /// Handles an event about one of the service's workers.
     pub(super) fn worker_event(&mut self, id: WorkerId, event: Event, cx: &mut Context<'_>) {
         match event {
             Event::Spawned { port, .. } => {
@@ -58,7 +58,7 @@ impl Service {
                 self.ended(id, Down::Exited(exit), exit.cause(), said, cx);
             }
             Event::Gone { .. } => {
-                // A guard that died without a word says only this.
+                // If the guard died before it could report the exit, `Gone` is all that is known.
                 let exit = Exit::Unknown;
                 self.ended(id, Down::Exited(exit), exit.cause(), Vec::new(), cx);
                 self.retiring.retain(|worker| worker.id != id);
@@ -90,7 +90,7 @@ impl Service {
         }
     }
 
-    /// Looks at the clock of every worker.
+    /// Checks the deadlines of every worker.
     pub(super) fn timeout(&mut self, cx: &mut Context<'_>) {
         let (health, mut changes) = (&self.config.health, Vec::new());
         let workers = self.slots.iter_mut().flat_map(Slot::workers_mut).chain(&mut self.retiring);
@@ -163,7 +163,7 @@ impl Service {
         }
     }
 
-    /// A worker is healthy. If it is being replaced because it was not, it is to stay.
+    /// A worker became healthy. If it was being replaced because it was unhealthy, it stays.
     fn recovered(&mut self, id: WorkerId, cx: &mut Context<'_>) {
         let is_replaced = self.slots.iter().any(|slot| {
             slot.next.is_some() && slot.current.as_ref().is_some_and(|worker| worker.id == id)
@@ -174,20 +174,21 @@ impl Service {
         }
     }
 
-    /// A worker that was healthy, and had to stay so until it was proven, did not.
+    /// A new worker became healthy, but failed its probes again before it was proven.
     fn not_proven(&mut self, id: WorkerId, reason: String, cx: &mut Context<'_>) {
         let Some(index) = self.slots.iter().position(|slot| slot.holds(id)) else { return };
         let slot = &mut self.slots[index];
         if slot.current.as_ref().is_some_and(|worker| worker.id != id) {
             self.replace_failed(id, reason, cx);
         } else {
-            // There is no other in the slot: it stays, for it may come back.
+            // There is no other worker in the slot: this one stays, since it may recover.
             slot.promote();
             self.fail_rollout(index, &reason, DownKind::NotHealthy, &[], cx);
         }
     }
 
-    /// The slot's port is that of the worker that fills it, not of one that may yet fail to.
+    /// Sets the slot's last port to its worker's port; a replacement, which may yet fail, does not
+    /// count.
     fn remember_port(&mut self, id: WorkerId) {
         for slot in &mut self.slots {
             if let Some(worker) = slot.current.as_ref().filter(|worker| worker.id == id) {
@@ -196,7 +197,8 @@ impl Service {
         }
     }
 
-    /// A worker that never got, or no longer is, healthy makes way for a new one.
+    /// Retires a worker that never became healthy, or is healthy no more, so that a new one is
+    /// started.
     fn replace_failed(&mut self, id: WorkerId, reason: String, cx: &mut Context<'_>) {
         let Some(index) = self.slots.iter().position(|slot| slot.holds(id)) else {
             return;
@@ -216,7 +218,7 @@ impl Service {
         self.failed(index, loss, cx);
     }
 
-    /// A program ended, or could not be started; `said` is what it wrote last.
+    /// Handles the end of a program, or a failure to start it; `said` is its last output.
     fn ended(
         &mut self,
         id: WorkerId,
@@ -272,14 +274,15 @@ impl Service {
         self.failed(index, loss, cx);
     }
 
-    /// A slot lost its worker, or the replacement of it, by a failure.
+    /// Handles the failure of a slot's worker or of its replacement.
     fn failed(&mut self, index: usize, loss: Loss, cx: &mut Context<'_>) {
         let Loss { id, generation, subject, healthy, how, said, stood_in } = loss;
         let failure = how.kind();
         let is_filled = self.is_filled();
         let slot = &mut self.slots[index];
         if matches!(failure, DownKind::NotTried | DownKind::NotStarted) {
-            // Perhaps somebody has the port that was asked for: try another one, if any will do.
+            // Perhaps another process has the port: try another port, unless the slot's port is
+            // fixed.
             slot.last_port = slot.fixed_port;
         }
         slot.exited(generation, LastExit { how: how.clone(), at: cx.now, asked: false });

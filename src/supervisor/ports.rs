@@ -1,8 +1,9 @@
-//! Who is on which port: whether a worker can be started while another one still has its port.
+//! Which worker occupies which port, and so whether a worker can be started while another one still
+//! has its port.
 //!
-//! A port that workers bind themselves is one worker's. A port whose sockets are inherited is shared
-//! by two for as long as one takes over from the other. On a service's public address there is room
-//! for any number of them.
+//! A port that workers bind themselves has room for one worker. A port whose sockets are inherited
+//! has room for two, so that one can take over from the other. A service's public address
+//! (`route = "direct"`) has room for any number of workers.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -15,20 +16,20 @@ use super::{
 };
 use crate::config::{SocketMode, WORKERS_ON_A_PORT};
 
-/// The addresses that workers on their way out still occupy, of all services: a port may move from
-/// one to another. And which services may have to wait for them.
+/// The addresses that outgoing workers of all services still occupy, since a port may move from one
+/// service to another; and the services that may have to wait for these addresses.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(super) struct Ports {
     occupants: HashMap<SocketAddr, Vec<Occupant>>,
-    /// The same by service: where its workers are, and whether they share.
+    /// The same by service: its outgoing workers' addresses, and whether each is shared.
     occupied: BTreeMap<ServiceKey, Vec<(SocketAddr, bool)>>,
-    /// Who may ask for room there.
+    /// The services that may need an address.
     askers: HashMap<SocketAddr, BTreeSet<ServiceKey>>,
-    /// The same by service.
+    /// The addresses that each service may need.
     asked: BTreeMap<ServiceKey, Vec<SocketAddr>>,
 }
 
-/// A worker on its way out.
+/// An outgoing worker, which still occupies an address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Occupant {
     service: ServiceKey,
@@ -36,15 +37,16 @@ struct Occupant {
 }
 
 impl Ports {
-    /// These are the workers of `service` on their way out. Tells which services may fill a slot
-    /// sooner or later than they thought.
+    /// Sets the outgoing workers of `service`. Returns the services that may now fill a slot sooner
+    /// or later than they had planned.
     pub(super) fn occupy<'w>(
         &mut self,
         service: ServiceKey,
         outgoing: impl Iterator<Item = &'w Worker>,
     ) -> Touched {
         let occupant = |worker: &Worker| {
-            // One that has ended leaves its socket, and what queues in it, to its successor.
+            // An ended worker blocks the port until no process of it is left: its successor then
+            // takes over its socket, with the connections in the accept queue.
             let shares = worker.spec.socket == SocketMode::Inherit && worker.phase != Phase::Ended;
             Some((worker.address()?, shares))
         };
@@ -73,7 +75,7 @@ impl Ports {
         changed.iter().filter_map(|address| self.askers.get(address)).flatten().copied().collect()
     }
 
-    /// These are the addresses that `service` may ask room on.
+    /// Sets the addresses that `service` may need.
     pub(super) fn ask(&mut self, service: ServiceKey, addresses: impl Iterator<Item = SocketAddr>) {
         let mut now: Vec<_> = addresses.collect();
         now.sort_unstable();
@@ -99,14 +101,14 @@ impl Ports {
         }
     }
 
-    /// The service is gone.
+    /// Forgets a service that is gone.
     pub(super) fn forget(&mut self, service: ServiceKey) {
         self.occupy(service, std::iter::empty());
         self.ask(service, std::iter::empty());
     }
 
-    /// Whether one more worker fits on `address`, besides those on their way out and `others` that
-    /// share it and stay.
+    /// Whether one more worker fits on `address`, in addition to the outgoing workers there and to
+    /// `others` that share it and stay.
     pub(super) fn leave_room(
         &self,
         address: SocketAddr,
@@ -121,7 +123,7 @@ impl Ports {
                 there.iter().all(|occupant| occupant.shares)
                     && there.len() + others < WORKERS_ON_A_PORT
             }
-            // It is on none.
+            // A unix socket occupies no port.
             SocketMode::Unix => true,
         }
     }

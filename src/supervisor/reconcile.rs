@@ -1,4 +1,4 @@
-//! Making the slots of a service those of its configuration.
+//! Reconciliation: matches a service's slots to its new configuration.
 
 use std::{collections::BTreeSet, mem, sync::Arc};
 
@@ -12,8 +12,8 @@ use super::{
 use crate::config::{self, Order, Slots};
 
 impl Service {
-    /// Keeps the slots that stay, makes those that are new, and takes the workers of those that are
-    /// gone out of service: at once, or, where a reload puts others in their place, when these are
+    /// Keeps the slots that stay, adds the new ones, and retires the workers of those that are
+    /// removed: at once, or, if a reload replaces them by other slots, when the new slots are
     /// proven.
     pub(super) fn reconcile(
         &mut self,
@@ -39,7 +39,7 @@ impl Service {
                 if let Some(worker) = &slot.current {
                     slot.generation = worker.generation;
                     slot.unproven = false;
-                    // It was out of rotation before the slot was away.
+                    // The worker was drained before its slot was removed, and stays so.
                     slot.drained = worker.drained.is_some();
                     slot.last_port = worker.port;
                 }
@@ -62,15 +62,17 @@ impl Service {
         }
     }
 
-    /// Whether the slots that are not in `numbered` stay until the others are proven: where a reload
-    /// puts new ones in their place, or has new settings for the rest, and both may run at once.
+    /// Whether the slots that are not in `numbered` stay until the others are proven: that is so if
+    /// a reload adds slots or changes the settings of the rest, and old and new workers may run at
+    /// once.
     fn stay_until_proven(
         &self,
         numbered: &[(u32, Option<u16>)],
         previous: &config::Service,
         kind: Kind,
     ) -> bool {
-        // Between given ports and free ones, the same number means another slot.
+        // When fixed ports are replaced by free ones or the other way round, the same number means
+        // another slot.
         let same_numbers =
             mem::discriminant(&previous.slots) == mem::discriminant(&self.config.slots);
         if kind != Kind::Reload || !same_numbers || self.config.rollout.order == Order::StopFirst {
@@ -83,7 +85,7 @@ impl Service {
         has_new && going.into_iter().any(serves)
     }
 
-    /// Takes the slots away that stayed only until others were proven; whether there were any.
+    /// Removes the slots that stayed only until others were proven; returns whether there were any.
     pub(super) fn remove_leaving(&mut self, cx: &mut Context<'_>) -> bool {
         let leaving: Vec<_> = self.slots.extract_if(.., |slot| slot.leaving).collect();
         let some = !leaving.is_empty();
@@ -93,8 +95,8 @@ impl Service {
         some
     }
 
-    /// A worker that drains only because an earlier reload removed it, and would be started just
-    /// like this again.
+    /// Finds a worker that is draining only because an earlier reload removed its slot, and that
+    /// fits the new slot exactly, and brings it back.
     fn resumable(&mut self, slot: &Slot, cx: &mut Context<'_>) -> Option<Worker> {
         let index = self.retiring.iter().position(|worker| {
             matches!(worker.phase, Phase::Draining { why: RetireReason::Removed, .. })
@@ -112,14 +114,13 @@ impl Service {
     }
 }
 
-/// Whether a worker in it may serve as it is, or soon again.
+/// Whether a worker of the slot serves, or may soon serve again.
 fn serves(slot: &Slot) -> bool {
     slot.workers().any(Worker::can_stay)
 }
 
 /// The numbers and ports of the slots of `config`, in order. A port keeps its number while it has a
-/// slot, or a worker on its way out that may come back; a new port gets the lowest number that
-/// nobody has.
+/// slot, or has an outgoing worker that may come back; a new port gets the lowest free number.
 pub(super) fn numbered(
     config: &config::Service,
     slots: &[Slot],

@@ -1,6 +1,7 @@
-//! Workers that are replaced at nobody's order: past `memory` or `max-age`, unhealthy for too long, or
-//! on another port than their slot's. Each is replaced as in a rolling restart, one at a time. What
-//! somebody does order goes first.
+//! Recycling: replacing workers without a request. A worker is due when it exceeds `memory` or
+//! `max-age`, when it has been unhealthy for too long, or when it is a stand-in on another port
+//! than its slot's. Each is replaced as in a rolling restart, one at a time. Reloads and restarts
+//! that somebody asks for take precedence.
 
 use std::time::{Duration, Instant};
 
@@ -15,10 +16,11 @@ use super::{
 };
 use crate::config::{Limits, Restart};
 
-/// How much earlier than `max-age` a worker may be due, as a part of it.
+/// How much earlier than `max-age` a worker may be replaced, as a fraction of `max-age`, so that
+/// workers that were started together are not due together.
 const SPREAD: f64 = 0.1;
 
-/// When the worker of a slot may be replaced for its memory or age.
+/// When the worker of a slot may be recycled.
 #[derive(Debug, Clone, Default)]
 pub struct Recycling {
     backoff: Backoff,
@@ -26,8 +28,8 @@ pub struct Recycling {
 }
 
 impl Recycling {
-    /// Puts off the next one: longer and longer while replacements fail or are soon past the limit
-    /// themselves, not at all where the last worker had `reset-after` of health.
+    /// Delays the slot's next recycling: longer and longer while replacements fail or soon exceed
+    /// the limit themselves; not at all if the last worker was healthy for `reset-after`.
     fn put_off(
         &mut self,
         healthy: Duration,
@@ -45,16 +47,15 @@ impl Recycling {
 /// What a worker has used up of its limits.
 #[derive(Debug, Clone, Default)]
 pub struct LimitUsage {
-    /// Its memory when it was last measured, in bytes.
+    /// The worker's memory at the last measurement, in bytes.
     pub resident: Option<u64>,
-    /// Since when it has more than it may, as far as was measured.
+    /// When a measurement first found it above the memory limit.
     outgrown: Option<Instant>,
-    /// By which part of `max-age` it is due earlier.
+    /// By which fraction of `max-age` it is due earlier.
     early: f64,
 }
 
 impl LimitUsage {
-    /// That of a new worker.
     pub(super) fn new(random: &mut fastrand::Rng) -> Self {
         Self { early: SPREAD * random.f64(), ..Self::default() }
     }
@@ -66,14 +67,15 @@ impl LimitUsage {
 }
 
 impl Worker {
-    /// Its memory was measured.
+    /// Records a measurement of the worker's memory.
     pub(super) fn measured(&mut self, bytes: u64, limits: &Limits, now: Instant) {
         let usage = &mut self.usage;
         usage.resident = Some(bytes);
         usage.outgrown = usage.over_memory(limits).and(usage.outgrown.or(Some(now)));
     }
 
-    /// Since when it is to be replaced, or when it will be if nothing changes.
+    /// When the worker becomes due for replacement, if nothing changes; in the past if it is due
+    /// already.
     fn worn_at(&self, limits: &Limits, restart: &Restart) -> Option<Instant> {
         match self.phase {
             Phase::Healthy if self.stands_in || self.usage.over_memory(limits).is_some() => {
@@ -91,7 +93,7 @@ impl Worker {
         }
     }
 
-    /// Why it is to be replaced, once it is.
+    /// Why the worker is replaced, once it is due.
     fn worn(&self, limits: &Limits, now: Instant) -> Option<LimitExceeded> {
         if self.phase == Phase::Unhealthy {
             return Some(LimitExceeded::Unhealthy {
@@ -108,16 +110,16 @@ impl Worker {
 }
 
 impl Service {
-    /// When [`Self::begin_recycling`] has something to do, if nothing happens before.
+    /// When to call [`Self::begin_recycling`] next, if nothing happens before.
     pub(super) fn recycling_deadline(&self, ports: &Ports) -> Option<Instant> {
-        // The end of a rollout looks for itself.
+        // When a rollout ends, it checks by itself whether a worker is due.
         let may = self.is_open() && self.rollout.is_none();
         let due = |slot| self.recycling_due(slot, ports);
         self.slots.iter().filter(|_| may).filter_map(due).min()
     }
 
-    /// Begins to replace the first worker that is due; whether there was one. Not to be called while
-    /// a rollout is under way.
+    /// Begins to replace the first worker that is due; returns whether there was one. Not to be
+    /// called while a rollout is under way.
     pub(super) fn begin_recycling(&mut self, ports: &Ports, cx: &mut Context<'_>) -> bool {
         let due = |slot: &&Slot| self.recycling_due(slot, ports).is_some_and(|at| at <= cx.now);
         let Some(slot) = self.slots.iter().filter(|_| self.is_open()).find(due) else {
@@ -147,7 +149,8 @@ impl Service {
         true
     }
 
-    /// The worker `id` makes way. If it was soon past its memory or unhealthy, so may its successor be.
+    /// The worker `id` is being replaced. If it exceeded its memory limit or became unhealthy soon,
+    /// its successor may do the same, and the slot's next recycling is delayed.
     pub(super) fn outgrown(&mut self, id: WorkerId, cx: &mut Context<'_>) {
         let worn = self.rollout.as_ref().and_then(Rollout::recycles);
         let Some(slot) = self.slots.iter_mut().find(|slot| slot.holds(id)) else { return };
@@ -157,7 +160,8 @@ impl Service {
                 Some(LimitExceeded::Memory { .. } | LimitExceeded::Unhealthy { .. }),
                 Some(worker),
             ) => {
-                // Not the time for which it was put off: that would forgive every other one.
+                // Only the time until the limit was exceeded counts as health. If the delay before
+                // the replacement counted too, every second delay would be reset.
                 let until = worker.usage.outgrown.unwrap_or(cx.now);
                 let healthy = match worker.phase {
                     Phase::Unhealthy => worker.longest_health(cx.now),
@@ -167,7 +171,7 @@ impl Service {
                 let (failure, restart) = (DownKind::NotHealthy, &self.config.restart);
                 slot.recycling.put_off(healthy, failure, restart, cx.now, random);
             }
-            // It came in the stead of such a one, perhaps.
+            // The stand-in may itself have replaced a worker that exceeded a limit: keep the delay.
             (Some(LimitExceeded::StandIn), Some(_)) => {}
             (Some(LimitExceeded::Age { .. }) | None, _) | (_, None) => {
                 slot.recycling = Recycling::default();
@@ -175,7 +179,7 @@ impl Service {
         }
     }
 
-    /// The replacement in the slot at `index` failed: the old one stays until the next attempt.
+    /// The replacement in the slot at `index` failed: the old worker stays until the next attempt.
     pub(super) fn recycling_failed(
         &mut self,
         index: usize,
@@ -191,9 +195,10 @@ impl Service {
         }
     }
 
-    /// When the worker in `slot` is to be replaced at nobody's order, by all that is known.
+    /// When the worker in `slot` is due to be recycled; `None` if nothing is planned.
     fn recycling_due(&self, slot: &Slot, ports: &Ports) -> Option<Instant> {
-        // Others need not wait for one that itself has to wait.
+        // A slot that must wait for its port is passed over, so that other slots need not wait for
+        // it.
         let may = !slot.drained && !slot.leaving && self.beside(slot, ports) != Beside::Later;
         let worker = slot.current.as_ref().filter(|_| may)?;
         let worn = worker.worn_at(&self.config.limits, &self.config.restart)?;

@@ -1,10 +1,10 @@
-//! All services, and the indexes by which those are found that an event or a deadline is about.
+//! All services, with indexes by name, worker and deadline.
 //!
-//! What happens to one worker costs as much as its service is large, however many services there
-//! are: nothing here is found by looking at all of them. After each event the services that it
-//! changed are [filed](Registry::file) anew; the others' entries are right as they are, since they
-//! follow from the service itself and from the ports that workers on their way out still occupy,
-//! and whoever waits for such a port counts as changed with it.
+//! An event about one worker costs time in proportion to its service's size, not to the number of
+//! services: no lookup here scans all of them. After each event the services that changed are
+//! [filed](Registry::file) again. The entries of the others stay right, since they depend only on
+//! the service itself and on the ports that outgoing workers occupy; and a service that waits for
+//! such a port counts as changed when the port's occupants change.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -14,7 +14,8 @@ use std::{
 
 use super::{event::WorkerId, ports::Ports, service::Service};
 
-/// A service, as the indexes name it: never used twice, and in the order in which services came.
+/// A service's key in the indexes. Keys are never reused, and ascend in the order in which services
+/// were added.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct ServiceKey(u64);
 
@@ -31,7 +32,7 @@ pub(super) struct Registry {
     by_deadline: BTreeSet<(Instant, ServiceKey)>,
 }
 
-/// A service, and under what it is filed besides its name.
+/// A service, and its current entries in the indexes by worker and by deadline.
 #[derive(Debug, Clone)]
 struct Entry {
     service: Service,
@@ -48,7 +49,7 @@ impl Registry {
         key
     }
 
-    /// Takes the service out of every index.
+    /// Removes the service from every index.
     pub(super) fn remove(&mut self, key: ServiceKey) -> Option<Service> {
         let Entry { service, workers, deadline } = self.services.remove(&key)?;
         self.by_name.remove(&service.config.name);
@@ -57,8 +58,8 @@ impl Registry {
         Some(service)
     }
 
-    /// Puts the service where it belongs by its workers and its next deadline. To be called when it,
-    /// or what occupies a port that it waits for, has changed.
+    /// Updates the service's entries by worker and by deadline. To be called when the service has
+    /// changed, or the occupants of a port that it waits for have.
     pub(super) fn file(&mut self, key: ServiceKey, ports: &Ports) {
         let Some(entry) = self.services.get_mut(&key) else { return };
         if !entry.service.workers().map(|worker| worker.id).eq(entry.workers.iter().copied()) {
@@ -87,7 +88,7 @@ impl Registry {
         self.services.keys().copied()
     }
 
-    /// The services of which this is true.
+    /// The services for which `is_chosen` holds.
     pub(super) fn chosen(&self, is_chosen: impl Fn(&Service) -> bool) -> Touched {
         let chosen = self.services.iter().filter(|(_, entry)| is_chosen(&entry.service));
         chosen.map(|(key, _)| *key).collect()
@@ -105,7 +106,7 @@ impl Registry {
         self.by_name.get(name).copied()
     }
 
-    /// The service that the worker of this incarnation belongs to, while it is not gone.
+    /// The service that this worker belongs to; `None` once the worker is gone.
     pub(super) fn of_worker(&self, id: WorkerId) -> Option<ServiceKey> {
         self.by_worker.get(&id).copied()
     }
@@ -122,7 +123,7 @@ impl Registry {
 
 #[cfg(test)]
 impl Registry {
-    /// Every index says what a look at all services says.
+    /// Asserts that every index agrees with a scan of all services.
     pub(super) fn check(&self, ports: &Ports) {
         let services = || self.services.iter().map(|(key, entry)| (*key, &entry.service));
         let names = services().map(|(key, service)| (Arc::clone(&service.config.name), key));

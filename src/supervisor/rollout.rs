@@ -1,17 +1,18 @@
-//! Replacing the workers of a service one at a time.
+//! Rollouts: replacing the workers of a service one at a time.
 //!
 //! The replacement is started beside the old worker, and takes over when it has been healthy for
-//! `rollout.settle`; before that it serves only if the old one can't. Where both would have to bind
-//! the same port, a *stand-in* on a free port is proven first and serves in the slot until the old
-//! worker has left the port; then the slot gets a worker on its own port in the same way. If that one
-//! fails, the stand-in stays, and the port is tried again later. With `rollout.order = "stop-first"`
-//! the old worker is drained and stopped before the new one is started.
+//! `rollout.settle`; before that it serves only if the old worker can't. If both would have to bind
+//! the same port, a *stand-in* on a free port is proven first, and serves in the slot until the old
+//! worker has left the port. Then the slot gets a worker on its own port in the same way. If that
+//! worker fails, the stand-in stays, and the port is tried again later. With
+//! `rollout.order = "stop-first"` the old worker is drained and stopped before the new one is
+//! started.
 //!
-//! A replacement that fails ends the rollout: what still runs on the old settings stays, and what
-//! was already moved to the new ones is moved back. But a slot that was down before says nothing
-//! about the new settings: it is started with them, and nobody waits for it as long as others serve.
-//! And a worker that is replaced because it hangs makes way all the same, in case the program can't
-//! run twice.
+//! A replacement that fails ends the rollout: workers that still run on the old settings stay, and
+//! slots that were already moved to the new settings are moved back. There are two exceptions. A
+//! slot that was down before the rollout says nothing about the new settings: it is started with
+//! them, but nobody waits for it as long as other workers serve. And a worker that is replaced
+//! because it hangs is stopped even if its replacement fails, in case the program can't run twice.
 
 use std::{
     collections::VecDeque,
@@ -28,79 +29,82 @@ use super::{
 };
 use crate::config::{Order, Slots, SocketMode, WorkerSpec};
 
-/// A rolling replacement under way.
+/// A rollout that is under way.
 #[derive(Debug, Clone)]
 pub(super) struct Rollout {
     kind: Kind,
     began: Instant,
-    /// Who waits for its end.
+    /// The requests that are answered at its end.
     tickets: Vec<Ticket>,
-    /// How many workers it replaces in all.
+    /// How many workers it is to replace.
     workers: usize,
-    /// How many it has replaced.
+    /// How many it has replaced so far.
     replaced: usize,
     /// The numbers of the slots still to do.
     todo: VecDeque<u32>,
     step: Step,
-    /// The one that was proven for the slot whose turn is next, and serves until its port is free.
+    /// The stand-in that was proven for the next slot in `todo`; it serves until the slot's own
+    /// port is free.
     stand_in: Option<WorkerId>,
-    /// What is not as it was to be, though the rollout goes on: a sentence each.
+    /// What did not succeed although the rollout goes on: a sentence each.
     skipped: Vec<String>,
-    /// A slot that an operator had taken out of rotation, and wants back with a new worker.
+    /// A drained slot whose new worker an operator wants in rotation.
     undrains: Option<u32>,
 }
 
 /// Why workers are replaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
-    /// Their settings changed.
+    /// A reload changed their settings.
     Reload,
-    /// Somebody asked for it.
+    /// An operator asked for a restart.
     Restart,
-    /// A reload failed, and they go back to what they ran before.
+    /// A reload failed, and workers go back to the settings they ran with before.
     Rollback,
-    /// One is past this limit. Nobody waits for it, and anything else goes first.
+    /// A worker exceeds this limit. Nobody waits for this rollout, and any other one takes
+    /// precedence.
     Recycle(LimitExceeded),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step {
-    /// The next slot can be taken up.
+    /// The next slot can be started.
     Ready,
-    /// This slot's worker makes way; its successor is not started yet.
+    /// The slot's old worker is being stopped; its successor is not started yet.
     Vacating { slot: u32, proof: Proof },
-    /// This one must become healthy.
+    /// This new worker must become healthy.
     Proving { id: WorkerId, proof: Proof },
 }
 
-/// What a new worker has to show, and what follows if it does not.
+/// What a new worker has to prove, and what happens if it fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Proof {
-    /// It is the first with these settings in its slot: it has to settle, and its failure is the
-    /// rollout's.
+    /// It is the first worker with these settings in its slot: it must be healthy for
+    /// `rollout.settle`, and its failure fails the rollout.
     Settings,
-    /// The same of one in a slot that was down before: its failure is the rollout's only if no other
-    /// serves or is still to come.
+    /// The same for a slot that was down before: its failure fails the rollout only if no other
+    /// worker serves or is still to be replaced.
     Revival,
-    /// Its settings are proven by the stand-in, which stays if this one fails.
+    /// The stand-in has proven the settings: the worker must only become healthy on the slot's own
+    /// port. If it fails, the stand-in stays.
     Port,
 }
 
 /// Whether a replacement can be started while the old worker serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Beside {
-    /// It can.
+    /// It can be started now.
     Now,
-    /// On another port, since both need this one to themselves.
+    /// Only on another port, as a stand-in, since both workers would bind the same port.
     StandIn,
-    /// When an earlier one, which is on its way out, has left the port.
+    /// Once an earlier, outgoing worker has left the port.
     Later,
-    /// The old one does not serve anyway, or is to be stopped first.
+    /// No: the old worker does not serve anyway, or is to be stopped first.
     Never,
 }
 
 impl Rollout {
-    /// Tells that a worker was started in a vacant slot.
+    /// Records that a worker was started in a vacant slot.
     pub(super) fn filled(&mut self, number: u32, id: WorkerId) {
         if let Step::Vacating { slot, proof } = self.step
             && slot == number
@@ -109,12 +113,12 @@ impl Rollout {
         }
     }
 
-    /// Whether this slot's worker makes way for one that is not started yet.
+    /// Whether this slot's worker is being stopped for a successor that is not started yet.
     pub(super) fn vacates(&self, number: u32) -> bool {
         matches!(self.step, Step::Vacating { slot, .. } if slot == number)
     }
 
-    /// Why a worker is replaced at nobody's order, where it is that.
+    /// The limit that the worker exceeds, if that is why it is replaced.
     pub(super) fn recycles(&self) -> Option<LimitExceeded> {
         match self.kind {
             Kind::Recycle(worn) => Some(worn),
@@ -122,17 +126,17 @@ impl Rollout {
         }
     }
 
-    /// Whether it is up to this worker how the rollout goes on.
+    /// Whether the rollout waits for this worker to be proven.
     pub(super) fn waits_for(&self, id: WorkerId) -> bool {
         self.proving() == Some(id)
     }
 
-    /// Whether the next worker of this slot is to be in rotation though the slot is drained.
+    /// Whether the next worker of this slot is to be in rotation although the slot is drained.
     pub(super) fn undrains(&self, slot: u32) -> bool {
         self.undrains == Some(slot)
     }
 
-    /// An operator wants this slot out of rotation after all.
+    /// An operator drained this slot again: its new worker stays out of rotation.
     pub(super) fn leave_drained(&mut self, slot: u32) {
         self.undrains.take_if(|undrains| *undrains == slot);
     }
@@ -146,8 +150,8 @@ impl Rollout {
 }
 
 impl Service {
-    /// Begins to replace the workers in the slots `todo`, once `proving`, which was left by the
-    /// rollout before, is healthy.
+    /// Begins to replace the workers in the slots `todo`. If the previous rollout left a worker
+    /// `proving`, that worker must become healthy first.
     pub(super) fn begin_rollout(
         &mut self,
         todo: VecDeque<u32>,
@@ -176,7 +180,7 @@ impl Service {
         });
     }
 
-    /// Replaces the workers of these slots by ones with the same settings.
+    /// Restarts the workers of these slots, with the same settings.
     pub(super) fn restart(&mut self, slots: &Chosen, ticket: Ticket, cx: &mut Context<'_>) {
         let proving = if self.rollout.as_ref().and_then(Rollout::recycles).is_some() {
             let spec = Arc::clone(&self.config.worker);
@@ -190,7 +194,7 @@ impl Service {
             cx.effects.push(Effect::Answer { ticket, result: Err(busy) });
             return;
         }
-        // One that was just started in its stead counts as restarted.
+        // A replacement that the abandoned rollout has just started counts as restarted already.
         let old = |found: &&Slot| proving.is_none_or(|id| !found.holds(id));
         let chosen = |found: &&Slot| slots.has(found.number) && !found.leaving;
         let todo = self.slots.iter().filter(chosen).filter(old).map(|slot| slot.number).collect();
@@ -203,7 +207,7 @@ impl Service {
         }
     }
 
-    /// How far `rollout` is and what it waits for, as a phrase.
+    /// The progress of `rollout` and what it waits for, as a phrase.
     fn progress(&self, rollout: &Rollout, now: Instant) -> String {
         let seconds = now.saturating_duration_since(rollout.began).as_secs();
         let since = humantime::format_duration(Duration::from_secs(seconds));
@@ -219,7 +223,8 @@ impl Service {
         format!("for {since}: {replaced} of {workers} replaced, waiting for {waits}")
     }
 
-    /// Answers a reload that changes nothing when the one under way is done.
+    /// A reload that changes nothing is answered at the end of the reload that is under way, or at
+    /// once if there is none.
     pub(super) fn join_rollout(&mut self, ticket: Option<Ticket>, cx: &mut Context<'_>) {
         match &mut self.rollout {
             Some(Rollout { kind: Kind::Reload | Kind::Rollback, tickets, .. }) => {
@@ -232,8 +237,8 @@ impl Service {
         }
     }
 
-    /// Takes up the next slot where the one before is done. Whether it is to be called again, with
-    /// the `ports` that are occupied then.
+    /// Moves the rollout on as far as possible. Returns whether to call this again after `ports`
+    /// has been updated, since a worker that was just retired may occupy a port.
     pub(super) fn advance_rollout(&mut self, ports: &Ports, cx: &mut Context<'_>) -> bool {
         while self.rollout.is_some() || self.begin_recycling(ports, cx) {
             let Some(rollout) = &mut self.rollout else { return false };
@@ -244,7 +249,7 @@ impl Service {
                         return false;
                     }
                     self.promote(id, cx);
-                    // The old worker is on its way out now, and may be on the port that is wanted.
+                    // The old worker was retired, and may occupy the port that the next one needs.
                     return true;
                 }
                 Step::Ready => {
@@ -261,7 +266,8 @@ impl Service {
                         rollout.todo.pop_front();
                         continue;
                     };
-                    // One that was started in a new slot meanwhile only has to prove itself.
+                    // A worker that was started in a new slot meanwhile has the new settings
+                    // already, and only has to prove itself.
                     let slot = &self.slots[index];
                     let started = slot.current.as_ref().filter(|worker| {
                         slot.unproven
@@ -292,9 +298,9 @@ impl Service {
         false
     }
 
-    /// When the worker that the rollout waits for has shown what it has to, if nothing happens
-    /// before; `None` where it is not healthy, or none is waited for. In the past where it has left
-    /// its slot.
+    /// When the worker that the rollout waits for will be proven, if nothing happens before; `None`
+    /// if that worker is not healthy, or if the rollout waits for none. In the past if the worker
+    /// has left its slot.
     pub(super) fn proven_at(&self) -> Option<Instant> {
         let Step::Proving { id, proof } = self.rollout.as_ref()?.step else { return None };
         let mut workers = self.slots.iter().flat_map(Slot::workers);
@@ -307,8 +313,8 @@ impl Service {
         })
     }
 
-    /// The worker that the rollout waited for is proven: it takes over from the one that it was
-    /// started beside.
+    /// The worker that the rollout waited for is proven: it takes over from the old worker of its
+    /// slot.
     fn promote(&mut self, id: WorkerId, cx: &mut Context<'_>) {
         let why = self.why_replaced();
         let Some(rollout) = &mut self.rollout else { return };
@@ -317,15 +323,17 @@ impl Service {
         slot.unproven = false;
         let proven = slot.workers().find(|worker| worker.id == id);
         let stands_in = proven.is_some_and(|worker| worker.stands_in);
-        // A new worker that an operator wants in rotation brings its slot back.
+        // If the proven worker is in rotation at an operator's request, its slot is drained no
+        // more.
         slot.drained &= proven.is_none_or(|worker| worker.drained.is_some());
         match rollout.kind {
-            // The slot has another turn, when the old worker has left the port.
+            // The slot gets another turn, once the old worker has left the port.
             Kind::Reload | Kind::Restart | Kind::Rollback if stands_in => {
                 rollout.stand_in = Some(id);
                 rollout.todo.push_front(slot.number);
             }
-            // So it has here, but others that are due need not wait for that.
+            // The slot's own port is tried again as well, by a rollout of its own: other workers
+            // that are due need not wait for it.
             Kind::Recycle(_) if stands_in => {}
             Kind::Reload | Kind::Restart | Kind::Rollback | Kind::Recycle(_) => {
                 rollout.replaced += 1;
@@ -343,7 +351,7 @@ impl Service {
         }
     }
 
-    /// Why the worker whose turn it is makes way.
+    /// The reason for which the rollout retires old workers.
     fn why_replaced(&self) -> RetireReason {
         match self.rollout.as_ref().and_then(Rollout::recycles) {
             Some(LimitExceeded::Unhealthy { .. }) => RetireReason::Unhealthy,
@@ -386,12 +394,14 @@ impl Service {
                     .push(format!("slot {number} did not serve before either: {reason}"));
                 true
             }
-            // Nobody is served by it anyway, and perhaps the program can't run twice.
+            // The old worker is unhealthy and serves nobody, and perhaps the program can't run
+            // twice: stop the old worker first.
             (_, Kind::Recycle(LimitExceeded::Unhealthy { .. })) if kept => {
                 self.start_after(index, cx);
                 return;
             }
-            // These settings are known to work: the slot's own backoff brings it back.
+            // Without a fallback the settings were proven before: the slot's own backoff restarts
+            // the worker.
             (_, Kind::Reload) if self.fallback.is_none() => {
                 rollout.skipped.push(format!("slot {number}: {reason}"));
                 true
@@ -417,8 +427,8 @@ impl Service {
         self.end_rollout(Err(error), cx);
         self.realign();
         if let Some(mut old) = self.fallback.take() {
-            // The listeners were changed before the rollout began, and stay so; and so does a port
-            // that went to another service.
+            // The listeners changed before the rollout began, and stay as they are. A port that
+            // went to another service is not taken back either.
             old.listen.clone_from(&self.config.listen);
             if let Slots::Ports(ports) = &mut old.slots {
                 let owners = &cx.shared.owners;
@@ -440,9 +450,10 @@ impl Service {
         }
     }
 
-    /// Ends a rollout whose purpose is gone. The worker that it waited for is handed on to the next
-    /// one where it runs on the settings that are `wanted` then; else a replacement makes way, unless
-    /// it serves in the stead of one that can't, or that has ended.
+    /// Ends a rollout that is no longer wanted. If the worker that it waited for runs on the
+    /// `wanted` settings, returns that worker, so that the next rollout waits for it. Any other
+    /// replacement is retired, unless it serves because the old worker can't or has ended: then it
+    /// takes over the slot.
     pub(super) fn abandon_rollout(
         &mut self,
         reason: &str,
@@ -475,7 +486,8 @@ impl Service {
         proving
     }
 
-    /// Has every slot start again what it runs, and a vacant one what is known to work.
+    /// Sets every slot's settings to those of its worker, and those of a vacant slot to the
+    /// fallback's, which are known to work.
     fn realign(&mut self) {
         for slot in &mut self.slots {
             if let Some(worker) = slot.next.as_ref().or(slot.current.as_ref()) {
@@ -496,7 +508,7 @@ impl Service {
         let Some(port) = slot.fixed_port else { return Beside::Now };
         let target = &self.config.worker;
         let address = target.address(port);
-        // A port that is but a name is nobody's.
+        // With `route = "direct"` a slot's port is only a name, and nobody binds it.
         let is_bound = target.socket != SocketMode::Direct;
         let shared = is_bound && current.address() == Some(address);
         let is_one_workers = [target, &current.spec].map(|spec| spec.socket == SocketMode::Bind);
@@ -509,7 +521,7 @@ impl Service {
         }
     }
 
-    /// Starts the replacement of the worker in the slot at `index`, which goes on meanwhile.
+    /// Starts the replacement of the worker in the slot at `index`, which keeps running meanwhile.
     fn start_beside(&mut self, index: usize, position: Position, cx: &mut Context<'_>) {
         self.renew(index);
         let current = self.slots[index].current.as_ref().map(|worker| worker.id);
@@ -524,7 +536,8 @@ impl Service {
         }
     }
 
-    /// Has the worker in the slot at `index` make way, if there is one, for its successor.
+    /// Retires the worker in the slot at `index`, if there is one, so that its successor is started
+    /// afterwards.
     fn start_after(&mut self, index: usize, cx: &mut Context<'_>) {
         let (why, serves) = (self.why_replaced(), self.serving() > 0);
         let slot = &mut self.slots[index];
@@ -540,7 +553,8 @@ impl Service {
             self.retire(id, why, cx);
         }
         let Some(rollout) = &mut self.rollout else { return };
-        // Its stand-in may be what it lost, or it is all that this is about.
+        // A slot that has just lost its stand-in was not down before. And if the rollout is about
+        // this slot only, its result is the rollout's result.
         let was_down = is_down && rollout.stand_in.take().is_none() && rollout.workers > 1;
         rollout.step = match (was_down, fails && serves) {
             (true, true) => {
@@ -554,7 +568,7 @@ impl Service {
         };
     }
 
-    /// What is started in the slot at `index` from now on has the settings in force.
+    /// From now on the slot at `index` starts workers with the settings in force.
     fn renew(&mut self, index: usize) {
         let slot = &mut self.slots[index];
         slot.spec = Arc::clone(&self.config.worker);
@@ -591,8 +605,8 @@ impl Service {
     }
 }
 
-/// What a rollout that failed leaves, with so many workers in rotation, and the old worker of the slot
-/// that failed still `kept` or not: part of a sentence.
+/// Describes what a failed rollout leaves behind, as part of a sentence: `serving` workers are in
+/// rotation, and the old worker of the slot that failed was `kept` or not.
 fn outcome(rollout: &Rollout, kept: bool, serving: usize) -> String {
     let unchanged = kept && rollout.replaced == 0 && rollout.skipped.is_empty();
     let serve = match (serving, unchanged) {

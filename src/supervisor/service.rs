@@ -1,5 +1,4 @@
-//! One service: its slots, the workers that are on their way out, and the rolling replacement that
-//! is under way.
+//! One service: its slots, its outgoing workers, and its rollout if one is under way.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -23,20 +22,20 @@ use super::{
 };
 use crate::config::{self, Order, Slots, SocketMode};
 
-/// Everything a step needs besides the service itself.
+/// What handling an event needs besides the service itself.
 pub(super) struct Context<'a> {
     pub now: Instant,
     pub shared: &'a mut Shared,
     pub effects: &'a mut Vec<Effect>,
 }
 
-/// What the services have in common.
+/// State that all services share.
 #[derive(Debug, Clone)]
 pub(super) struct Shared {
-    /// The incarnation last made.
+    /// The last worker id that was given out.
     pub ids: u64,
     pub random: fastrand::Rng,
-    /// Which service each fixed port belongs to.
+    /// Which service owns each fixed port.
     pub owners: BTreeMap<SocketAddr, Arc<str>>,
 }
 
@@ -45,7 +44,7 @@ impl Shared {
         Self { ids: 0, random: fastrand::Rng::with_seed(seed), owners: BTreeMap::new() }
     }
 
-    /// The fixed ports of `service` are its own from now on, and no others.
+    /// Makes `service` the owner of its fixed ports, and of no others.
     pub(super) fn claim_ports(&mut self, service: &config::Service) {
         self.owners.retain(|_, owner| *owner != service.name);
         if let Slots::Ports(ports) = &service.slots {
@@ -55,41 +54,43 @@ impl Shared {
     }
 }
 
-/// Where in a slot a worker is started.
+/// In which position of a slot a worker is started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Position {
-    /// In a vacant one.
+    /// As the worker of a vacant slot.
     Slot,
-    /// As the replacement of the one that fills it.
+    /// As the replacement of the slot's worker.
     Beside,
-    /// The same, on a free port instead of the slot's own.
+    /// As a replacement on a free port instead of the slot's own port.
     StandIn,
 }
 
 /// One service under supervision.
 #[derive(Debug, Clone)]
 pub struct Service {
-    /// The settings in force; while a rollout is under way, those that it leads to.
+    /// The settings in force; during a rollout, the new settings.
     pub config: config::Service,
-    /// One a worker, in the order of the configuration.
+    /// One slot for each worker, in the order of the configuration.
     pub slots: Vec<Slot>,
-    /// Workers that left their slot and are not gone yet.
+    /// Workers that were taken out of their slot, or ended, and still have processes.
     pub retiring: Vec<Worker>,
     pub(super) rollout: Option<Rollout>,
-    /// What to return to if the rollout fails.
+    /// The settings to return to if the rollout fails.
     pub(super) fallback: Option<config::Service>,
     life: Life,
     published: Option<Publication>,
-    /// The ports whose inherited sockets are to stay: its workers have them, or its slots' next ones will.
+    /// The ports whose inherited sockets stay open: its workers have them, or the next workers of
+    /// its slots will.
     kept_ports: BTreeSet<SocketAddr>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Life {
     Open,
-    /// Its listeners are being emptied; the workers still serve.
+    /// Its listeners are closing and their accept queues are being emptied; the workers still
+    /// serve.
     Closing(RetireReason),
-    /// Its workers are on their way out.
+    /// Its workers are being taken out of service.
     Closed,
 }
 
@@ -111,7 +112,7 @@ impl Service {
         }
     }
 
-    /// Who can be handed a connection now.
+    /// The workers that can be handed a connection now.
     #[must_use]
     pub fn rotation(&self) -> Rotation {
         let workers = self.slots.iter().filter_map(Slot::serving).map(|worker| worker.id).collect();
@@ -119,7 +120,7 @@ impl Service {
         Rotation { workers, coming: coming.unwrap_or(Coming::Never) }
     }
 
-    /// The same, with all that goes with it.
+    /// The current rotation with the service's name and its routing settings.
     #[must_use]
     pub fn publication(&self) -> Publication {
         let routing = Arc::new(self.config.routing.clone());
@@ -130,43 +131,44 @@ impl Service {
         if slot.on_its_way() {
             Coming::Now
         } else if slot.is_vacant() && !slot.drained && !slot.leaving && self.is_filled() {
-            // A slot that waits for its predecessor to be gone is as good as starting.
+            // A start that is due but waits for the predecessor to be gone counts as due too.
             Coming::At(slot.start_at)
         } else {
             Coming::Never
         }
     }
 
-    /// All workers that are not gone, wherever they are in their lives.
+    /// All workers that are not gone, in any phase.
     pub fn workers(&self) -> impl Iterator<Item = &Worker> {
         self.slots.iter().flat_map(Slot::workers).chain(&self.retiring)
     }
 
-    /// Whether it is meant to be: not removed, and not being stopped.
+    /// Whether the service is neither being removed nor being stopped.
     #[must_use]
     pub fn is_open(&self) -> bool {
         self.life == Life::Open
     }
 
-    /// Whether its vacant slots are filled: while it is meant to be, and, when lbd stops, for as long
-    /// as clients are let in that may have to wait for a worker.
+    /// Whether vacant slots are filled: while the service is open; and, when lbd stops, until its
+    /// listeners are empty, since clients that are still let in may have to wait for a worker.
     pub(super) fn is_filled(&self) -> bool {
         matches!(self.life, Life::Open | Life::Closing(RetireReason::Stopping))
     }
 
-    /// The workers on their way out, and those that will be as soon as its listeners are empty.
+    /// The outgoing workers, including those in slots that are retired as soon as the listeners are
+    /// empty.
     pub(super) fn outgoing(&self) -> impl Iterator<Item = &Worker> {
         let closing = self.slots.iter().filter(|_| !self.is_open());
         closing.flat_map(Slot::workers).chain(&self.retiring)
     }
 
-    /// Whether nothing of it is left.
+    /// Whether the service is closed and has no workers left.
     pub(super) fn is_gone(&self) -> bool {
         self.life == Life::Closed && self.workers().next().is_none()
     }
 
-    /// Takes new settings over: slots come and go, policies change at once, and workers whose
-    /// settings changed are replaced one at a time. Where nothing changed, nothing is disturbed.
+    /// Applies new settings: adds and removes slots, changes policies at once, and replaces workers
+    /// whose settings changed one at a time. What did not change is not disturbed.
     pub(super) fn apply(
         &mut self,
         target: config::Service,
@@ -184,14 +186,16 @@ impl Service {
         let proving = self.abandon_rollout("another change was applied", Some(&wanted), cx);
         self.reconcile(&previous, kind, cx);
         let is_new = |slot: &&Slot| slot.unproven || slot.spec != self.config.worker;
-        // One that the rollout before has begun to prove is waited for first.
+        // The worker that the previous rollout was proving is waited for first, and its slot is not
+        // replaced again.
         let is_left = |slot: &&Slot| {
             slot.spec != self.config.worker || proving.is_none_or(|id| !slot.holds(id))
         };
         let slots = self.slots.iter().filter(|slot| !slot.leaving);
         let has_new_slots = slots.clone().any(|slot| slot.unproven);
         let todo = slots.filter(is_new).filter(is_left).map(|slot| slot.number).collect();
-        // Settings that never proved themselves are nothing to return to.
+        // While a rollout is unfinished, the fallback from before it is kept: the settings since
+        // then have never been proven.
         let is_unproven = previous.worker != self.config.worker || has_new_slots;
         if kind == Kind::Reload && self.fallback.is_none() && is_unproven {
             self.fallback = Some(previous);
@@ -199,8 +203,8 @@ impl Service {
         self.begin_rollout(todo, proving, ticket, kind, cx);
     }
 
-    /// Stops accepting; the workers are stopped when [`Event::Closed`](super::Event::Closed) says that nobody will ask
-    /// for one any more.
+    /// Stops accepting. The workers are stopped when [`Event::Closed`](super::Event::Closed) says
+    /// that no client will need one any more.
     pub(super) fn close(&mut self, why: RetireReason, cx: &mut Context<'_>) {
         match self.life {
             Life::Open => {
@@ -214,12 +218,13 @@ impl Service {
                 self.life = Life::Closing(why);
                 cx.effects.push(Effect::Close { service: self.name() });
             }
-            // What was removed is not filled again because lbd stops as well.
+            // A removed service stays removed when lbd stops as well: its slots are not filled
+            // again.
             Life::Closing(_) | Life::Closed => {}
         }
     }
 
-    /// Kills everything.
+    /// Kills every worker at once.
     pub(super) fn abort(&mut self, cx: &mut Context<'_>) {
         self.end_rollout(Err("lbd is stopping".to_owned()), cx);
         self.life = Life::Closed;
@@ -229,7 +234,8 @@ impl Service {
         }
     }
 
-    /// Its listeners are closed and emptied.
+    /// The service's listeners are closed, and their accept queues are empty: its workers are
+    /// retired.
     pub(super) fn closed(&mut self, cx: &mut Context<'_>) {
         if let Life::Closing(why) = self.life {
             self.life = Life::Closed;
@@ -239,14 +245,14 @@ impl Service {
         }
     }
 
-    /// The addresses where a worker of this slot may have to wait for room.
+    /// The addresses that the slot's next worker needs, and may have to wait for.
     pub(super) fn addresses_of(&self, slot: &Slot) -> impl Iterator<Item = SocketAddr> {
         let next = slot.wanted_port().map(|port| slot.spec.address(port));
         let replacement = slot.fixed_port.map(|port| self.config.worker.address(port));
         next.into_iter().chain(replacement)
     }
 
-    /// When [`Self::timeout`] wants to be called next.
+    /// When to call [`Self::timeout`] next.
     pub(super) fn deadline(&self, ports: &Ports) -> Option<Instant> {
         let workers = self.workers().filter_map(|worker| worker.deadline(&self.config.health));
         let slots =
@@ -255,8 +261,8 @@ impl Service {
         workers.chain(slots).chain(recycling).chain(self.proven_at()).min()
     }
 
-    /// Starts what is due, and asks for publication where the rotation changed. Called after every
-    /// event that may have changed something here, when the rollouts have moved on.
+    /// Starts the workers that are due, and publishes the rotation if it changed. Called after
+    /// every event that may have changed the service, when the rollouts have advanced.
     pub(super) fn settle(&mut self, ports: &Ports, cx: &mut Context<'_>) {
         for index in 0..self.slots.len() {
             let slot = &self.slots[index];
@@ -281,7 +287,7 @@ impl Service {
         cx.effects.extend(released.map(|&address| Effect::ReleasePort { address }));
     }
 
-    /// Whether the sockets at `address` are to stay for its workers to inherit.
+    /// Whether the sockets at `address` stay open for workers of this service to inherit.
     pub(super) fn keeps_port(&self, address: &SocketAddr) -> bool {
         self.kept_ports.contains(address)
     }
@@ -313,7 +319,8 @@ impl Service {
         cx.shared.ids += 1;
         let id = WorkerId(cx.shared.ids);
         let slot = &mut self.slots[index];
-        // One that is replaced on purpose is no sign of trouble; but one that was unhealthy is.
+        // A replacement on purpose does not count as a restart, unless it is for an unhealthy
+        // worker.
         let vacates = |rollout: &Rollout| {
             !matches!(rollout.recycles(), Some(LimitExceeded::Unhealthy { .. }))
                 && (position != Position::Slot || rollout.vacates(slot.number))
@@ -341,7 +348,8 @@ impl Service {
             spec: Arc::clone(&slot.spec),
         }));
         let undrains = self.rollout.as_ref().is_some_and(|rollout| rollout.undrains(slot.number));
-        // With no worker beside it that is out of rotation, the slot itself is back.
+        // If the new worker is the only one in the slot, the slot is drained no more. (Beside an
+        // old, drained worker that happens when the new one is proven.)
         slot.drained &= !(undrains && position == Position::Slot);
         if slot.drained && !undrains {
             worker.drain(cx.now, cx.effects);
@@ -353,15 +361,15 @@ impl Service {
         id
     }
 
-    /// Takes a worker out of its slot, and out of service by the rules of `stop`.
+    /// Takes a worker out of its slot, and out of service as [`Self::dismiss`] does.
     pub(super) fn retire(&mut self, id: WorkerId, why: RetireReason, cx: &mut Context<'_>) {
         if let Some(worker) = self.slots.iter_mut().find_map(|slot| slot.take(id)) {
             self.dismiss(worker, why, cx);
         }
     }
 
-    /// Takes a slot out of rotation at an operator's wish. Its worker is left alone: one that is
-    /// being replaced at nobody's order is kept.
+    /// Drains a slot for an operator. Its worker keeps running: if it is just being replaced for a
+    /// limit that it exceeds, that rollout is abandoned.
     pub(super) fn drain(&mut self, number: u32, cx: &mut Context<'_>) {
         let Some(index) = self.slots.iter().position(|slot| slot.number == number) else { return };
         if let Some(rollout) = &mut self.rollout {
@@ -384,7 +392,7 @@ impl Service {
         self.note_of(subject, Fact::Drained, cx);
     }
 
-    /// Takes that back.
+    /// Undoes [`Self::drain`].
     pub(super) fn resume(&mut self, number: u32, cx: &mut Context<'_>) {
         let slot = self.slots.iter_mut().find(|slot| slot.number == number && slot.drained);
         let Some(slot) = slot else { return };
@@ -396,7 +404,7 @@ impl Service {
         self.note_of(subject, Fact::Resumed, cx);
     }
 
-    /// Takes a worker that left its slot out of service.
+    /// Takes a worker that left its slot out of service by the rules of `stop`.
     pub(super) fn dismiss(&mut self, mut worker: Worker, why: RetireReason, cx: &mut Context<'_>) {
         if !matches!(worker.phase, Phase::Draining { .. } | Phase::Stopping { .. } | Phase::Ended) {
             self.note_of(note_of(&worker), Fact::Draining { why }, cx);
@@ -405,8 +413,9 @@ impl Service {
         self.retiring.push(worker);
     }
 
-    /// Whether the slot is to be filled, and workers on their way out leave it its port and, where
-    /// no two of a slot may run at once, are gone.
+    /// Whether a worker can be started in the slot: the slot is vacant and to be filled, outgoing
+    /// workers leave room on its port, and, if only one worker of a slot may run at a time, they
+    /// are gone.
     fn may_fill(&self, slot: &Slot, ports: &Ports) -> bool {
         let room = |port| ports.leave_room(slot.spec.address(port), slot.spec.socket, 0);
         self.is_filled()
@@ -416,8 +425,8 @@ impl Service {
             && !(self.runs_one_at_a_time(slot) && self.is_being_left(slot))
     }
 
-    /// Whether a worker of this slot must be gone before the next one is started: by the
-    /// configuration, or since the two could not run beside each other.
+    /// Whether a worker of this slot must be gone before the next one is started: because of
+    /// `rollout.order`, or because its replacement failed beside it.
     fn runs_one_at_a_time(&self, slot: &Slot) -> bool {
         let is_tried_alone = |rollout: &Rollout| {
             rollout.vacates(slot.number)
@@ -427,7 +436,7 @@ impl Service {
             || self.rollout.as_ref().is_some_and(is_tried_alone)
     }
 
-    /// Whether a worker that was in this slot is not gone yet.
+    /// Whether an earlier worker of this slot is not gone yet.
     fn is_being_left(&self, slot: &Slot) -> bool {
         self.retiring.iter().any(|worker| worker.slot == slot.number)
     }

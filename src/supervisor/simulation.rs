@@ -1,8 +1,8 @@
-//! Whole histories at random: a made-up machine carries out what the core asks for, at its worst,
-//! and what must always hold is checked after every step.
+//! Random whole histories: a simulated machine carries out the core's effects, slowly and with
+//! failures, and the invariants are checked after every step.
 //!
-//! `LBD_SIM_STEPS` is how many steps are taken in all, `LBD_SIM_SEED` where the seeds begin. A
-//! failure names its seed: with that as `LBD_SIM_SEED`, it comes first and is the same again.
+//! `LBD_SIM_STEPS` is the number of steps in all, `LBD_SIM_SEED` the first seed. A failure names
+//! its seed: run with that as `LBD_SIM_SEED`, the same history comes first.
 
 mod machine;
 mod process;
@@ -35,7 +35,7 @@ fn random_walks_keep_what_must_hold() {
     }
 }
 
-/// One daemon's life; tells how many steps it took.
+/// Simulates one daemon's life; returns how many steps it took.
 fn walk(seed: u64) -> u64 {
     let mut machine = Machine::new(seed);
     apply(&mut machine);
@@ -52,7 +52,7 @@ fn walk(seed: u64) -> u64 {
     machine.steps
 }
 
-/// One thing that may happen any time.
+/// Does one thing that may happen at any time.
 fn disturb(machine: &mut Machine) {
     match machine.random.u32(0..100) {
         0..60 => machine.proceed(),
@@ -83,7 +83,7 @@ fn restart(machine: &mut Machine) {
     machine.restart(service, slot);
 }
 
-/// An operator takes a worker out of rotation, or puts it back.
+/// An operator drains a slot, or resumes it.
 fn position(machine: &mut Machine) {
     let names = ["a", "b", "c", "none"];
     let service = machine.random.choice(names).unwrap_or("a").into();
@@ -91,7 +91,7 @@ fn position(machine: &mut Machine) {
     machine.position(service, slot, drain);
 }
 
-/// A valid configuration: no port twice.
+/// A valid configuration, in which no port occurs twice.
 fn settings(machine: &mut Machine) -> Vec<Service> {
     let previous = machine.wanted.clone();
     if !previous.is_empty() && machine.random.u8(..) < 40 {
@@ -159,7 +159,7 @@ fn vary(service: &mut Service, random: &mut fastrand::Rng) {
     }
 }
 
-/// Where nothing fails any more, all that is wanted comes about.
+/// Checks that everything that is wanted comes about once nothing fails any more.
 fn calm_down(machine: &mut Machine) {
     machine.calm = true;
     if machine.random.bool() {
@@ -190,7 +190,7 @@ fn is_as_wanted(machine: &Machine) -> bool {
                     w.phase == Phase::Healthy
                         && w.spec == wanted.worker
                         && w.slot == slot.number
-                        // An operator's own is left alone.
+                        // A slot that an operator drained is left as it is.
                         && (at_home || slot.drained)
                 };
                 slot.next.is_none() && slot.current.as_ref().is_some_and(healthy)
@@ -203,7 +203,7 @@ fn is_as_wanted(machine: &Machine) -> bool {
         && machine.wanted.iter().all(complete)
 }
 
-/// Every life ends, and in time.
+/// Checks that every worker ends, and in time.
 fn end(machine: &mut Machine) {
     let start = machine.now;
     let abort = machine.random.u8(..) < 60;
@@ -217,7 +217,7 @@ fn end(machine: &mut Machine) {
         match machine.random.u32(0..100) {
             0..4 => machine.crash(),
             4 => {
-                // What comes now is too late, and is answered so.
+                // A request during the stop is refused.
                 let ticket = machine.ticket();
                 machine.handle(Event::Restart { service: None, slots: Chosen::All, ticket });
                 assert!(!machine.tickets.contains(&ticket));

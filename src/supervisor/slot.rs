@@ -1,5 +1,5 @@
-//! One place for a worker in a service: which worker fills it, which one is to take over, which of
-//! them serves, and when the next one is started.
+//! A slot holds one worker of a service and, during a replacement, that worker's successor. It
+//! knows which of the two serves, and when the next worker is started.
 
 use std::{sync::Arc, time::Instant};
 
@@ -11,63 +11,67 @@ use super::{
 };
 use crate::config::{SocketMode, WorkerSpec};
 
-/// One place for a worker.
+/// One slot of a service: it holds at most one worker and its replacement.
 #[derive(Debug, Clone)]
 pub struct Slot {
-    /// What `LBD_SLOT`, logs and metrics call it. It stays with a port for as long as the port
-    /// stays in the configuration, wherever in the list that is.
+    /// The slot's number in `LBD_SLOT`, logs and metrics. A fixed port keeps its number for as long
+    /// as the configuration has the port, wherever the port stands in the list.
     pub number: u32,
-    /// The port that the configuration gives it; `None` where lbd picks one.
+    /// The slot's fixed port; `None` if lbd picks a port.
     pub fixed_port: Option<u16>,
-    /// What the next worker here is started with.
+    /// The settings that the next worker is started with.
     pub spec: Arc<WorkerSpec>,
-    /// An operator wants it out of rotation: whoever fills it gets no connection. Kept for as long
-    /// as the slot is, whatever becomes of its workers.
+    /// An operator has drained the slot: its workers get no connections. This lasts for as long as
+    /// the slot does, even when its worker is replaced.
     pub drained: bool,
-    /// A reload takes it away, once what takes its place is proven; until then its worker serves.
+    /// A reload removes this slot as soon as the slots that replace it are proven; until then its
+    /// worker serves.
     pub(super) leaving: bool,
-    /// A reload made it, in the place of others that stay until its first worker is proven.
+    /// A reload added this slot to replace others, which stay until its first worker is proven.
     pub(super) unproven: bool,
-    /// The worker that fills it.
+    /// The slot's worker.
     pub current: Option<Worker>,
-    /// The one that replaces `current` once it is proven, and serves for it before where it can't.
+    /// The replacement for `current`, which takes over once it is proven. Before that it serves
+    /// only while `current` can't.
     pub next: Option<Worker>,
-    /// When a vacant slot is filled again.
+    /// When the next worker is started, if the slot is vacant.
     pub start_at: Instant,
-    /// How often it failed in a row.
+    /// The slot's failures in a row, and the restart delay that follows from them.
     pub backoff: Backoff,
-    /// When its worker may be replaced for being past a limit.
+    /// When the slot's worker may be replaced because it exceeds a limit.
     pub recycling: Recycling,
-    /// Workers started here so far.
+    /// How many workers were started in this slot so far.
     pub generation: u64,
-    /// A process was started here: what is started next comes in the place of another.
+    /// A process was started in this slot before. So the next one counts as a restart, unless it
+    /// replaces a worker on purpose.
     pub begun: bool,
-    /// Workers started here in the place of one that ended, or could not be started, unasked. Where
-    /// nothing was started, as the port was taken, that is none.
+    /// How many workers were started in this slot because the one before ended, or failed to start,
+    /// without lbd wanting that. An attempt that started nothing because the port was taken does
+    /// not count.
     pub restarts: u64,
-    /// Workers of this slot that are no more, by [`ExitCause`], in the order of [`ExitCause::ALL`].
+    /// How many of the slot's workers ended, by [`ExitCause`], in the order of [`ExitCause::ALL`].
     pub exits: [u64; ExitCause::ALL.len()],
-    /// How and when the last worker here ended, or why it could not be started; that of the last one
-    /// that nobody had asked to, if there was one. The end of a replacement that failed, while the worker
-    /// that it was to replace stays, is none of these.
+    /// How and when the slot's last worker ended, or why it could not be started. If any worker
+    /// ended without lbd asking it to, this is the last such end: a requested end does not
+    /// overwrite it. A replacement that fails while the old worker stays does not count.
     pub last_exit: Option<LastExit>,
-    /// The port of the last worker that filled it.
+    /// The port of the last worker that held the slot.
     pub last_port: Option<u16>,
 }
 
 /// How a worker ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LastExit {
-    /// How.
+    /// How it ended.
     pub how: Down,
-    /// When.
+    /// When it ended.
     pub at: Instant,
-    /// lbd wanted it to end: it was replaced or removed, or lbd stops.
+    /// lbd asked the worker to end: it was replaced or removed, or lbd stops.
     pub asked: bool,
 }
 
 impl Slot {
-    /// A vacant slot that is to be filled at once.
+    /// A vacant slot, whose first worker is due at once.
     #[must_use]
     pub fn new(number: u32, fixed_port: Option<u16>, spec: Arc<WorkerSpec>, now: Instant) -> Self {
         Self {
@@ -91,8 +95,8 @@ impl Slot {
         }
     }
 
-    /// The port that the next worker to fill it shall be on; `None` where any will do. An inherited
-    /// socket outlives its worker, so the port is kept.
+    /// The port that the slot's next worker is started on; `None` if any port will do. An inherited
+    /// socket outlives its worker, so a slot keeps its port with [`SocketMode::Inherit`].
     #[must_use]
     pub fn wanted_port(&self) -> Option<u16> {
         match self.spec.socket {
@@ -101,26 +105,25 @@ impl Slot {
         }
     }
 
-    /// Whether nobody fills it and nobody is about to.
+    /// Whether the slot has neither a worker nor a replacement.
     #[must_use]
     pub fn is_vacant(&self) -> bool {
         self.current.is_none() && self.next.is_none()
     }
 
-    /// The worker that clients are sent to: the one that fills it, or its replacement where that one
-    /// can't serve.
+    /// The worker in rotation: `current`, or its replacement while `current` can't serve.
     #[must_use]
     pub fn serving(&self) -> Option<&Worker> {
         self.workers().find(|worker| worker.in_rotation())
     }
 
-    /// Whether a worker in it that clients will be sent to is being started.
+    /// Whether a worker of this slot that will be in rotation is being started.
     #[must_use]
     pub fn on_its_way(&self) -> bool {
         self.workers().any(|worker| worker.on_its_way() && worker.drained.is_none())
     }
 
-    /// The replacement fills it from now on.
+    /// Makes the replacement the slot's worker.
     pub fn promote(&mut self) {
         if let Some(next) = self.next.take() {
             self.last_port = next.port;
@@ -128,30 +131,31 @@ impl Slot {
         }
     }
 
-    /// The workers in it: at most the one that fills it and its replacement.
+    /// The slot's workers: `current` and its replacement, as far as they exist.
     pub fn workers(&self) -> impl Iterator<Item = &Worker> {
         self.current.iter().chain(&self.next)
     }
 
-    /// The same, to be changed.
+    /// The slot's workers, mutable.
     pub fn workers_mut(&mut self) -> impl Iterator<Item = &mut Worker> {
         self.current.iter_mut().chain(&mut self.next)
     }
 
-    /// The workers in it, out of it.
+    /// The slot's workers, by value.
     pub fn into_workers(self) -> impl Iterator<Item = Worker> {
         self.current.into_iter().chain(self.next)
     }
 
-    /// A process was started for this worker.
+    /// Records that a process was started for this worker.
     pub(super) fn spawned(&mut self, id: WorkerId) {
         let counts = self.workers().any(|worker| worker.id == id && worker.counts);
         self.begun = true;
         self.restarts += u64::from(counts);
     }
 
-    /// Takes note of how a worker here, of that `generation`, ended. An end that was asked for is no news
-    /// after one that was not, and that of a replacement none of the worker that it did not replace.
+    /// Records how the slot's worker of that `generation` ended. A requested end does not overwrite
+    /// one that was not requested. The end of a failed replacement is ignored while the older
+    /// worker stays.
     pub(super) fn exited(&mut self, generation: u64, exit: LastExit) {
         let is_kept = self.current.as_ref().is_some_and(|kept| kept.generation < generation);
         if !is_kept && (!exit.asked || self.last_exit.as_ref().is_none_or(|last| last.asked)) {
@@ -159,13 +163,13 @@ impl Slot {
         }
     }
 
-    /// Whether the worker of this incarnation is in it.
+    /// Whether this worker is in the slot.
     #[must_use]
     pub fn holds(&self, id: WorkerId) -> bool {
         self.workers().any(|worker| worker.id == id)
     }
 
-    /// Takes the worker of this incarnation out of the slot.
+    /// Takes this worker out of the slot.
     pub fn take(&mut self, id: WorkerId) -> Option<Worker> {
         self.current
             .take_if(|worker| worker.id == id)
@@ -173,14 +177,14 @@ impl Slot {
     }
 }
 
-/// What a note says of `worker`.
+/// How a log note describes `worker`.
 #[must_use]
 pub(super) fn note_of(worker: &Worker) -> NoteWorker {
     let (id, spec) = (Some(worker.id), Arc::clone(&worker.spec));
     NoteWorker { id, spec, slot: worker.slot, port: worker.port, pid: worker.pid }
 }
 
-/// What a note says of `slot`, whoever fills it.
+/// How a log note describes `slot`: by its worker, if it has one.
 #[must_use]
 pub(super) fn note_of_slot(slot: &Slot) -> NoteWorker {
     let vacant = || {

@@ -1,5 +1,5 @@
-//! One incarnation of a worker: the life of one child, from the order to start it until nothing of
-//! it is left.
+//! One worker: the life of one child process, from the order to start it until no process of it is
+//! left.
 //!
 //! ```text
 //! Launching ─▶ Starting ─▶ Healthy ◀─▶ Unhealthy
@@ -9,10 +9,11 @@
 //!                   Draining ─▶ Stopping ─▶ Ended ─▶ (gone)
 //! ```
 //!
-//! Any state may go to `Ended` by the program's own end, and a worker that drains goes back to where
-//! it was if it is wanted again. This module decides when to probe, what the probes add up to, and when
-//! a deadline of this one worker has passed; what follows for the slot is the service's business: also
-//! when an unhealthy worker has been so for too long, and when a healthy one is proven.
+//! Any state may go to `Ended` when the program ends by itself, and a draining worker that is
+//! wanted again goes back to the state it drained from. This module decides when to probe the
+//! worker, what its probe results add up to, and when one of its own deadlines has passed. What
+//! follows for the slot is decided by the service: among other things when a worker has been
+//! unhealthy for too long, and when a healthy worker is proven.
 
 use std::{
     net::SocketAddr,
@@ -27,89 +28,91 @@ use super::{
 };
 use crate::config::{Drain, Health, SocketMode, Stop, WorkerSpec};
 
-/// A new worker is probed again this soon after its first failure; the pause doubles up to
-/// `interval`, so that a program that listens quickly is in rotation quickly.
+/// The pause between a new worker's first probes. It doubles after each failure, up to `interval`,
+/// so that a program that starts quickly is in rotation quickly.
 const FIRST_PROBE_PAUSE: Duration = Duration::from_millis(20);
 
-/// A new worker that is not healthy after so long gets a line that says why: most are by then, and
-/// a user who waits in front of a terminal begins to wonder.
+/// A new worker that is not healthy after this time gets a log line that says why: most workers are
+/// healthy by then, and a user in front of a terminal begins to wonder.
 const LATE: Duration = Duration::from_secs(5);
 
-/// One child's life.
+/// The state of one worker.
 #[derive(Debug, Clone)]
 pub struct Worker {
-    /// The incarnation.
+    /// The worker's id.
     pub id: WorkerId,
-    /// What it was started with.
+    /// The settings that it was started with.
     pub spec: Arc<WorkerSpec>,
-    /// The how-many-eth worker of its slot it is, counted from 1.
+    /// Its number among the workers of its slot, counted from 1.
     pub generation: u64,
     /// Its slot's number.
     pub slot: u32,
-    /// The port that the configuration gave it; `None` where lbd picks one.
+    /// The slot's fixed port; `None` if lbd picks a port.
     pub fixed_port: Option<u16>,
-    /// Where it is reached; where lbd picks a port, known once it is spawned.
+    /// The port that it is reached on; if lbd picks the port, known once the worker is spawned.
     pub port: Option<u16>,
     /// The program's process id, while it runs.
     pub pid: Option<i32>,
-    /// Where it is in its life.
+    /// Its current phase.
     pub phase: Phase,
-    /// Since when it is in this phase.
+    /// When it entered this phase.
     pub since: Instant,
-    /// When the program began to run; when it was ordered, before that.
+    /// When the program began to run; before that, when the start was ordered.
     pub started: Instant,
-    /// What the last probe showed.
+    /// The result of the last probe.
     pub last_probe: Option<ProbeOutcome>,
-    /// How near it is to its limits.
+    /// What it has used up of its limits.
     pub usage: LimitUsage,
-    /// It counts among the restarts of its slot, once it is known that something was started.
+    /// It counts as a restart of its slot, once a process was started for it.
     pub counts: bool,
-    /// It fills its slot on a port of its own, while the slot's port is not to be had.
+    /// It is a stand-in: it runs on a free port while the slot's own port is taken.
     pub stands_in: bool,
-    /// Since when an operator has it out of rotation, whatever its phase; see [`Slot::drained`](super::Slot::drained).
+    /// When an operator drained it, whatever its phase; see
+    /// [`Slot::drained`](super::Slot::drained).
     pub drained: Option<Instant>,
-    /// It was said that it is not healthy yet.
+    /// [`Change::Late`] was reported.
     late: bool,
     tally: Tally,
     probe: ProbeClock,
     pause: Duration,
-    /// The phase it drains from and since when it was in that, to go back to.
+    /// The phase that it drains from, and when it had entered that phase: the state to go back to.
     drained_from: Option<(Phase, Instant)>,
-    /// The longest it was healthy without a break, this time not counted.
+    /// The longest unbroken time of health, not counting the current one.
     healthiest: Duration,
 }
 
-/// Where a worker is in its life.
+/// A phase in a worker's life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
-    /// Ordered; the program does not run yet.
+    /// The start was ordered; the program does not run yet.
     Launching,
     /// The program runs and is not proven yet.
     Starting,
-    /// In rotation.
+    /// It passed its probes, and can be in rotation.
     Healthy,
-    /// Out of rotation since its probes failed.
+    /// It is out of rotation because its probes failed.
     Unhealthy,
-    /// Out of rotation for good; its connections are given until then.
+    /// It is being taken out of service, and its connections have time to end.
     Draining {
-        /// Why it is to go.
+        /// Why it is taken out of service.
         why: RetireReason,
-        /// When it is signalled even if it still holds connections.
+        /// When it is sent the stop signal even if it still holds connections.
         until: Instant,
     },
-    /// Asked to end.
+    /// It was asked to end.
     Stopping {
         /// Why.
         why: RetireReason,
-        /// When it is killed; `None` once that was done.
+        /// When it is killed; `None` once it was.
         kill_at: Option<Instant>,
     },
-    /// The program ended; what it left behind is being removed.
+    /// The program ended; the processes that it left behind are being removed.
     Ended,
 }
 
 impl Phase {
-    /// Why a worker in this phase does not take what waits in its accept queue, where it does not.
+    /// Why a worker in this phase does not accept the connections in its accept queue; `None` if it
+    /// does.
     fn untaken(self) -> Option<Untaken> {
         match self {
             Self::Unhealthy => Some(Untaken::Hangs),
@@ -128,41 +131,42 @@ enum ProbeClock {
     /// Not probed in this phase.
     Off,
     Due(Instant),
-    /// Asked for; began then.
+    /// A probe was ordered at this time.
     Running(Instant),
-    /// Asked for before the worker was taken out of service: its result doesn't count.
+    /// A probe that was ordered before the worker was taken out of service still runs; its result
+    /// doesn't count.
     Stale,
 }
 
-/// What a probe's result or a deadline changed.
+/// What a probe result or a deadline changed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Change {
-    /// Nothing that anybody else needs to know.
+    /// Nothing that concerns the service.
     None,
-    /// It is proven healthy, for the first time or again.
+    /// The worker became healthy, for the first time or again.
     Healthy {
-        /// It is the first time.
+        /// Whether this is the first time.
         first: bool,
     },
-    /// It is healthy no more.
+    /// The worker became unhealthy.
     Unhealthy {
-        /// What the last probe showed.
+        /// The error of the last probe.
         error: String,
     },
-    /// It is not healthy for so long that a user may wonder why. Said once.
+    /// The worker has not become healthy for so long that a user may wonder why. Reported once.
     Late,
-    /// It did not become healthy in time.
+    /// The worker did not become healthy within `health.start-timeout`.
     StartTimeout,
-    /// It can't become healthy.
+    /// The worker can't become healthy.
     Hopeless,
-    /// The time for its connections to end is over.
+    /// The drain timeout is over.
     DrainTimeout,
-    /// The time to end by itself is over.
+    /// The stop timeout is over.
     StopTimeout,
 }
 
 impl Worker {
-    /// A worker that was just ordered.
+    /// A worker whose start was just ordered.
     #[must_use]
     pub fn new(
         id: WorkerId,
@@ -196,7 +200,7 @@ impl Worker {
         }
     }
 
-    /// The address that is its own; known as soon as its port is. It has none with
+    /// The worker's own address; known as soon as its port is. There is none with
     /// [`SocketMode::Direct`].
     #[must_use]
     pub fn address(&self) -> Option<SocketAddr> {
@@ -204,31 +208,32 @@ impl Worker {
         Some(self.spec.address(port))
     }
 
-    /// Whether new connections may go to it.
+    /// Whether new connections may go to the worker.
     #[must_use]
     pub fn in_rotation(&self) -> bool {
         self.phase == Phase::Healthy && self.drained.is_none()
     }
 
-    /// Whether it can go on while its replacement is started beside it.
+    /// Whether the worker can go on running while its replacement is started.
     #[must_use]
     pub fn can_stay(&self) -> bool {
         matches!(self.phase, Phase::Healthy | Phase::Unhealthy)
     }
 
-    /// When it will have been healthy without a break for `settle`.
+    /// When the worker will have been healthy for `settle` without a break; `None` while it is not
+    /// healthy.
     #[must_use]
     pub fn settled_at(&self, settle: Duration) -> Option<Instant> {
         (self.phase == Phase::Healthy).then(|| self.since + settle)
     }
 
-    /// Whether it may yet become healthy by itself.
+    /// Whether the worker is being started and may become healthy.
     #[must_use]
     pub fn on_its_way(&self) -> bool {
         matches!(self.phase, Phase::Launching | Phase::Starting)
     }
 
-    /// The longest it was healthy without a break.
+    /// The longest time that the worker was healthy without a break.
     #[must_use]
     pub fn longest_health(&self, now: Instant) -> Duration {
         let this_time =
@@ -236,7 +241,8 @@ impl Worker {
         self.healthiest.max(this_time)
     }
 
-    /// The program runs: the first probe is due at once, or the signal if it is to end already.
+    /// The program runs. The first probe is due at once; if the worker is to end already, it gets
+    /// the stop signal instead.
     pub fn program_started(
         &mut self,
         pid: i32,
@@ -264,8 +270,8 @@ impl Worker {
         }
     }
 
-    /// A probe ended. Results for a worker that is not probed in its phase change nothing: one
-    /// that drains stays out of rotation, however well it answers.
+    /// Handles a probe result. It is ignored in a phase in which the worker is not probed: a
+    /// draining worker stays out of rotation, however well it answers.
     pub fn probed(
         &mut self,
         outcome: ProbeOutcome,
@@ -323,7 +329,7 @@ impl Worker {
             ) => Change::None,
         };
         let next = if self.phase == Phase::Starting {
-            // Fast at first, but a pass that only waits for `rise` needs no more patience.
+            // Only failures lengthen the pause: after a pass, `rise` is to be reached quickly.
             let pause = self.pause.min(health.interval);
             if !passed {
                 self.pause = self.pause.saturating_mul(2);
@@ -336,8 +342,8 @@ impl Worker {
         change
     }
 
-    /// Takes it out of service: gives its connections time, or asks it to end at once, as `stop`
-    /// says. Does nothing where that was done before.
+    /// Takes the worker out of service: gives its connections time to end, or asks it to end at
+    /// once, as `stop` says. Does nothing if the worker was retired before.
     pub fn retire(
         &mut self,
         why: RetireReason,
@@ -351,9 +357,10 @@ impl Worker {
                 self.ask_to_stop(why, stop, now, effects);
             }
             Phase::Healthy | Phase::Unhealthy => {
-                // Where the worker ends its own connections the signal follows at once; retiring comes
-                // first so that no new one is on its way to it. One that is replaced for its failed
-                // probes may be busy with what it has, and gets the time that a drain is given.
+                // With `stop.drain = "signal"` the worker ends its own connections, and the signal
+                // follows at once; `Retire` comes first so that no new connection is on its way to
+                // it. A worker that is replaced because its probes failed may be busy with the
+                // connections it has, and always gets the drain timeout.
                 if stop.drain == Drain::Signal && why != RetireReason::Unhealthy {
                     effects.push(Effect::Retire { id: self.id });
                     self.ask_to_stop(why, stop, now, effects);
@@ -372,15 +379,16 @@ impl Worker {
         }
     }
 
-    /// Takes it out of rotation for as long as an operator wants. It runs on and is probed, but no
-    /// probe changes that, and how ill it may be is the operator's business.
+    /// Takes the worker out of rotation until [`Self::undrain`]. It keeps running and is still
+    /// probed, but no probe brings it back into rotation, and it is not replaced for being
+    /// unhealthy: that is up to the operator.
     pub fn drain(&mut self, now: Instant, effects: &mut Vec<Effect>) {
         self.drained = Some(now);
         effects.push(Effect::Retire { id: self.id });
     }
 
-    /// The operator wants it back: in rotation at once where it is healthy. One that is not has its
-    /// full time to become so.
+    /// Undoes [`Self::drain`]: a healthy worker is back in rotation at once. An unhealthy one has
+    /// its full time to become healthy before it is replaced.
     pub fn undrain(&mut self, now: Instant, effects: &mut Vec<Effect>) {
         self.drained = None;
         if self.phase == Phase::Unhealthy {
@@ -389,8 +397,8 @@ impl Worker {
         effects.push(Effect::Reinstate { id: self.id });
     }
 
-    /// Brings a worker that only drains back to where it was: one that was unhealthy has still to
-    /// prove itself, and one that an operator had set aside stays so.
+    /// Brings a draining worker back to the phase it drained from. An unhealthy worker must still
+    /// pass its probes, and one that an operator drained stays out of rotation.
     pub fn resume(&mut self, now: Instant, effects: &mut Vec<Effect>) {
         let Some((phase, since)) = self.drained_from.take() else { return };
         self.enter(phase, since, effects);
@@ -403,15 +411,15 @@ impl Worker {
         }
     }
 
-    /// Its last connection ended: a draining worker is asked to end.
+    /// The worker's last connection ended: if it drains, it is asked to end.
     pub fn idle(&mut self, stop: &Stop, now: Instant, effects: &mut Vec<Effect>) {
         if let Phase::Draining { why, .. } = self.phase {
             self.ask_to_stop(why, stop, now, effects);
         }
     }
 
-    /// Sends the stop signal; SIGKILL follows at the deadline. Where the program does not run yet
-    /// the signal would be lost, and is sent when it does.
+    /// Sends the stop signal; SIGKILL follows at the deadline. If the program does not run yet, the
+    /// signal would be lost, and is sent once it runs.
     pub fn ask_to_stop(
         &mut self,
         why: RetireReason,
@@ -431,7 +439,7 @@ impl Worker {
         Effect::Signal { id: self.id, signal: stop.signal, to: stop.to, timeout }
     }
 
-    /// Kills it and everything it started, once.
+    /// Kills the worker and every process that it started. Does nothing the second time.
     pub fn kill(&mut self, why: RetireReason, now: Instant, effects: &mut Vec<Effect>) {
         self.stop_probing();
         self.drained_from = None;
@@ -457,7 +465,7 @@ impl Worker {
         self.enter(Phase::Ended, now, effects);
     }
 
-    /// When [`Self::timeout`] wants to be called next.
+    /// When to call [`Self::timeout`] next.
     #[must_use]
     pub fn deadline(&self, health: &Health) -> Option<Instant> {
         let phase = match self.phase {
@@ -473,7 +481,7 @@ impl Worker {
         [phase, probe].into_iter().flatten().min()
     }
 
-    /// Looks at the clock: tells which deadline has passed, or else asks for the probe that is due.
+    /// Checks the deadlines: returns the one that has passed, or else orders the probe that is due.
     pub fn timeout(&mut self, health: &Health, now: Instant, effects: &mut Vec<Effect>) -> Change {
         let change = match self.phase {
             Phase::Launching | Phase::Starting if now >= self.started + health.start_timeout => {
@@ -501,7 +509,7 @@ impl Worker {
         change
     }
 
-    /// Whatever a probe that is still running shows won't count.
+    /// Stops probing; the result of a probe that still runs won't count.
     fn stop_probing(&mut self) {
         self.probe = match self.probe {
             ProbeClock::Running(_) | ProbeClock::Stale => ProbeClock::Stale,

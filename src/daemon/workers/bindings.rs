@@ -1,12 +1,13 @@
-//! How each worker is reached: the sockets that lbd makes for workers, from before a worker's start
-//! until nobody waits in its accept queue any more.
+//! How each worker is reached: the sockets that lbd makes for a worker, from before its start until
+//! its accept queue is empty after its end.
 //!
-//! Every worker has one binding, whatever `socket` and `route` say, and its life takes the same steps:
-//! [`open`](Bindings::open), [`sockets`](Bindings::sockets) to pass to its process,
-//! [`probe_socket`](Bindings::probe_socket), [`activate`](Bindings::activate) when it is in rotation,
-//! [`drain_queue`](Bindings::drain_queue) where it will not take what waits, and
-//! [`release`](Bindings::release) when no process has the sockets any more. What is left in them then
-//! comes from [`collect_leftovers`](Bindings::collect_leftovers), unless a successor takes it over.
+//! Every worker has one binding, for every kind of `socket` and `route`, with the same steps:
+//! [`open`](Bindings::open); [`sockets`](Bindings::sockets), which are passed to its process;
+//! [`probe_socket`](Bindings::probe_socket); [`activate`](Bindings::activate) when it is in
+//! rotation; [`drain_queue`](Bindings::drain_queue) if it will not accept what waits in its accept
+//! queue; and [`release`](Bindings::release) when no process has the sockets any more.
+//! [`collect_leftovers`](Bindings::collect_leftovers) then takes out the connections that still
+//! wait there, unless a successor takes the sockets over.
 //!
 //! | `socket`    | open                          | activate                    | drain queue   |
 //! | ----------- | ----------------------------- | --------------------------- | ------------- |
@@ -38,70 +39,71 @@ use crate::{
     supervisor::{Spawn, WorkerId},
 };
 
-/// A client that waited unread at a worker, and the service whose it is.
+/// A client's connection that was taken out of a worker's accept queue, and its service.
 pub(in crate::daemon) type Drained = (Arc<str>, DrainedConnection);
 
-/// How all workers are reached.
+/// The bindings of all workers.
 #[derive(Debug)]
 pub(in crate::daemon) struct Bindings {
     workers: HashMap<WorkerId, Bound>,
-    /// The ports whose sockets workers inherit: a port outlives each of its workers.
+    /// The ports whose sockets workers inherit. A port outlives each of its workers.
     ports: HashMap<SocketAddr, InheritedPort>,
-    /// Those that may have sockets which nobody has.
+    /// The ports that may have sockets whose workers are gone.
     leftover_ports: BTreeSet<SocketAddr>,
-    /// The unix sockets of workers that are gone, with what waits there.
+    /// The unix sockets of workers that are gone, with the connections that wait there.
     orphans: Vec<Orphan>,
-    /// Where a unix socket can be made.
+    /// The folder in which unix sockets are made.
     folder: PathBuf,
-    /// The public addresses that workers have sockets on.
+    /// The public addresses on which workers have sockets (`route = "direct"`).
     pub(in crate::daemon) direct_listeners: DirectListeners,
-    /// When those are looked after again.
+    /// When the public addresses are checked again.
     watch_at: Instant,
-    /// Clients that waited for workers which are gone, to be handed over.
+    /// Clients of workers that are gone, to be handed over next time.
     left: Vec<Drained>,
-    /// Queues were emptied, since [`begin`](Self::begin), that may fill again.
+    /// Since [`begin`](Self::begin), queues were drained that may fill again.
     may_grow: bool,
     acceptor: Acceptor,
 }
 
-/// How one worker is reached.
+/// The binding of one worker.
 #[derive(Debug)]
 struct Bound {
     service: Arc<str>,
-    /// The header that it expects.
+    /// The PROXY protocol header that it expects.
     proxy_protocol: Option<ProxyProtocol>,
     binding: Binding,
 }
 
 #[derive(Debug)]
 enum Binding {
-    /// At a port that it binds itself: lbd has no socket there.
+    /// The worker binds its port itself: lbd has no socket there.
     Own,
-    /// At this one of the [ports](Bindings::ports).
+    /// The worker inherits a socket on this one of the [ports](Bindings::ports).
     Inherited {
         address: SocketAddr,
-        /// lbd has picked the port, as none was asked for.
+        /// lbd picked the port, since the slot has none.
         is_picked: bool,
     },
     Unix(UnnamedUnixListener),
     Direct(Direct),
 }
 
-/// A worker that the kernel hands connections to.
+/// The binding of a worker that the kernel hands connections to.
 #[derive(Debug)]
 struct Direct {
     route: PinnedRoute,
-    /// A copy of the probe's socket while that may wait in the worker's accept queue: nobody else has
-    /// its port meanwhile, and what comes from there is no client.
+    /// A copy of the probe's socket, while the probe's connection may wait in the worker's accept
+    /// queue. The copy keeps the local port from being reused, so a connection from that port is
+    /// the probe's and not a client's.
     probe: Option<Socket>,
 }
 
-/// A port whose sockets workers inherit, and the service whose workers do.
+/// A port whose sockets workers inherit, and the service of these workers.
 #[derive(Debug)]
 struct InheritedPort {
     port: Port<WorkerId>,
     service: Arc<str>,
-    /// No worker will be on it any more.
+    /// No further worker will inherit a socket on this port.
     is_released: bool,
 }
 
@@ -112,15 +114,16 @@ struct Orphan {
     proxy_protocol: Option<ProxyProtocol>,
 }
 
-/// What [`Bindings::open`] has made.
+/// The result of [`Bindings::open`].
 #[derive(Debug)]
 pub(super) struct Opened {
     /// How connections get to the worker.
     pub reached: Reached,
     /// Where the worker is to listen.
     pub listens: Listens,
-    /// Its port, if it has one. Where all workers of a service are on the same, that is a name, if it
-    /// was given one.
+    /// Its port, if it has one. With `route = "direct"`, where all workers of a service share their
+    /// ports, this is the slot's fixed port, which is only a name, or else that of a public
+    /// address.
     pub port: Option<u16>,
 }
 
@@ -128,22 +131,22 @@ pub(super) struct Opened {
 #[derive(Debug)]
 pub(super) enum Reached {
     At(Endpoint),
-    /// Past those that share its addresses.
+    /// By a pinned route, past the other workers that share its addresses.
     By(PinnedRoutes),
 }
 
-/// What became of the worker that had the sockets.
+/// How far the worker that had the sockets had come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Former {
-    /// No process ever had them.
+    /// Its process was never started.
     NeverRan,
-    /// It never was healthy.
+    /// It never became healthy.
     Failed,
-    /// It was.
+    /// It had been healthy.
     Served,
 }
 
-/// The sockets for a worker can't be had.
+/// The sockets for a worker can't be made.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum OpenError {
     #[error("port {} of {} is {}{}", .0.port(), .0.ip(), .1, taken_hint(.0.port(), .1))]
@@ -155,10 +158,10 @@ pub(super) enum OpenError {
 }
 
 impl Bindings {
-    /// None yet. Unix sockets are made in `folder`.
+    /// No bindings yet. Unix sockets are made in `folder`.
     ///
     /// # Errors
-    /// Where the system has no timer left.
+    /// If the system has no timer left.
     pub(super) fn new(folder: PathBuf) -> io::Result<Self> {
         Ok(Self {
             workers: HashMap::new(),
@@ -174,15 +177,15 @@ impl Bindings {
         })
     }
 
-    /// Makes the sockets that a worker is to have, without a client for it yet.
+    /// Makes the sockets for a worker. No client reaches the worker by them yet.
     ///
     /// # Errors
-    /// Where one can't be had, and none is kept.
+    /// If a socket can't be made. None is kept then.
     pub(super) fn open(&mut self, order: &Spawn) -> Result<Opened, OpenError> {
         let spec = &*order.spec;
         let wanted = spec.address(order.port.unwrap_or(0));
         let (binding, opened) = match spec.socket {
-            // Whoever has the port would pass for the worker that is to bind it.
+            // If another process had the port, it would be taken for the worker that is to bind it.
             SocketMode::Bind => {
                 let address = net::free(wanted).map_err(|error| OpenError::of(wanted, error))?;
                 (Binding::Own, Opened::at(address, Listens::Itself(address)))
@@ -212,7 +215,8 @@ impl Bindings {
         Ok(opened)
     }
 
-    /// A listening socket for the worker, on a port that is bound now if it is not yet.
+    /// Makes a listening socket for the worker, on a port that is bound now if it was not bound
+    /// before.
     fn inherit(&mut self, wanted: SocketAddr, order: &Spawn) -> Result<SocketAddr, OpenError> {
         let (service, proxy_protocol) = (Arc::clone(&order.service), order.spec.proxy_protocol);
         if let Some(inherited) = self.ports.get_mut(&wanted) {
@@ -229,7 +233,7 @@ impl Bindings {
         Ok(address)
     }
 
-    /// A listening socket for the worker on each of its public addresses.
+    /// Makes a listening socket for the worker on each of its public addresses.
     fn join(&mut self, order: &Spawn) -> Result<PinnedRoutes, OpenError> {
         let joined = self.direct_listeners.join(order);
         joined.map_err(|(address, error)| OpenError::Bind(address, error))?;
@@ -255,12 +259,12 @@ impl Bindings {
         }
     }
 
-    /// A socket for a probe, to be connected to `endpoint`, where the worker is reached. Where several
-    /// listen, the connection reaches the one that is meant if it is made while the guard is there,
-    /// and before the next call of this for any of them.
+    /// A socket for a probe, to be connected to the worker's `endpoint`. If several workers listen
+    /// there, the connection reaches the right one if it is made while the returned guard exists,
+    /// and before the next call of this function for any of them.
     ///
     /// # Errors
-    /// Where there is no descriptor or no port for it.
+    /// If there is no descriptor or no port left for it.
     pub(super) fn probe_socket(
         &mut self,
         id: WorkerId,
@@ -283,15 +287,15 @@ impl Bindings {
         }
     }
 
-    /// No probe waits in the worker's accept queue any more.
+    /// Records that no probe waits in the worker's accept queue any more.
     pub(super) fn probe_ended(&mut self, id: WorkerId) {
         if let Some(Bound { binding: Binding::Direct(direct), .. }) = self.workers.get_mut(&id) {
             direct.probe = None;
         }
     }
 
-    /// Whom connections to the address of `id` reach until it is [activated](Self::activate), where
-    /// that one expects another header than `id` does.
+    /// The worker that connections to the address of `id` reach until `id` is
+    /// [activated](Self::activate), if that worker expects another PROXY protocol header than `id`.
     pub(super) fn displaced_by(&self, id: WorkerId) -> Option<WorkerId> {
         let bound = self.workers.get(&id)?;
         let Binding::Inherited { address, .. } = bound.binding else { return None };
@@ -300,11 +304,11 @@ impl Bindings {
         is_other.then_some(before)
     }
 
-    /// The worker is in rotation: connections to an address that it shares with others reach it from
-    /// now on.
+    /// The worker is in rotation: from now on, connections to an address that it shares with its
+    /// predecessor reach this worker.
     ///
     /// # Errors
-    /// Where the system refuses it, and they reach whom they reached before.
+    /// If the system refuses it. The connections then reach the same worker as before.
     pub(super) fn activate(&mut self, id: WorkerId) -> io::Result<()> {
         let Some(bound) = self.workers.get(&id) else { return Ok(()) };
         match &bound.binding {
@@ -316,20 +320,21 @@ impl Bindings {
         }
     }
 
-    /// The same for the public addresses of a service: its workers in rotation, each with its slot,
-    /// have turns there, and nobody else.
+    /// The same for the public addresses of a service: its workers in rotation, each given with its
+    /// slot, share the new connections, and no other worker gets any.
     pub(super) fn rotate(&self, service: &str, balance: Balance, turns: &[(u32, WorkerId)]) {
         self.direct_listeners.rotate(service, balance, turns);
     }
 
-    /// How many connections wait for a worker whose connections don't come through lbd.
+    /// How many connections wait in a worker's accept queues, if its connections don't pass through
+    /// lbd.
     pub(in crate::daemon) fn queued(&self, id: WorkerId) -> Option<u64> {
         self.direct_listeners.queued(id)
     }
 
-    /// Accepts every client that waits for the worker, which may go on to accept too, as far as there
-    /// is a `permit`; its probe's connection is closed if it waits there. `None` where lbd has no
-    /// socket to accept from.
+    /// Accepts the clients that wait for the worker, as long as there is a `permit` for each; the
+    /// worker may go on accepting too. If the connection of its probe waits there, it is closed.
+    /// `None` if lbd has no socket to accept from.
     pub(super) fn drain_queue(&mut self, id: WorkerId, permit: MayAccept) -> Option<Vec<Drained>> {
         let Self { workers, ports, direct_listeners, acceptor, may_grow, .. } = self;
         let Bound { service, proxy_protocol, binding } = workers.get(&id)?;
@@ -346,9 +351,9 @@ impl Bindings {
         Some(of_service(service, drained))
     }
 
-    /// No process has the worker's sockets any more. They stay, with what waits in them, until a
-    /// successor takes them over or [`collect_leftovers`](Self::collect_leftovers) empties them. Tells
-    /// whether what led to the worker may lead to a successor from now on.
+    /// No process has the worker's sockets any more. They stay open, with the connections that wait
+    /// there, until a successor takes them over or [`collect_leftovers`](Self::collect_leftovers)
+    /// empties them. Returns whether connections to this worker may reach a successor from now on.
     pub(super) fn release(
         &mut self,
         id: WorkerId,
@@ -362,7 +367,7 @@ impl Bindings {
             Binding::Inherited { address, is_picked } => {
                 if let Some(inherited) = self.ports.get_mut(&address) {
                     inherited.port.abandon(id, former == Former::Failed);
-                    // Who asked for it was never told which it is, and can't release it.
+                    // The supervisor was never told which port lbd picked, and so can't release it.
                     inherited.is_released |= is_picked && former == Former::NeverRan;
                     self.leftover_ports.insert(address);
                     return true;
@@ -376,7 +381,8 @@ impl Bindings {
             Binding::Direct(direct) => {
                 if direct.probe.is_some() {
                     self.acceptor.set_permit(Some(permit(&service)));
-                    // Before the kernel moves what waits to somebody who would answer them too.
+                    // Before the kernel moves the waiting connections to another worker, which
+                    // would answer the probe as well.
                     let waiting = self.direct_listeners.drain_queue(id, &mut self.acceptor);
                     self.left.extend(of_service(&service, direct.clients(waiting)));
                 }
@@ -386,8 +392,8 @@ impl Bindings {
         false
     }
 
-    /// No worker will be on this port any more whose sockets workers inherit: it is closed when
-    /// [nobody waits](Self::collect_leftovers) there.
+    /// No further worker will inherit a socket on this port: it is closed once its accept queues
+    /// are [empty](Self::collect_leftovers).
     pub(in crate::daemon) fn release_port(&mut self, address: SocketAddr) {
         if let Some(inherited) = self.ports.get_mut(&address) {
             inherited.is_released = true;
@@ -395,23 +401,25 @@ impl Bindings {
         }
     }
 
-    /// Begins anew to remember whether there is [more to drain](Self::has_more_to_drain).
+    /// Resets what [`has_more_to_drain`](Self::has_more_to_drain) remembers.
     pub(super) fn begin(&mut self) {
         self.may_grow = false;
         self.acceptor.begin();
     }
 
-    /// Whether queues are to be looked at again soon, for clients that nobody tells of: the kernel may
-    /// have given a worker a connection whose handshake ends only now, a data thread may have been on
-    /// the way to it, and where there was no room for all that wait, there will be.
+    /// Whether to drain queues again soon, since connections may arrive there without an event: the
+    /// kernel may have given a worker a connection whose handshake ends only now; a data thread may
+    /// have been connecting to the worker; and connections that were left for want of a permit may
+    /// get one.
     pub(in crate::daemon) fn has_more_to_drain(&self) -> bool {
         self.may_grow || self.direct_listeners.has_leftovers() || self.acceptor.is_short()
     }
 
-    /// Takes the clients out of the sockets of workers that are gone. They are to be handed to another
-    /// worker of their service; where none `can_serve`, they are left to a successor, as long as there
-    /// `is` such a service, and the port was not [released](Self::release_port). `permit` is asked for
-    /// each client of a service; without one it stays where it is, for the next time.
+    /// Takes the clients out of the accept queues of workers that are gone. The caller hands them
+    /// to other workers of their service. If no worker `can_serve` a service, its clients stay for
+    /// a successor, as long as there `is` such a service and the port was not
+    /// [released](Self::release_port). `permit` is asked for each client; a client without a permit
+    /// stays in the queue until the next time.
     pub(super) fn collect_leftovers(
         &mut self,
         can_serve: impl Fn(&str) -> bool,
@@ -438,7 +446,8 @@ impl Bindings {
         orphans.retain(|Orphan { socket, service, proxy_protocol }| {
             let is_over = can_serve(service) || !is(service);
             if is_over {
-                // Who comes by an older pool goes to another worker.
+                // Data threads that still use an older pool then get an error and pick another
+                // worker.
                 _ = socket.refuse();
                 acceptor.set_permit(Some(permit(service)));
                 let clients = with_header(*proxy_protocol, socket.drain_queue(acceptor));
@@ -449,7 +458,7 @@ impl Bindings {
         drained
     }
 
-    /// The same at public addresses, with those that the kernel gave to nobody.
+    /// The same at public addresses, including the clients that the kernel gave to no worker.
     pub(super) fn collect_public_leftovers(
         &mut self,
         permit: impl Fn(&Arc<str>) -> MayAccept,
@@ -462,20 +471,20 @@ impl Bindings {
             *watch_at = now + WATCH_PAUSE;
             clients.extend(direct_listeners.watch(now, acceptor));
         }
-        // Nothing was put in front of what the kernel gave to them.
+        // The kernel hands over client connections as they are, without a PROXY protocol header.
         let client = |socket| DrainedConnection { socket, proxy_protocol: None };
         drained.extend(clients.into_iter().map(|(service, socket)| (service, client(socket))));
         drained
     }
 
-    /// When the public addresses are to be looked after again at the latest.
+    /// When the public addresses are to be checked again at the latest.
     pub(in crate::daemon) fn watch_at(&self) -> Option<Instant> {
         (!self.direct_listeners.is_empty()).then_some(self.watch_at)
     }
 }
 
 impl Direct {
-    /// The clients among those that waited.
+    /// The clients among the accepted connections: all but the probe's.
     fn clients(&self, waiting: Vec<Socket>) -> Vec<DrainedConnection> {
         let is_probe = |accepted: &Socket| {
             let from = |probe: &Socket| {
@@ -486,7 +495,7 @@ impl Direct {
             };
             self.probe.as_ref().and_then(from) == Some(true)
         };
-        // Nothing was put in front of what the kernel gave to it.
+        // The kernel hands over client connections as they are, without a PROXY protocol header.
         with_header(None, waiting.into_iter().filter(|socket| !is_probe(socket)).collect())
     }
 }
@@ -510,7 +519,7 @@ fn of_service(service: &Arc<str>, drained: Vec<DrainedConnection>) -> Vec<Draine
 }
 
 impl OpenError {
-    /// Why `address` can't be had.
+    /// Why `address` can't be bound.
     fn of(address: SocketAddr, error: io::Error) -> Self {
         if error.kind() == io::ErrorKind::AddrInUse {
             Self::PortTaken(address, Holder::of(address))
@@ -520,7 +529,7 @@ impl OpenError {
     }
 }
 
-/// What would help against who has it.
+/// What an operator can do about the holder of the port.
 fn taken_hint(port: u16, holder: &Holder) -> String {
     match holder {
         Holder::Listener { process: Some(_), .. } | Holder::Orphan => String::new(),

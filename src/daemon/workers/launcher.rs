@@ -1,4 +1,4 @@
-//! A worker's process: what it is started with, and what is told of it from then on.
+//! Starts a worker's process, and reports what happens to it as events.
 
 use std::{
     cell::Cell, io, num::NonZeroU32, os::fd::AsFd, path::PathBuf, rc::Rc, sync::Arc, time::Duration,
@@ -17,11 +17,11 @@ use crate::{
     supervisor::{self, Event, Spawn, WorkerId},
 };
 
-/// How long the end of a worker that never was healthy is held back for the rest of its output: what
-/// it said last is why it ended.
+/// How long the report that a never healthy worker has ended waits for the rest of its output: the
+/// last lines say why it ended.
 const LAST_WORDS: Duration = Duration::from_millis(100);
 
-/// Starts processes.
+/// Starts workers' processes.
 #[derive(Debug)]
 pub(super) struct Launcher {
     spawner: Spawner,
@@ -34,18 +34,19 @@ pub(super) struct Launcher {
 #[derive(Debug)]
 pub(super) struct Launched {
     pub child: Child,
-    /// What it said last.
+    /// The last lines of its output.
     pub last_words: LastWords,
 }
 
-/// What a worker is called.
+/// A worker's names.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Named<'a> {
-    /// By what it is told itself.
+    /// What the worker itself is told, in its environment.
     pub identity: Identity<'a>,
-    /// In the access log, and by lbd.
+    /// Its name in the access log and in lbd's own messages.
     pub label: &'a str,
-    /// Its port does not tell it from the others: what it answers with is to have its label.
+    /// The worker shares its port with others, so its answers are to carry the label instead of the
+    /// port.
     pub by_label: bool,
 }
 
@@ -61,11 +62,11 @@ pub(super) enum LaunchError {
 }
 
 impl Launcher {
-    /// Without `cgroups` no worker has one of its own. Of each one's output so many bytes a second are
-    /// taken.
+    /// Without `cgroups` no worker gets a cgroup of its own. `output_rate` is how many bytes a
+    /// second are taken of each worker's output.
     ///
     /// # Errors
-    /// Where the system denies what it takes.
+    /// If the system denies a resource.
     pub(super) fn new(
         descriptors: Descriptors,
         cgroups: Option<Cgroups>,
@@ -75,10 +76,10 @@ impl Launcher {
         Ok(Self { spawner, outputs, descriptors, cgroups })
     }
 
-    /// Starts the program of a worker, which gets these sockets.
+    /// Starts the program of a worker, and passes it these sockets.
     ///
     /// # Errors
-    /// Where it can't be had, and nothing runs.
+    /// If the program can't be started. Nothing runs then.
     pub(super) fn launch(
         &mut self,
         order: &Spawn,
@@ -128,13 +129,13 @@ impl Launcher {
         Ok(Launched { child, last_words })
     }
 
-    /// Reaps what killed guards left behind. To be called on SIGCHLD.
+    /// Reaps the orphans of guards that were killed. To be called on SIGCHLD.
     pub(super) fn reap(&self) {
         self.spawner.reap();
     }
 
-    /// A worker's own cgroup, where there can be one. It has to be where its `processes` are
-    /// limited.
+    /// Makes a cgroup for a worker, if possible. Without one, a worker whose `processes` are
+    /// limited can't be started.
     fn cgroup(&self, processes: Option<NonZeroU32>) -> Result<Option<Cgroup>, LaunchError> {
         let made = self.cgroups.as_ref().map(|cgroups| cgroups.make(processes)).transpose();
         match (made, processes) {
@@ -149,19 +150,19 @@ impl Launcher {
     }
 }
 
-/// A child whose fate is told.
+/// A child process, and what is needed to report its events.
 pub(super) struct Reported {
     pub child: Child,
     pub id: WorkerId,
     pub service: Arc<str>,
     pub slot: u32,
     pub last_words: LastWords,
-    /// A probe has passed.
+    /// Whether a probe has passed.
     pub was_healthy: Rc<Cell<bool>>,
     pub events: mpsc::Sender<Event>,
 }
 
-/// Hands on what becomes of a child until nothing of it is left.
+/// Turns the child's events into the supervisor's, until no process of it is left.
 pub(super) async fn report(reported: Reported) {
     let Reported { mut child, id, service, slot, last_words, was_healthy, events } = reported;
     loop {
@@ -188,7 +189,7 @@ pub(super) async fn report(reported: Reported) {
     }
 }
 
-/// How a program ended, in the supervisor's words.
+/// How a program ended, as the supervisor's type.
 fn told(exit: Exit) -> supervisor::Exit {
     match exit {
         Exit::Code(code) => supervisor::Exit::Code(code),

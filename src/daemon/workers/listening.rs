@@ -1,8 +1,9 @@
-//! Whose socket it is that answers on a worker's port, and where the worker listens if not there.
+//! Checks that the socket that answers on a worker's port is the worker's own, and finds out where
+//! the worker listens if not there.
 //!
-//! A program that binds its port itself may be preceded by somebody else: whoever is first answers
-//! probes, and would get the clients. So a probe that passed is believed only if the listening socket
-//! is the worker's own, as far as `health.owner` says and lbd may look.
+//! Another program may bind a worker's port before the worker does; it would then answer the probes
+//! and get the clients. So a passed probe counts only if the listening socket is the worker's own,
+//! as far as `health.owner` requires it and lbd has the permission to find out.
 
 use std::{
     cell::{Cell, RefCell},
@@ -22,40 +23,42 @@ use crate::{
     supervisor::{ProbeOutcome, Verdict},
 };
 
-/// A program that does not listen on its port by then gets a look at where it does: most would.
+/// After this time most programs listen. If a worker does not listen on its port by then, lbd looks
+/// where it does.
 const EARLY: Duration = Duration::from_millis(1500);
-/// Between two such looks.
+/// The pause between two such lookups.
 const PAUSE: Duration = Duration::from_secs(2);
-/// So many addresses are named at most.
+/// How many addresses a message names at most.
 const NAMED: usize = 4;
 
-/// Where a worker is to listen.
+/// Where a worker should listen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Listens {
-    /// On this address, by a socket that it makes itself.
+    /// On this address, with a socket that it makes itself.
     Itself(SocketAddr),
-    /// On the socket that it is given as descriptor 3, which has this address; on unix none.
+    /// On the socket that it is given as descriptor 3, which has this address; `None` for a unix
+    /// socket.
     Passed(Option<SocketAddr>),
-    /// On the public addresses of its service, by sockets that it is given.
+    /// On the public addresses of its service, with sockets that it is given.
     Publicly,
 }
 
-/// Where one worker listens.
+/// Checks where one worker listens.
 #[derive(Debug, Clone)]
 pub(super) struct Listening(Rc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
     diag: SharedDiag,
-    /// Where it is to.
+    /// Where the worker should listen.
     listens: Listens,
     guard: i32,
-    /// The port of the worker that it stands in for.
+    /// The slot's own port, if the worker is a stand-in.
     stands_in_for: Option<u16>,
     started: Instant,
-    /// The listening sockets that were found to be its own.
+    /// The inodes of the listening sockets that were found to be the worker's own.
     believed: RefCell<Vec<u32>>,
-    /// When it was last looked where else it listens, and what to change by that.
+    /// When lbd last looked where the worker listens instead. `hint` is the advice that followed.
     looked: Cell<Option<Instant>>,
     hint: RefCell<Option<String>>,
 }
@@ -110,13 +113,13 @@ impl Listening {
         }))
     }
 
-    /// Whether the worker is to make its listening socket itself.
+    /// Whether the worker makes its listening socket itself.
     pub(super) fn makes_its_own(&self) -> bool {
         matches!(self.0.listens, Listens::Itself(_))
     }
 
-    /// Judges what a probe showed by who listens. Looks into `/proc` on a thread of its own, where
-    /// something is new.
+    /// Corrects a probe's result by who listens on the port. If a listening socket is new, looks
+    /// into `/proc` on a thread of its own.
     pub(super) async fn judge(&self, outcome: &mut ProbeOutcome, owner: Owner, is_new: bool) {
         match &outcome.verdict {
             Verdict::Passed => {
@@ -173,7 +176,7 @@ impl Listening {
             let holdings = Holdings::of_worker(guard);
             listeners.iter().try_for_each(|listener| is_own(listener, port, owner, &holdings))
         });
-        // It is not cancelled, and does not panic.
+        // The blocking task is never cancelled, and does not panic.
         judged.await.unwrap_or(Ok(()))?;
         *self.0.believed.borrow_mut() = inodes;
         Ok(())
@@ -193,8 +196,8 @@ impl Listening {
         is_due
     }
 
-    /// Looks where the worker listens, and keeps what to change by that. Why it will never do, if
-    /// it won't.
+    /// Looks where the worker listens, and stores a hint about what to change. Returns a reason if
+    /// the worker will never listen where it should.
     async fn look_elsewhere(&self) -> Option<String> {
         let Inner { listens, guard, stands_in_for, .. } = *self.0;
         let looked = spawn_blocking(move || elsewhere(guard));
@@ -228,8 +231,9 @@ impl Listening {
     }
 }
 
-/// Which of the sockets on a port a connection to `address` reaches: those bound to it, or else to
-/// every address of its family, or else to every address of both (ipv6(7), `IPV6_V6ONLY`).
+/// Selects the sockets that a connection to `address` reaches: those bound to it; else those bound
+/// to every address of its family; else those bound to every address of both families (ipv6(7),
+/// `IPV6_V6ONLY`).
 fn reached_at(address: SocketAddr, listeners: Vec<ListeningSocket>) -> Vec<ListeningSocket> {
     let rank = |listener: &ListeningSocket| match (listener.address.ip(), address.ip()) {
         (bound, wanted) if bound.to_canonical() == wanted.to_canonical() => Some(0),
@@ -254,7 +258,8 @@ fn is_own(
         Owner::Any => Ok(()),
         Owner::Tree | Owner::User if is_held => Ok(()),
         Owner::User if is_users => Ok(()),
-        // What may not be looked into has it, perhaps: the user decides.
+        // The socket may belong to one of the worker's processes that lbd may not look into: then
+        // the same user is enough.
         Owner::Tree if holdings.is_partial && is_users => Ok(()),
         Owner::Tree if is_users => Err(NotOwn::Outside { port }),
         Owner::Tree | Owner::User if holdings.is_partial => {
@@ -269,7 +274,7 @@ fn name(uid: u32) -> String {
     user.map_or_else(|| uid.to_string(), |user| user.name)
 }
 
-/// Where the worker with this guard listens.
+/// The addresses on which the worker with this guard listens.
 fn elsewhere(guard: i32) -> io::Result<Vec<SocketAddr>> {
     let listeners = Diag::open()?.all_listeners()?;
     let holdings = Holdings::of_worker(guard);
@@ -280,7 +285,8 @@ fn elsewhere(guard: i32) -> io::Result<Vec<SocketAddr>> {
     Ok(addresses)
 }
 
-/// What to change, where a worker that is to listen on `address` listens on these.
+/// Says what to change if a worker that should listen on `address` listens on the addresses
+/// `found`.
 fn hint(address: SocketAddr, found: &[SocketAddr]) -> Option<String> {
     let port = address.port();
     if let Some(other) = found.iter().find(|listener| listener.port() == port) {
@@ -297,7 +303,7 @@ fn hint(address: SocketAddr, found: &[SocketAddr]) -> Option<String> {
     ))
 }
 
-/// The first of them, for a message.
+/// The first addresses, for a message.
 fn list(addresses: &[SocketAddr]) -> String {
     let shown: Vec<_> = addresses.iter().take(NAMED).map(ToString::to_string).collect();
     shown.join(", ")
@@ -323,7 +329,7 @@ mod tests {
         diag.fail_once();
         let verdict = judge();
         assert!(matches!(verdict, Verdict::Unknown(_)), "{verdict:?}");
-        // It tells again, and nobody listens there.
+        // The kernel answers again, and nobody listens there.
         let verdict = judge();
         assert!(matches!(verdict, Verdict::Failed(_)), "{verdict:?}");
     }

@@ -1,5 +1,5 @@
-//! The worker processes, as the driver handles them: it starts, signals and probes them as the supervisor
-//! asks, and turns what becomes of them into events.
+//! The table of worker processes: starts, signals and probes them as the supervisor asks, and turns
+//! what happens to them into events.
 
 mod bindings;
 mod launcher;
@@ -47,16 +47,17 @@ pub(super) struct WorkerTable {
     idle: Arc<Notify>,
     handles: HashMap<WorkerId, WorkerHandle>,
     pub(super) slot_stats: SlotStats,
-    /// How each worker is reached.
+    /// The sockets by which each worker is reached.
     pub(super) bindings: Bindings,
-    /// Those that don't take what waits in their accept queues.
+    /// The workers whose accept queues are drained, and why.
     untaken: BTreeMap<WorkerId, Untaken>,
-    /// Whom probes ask about their connections, and who listens.
+    /// The kernel's socket diagnostics, which probes ask about their connections and about who
+    /// listens.
     diag: SharedDiag,
     usage: UsageSamplers,
 }
 
-/// One worker.
+/// What the driver keeps for one worker.
 #[derive(Debug)]
 struct WorkerHandle {
     controller: Controller,
@@ -64,15 +65,15 @@ struct WorkerHandle {
     service: Arc<str>,
     backend: Arc<Backend>,
     retired: bool,
-    /// A probe is on its way.
+    /// A probe is running.
     probing: bool,
     /// A probe has passed.
     proven: bool,
     prober: Prober,
     listening: Listening,
-    /// What it said last.
+    /// The last lines of its output.
     last_words: LastWords,
-    /// A probe has passed: known to whoever tells of its end.
+    /// The same as `proven`, shared with the task that reports the worker's end.
     was_healthy: Rc<Cell<bool>>,
 }
 
@@ -107,7 +108,7 @@ impl WorkerTable {
         })
     }
 
-    /// Starts a worker; what becomes of it comes as events, these being the first.
+    /// Starts a worker and returns its first events; later events come through the channel.
     pub(super) fn spawn(&mut self, order: &Spawn) -> Vec<Event> {
         let id = order.id;
         match self.start(order) {
@@ -119,7 +120,7 @@ impl WorkerTable {
         }
     }
 
-    /// The port of the worker, if it has one.
+    /// Makes a worker's sockets and starts its process; returns its port, if it has one.
     fn start(&mut self, order: &Spawn) -> Result<Option<u16>, StartError> {
         let opened = self.bindings.open(order)?;
         let port = opened.port;
@@ -130,11 +131,12 @@ impl WorkerTable {
         Ok(port)
     }
 
-    /// Starts the process of a worker whose sockets are there.
+    /// Starts the process of a worker whose sockets are open.
     fn launch(&mut self, order: &Spawn, opened: Opened) -> Result<(), LaunchError> {
         let Opened { reached, listens, port } = opened;
         let (id, slot, spec) = (order.id, order.slot, &*order.spec);
-        // Where all are on the same port, that tells nobody from the others.
+        // With `route = "direct"` all workers are on the same port, which does not identify a
+        // worker.
         let is_shared = matches!(reached, Reached::By(_));
         let own_port = if is_shared { order.port } else { port };
         let number = own_port.map_or(slot, u32::from);
@@ -195,18 +197,18 @@ impl WorkerTable {
         }
     }
 
-    /// Has the files opened anew that workers' output goes to.
+    /// Reopens the files that workers' output is written to.
     pub(super) fn reopen_outputs(&self) {
         self.handles.values().for_each(|handle| handle.controller.reopen_output());
     }
 
-    /// Probes once, beside everything else.
+    /// Starts one probe, in a task of its own.
     pub(super) fn probe(&mut self, order: ProbeOrder) {
         let ProbeOrder { id, what, timeout, owner } = order;
         let Some(handle) = self.handles.get_mut(&id) else { return };
         handle.probing = true;
         let endpoint = handle.backend.endpoint().clone();
-        // One that waits in its queue already needs no other.
+        // If an earlier probe's connection still waits in the accept queue, no other is needed.
         let opened = match handle.prober.is_waiting() {
             true => Err(io::ErrorKind::NotConnected.into()),
             false => self.bindings.probe_socket(id, &endpoint),
@@ -230,12 +232,12 @@ impl WorkerTable {
             let mut outcome = prober.probe(&target, socket, answered).await;
             drop(pass);
             listening.judge(&mut outcome, owner, is_new).await;
-            // Fails only where the daemon has ended.
+            // Fails only if the daemon has ended.
             let _ = events.send(Event::Probed { id, outcome }).await;
         });
     }
 
-    /// The probe that was asked for has ended.
+    /// Records the result of a probe.
     pub(super) fn probed(&mut self, id: WorkerId, outcome: &ProbeOutcome) {
         if let Some(handle) = self.handles.get_mut(&id) {
             handle.probing = false;
@@ -248,7 +250,7 @@ impl WorkerTable {
         }
     }
 
-    /// No connection is handed to it any more; tells whether it holds none.
+    /// Stops handing connections to a worker; returns whether it holds none.
     pub(super) fn retire(&mut self, id: WorkerId) -> bool {
         let Some(handle) = self.handles.get_mut(&id) else { return false };
         handle.retired = true;
@@ -265,12 +267,12 @@ impl WorkerTable {
         self.count_connections();
     }
 
-    /// The process id of its guard, while there is one.
+    /// The process id of the worker's guard, while there is one.
     pub(super) fn guard(&self, id: WorkerId) -> Option<i32> {
         self.handles.get(&id).map(|handle| handle.guard)
     }
 
-    /// Has the connections counted of those that have them without lbd.
+    /// Has the connections counted of workers whose connections don't pass through lbd.
     fn count_connections(&mut self) {
         let direct = self.handles.values().filter(|handle| handle.backend.is_direct());
         let counted = |handle: &WorkerHandle| Counted {
@@ -282,7 +284,8 @@ impl WorkerTable {
         self.usage.count_connections(self.bindings.direct_listeners.addresses(), workers);
     }
 
-    /// These workers' memory is measured from now on, and told as events; the number is the limit.
+    /// Sets the workers whose memory is measured and reported as events, each with its limit in
+    /// bytes.
     pub(super) fn measure(&mut self, limits: impl Iterator<Item = (WorkerId, u64)>) {
         let watched = |(id, limit): (WorkerId, u64)| {
             let guard = self.handles.get(&id)?.guard;
@@ -301,7 +304,7 @@ impl WorkerTable {
         self.handles.iter().filter(idle).map(|(id, _)| *id).collect()
     }
 
-    /// Whether the worker of this incarnation is known to hold no connection.
+    /// Whether the worker is known to hold no connection.
     pub(super) fn holds_nothing(&self, id: WorkerId) -> bool {
         self.handles.get(&id).is_none_or(|handle| handle.backend.is_idle())
     }
@@ -310,13 +313,17 @@ impl WorkerTable {
         self.handles.get(&id).map(|handle| &handle.backend)
     }
 
-    /// These are the ones in rotation: new connections to what they share with others are theirs.
+    /// Sets the workers in rotation: from now on, new connections to addresses that they share with
+    /// other workers reach these workers.
     pub(super) fn activate(&mut self, service: &str, balance: Balance, workers: &[WorkerId]) {
         let mut turns = Vec::with_capacity(workers.len());
         for &id in workers {
             let Some(WorkerHandle { backend, .. }) = self.handles.get(&id) else { continue };
             turns.push((backend.slot(), id));
-            // Who is on the way to it by the pool before reaches the new one, with its header.
+            // The new worker may expect another PROXY protocol header than its predecessor. A data
+            // thread that still uses the previous pool may be connecting to the predecessor, and
+            // reach the new worker with the wrong header. So the predecessor is marked as displaced
+            // first: the data thread checks the mark before it sends anything.
             let before = self.bindings.displaced_by(id);
             let displaced = before.and_then(|id| Some(&self.handles.get(&id)?.backend));
             displaced.inspect(|before| before.displace(true));
@@ -332,7 +339,7 @@ impl WorkerTable {
         self.bindings.rotate(service, balance, &turns);
     }
 
-    /// Forgets a worker of which nothing is left.
+    /// Forgets a worker that has no process left.
     pub(super) fn forget(&mut self, id: WorkerId, permit: impl FnOnce(&Arc<str>) -> MayAccept) {
         let Some(handle) = self.handles.remove(&id) else { return };
         self.untaken.remove(&id);
@@ -347,20 +354,20 @@ impl WorkerTable {
         }
     }
 
-    /// The worker will not take what waits in its accept queue: it is drained from now on.
+    /// The worker will not accept what waits in its accept queue: the queue is drained from now on.
     pub(super) fn drain_queue(&mut self, id: WorkerId, why: Untaken) {
         if self.handles.contains_key(&id) {
             self.untaken.insert(id, why);
         }
     }
 
-    /// It takes it itself again.
+    /// The worker accepts its connections itself again: the queue is drained no more.
     pub(super) fn keep_queue(&mut self, id: WorkerId) {
         self.untaken.remove(&id);
     }
 
-    /// Takes the clients out of every accept queue where nobody will: of a worker that is gone, or that
-    /// [does not take them](Self::drain_queue). See [`Bindings::collect_leftovers`].
+    /// Takes the clients out of every accept queue whose worker is gone or [does not accept
+    /// them](Self::drain_queue). See [`Bindings::collect_leftovers`].
     pub(super) fn drain_queues(
         &mut self,
         can_serve: impl Fn(&str) -> bool,
@@ -373,7 +380,7 @@ impl WorkerTable {
         drained
     }
 
-    /// The same of workers that the kernel hands connections to. See
+    /// The same for workers that the kernel hands connections to. See
     /// [`Bindings::collect_public_leftovers`].
     pub(super) fn drain_direct_queues(
         &mut self,
@@ -395,17 +402,18 @@ impl WorkerTable {
         let mut drained = Vec::new();
         for (id, why) in &self.untaken {
             let Some(handle) = self.handles.get(id) else { continue };
-            // What lbd sent to one that stops, that one finishes, and gets no more.
+            // A stopping worker still serves the connections that lbd made to it, and lbd makes no
+            // new ones. So its queue is drained only with `route = "direct"`.
             let is_due = is_direct || *why == Untaken::Hangs;
             if handle.backend.is_direct() != is_direct || !is_due {
                 continue;
             }
-            // Not while it is being probed: the probe is for it to answer.
+            // Not during a probe: the worker itself has to answer the probe.
             if handle.probing || !can_serve(&handle.service) {
                 continue;
             }
             if let Some(clients) = self.bindings.drain_queue(*id, permit(&handle.service)) {
-                // Its probe's connection was taken out with them.
+                // The connection of a waiting probe was taken out with them.
                 handle.prober.forget();
                 drained.extend(clients);
             }
@@ -413,12 +421,12 @@ impl WorkerTable {
         drained
     }
 
-    /// The last lines that the worker wrote, as far as they came through lbd.
+    /// The last lines of the worker's output, as far as the output passed through lbd.
     pub(super) fn last_words(&self, id: WorkerId) -> Vec<String> {
         self.handles.get(&id).map(|handle| handle.last_words.lines()).unwrap_or_default()
     }
 
-    /// Reaps what killed guards left behind. To be called on SIGCHLD.
+    /// Reaps the orphans of guards that were killed. To be called on SIGCHLD.
     pub(super) fn reap(&self) {
         self.launcher.reap();
     }

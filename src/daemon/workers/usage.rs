@@ -1,4 +1,4 @@
-//! What is measured of the workers: memory, and connections that they have without lbd.
+//! Measures the workers' memory, and counts the connections that don't pass through lbd.
 
 use std::{collections::BTreeSet, net::SocketAddr, sync::Arc};
 
@@ -10,27 +10,28 @@ use crate::{
     supervisor::{Event, WorkerId},
 };
 
-/// Whose connections are counted, and since which of its retirements.
+/// The backend whose connections are counted, and the epoch of its last retirement, which tells
+/// older samples apart.
 type Sampled = (Arc<Backend>, u32);
 
-/// The threads that measure, each started when there is something to measure.
+/// The measuring threads, each started when there is something to measure.
 #[derive(Debug)]
 pub(super) struct UsageSamplers {
     events: mpsc::Sender<Event>,
     memory: Option<MemoryGauge>,
-    /// Whose memory is measured.
+    /// The workers whose memory is measured.
     watched: Vec<Watched>,
     connections: Option<ConnectionGauge<Sampled>>,
 }
 
 impl UsageSamplers {
-    /// Memory is told as `events`.
+    /// Memory measurements are sent to `events`.
     pub(super) fn new(events: mpsc::Sender<Event>) -> Self {
         Self { events, memory: None, watched: Vec::new(), connections: None }
     }
 
-    /// From now on the connections of these workers on these addresses are counted, and no others;
-    /// the upstream learns how many.
+    /// Sets the workers and addresses of which connections are counted; each backend gets its
+    /// count.
     pub(super) fn count_connections(
         &mut self,
         addresses: BTreeSet<SocketAddr>,
@@ -53,7 +54,7 @@ impl UsageSamplers {
         }
     }
 
-    /// From now on the memory of these is measured, and of no others.
+    /// Sets the workers whose memory is measured.
     pub(super) fn measure(&mut self, watched: Vec<Watched>) {
         if watched == self.watched {
             return;
@@ -61,7 +62,7 @@ impl UsageSamplers {
         let events = self.events.clone();
         let start = || {
             MemoryGauge::start(move |id, bytes| {
-                // Fails only where the daemon has ended.
+                // Fails only if the daemon has ended.
                 let _ = events.blocking_send(Event::Memory { id: WorkerId(id), bytes });
             })
         };

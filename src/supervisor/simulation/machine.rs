@@ -1,5 +1,5 @@
-//! A machine that does what the core asks for, slowly and unreliably, and complains where that
-//! makes no sense.
+//! A simulated machine that carries out the core's effects, slowly and unreliably, and panics if an
+//! effect makes no sense.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -18,14 +18,15 @@ use super::{
 };
 use crate::config::{Order, Program, Service, SocketMode, WORKERS_ON_A_PORT};
 
-/// From SIGKILL, or the end of a program, until nothing is left of it.
+/// The longest time from SIGKILL, or the end of a program, until no process of it is left.
 const LEAVING: u64 = 2000;
-/// Longer than it takes to start or to end a program, or to empty a listener.
+/// The longest time to start or end a program, or to empty a listener.
 const PROMPT: u64 = 500;
 
-/// How long an abort may take.
+/// The longest time that an abort may take.
 pub(super) const DYING: Duration = Duration::from_millis(PROMPT + LEAVING + PROMPT);
-/// How long a stop may take: the listeners, the longest drain, the longest stop timeout, the end.
+/// The longest time that a stop may take: the listeners, the longest drain, the longest stop
+/// timeout, the end.
 pub(super) const STOPPING: Duration = DYING.saturating_add(Duration::from_millis(PROMPT + 8000));
 
 #[derive(Debug)]
@@ -40,29 +41,29 @@ pub(super) struct Machine {
     pub(super) supervisor: Supervisor,
     pub(super) now: Instant,
     pub(super) random: fastrand::Rng,
-    /// What was applied last, or restored.
+    /// The configuration that was last applied or restored.
     pub(super) wanted: Vec<Service>,
-    /// Requests without an answer.
+    /// The requests without an answer.
     pub(super) tickets: Vec<Ticket>,
     /// Nothing fails any more.
     pub(super) calm: bool,
     pub(super) finished: bool,
     pub(super) steps: u64,
-    /// What operators took out of rotation and did not put back, as long as it is there.
+    /// The slots that operators drained and did not resume, as long as they exist.
     drained: BTreeSet<(Arc<str>, u32)>,
-    /// Those of which a restart was asked since: they may be put back.
+    /// Those of `drained` for which a restart was asked since: it may resume them.
     restarted: BTreeSet<(Arc<str>, u32)>,
     seed: u64,
-    /// Those that are not gone, as far as the core was told.
+    /// The programs that are not gone, as far as the core was told.
     processes: BTreeMap<WorkerId, Process>,
     published: BTreeMap<Arc<str>, Rotation>,
     pending: BTreeMap<(Instant, u64), Pending>,
     numbers: u64,
     newest: WorkerId,
     free_ports: u16,
-    /// Whose queues are drained.
+    /// The workers whose queues are drained.
     untaken: BTreeMap<WorkerId, Untaken>,
-    /// The ports with sockets that are inherited.
+    /// The ports whose sockets are inherited.
     inherited: BTreeSet<SocketAddr>,
 }
 
@@ -105,7 +106,7 @@ impl Machine {
         Ticket(self.numbers)
     }
 
-    /// A new configuration: the services in it are to be closed no more.
+    /// Records a new configuration: pending closes of its services are dropped.
     pub(super) fn applied(&mut self, services: &[Service]) {
         self.wanted = services.to_vec();
         self.pending.retain(|_, pending| match pending {
@@ -114,7 +115,7 @@ impl Machine {
         });
     }
 
-    /// What happens next happens: an event, or a deadline.
+    /// Lets the next thing happen: an event or a deadline.
     pub(super) fn proceed(&mut self) {
         let event = self.pending.first_key_value().map(|(&(at, _), _)| at);
         let deadline = self.supervisor.deadline();
@@ -133,14 +134,14 @@ impl Machine {
         }
     }
 
-    /// Time passes, and the daemon was too busy to see it.
+    /// Lets time pass while the daemon is too busy to notice.
     pub(super) fn sleep(&mut self) {
         self.now += MS(self.random.u64(0..3000));
     }
 
-    /// The daemon looks at the clock, whether it has to or not.
+    /// Has the daemon handle its deadlines, whether one has passed or not.
     pub(super) fn sweep(&mut self) {
-        // A timeout of zero is a deadline at once, but a worker has only so many of them.
+        // With a timeout of zero a deadline is due at once, but a worker has only a few of them.
         for _ in 0..4 {
             let effects = self.supervisor.timeout(self.now);
             self.perform(effects);
@@ -151,7 +152,7 @@ impl Machine {
         panic!("a deadline that does not pass");
     }
 
-    /// A client comes.
+    /// A client connects.
     pub(super) fn connect(&mut self) {
         let workers: Vec<_> = self.published.values().flat_map(|r| r.workers.clone()).collect();
         if let Some(id) = self.random.choice(workers) {
@@ -205,12 +206,13 @@ impl Machine {
         }
         self.handle(Event::Restart { service, slots: slot.into(), ticket });
         if !self.tickets.contains(&ticket) {
-            // It was refused, or there is no such slot.
+            // The request was refused, or there is no such slot.
             (self.drained, self.restarted) = before;
         }
     }
 
-    /// An operator's wish, which holds at once and for as long as the slot is there.
+    /// An operator drains or resumes a slot, which takes effect at once and lasts for as long as
+    /// the slot does.
     pub(super) fn position(&mut self, service: Arc<str>, slot: u32, drain: bool) {
         let name = Arc::clone(&service);
         if !drain {
@@ -297,7 +299,7 @@ impl Machine {
         self.pending.insert((at, self.numbers), pending);
     }
 
-    /// Something that the core gets to know about a worker, after all that came before.
+    /// Sends an event about a worker to the core, after all its earlier events.
     fn tell(&mut self, id: WorkerId, delay: u64, event: Event) {
         let delay = MS(self.random.u64(0..=delay));
         let process = self.processes.get_mut(&id).unwrap();
@@ -484,7 +486,7 @@ impl Machine {
                 self.tell(id, PROMPT, Event::Started { id, pid: i32::try_from(id.0).unwrap() });
                 match fate {
                     2 => self.end(id, PROMPT),
-                    // It works at first, and ends while it is to settle.
+                    // The program is healthy at first, and ends during `rollout.settle`.
                     3 => {
                         self.processes.get_mut(&id).unwrap().bad = false;
                         self.end(id, 4 * PROMPT);
@@ -495,7 +497,7 @@ impl Machine {
         }
     }
 
-    /// Never the same again: lbd holds on to a socket that a worker is to inherit.
+    /// No port is given out twice: lbd keeps a socket that a worker is to inherit.
     fn free_port(&mut self) -> u16 {
         self.free_ports += 1;
         40_000 + self.free_ports
@@ -512,13 +514,13 @@ impl Machine {
         self.published.values().any(|rotation| rotation.workers.contains(&id))
     }
 
-    /// Who is out of rotation at an operator's wish, and nobody else, is handed no connection.
+    /// Checks that exactly the workers that operators drained are drained.
     fn check_wishes(&self) {
         for service in self.supervisor.services().filter(|service| service.is_open()) {
             for slot in &service.slots {
                 let wish = (Arc::clone(&service.config.name), slot.number);
                 assert!(slot.drained || !self.drained.contains(&wish), "{wish:?} is forgotten");
-                // After a restart, the new worker of a drained slot is not.
+                // After a restart, the new worker of a drained slot need not be drained.
                 let is_out =
                     |current: bool| slot.drained && (current || !self.restarted.contains(&wish));
                 let current = slot.current.as_ref().map(|worker| worker.id);
@@ -532,8 +534,8 @@ impl Machine {
         }
     }
 
-    /// Where the new one comes first, no worker that serves makes way in its slot for one that has
-    /// not been healthy for `rollout.settle`. But a stand-in has proven what it is there for.
+    /// With start-first order, no serving worker of a slot is retired for a successor that has not
+    /// been healthy for `rollout.settle`. A stand-in has proven its settings already.
     fn check_retirements(&self, effects: &[Effect]) {
         for effect in effects {
             let Effect::Retire { id } = effect else { continue };
@@ -555,7 +557,7 @@ impl Machine {
             let filler = slot.current.as_ref().map(|worker| worker.id);
             let successor = filler.and_then(|filler| self.processes.get(&filler));
             let since = successor.and_then(|process| process.book.since);
-            // A replacement that served meanwhile makes way for one that is healthy again.
+            // A replacement that served meanwhile is retired if the old worker is healthy again.
             let is_newer = filler.is_some_and(|filler| filler > *id);
             let settle = if is_newer { settings.settle } else { Duration::ZERO };
             let has_settled = since.is_some_and(|since| since + settle <= self.now);
@@ -563,8 +565,8 @@ impl Machine {
         }
     }
 
-    /// Who is healthy by what the probes showed, and nobody else, is in rotation. (What one that was
-    /// retired once showed meanwhile does not count.)
+    /// Checks that exactly the workers that are healthy by their probes are in rotation. (Probe
+    /// results from while a worker was retired don't count.)
     fn check_health(&self) {
         let slots = self.supervisor.services().flat_map(|service| &service.slots);
         for worker in slots.flat_map(Slot::workers) {
@@ -573,7 +575,7 @@ impl Machine {
                 continue;
             }
             let (healthy, serves) = (process.book.since.is_some(), self.is_published(worker.id));
-            // A replacement serves only where the one that it replaces does not.
+            // A replacement serves only if the worker that it replaces does not.
             assert!(healthy || !serves, "{worker:?} is in rotation");
             let fills = process.told == Told::Started && !self.is_replacement(worker.id);
             assert!(!healthy || serves || !fills, "{worker:?} is not in rotation");
@@ -585,7 +587,7 @@ impl Machine {
         slots.any(|slot| slot.next.as_ref().is_some_and(|next| next.id == id))
     }
 
-    /// Whether a worker has an inherited socket there, or will be started on it.
+    /// Whether a worker has an inherited socket at `address`, or will be started on it.
     fn is_inherited(&self, address: SocketAddr) -> bool {
         self.supervisor.services().any(|service| {
             let slots = service.slots.iter().map(|slot| (&slot.spec, slot.last_port));
@@ -597,8 +599,8 @@ impl Machine {
         })
     }
 
-    /// The queue of each worker that will not take what waits there is drained, and nobody else's; and
-    /// no port stays open that no worker will be on.
+    /// Checks that exactly the accept queues of workers that will not accept are drained, and that
+    /// no port stays open that no worker will use.
     fn check_queues(&self) {
         let workers = self.supervisor.services().flat_map(super::super::Service::workers);
         let expected = workers.filter_map(|worker| match worker.phase {
@@ -612,10 +614,10 @@ impl Machine {
         }
     }
 
-    /// What must hold after every step.
+    /// Checks all invariants.
     fn check(&self) {
         self.supervisor.check_indexes();
-        // Less often, since it takes longer than the step itself.
+        // Only at every fourth step, since this takes longer than the step itself.
         if self.steps.is_multiple_of(4) {
             self.supervisor.check_rest(self.now);
         }

@@ -1,27 +1,27 @@
-//! One program that a made-up machine runs.
+//! One program that the simulated machine runs.
 
 use std::{sync::Arc, time::Instant};
 
 use super::super::{Spawn, Verdict};
 use crate::config::Health;
 
-/// One started program, as it is outside.
+/// The actual state of a started program, as opposed to what the core knows of it.
 #[derive(Debug)]
 pub(super) struct Process {
     pub(super) service: Arc<str>,
     pub(super) slot: u32,
-    /// That of its slot.
+    /// Its slot's fixed port.
     pub(super) fixed_port: Option<u16>,
     pub(super) port: Option<u16>,
-    /// It was started on any port though its slot has one.
+    /// It was started on a free port although its slot has a fixed one.
     pub(super) stands_in: bool,
-    /// It shares its port with others that do.
+    /// It inherits its socket, and so can share its port with another one that does.
     pub(super) inherits: bool,
-    /// It ends without being asked, never gets healthy, or can't be started.
+    /// It ends by itself, never becomes healthy, or can't be started.
     pub(super) bad: bool,
     pub(super) ignores_signals: bool,
     pub(super) hung: bool,
-    /// What the core was told.
+    /// What the core was told about it.
     pub(super) told: Told,
     /// Its end is under way.
     pub(super) ending: bool,
@@ -32,14 +32,14 @@ pub(super) struct Process {
     pub(super) probing: bool,
     pub(super) killed: bool,
     pub(super) book: HealthBook,
-    /// It was taken out of service for its failed probes, and has this long for its connections.
+    /// It was retired because its probes failed, and its connections have until then.
     pub(super) spared_until: Option<Instant>,
-    /// When the core gets to know the last thing that is known about it.
+    /// When the last event about it that is scheduled so far reaches the core.
     pub(super) last: Instant,
 }
 
 impl Process {
-    /// One that was just ordered. A few are bad by chance.
+    /// A program that was just ordered. A few are bad at random.
     pub(super) fn new(
         Spawn { service, slot, port, .. }: &Spawn,
         inherits: bool,
@@ -70,12 +70,13 @@ impl Process {
     }
 }
 
-/// What the core was told of its health, kept apart from the core's own books.
+/// The health that follows from the probe results that the core was told, computed independently of
+/// the core.
 #[derive(Debug, Default)]
 pub(super) struct HealthBook {
     passes: u32,
     failures: u32,
-    /// Since when it is healthy without a break.
+    /// Since when the worker is healthy without a break.
     pub(super) since: Option<Instant>,
 }
 
