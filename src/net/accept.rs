@@ -1,14 +1,14 @@
-//! Accepting from a blocking socket that somebody else accepts from too, without being held up.
+//! Accepting from a blocking socket from which another process accepts too, without being blocked.
 //!
-//! `O_NONBLOCK` is a flag of the open file description (fcntl(2)), and lbd shares that of a worker's
-//! listening socket with the worker: setting it on one side would change what `accept` does on the
-//! other. So the flag stays as it is. Readiness from poll(2) or epoll does not need it. What needs
-//! care is the step from "readable" to `accept`: if the other holder takes the connection in between,
-//! a blocking `accept` waits for the next one, and everything else in this thread waits with it. That
-//! can't be prevented (there is no accept with `MSG_DONTWAIT`), so it is bounded: an interval timer,
-//! armed around the call, interrupts it. Two `timer_settime` calls cost far less than handing each
-//! connection over from a thread of its own, and there is no race left: a tick that comes too early
-//! is followed by another.
+//! `O_NONBLOCK` is a flag of the open file description (fcntl(2)), and lbd shares that of a
+//! worker's listening socket with the worker: setting it on one side would change what `accept`
+//! does on the other. So the flag stays as it is. Readiness from poll(2) or epoll does not need it.
+//! The critical step is from "readable" to `accept`: if the other process takes the connection in
+//! between, a blocking `accept` waits for the next one, and everything else in this thread waits
+//! too. That can't be prevented (there is no accept with `MSG_DONTWAIT`), so it is bounded: an
+//! interval timer, armed around the call, interrupts it. Two `timer_settime` calls cost far less
+//! than a separate thread that would hand over each connection. No race is left: if a tick comes
+//! too early, another one follows.
 
 use std::{
     io,
@@ -30,17 +30,17 @@ use nix::{
 };
 use socket2::Socket;
 
-/// The longest a stolen connection can hold up [`Acceptor::accept`].
+/// How long [`Acceptor::accept`] can block at most, when another process has taken the connection.
 const BOUND: Duration = Duration::from_millis(20);
 
-/// Accepts from blocking sockets on the thread that made it.
+/// Accepts from blocking sockets, on the thread that created it.
 pub struct Acceptor {
     alarm: Alarm,
     permit: Option<MayAccept>,
     is_short: bool,
 }
 
-/// Asked before each connection: whether there is room for one more.
+/// A function that is called before each accept: whether there is room for one more connection.
 pub type MayAccept = Box<dyn FnMut() -> bool>;
 
 impl std::fmt::Debug for Acceptor {
@@ -50,27 +50,27 @@ impl std::fmt::Debug for Acceptor {
 }
 
 impl Acceptor {
-    /// For this thread. It takes `SIGALRM` for itself, in the whole process.
+    /// Creates one for this thread. It takes over `SIGALRM` in the whole process.
     ///
     /// # Errors
-    /// Where the system has no timer left.
+    /// If the system has no timer left.
     pub fn new() -> io::Result<Self> {
         Ok(Self { alarm: Alarm::new()?, permit: None, is_short: false })
     }
 
-    /// From now on accepts only as long as `permit` says so; with `None`, whatever there is.
+    /// From now on accepts only while `permit` returns true; with `None`, without a limit.
     pub fn set_permit(&mut self, permit: Option<MayAccept>) {
         self.permit = permit;
     }
 
-    /// Whether connections were left in a queue since this was last asked of and [taken
-    /// back](Self::begin), for want of a permit or of descriptors.
+    /// Whether connections were left in a queue since the last [`begin`](Self::begin), for lack of
+    /// a permit or of descriptors.
     #[must_use]
     pub fn is_short(&self) -> bool {
         self.is_short
     }
 
-    /// Forgets that any were left.
+    /// Resets [`is_short`](Self::is_short).
     pub fn begin(&mut self) {
         self.is_short = false;
     }
@@ -111,7 +111,7 @@ impl Acceptor {
     }
 }
 
-/// The same for a socket that is non-blocking.
+/// As [`Acceptor::accept`], for a non-blocking socket.
 ///
 /// # Errors
 /// As [`Acceptor::accept`].
@@ -128,21 +128,22 @@ pub fn accept_nonblocking(socket: &Socket, flags: i32) -> io::Result<Socket> {
 /// Why accept(2) has returned no connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum AcceptFailure {
-    /// None waits.
+    /// No connection waits.
     Empty,
-    /// The one that it would have returned is gone, or the call was interrupted: the next may be there.
+    /// The connection that it would have returned is gone, or the call was interrupted. There may
+    /// be another one.
     Lost,
-    /// There is no descriptor or memory left, or something that's just as likely to last.
+    /// No descriptor or memory is left, or another condition that is just as likely to last.
     Exhausted,
 }
 
 impl AcceptFailure {
-    /// What `error` of accept(2) says. It passes on what went wrong with the connection before it was
-    /// accepted.
+    /// Classifies an `error` of accept(2), which also returns errors that happened to the
+    /// connection before it was accepted.
     pub(crate) fn of(error: &io::Error) -> Self {
         match Errno::from_raw(error.raw_os_error().unwrap_or(0)) {
-            // EINVAL: a unix socket that is shut down for reading, with nobody left in its queue; poll(2)
-            // calls it readable for its end.
+            // EINVAL: a unix socket that is shut down for reading, with an empty queue. poll(2)
+            // reports it as readable because of its end.
             Errno::EAGAIN | Errno::EINVAL => Self::Empty,
             Errno::EINTR
             | Errno::ECONNABORTED

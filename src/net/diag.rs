@@ -1,4 +1,5 @@
-//! What the kernel knows of connections that lbd does not have: sock_diag(7), over netlink.
+//! Asks the kernel about sockets and connections that lbd itself does not hold: sock_diag(7), over
+//! netlink.
 
 use std::{
     cell::RefCell,
@@ -34,10 +35,12 @@ use nix::{
     },
 };
 
-/// Larger than what the kernel puts in one datagram (`NLMSG_GOODSIZE`, and 32 KiB for a dump).
+/// The receive buffer, larger than what the kernel puts in one datagram (`NLMSG_GOODSIZE`, and 32
+/// KiB for a dump).
 const DATAGRAM: usize = 64 * 1024;
 
-/// The kernel answers within the call that asks. If ever it doesn't, nothing shall hang.
+/// The receive timeout. The kernel answers within the call that asks; if it ever does not, lbd must
+/// not hang.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Asks the kernel about sockets.
@@ -45,15 +48,15 @@ const PATIENCE: Duration = Duration::from_secs(1);
 pub struct Diag {
     socket: OwnedFd,
     buffer: Box<[u8]>,
-    /// Of the latest question, so that an answer that came too late for an earlier one is no answer
-    /// to it.
+    /// The sequence number of the latest request, so that a late answer to an earlier request is
+    /// not mistaken for its answer.
     sequence: u32,
 }
 
 /// How old the answer to [`SharedDiag::lately_listening`] may be.
 const LATELY: Duration = Duration::from_millis(50);
 
-/// One [`Diag`] for all who ask on one thread. It is opened when it is first needed.
+/// One [`Diag`] that is shared on one thread. It is opened when it is first needed.
 #[derive(Debug, Clone, Default)]
 pub struct SharedDiag(Rc<Shared>);
 
@@ -68,10 +71,10 @@ struct Shared {
 type ByPort = HashMap<u16, Vec<ListeningSocket>>;
 
 impl SharedDiag {
-    /// What it answers to this question.
+    /// Asks `question`, and returns the answer.
     ///
     /// # Errors
-    /// As [`Diag::open`], and as the question.
+    /// As [`Diag::open`], and as `question`.
     pub fn ask<T>(&self, question: impl FnOnce(&mut Diag) -> io::Result<T>) -> io::Result<T> {
         let mut shared = self.0.diag.borrow_mut();
         let diag = match &mut *shared {
@@ -80,7 +83,7 @@ impl SharedDiag {
         };
         let answer = question(diag);
         if answer.is_err() {
-            // What is still to come of this answer would be in the way of the next one.
+            // The rest of this answer, which may still arrive, would be mixed with the next one.
             *shared = None;
         }
         answer
@@ -109,7 +112,7 @@ impl SharedDiag {
         Ok(known.get(&port).cloned().unwrap_or_default())
     }
 
-    /// Has the next question fail, as where something lacks at the moment.
+    /// Makes the next question fail with a temporary error.
     #[cfg(test)]
     pub(crate) fn fail_once(&self) {
         let socket = std::os::unix::net::UnixDatagram::unbound().unwrap().into();
@@ -117,9 +120,9 @@ impl SharedDiag {
     }
 }
 
-/// Whether it means that this kernel never tells: it has no sock_diag, or forbids it to lbd. What else
-/// may go wrong is of the moment and says nothing: lbd lacks a descriptor or memory, or no answer came
-/// in time.
+/// Whether `error` means that this kernel never answers: it has no sock_diag, or denies it to lbd.
+/// Any other error is temporary and proves nothing: lbd lacks a descriptor or memory, or no answer
+/// came in time.
 #[must_use]
 pub fn never_tells(error: &io::Error) -> bool {
     matches!(
@@ -134,12 +137,12 @@ pub fn never_tells(error: &io::Error) -> bool {
     )
 }
 
-/// A socket that listens on TCP.
+/// A listening TCP socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ListeningSocket {
-    /// What it is bound to.
+    /// The address that it is bound to.
     pub address: SocketAddr,
-    /// What `/proc/PID/fd` calls it: `socket:[INODE]`.
+    /// The inode, by which `/proc/PID/fd` names it: `socket:[INODE]`.
     pub inode: u32,
     /// The user who made it.
     pub uid: u32,
@@ -148,57 +151,58 @@ pub struct ListeningSocket {
 /// One end of a TCP connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Connection {
-    /// How far it is.
+    /// The state of the connection.
     pub state: TcpState,
-    /// What `/proc/PID/fd` calls it. 0 where no process has it: it waits to be accepted, or was
-    /// closed.
+    /// The inode, by which `/proc/PID/fd` names it. 0 if no process has the socket: it waits to be
+    /// accepted, or was closed.
     pub inode: u32,
-    /// The user who accepted it (or made it, if this end is the one that connected). Means nothing
-    /// where `inode` is 0.
+    /// The user who accepted it (or made it, if this end is the one that connected). Meaningless if
+    /// `inode` is 0.
     pub uid: u32,
 }
 
 impl Connection {
-    /// Whether a process has it: it has been accepted, and not been closed yet.
+    /// Whether a process has this end: it was accepted, and has not been closed yet.
     #[must_use]
     pub fn is_accepted(&self) -> bool {
         self.inode != 0
     }
 }
 
-/// One end of a connection, where it is.
+/// One end of a connection, with its address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct End {
     pub(super) address: SocketAddr,
     pub(super) connection: Connection,
-    /// When the timer that runs is over; with [`TcpState::TimeWait`], when it is forgotten.
+    /// The time left on the timer that runs; in [`TcpState::TimeWait`], the time until the kernel
+    /// forgets the connection.
     pub(super) expires: Duration,
 }
 
-/// The states of a TCP connection (RFC 9293, section 3.3.2), as the kernel counts them
-/// (include/net/tcp_states.h). `LISTEN` is no connection's.
+/// The states of a TCP connection (RFC 9293, section 3.3.2), as the kernel numbers them
+/// (include/net/tcp_states.h). `LISTEN` is not among them: no connection is in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TcpState {
-    /// Both ends agree that it is there. Before it was accepted, too.
+    /// The handshake is complete, whether or not the connection was accepted.
     Established,
-    /// The other end has not answered.
+    /// The SYN has not been answered.
     SynSent,
-    /// The handshake is not complete, as the accepting end sees it: its queue is full, or with
+    /// The handshake is not complete at the accepting end: its accept queue is full, or with
     /// `TCP_DEFER_ACCEPT` it waits for the first byte.
     SynReceived,
     /// This end has sent its FIN.
     FinWait1,
-    /// And it was acknowledged.
+    /// This end has sent its FIN, which was acknowledged.
     FinWait2,
-    /// Both have ended it; it is remembered for a minute.
+    /// Both ends have closed; the kernel remembers the connection for a minute.
     TimeWait,
-    /// It is no more.
+    /// The connection no longer exists.
     Closed,
     /// The other end has sent its FIN.
     CloseWait,
-    /// Both have, the other end first.
+    /// Both ends have sent their FINs, the other end first.
     LastAck,
-    /// Both have, at once.
+    /// Both ends have sent their FINs, at the same time.
     Closing,
 }
 
@@ -222,7 +226,7 @@ impl TcpState {
 
 impl Diag {
     /// # Errors
-    /// Where netlink is forbidden, or the kernel has no sock_diag.
+    /// If netlink is forbidden, or the kernel has no sock_diag.
     pub fn open() -> io::Result<Self> {
         let protocol = SockProtocol::NetlinkSockDiag;
         let socket =
@@ -232,11 +236,11 @@ impl Diag {
         Ok(Self { socket, buffer: vec![0; DATAGRAM].into(), sequence: 0 })
     }
 
-    /// The inodes of the connections that were accepted at `address` or any other with its port and
-    /// family, and that some process still has.
+    /// The inodes of the connections that were accepted at the port and address family of
+    /// `address`, whatever their IP address, and that some process still has.
     ///
     /// # Errors
-    /// Where the kernel does not tell.
+    /// If the kernel does not answer.
     pub fn accepted(&mut self, address: SocketAddr) -> io::Result<HashSet<u32>> {
         let mut id = any(address.ip());
         id.source_port = address.port();
@@ -248,17 +252,17 @@ impl Diag {
             | StateFlags::LAST_ACK;
         let mut inodes = HashSet::new();
         self.ask_inet(id, states, Extent::All, |found| {
-            // One that waits to be accepted, or was closed by its process, has none.
+            // A connection that waits to be accepted, or was closed by its process, has none.
             inodes.extend(Some(found.header.inode).filter(|inode| *inode != 0));
         })?;
         Ok(inodes)
     }
 
-    /// The end at `server` of the connection from `client`, exactly that one; `None` where there is
-    /// no such connection (any more).
+    /// The end at `server` of exactly this connection from `client`; `None` if there is no such
+    /// connection, or no longer.
     ///
     /// # Errors
-    /// Where the kernel does not tell.
+    /// If the kernel does not answer.
     pub fn accepted_state(
         &mut self,
         server: SocketAddr,
@@ -275,39 +279,39 @@ impl Diag {
         let mut connection = None;
         let answer = |found: &Found| {
             let InetResponseHeader { state, inode, uid, .. } = found.header;
-            // Where there is no such connection, the kernel finds who listens: that is no state of
-            // one.
+            // If there is no such connection, the kernel returns the listening socket, whose state
+            // (`LISTEN`) is none of a connection.
             connection = TcpState::of(state).map(|state| Connection { state, inode, uid });
         };
         none_if_not_found(self.ask_inet(id, StateFlags::all(), Extent::Exact, answer))?;
         Ok(connection)
     }
 
-    /// Whether somebody has accepted the connection from `client` to `server`. False also where
-    /// there is none (any more).
+    /// Whether the connection from `client` to `server` was accepted, and is still open there. Also
+    /// false if there is no such connection, or no longer.
     ///
     /// # Errors
-    /// Where the kernel does not tell.
+    /// If the kernel does not answer.
     pub fn is_accepted(&mut self, server: SocketAddr, client: SocketAddr) -> io::Result<bool> {
         let connection = self.accepted_state(server, client)?;
         Ok(connection.is_some_and(|connection| connection.is_accepted()))
     }
 
-    /// The inode of the socket at `local` that is connected to `remote`; `None` where there is none,
-    /// or no process has it (yet, or any more).
+    /// The inode of the socket at `local` that is connected to `remote`; `None` if there is none,
+    /// or no process has it (yet, or any longer).
     ///
     /// # Errors
-    /// Where the kernel does not tell.
+    /// If the kernel does not answer.
     pub fn inode(&mut self, local: SocketAddr, remote: SocketAddr) -> io::Result<Option<u32>> {
         let connection = self.accepted_state(local, remote)?;
         Ok(connection.map(|connection| connection.inode).filter(|inode| *inode != 0))
     }
 
-    /// Every socket of this network namespace that listens on this TCP port, at whatever address,
-    /// of both families.
+    /// All sockets in this network namespace that listen on this TCP port, at any address, in both
+    /// families.
     ///
     /// # Errors
-    /// Where the kernel does not tell.
+    /// If the kernel does not answer.
     pub fn listeners(&mut self, port: u16) -> io::Result<Vec<ListeningSocket>> {
         let mut listeners = Vec::new();
         for family in [IpAddr::V4(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()] {
@@ -322,17 +326,18 @@ impl Diag {
         Ok(listeners)
     }
 
-    /// The inode of the socket that listens for whoever connects to `address`, also where it is bound
-    /// to every address; `None` where there is none in this network namespace. Of several that share
-    /// the address (`SO_REUSEPORT`) it is one, and the same as long as they do. It takes as long
-    /// however many sockets listen.
+    /// The inode of the socket that gets connections to `address`, even if it is bound to the
+    /// wildcard address; `None` if there is none in this network namespace. If several sockets
+    /// share the address (`SO_REUSEPORT`), it is one of them, and always the same one while they
+    /// do. The time it takes does not depend on the number of listening sockets.
     ///
     /// # Errors
-    /// Where the kernel does not tell.
+    /// If the kernel does not answer.
     pub fn listener(&mut self, address: SocketAddr) -> io::Result<Option<u32>> {
         let id = SocketId {
             source_port: address.port(),
-            // No connection comes from there, and where there is none the kernel finds who listens.
+            // No connection has source port 0, and without a connection the kernel looks up the
+            // listening socket.
             destination_port: 0,
             source_address: address.ip(),
             destination_address: address.ip(),
@@ -345,7 +350,7 @@ impl Diag {
         Ok(inode)
     }
 
-    /// The ends of all connections that have this port, of both families.
+    /// The local ends of all connections on this port, in both families.
     pub(super) fn ends_at(&mut self, port: u16) -> io::Result<Vec<End>> {
         let mut ends = Vec::new();
         for family in [IpAddr::V4(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()] {
@@ -365,25 +370,25 @@ impl Diag {
         Ok(ends)
     }
 
-    /// As [`Self::listeners`], of all ports.
+    /// As [`Self::listeners`], for all ports.
     ///
     /// # Errors
-    /// Where the kernel does not tell.
+    /// If the kernel does not answer.
     pub fn all_listeners(&mut self) -> io::Result<Vec<ListeningSocket>> {
         self.listeners(0) // no filter: nobody listens on port 0
     }
 
-    /// The inodes of the sockets that have connected to the unix socket with inode `listener`, and
-    /// wait to be accepted. Empty also where there is no such socket (any more).
+    /// The inodes of the client sockets that have connected to the unix socket with inode
+    /// `listener` and wait to be accepted. Also empty if there is no such socket, or no longer.
     ///
     /// # Errors
-    /// Where the kernel does not tell, or there are too many to be told.
+    /// If the kernel does not answer, or there are too many for an answer.
     pub fn unix_pending(&mut self, listener: u32) -> io::Result<HashSet<u32>> {
         let mut pending = HashSet::new();
         let asked = self.ask_unix(listener, ShowFlags::ICONS, |found| {
             for nla in &found.nlas {
                 if let Nla::PendingConnections(inodes) = nla {
-                    // One whose client has gone has none.
+                    // The inode is 0 if the client has closed its end.
                     pending.extend(inodes.iter().filter(|inode| **inode != 0));
                 }
             }
@@ -392,15 +397,15 @@ impl Diag {
         Ok(pending)
     }
 
-    /// Whether the connection of which the unix socket with inode `client` is the connecting end has
-    /// been accepted, and not been closed by who did. It takes as long however many wait.
+    /// Whether the unix connection whose client socket has inode `client` was accepted, and has not
+    /// been closed by the server. The time it takes does not depend on the length of the queue.
     ///
     /// # Errors
-    /// Where the kernel does not tell.
+    /// If the kernel does not answer.
     pub fn is_unix_accepted(&mut self, client: u32) -> io::Result<bool> {
         let mut accepted = false;
         let asked = self.ask_unix(client, ShowFlags::PEER, |found| {
-            // The other end has no inode until a process has it.
+            // The server's end has no inode until a process has accepted it.
             accepted = found.nlas.iter().any(|nla| matches!(nla, Nla::Peer(inode) if *inode != 0));
         });
         none_if_not_found(asked)?;
@@ -435,7 +440,7 @@ impl Diag {
         let request = InetRequest { family, protocol: IPPROTO_TCP, extensions, states, socket_id };
         self.ask(SockDiagMessage::InetRequest(request), extent, |message, bytes| {
             if let SockDiagMessage::InetResponse(found) = message {
-                // The crate drops it in TIME_WAIT: `idiag_expires` of struct inet_diag_msg
+                // The crate drops this field in TIME_WAIT: `idiag_expires` of struct inet_diag_msg
                 // (linux/inet_diag.h), behind the family and the socket's id.
                 let expires = bytes.get(NETLINK_HEADER + 52..).and_then(<[u8]>::first_chunk);
                 let expires = expires.map_or(0, |expires| u32::from_ne_bytes(*expires));
@@ -470,7 +475,7 @@ impl Diag {
             while !rest.is_empty() {
                 let message = NetlinkMessage::<SockDiagMessage>::deserialize(rest)
                     .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
-                // Each is padded to a multiple of four (netlink(7), NLMSG_ALIGN).
+                // Each message is padded to a multiple of four bytes (netlink(7), NLMSG_ALIGN).
                 let taken = (message.header.length as usize).next_multiple_of(4);
                 let bytes = rest;
                 rest = rest.get(taken.max(4)..).unwrap_or_default();
@@ -493,14 +498,14 @@ impl Diag {
     }
 }
 
-/// The inodes of all sockets that this process has (proc_pid_fd(5)).
+/// The inodes of all sockets of this process (proc_pid_fd(5)).
 ///
 /// # Errors
-/// Where `/proc` can't be read.
+/// If `/proc` can't be read.
 pub fn own_sockets() -> io::Result<HashSet<u32>> {
     let mut inodes = HashSet::new();
     for entry in std::fs::read_dir("/proc/self/fd")? {
-        // One that was closed meanwhile is none of them.
+        // The descriptor was closed meanwhile.
         let Ok(target) = std::fs::read_link(entry?.path()) else { continue };
         let inode: Option<u32> = target
             .to_str()
@@ -510,35 +515,35 @@ pub fn own_sockets() -> io::Result<HashSet<u32>> {
     Ok(inodes)
 }
 
-/// The inode of a socket, by which sock_diag and `/proc/PID/fd` call it.
+/// The inode of a socket, by which sock_diag and `/proc/PID/fd` identify it.
 ///
 /// # Errors
-/// Where `socket` is none.
+/// If `socket` is not a socket.
 pub fn inode_of(socket: &impl AsFd) -> io::Result<u32> {
     let inode = fstat(socket.as_fd())?.st_ino;
-    // Those of sockets are counted in 32 bits (`get_next_ino` in fs/inode.c).
+    // Inode numbers of sockets have 32 bits (`get_next_ino` in fs/inode.c).
     u32::try_from(inode).map_err(|_| io::ErrorKind::InvalidInput.into())
 }
 
-/// INET_DIAG_NOCOOKIE: whichever it is.
+/// INET_DIAG_NOCOOKIE: matches any cookie.
 const NO_COOKIE: [u8; 8] = [0xff; 8];
 
 /// The length of struct nlmsghdr (netlink(7)).
 const NETLINK_HEADER: usize = 16;
 
-/// What there is to say of one TCP socket.
+/// The answer about one TCP socket.
 struct Found {
     header: InetResponseHeader,
-    /// Of the timer that runs, in milliseconds.
+    /// The time left on the timer that runs, in milliseconds.
     expires: u32,
 }
 
-/// How much a question is about.
+/// The scope of a request.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Extent {
     /// One socket.
     Exact,
-    /// All that fit.
+    /// All sockets that match.
     All,
 }
 
@@ -549,7 +554,7 @@ fn none_if_not_found(asked: io::Result<()>) -> io::Result<()> {
     }
 }
 
-/// Again, if a signal came in between.
+/// Repeats a call that a signal has interrupted.
 fn retried<T>(mut call: impl FnMut() -> nix::Result<T>) -> io::Result<T> {
     loop {
         match call() {

@@ -1,4 +1,4 @@
-//! Who has a port that can't be bound.
+//! What holds a port that can't be bound.
 
 use std::{
     fmt, fs,
@@ -8,40 +8,41 @@ use std::{
 
 use super::diag::{Diag, ListeningSocket, TcpState};
 
-/// How long processes are looked through for the one that has a socket: the caller has others to
-/// look after.
+/// How long lbd searches the processes for the one that has a socket. It is short, since the caller
+/// has other work.
 const SEARCH: Duration = Duration::from_millis(50);
 
-/// Who, or what, has a port. Shown as what is behind "port 80 of 127.0.0.1 is".
+/// What holds a port. The text is a continuation of "port 80 of 127.0.0.1 is".
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Holder {
     /// A program listens there.
     Listener {
         /// The user who made the socket.
         uid: u32,
-        /// The process, where lbd may see it, and what it calls itself.
+        /// The pid and the name of the process, if lbd may see it.
         process: Option<(i32, String)>,
     },
-    /// A connection has it for its own end: one that was made from there, or one that a program
-    /// accepted which listens no more.
+    /// A connection uses it as its local port: either an outgoing connection, or one accepted by a
+    /// program that no longer listens.
     Connection {
-        /// The user whose it is.
+        /// The user who has the connection.
         uid: u32,
-        /// The process, where lbd may see it, and what it calls itself.
+        /// The pid and the name of the process, if lbd may see it.
         process: Option<(i32, String)>,
     },
-    /// Nobody: connections there have ended, of which the kernel remembers the last for so long
-    /// (RFC 9293, section 3.6.1). That is in the way only where the program that had them did not set
-    /// `SO_REUSEADDR` (socket(7)), or the one that comes does not.
+    /// No process: connections there have ended, and the kernel remembers the last of them for this
+    /// long (RFC 9293, section 3.6.1). That blocks the port only if the program that had the
+    /// connections did not set `SO_REUSEADDR` (socket(7)), or the program that binds does not.
     TimeWait(Duration),
-    /// Connections there were closed, but the other end has not acknowledged all of it yet.
+    /// Connections there were closed, but the peer has not acknowledged everything yet.
     Orphan,
-    /// It could not be found out, or it is free by now.
+    /// Not known, or the port is free by now.
     Unknown,
 }
 
 impl Holder {
-    /// Finds out who keeps `address` from being bound. Takes some milliseconds, and 0.1 s at most.
+    /// Finds out what prevents `address` from being bound. Takes some milliseconds, and 0.1 s at
+    /// most.
     #[must_use]
     pub fn of(address: SocketAddr) -> Self {
         Self::look(address).unwrap_or(Self::Unknown)
@@ -101,8 +102,9 @@ fn show(f: &mut fmt::Formatter<'_>, process: Option<&(i32, String)>, uid: u32) -
     }
 }
 
-/// Whether sockets at both can't be bound to one port: a wildcard takes all addresses, and that of
-/// IPv6 those of IPv4 too, unless it is IPV6_V6ONLY (ipv6(7)).
+/// Whether sockets at both addresses can't be bound to the same port. A wildcard covers all
+/// addresses of its family, and that of IPv6 also those of IPv4, unless it is IPV6_V6ONLY
+/// (ipv6(7)).
 fn overlaps(wanted: IpAddr, other: IpAddr) -> bool {
     let same_family = wanted.is_ipv4() == other.is_ipv4();
     wanted == other.to_canonical()
@@ -110,7 +112,7 @@ fn overlaps(wanted: IpAddr, other: IpAddr) -> bool {
         || other.is_unspecified() && (same_family || other.is_ipv6())
 }
 
-/// The process that has the socket, and what it calls itself.
+/// The pid and the name of the process that has the socket.
 fn process_of(inode: u32) -> Option<(i32, String)> {
     let until = Instant::now() + SEARCH;
     let wanted = format!("socket:[{inode}]");
@@ -121,7 +123,7 @@ fn process_of(inode: u32) -> Option<(i32, String)> {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
             continue;
         };
-        // Of other users' only root sees them.
+        // Only root can see those of other users' processes.
         let Ok(fds) = fs::read_dir(entry.path().join("fd")) else { continue };
         for fd in fds.flatten() {
             if Instant::now() >= until {
@@ -129,7 +131,8 @@ fn process_of(inode: u32) -> Option<(i32, String)> {
             }
             if fs::read_link(fd.path()).is_ok_and(|to| to.as_os_str() == &*wanted) {
                 let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
-                // Its own choice: it may not write on somebody's terminal.
+                // The process chooses its name itself: escaped, it can't write control sequences to
+                // a terminal.
                 return Some((pid, name.trim_end().escape_debug().to_string()));
             }
         }

@@ -1,21 +1,23 @@
-//! The workers' own listening sockets, where lbd makes them: on a port ([`Port`], `socket =
-//! "inherit"`), as follows, without one ([`UnnamedUnixListener`], `socket = "unix"`), or on the public address
-//! ([`direct`]).
+//! The workers' listening sockets, where lbd makes them, in three forms: on a port of the worker's
+//! own ([`Port`], `socket = "inherit"`), as described below; unix sockets without a path
+//! ([`UnnamedUnixListener`], `socket = "unix"`); and on the public address ([`direct`]).
 //!
-//! Each worker incarnation has a listening socket of its own: two that accept from one socket can't
-//! be told apart, and a probe of the one may be answered by the other. The sockets of a slot share
-//! its port by `SO_REUSEPORT`, and a program says which of them a new connection goes to: the one
-//! that is selected, or, for a probe, by its source port, the one it is meant for.
+//! Each worker incarnation has a listening socket of its own. If two shared one, lbd could not tell
+//! which of them accepted a connection, and one could answer a probe that was meant for the other.
+//! The sockets of a slot share its port by `SO_REUSEPORT`, and a BPF program decides which socket
+//! gets a new connection: the selected one, or for a probe, recognised by its source port, the one
+//! it is meant for.
 //!
-//! lbd keeps a copy of each socket until nothing of its worker is left. So what queues in it
-//! outlives the worker: a successor takes it over with the socket, or lbd accepts it and hands it to
-//! another worker.
+//! lbd keeps a copy of each socket until its worker has gone completely. So the accept queue
+//! outlives the worker: a successor takes it over with the socket, or lbd drains it and hands the
+//! connections to other workers.
 //!
-//! What queues in a socket begins with the header that its worker expects
-//! ([`ProxyProtocol`](crate::config::ProxyProtocol)), so that only a worker that expects the same one takes it over.
+//! Queued connections begin with the PROXY header that the socket's worker expects
+//! ([`ProxyProtocol`](crate::config::ProxyProtocol)), so only a worker that expects the same header
+//! takes the socket over.
 //!
-//! O_NONBLOCK belongs to the open file description, which worker and lbd share: the sockets are made
-//! blocking, as systemd passes them, and stay so.
+//! O_NONBLOCK belongs to the open file description, which worker and lbd share. So the sockets are
+//! created blocking, as systemd passes them, and stay blocking.
 
 mod accept;
 pub mod diag;
@@ -48,11 +50,11 @@ use std::{
 use nix::{libc, sys::socket::getsockopt};
 use socket2::{Domain, SockFilter, Socket, Type};
 
-/// How many clients may wait in the accept queue of a listening socket: asked for, the kernel caps it to
+/// The requested length of a listening socket's accept queue. The kernel caps it to
 /// `net.core.somaxconn`.
 pub(crate) const BACKLOG: i32 = 4096;
 
-/// Whether a socket may share its port from the bind on.
+/// Whether `SO_REUSEPORT` is set before the bind.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Sharing {
     NotYet,
@@ -73,36 +75,36 @@ fn bound(address: SocketAddr, sharing: Sharing) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// A non-blocking socket to connect to `address` with.
+/// Creates a non-blocking socket to connect to `address`.
 ///
 /// # Errors
-/// Where there is no descriptor left for it.
+/// If no descriptor is left.
 pub fn unconnected(address: SocketAddr) -> io::Result<Socket> {
     Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), None)
 }
 
-/// Whether `address` is free at this moment, and with port 0 one that is. Whoever had it would pass
-/// for the worker that is to bind it.
+/// Checks that `address` is free at this moment, and returns it; for port 0, returns a free port.
+/// If another program had the address, it would be mistaken for the worker that is to bind it.
 ///
 /// # Errors
-/// `AddrInUse` where somebody has it.
+/// `AddrInUse` if it is in use.
 pub fn free(address: SocketAddr) -> io::Result<SocketAddr> {
     let socket = bound(address, Sharing::NotYet)?;
-    // A socket that is bound with SO_REUSEADDR and does not listen conflicts with nobody but a
-    // listener, which shows here at the latest.
+    // A socket that is bound with SO_REUSEADDR and does not listen conflicts only with listening
+    // sockets. That conflict shows here at the latest.
     socket.listen(1)?;
     Ok(socket.local_addr()?.as_socket().unwrap_or(address))
 }
 
-/// Has `socket`, which listens on TCP, answer no new client, while those whose connect has been
-/// answered stay to be accepted: their SYNs are dropped, so that they come again a second later, and
-/// find either somebody else or a closed port.
+/// Makes `socket`, which listens on TCP, ignore new clients. Clients whose connect has been
+/// answered can still be accepted. New SYNs are dropped, so those clients retry a second later, and
+/// find either a successor or a closed port.
 ///
-/// Classic BPF on a TCP socket sees the segment from its TCP header on, for IPv4 and IPv6 alike
-/// (`tcp_filter` in net/ipv4/tcp_ipv4.c); byte 13 holds the flags (RFC 9293, section 3.1).
+/// A classic BPF filter on a TCP socket sees the segment from its TCP header on, for IPv4 and IPv6
+/// alike (`tcp_filter` in net/ipv4/tcp_ipv4.c); byte 13 holds the flags (RFC 9293, section 3.1).
 ///
 /// # Errors
-/// Where the system has no memory for it.
+/// If the system has no memory for the filter.
 pub fn refuse_new(socket: &Socket) -> io::Result<()> {
     const SYN: u32 = 0x02;
     const ACK: u32 = 0x10;
@@ -116,16 +118,17 @@ pub fn refuse_new(socket: &Socket) -> io::Result<()> {
     ])
 }
 
-/// How many connections wait in the accept queue of `socket`, which listens on TCP.
+/// The number of connections in the accept queue of `socket`, which listens on TCP.
 ///
 /// # Errors
-/// Where it is no such socket.
+/// If it is not such a socket.
 fn queue_length(socket: &Socket) -> io::Result<u32> {
-    // Of a listening socket that is its backlog now (`tcp_get_info` in net/ipv4/tcp.c).
+    // For a listening socket, this field is the current length of the accept queue (`tcp_get_info`
+    // in net/ipv4/tcp.c).
     Ok(getsockopt(socket, options::TcpInfo)?.tcpi_unacked)
 }
 
-/// Everything that waits in the accept queue, until it is empty or the acceptor [is
+/// Accepts everything in the accept queue, until it is empty or the acceptor [is
 /// short](Acceptor::is_short) of room.
 fn accept_all(socket: &Socket, acceptor: &mut Acceptor) -> Vec<Socket> {
     std::iter::from_fn(|| acceptor.accept(socket, libc::SOCK_CLOEXEC).ok()).collect()

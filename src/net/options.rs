@@ -1,9 +1,9 @@
-//! Socket options that neither nix nor socket2 has, by nix's own means.
+//! Socket options that neither nix nor socket2 has, defined with nix's macros.
 
 use nix::{getsockopt_impl, libc, setsockopt_impl, sockopt_impl};
 
 sockopt_impl!(
-    /// `SO_ATTACH_REUSEPORT_EBPF` (socket(7)): the descriptor of a program that chooses for the group.
+    /// `SO_ATTACH_REUSEPORT_EBPF` (socket(7)): the descriptor of a program that steers the group.
     AttachReusePortEbpf,
     SetOnly,
     libc::SOL_SOCKET,

@@ -1,10 +1,10 @@
-//! A listening unix socket with a path, for others to connect to.
+//! A listening unix socket with a path, for clients to connect to.
 //!
-//! Whoever may write to its folder can put another file, or a link, in the place of the one that was
-//! just bound. So nothing is done to the file by its path: it is opened without following links, and
-//! what was opened has to prove to be the socket before mode and owner are set, through the
-//! descriptor. Until then nobody but the owner may connect: the mode of the socket itself, less the
-//! umask, is the mode that bind(2) makes the file with (`unix_bind_bsd` in net/unix/af_unix.c).
+//! Any user who may write to the folder can replace the file that was just bound by another file or
+//! a link. So nothing is done to the file by its path. It is opened without following links, and it
+//! has to prove to be the socket before its mode and owner are set, through the descriptor. Until
+//! then only the owner may connect: bind(2) creates the file with the mode of the socket itself,
+//! less the umask (`unix_bind_bsd` in net/unix/af_unix.c).
 
 use std::{
     fs, io,
@@ -29,16 +29,17 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::config::UnixAccess;
 
-/// What only the owner may use.
+/// The mode of a file that only its owner may use.
 const PRIVATE: Mode = Mode::S_IRUSR.union(Mode::S_IWUSR);
 
-/// Binds a non-blocking socket to `path` and listens, with so many who may wait. A socket there that
-/// nobody listens on is replaced; anything else is left alone.
+/// Binds a non-blocking socket to `path` and listens, with an accept queue of `backlog`. An
+/// existing socket file on which no process listens is replaced; any other file is left alone.
 ///
 /// # Errors
-/// `AddrInUse` where there is one that somebody listens on, or a file that is no socket; otherwise
-/// where the folder, the owner or the group won't do. Nothing is left behind at `path`; only where
-/// there are no descriptors to look at what is there, a stale socket is, which the next bind replaces.
+/// `AddrInUse` if a process listens on the existing socket, or the file is no socket; otherwise if
+/// the folder, the owner or the group is not usable. Nothing is left behind at `path`, with one
+/// exception: if lbd has no descriptor to examine the file with, a stale socket stays, which the
+/// next bind replaces.
 pub fn listen_at(
     path: &Path,
     access: &UnixAccess,
@@ -63,20 +64,20 @@ pub fn listen_at(
     let (file, made) = match proven {
         Ok(proven) => proven,
         Err(error) => {
-            // Closed, it is a stale socket, and goes as one: by its name alone, a file that somebody
-            // has put in its place might go instead.
+            // Once closed, it is a stale socket, and is removed as such. Removing it by its name
+            // alone might remove another file that was put in its place.
             drop(socket);
             _ = remove_stale(path);
             return Err(error);
         }
     };
-    // From here on the file is removed where anything fails.
+    // From here on the file is removed if anything fails.
     let file = SocketFile { file, path: path.to_owned(), made };
     file.set(file.wanted(access)?)?;
     Ok((socket, file))
 }
 
-/// Has `socket`, which is bound to `address`, the same as `path`, listen, and opens its file.
+/// Makes `socket`, which is bound to `address` (the same as `path`), listen, and opens its file.
 fn prove(path: &Path, socket: &Socket, address: &SockAddr, backlog: i32) -> io::Result<OwnedFd> {
     let file = open(path)?;
     socket.listen(backlog)?;
@@ -88,13 +89,14 @@ fn prove(path: &Path, socket: &Socket, address: &SockAddr, backlog: i32) -> io::
     Ok(file)
 }
 
-/// The file of a socket that listens. Dropped, it is removed, unless another is in its place.
+/// The file of a listening socket. Dropping this removes the file, unless another one is in its
+/// place.
 #[derive(Debug)]
 pub struct SocketFile {
-    /// The file itself (`O_PATH`), so that its inode number is nobody else's meanwhile.
+    /// The file itself (`O_PATH`). As long as it is open, no other file can get its inode number.
     file: OwnedFd,
     path: PathBuf,
-    /// As bind(2) made it.
+    /// The rights with which bind(2) created it.
     made: Rights,
 }
 
@@ -107,24 +109,24 @@ pub struct Rights {
 }
 
 impl SocketFile {
-    /// Has `access` be in force, and gives back what was before.
+    /// Applies `access`, and returns the previous rights.
     ///
     /// # Errors
-    /// Where there is no such user or group, or lbd may not give the file to them. Nothing has changed
+    /// If there is no such user or group, or lbd may not give the file to them. Nothing has changed
     /// then.
     pub fn set_access(&self, access: &UnixAccess) -> io::Result<Rights> {
         let before = Rights::of(&self.file)?;
         let wanted = self.wanted(access)?;
-        // What could be taken away is given back.
+        // On an error, the changes made so far are undone.
         self.set(wanted).inspect_err(|_| _ = self.set(before))?;
         Ok(before)
     }
 
-    /// Sets mode, owner and group, if they aren't so. Who may connect before and after may do so in
-    /// between, and nobody else.
+    /// Sets mode, owner and group where they differ. In between, only users that may connect both
+    /// before and after may connect.
     ///
     /// # Errors
-    /// Where lbd may not give the file to them.
+    /// If lbd may not give the file to that owner or group.
     pub fn set(&self, rights: Rights) -> io::Result<()> {
         let is = Rights::of(&self.file)?;
         let owner = Some(rights.owner).filter(|owner| *owner != is.owner);
@@ -136,15 +138,15 @@ impl SocketFile {
         self.set_mode(rights.mode)
     }
 
-    /// Whether it is still in its place.
+    /// Whether the file is still at its path.
     #[must_use]
     pub fn is_there(&self) -> bool {
         is_at(&self.path, &self.file).unwrap_or(false)
     }
 
-    /// Removes it, unless another file is in its place.
+    /// Removes the file, unless another one is at its path.
     pub fn remove(&self) {
-        // Where it can't, nobody is to be told: a stale file stays, which the next bind replaces.
+        // A failure is not reported: a stale file stays, which the next bind replaces.
         _ = remove_if(&self.path, &self.file);
     }
 
@@ -152,12 +154,12 @@ impl SocketFile {
         if Rights::of(&self.file)?.mode == mode {
             return Ok(());
         }
-        // fchmod(2) does not take an O_PATH descriptor; what this leads through is no link that
-        // anybody can change (proc_pid_fd(5)).
+        // fchmod(2) does not take an O_PATH descriptor. The path in /proc/self/fd reaches the same
+        // file, and no other user can change where it leads (proc_pid_fd(5)).
         fs::set_permissions(through(&self.file), fs::Permissions::from_mode(mode))
     }
 
-    /// What `access` means here.
+    /// The rights that `access` asks for.
     fn wanted(&self, access: &UnixAccess) -> io::Result<Rights> {
         let unknown = |key: &str, what: &str, name: &str| {
             io::Error::other(format!(
@@ -204,43 +206,43 @@ fn may_not_give(error: Errno) -> io::Error {
     io::Error::new(error.kind(), text)
 }
 
-/// The file at `path`, without following a link that is there, and without opening what it stands
-/// for.
+/// Opens the file at `path` (`O_PATH`): without following a link, and without opening what the file
+/// stands for.
 fn open(path: &Path) -> io::Result<OwnedFd> {
     let flags = libc::O_PATH | libc::O_NOFOLLOW;
     Ok(fs::OpenOptions::new().read(true).custom_flags(flags).open(path)?.into())
 }
 
-/// A path that leads to what `file` is, whatever its name is by now.
+/// A path that leads to the open `file`, whatever its name is by now.
 fn through(file: impl AsFd) -> PathBuf {
     format!("/proc/self/fd/{}", file.as_fd().as_raw_fd()).into()
 }
 
-/// Whether `file` is that of `socket`, which listens at `address`: a connection that is made through
-/// the one arrives at the other.
+/// Whether `file` belongs to `socket`, which listens at `address`: a connection made through the
+/// file has to arrive at the socket.
 fn is_same(file: &OwnedFd, socket: &Socket, address: &SockAddr) -> io::Result<bool> {
     if !is_socket(file)? {
         return Ok(false);
     }
     let probe = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
-    // By an abstract name of its own (unix(7), autobind) it can be told from a client.
+    // An abstract name of its own (unix(7), autobind) distinguishes it from a client.
     probe.bind(&SockAddr::unix("")?)?;
     if probe.connect(&SockAddr::unix(through(file))?).is_err() {
         return Ok(false);
     }
-    // Who called listen(2), and where it was bound (unix(7)).
+    // The process that called listen(2), and the address that it was bound to (unix(7)).
     let pid = getsockopt(&probe, PeerCredentials)?.pid();
     if pid != getpid().as_raw() || probe.peer_addr()?.as_pathname() != address.as_pathname() {
         return Ok(false);
     }
-    // It is the first in the queue: nobody else has the right to connect yet, but for other processes
-    // of this user.
+    // The probe is the first in the queue, since no other user has the right to connect yet; but
+    // other processes of this user have.
     let name = probe.local_addr()?;
     while socket.accept().is_ok_and(|(_, peer)| peer != name) {}
     Ok(true)
 }
 
-/// Removes the socket at `path` if nobody listens on it. Whether it did.
+/// Removes the socket at `path` if no process listens on it. Returns whether it did.
 fn remove_stale(path: &Path) -> io::Result<bool> {
     let file = open(path)?;
     if !is_socket(&file)? {
@@ -249,25 +251,26 @@ fn remove_stale(path: &Path) -> io::Result<bool> {
     Ok(is_stale(&file) && remove_if(path, &file)?)
 }
 
-/// Whether nobody listens on the socket that this file is.
+/// Whether no process listens on the socket that this file is.
 pub fn is_stale(socket: impl AsFd) -> bool {
     connect(socket).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
 }
 
-/// Connects to the socket that this file is, whatever its name leads to by now: at once or not at all.
+/// Connects to the socket that this file is, whatever its name leads to by now. The connect
+/// succeeds at once or fails.
 ///
 /// # Errors
-/// `ConnectionRefused` where nobody listens, `WouldBlock` where its queue is full (unix(7)).
+/// `ConnectionRefused` if no process listens, `WouldBlock` if the accept queue is full (unix(7)).
 pub fn connect(to: impl AsFd) -> io::Result<Socket> {
     let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
     socket.connect(&SockAddr::unix(through(to))?)?;
     Ok(socket)
 }
 
-/// Removes the file at `path` if it is this one, be it a link. Whether it did.
+/// Removes the file at `path` if it is `file`, even if that is a link. Returns whether it did.
 ///
 /// # Errors
-/// Where it can't be looked at or removed.
+/// If it can't be examined or removed.
 pub fn remove_if(path: &Path, file: impl AsFd) -> io::Result<bool> {
     let is_it = is_at(path, file)?;
     if is_it {
@@ -276,7 +279,8 @@ pub fn remove_if(path: &Path, file: impl AsFd) -> io::Result<bool> {
     Ok(is_it)
 }
 
-/// Whether the file at `path` is this one, which is open, so that no other can have its inode number.
+/// Whether the file at `path` is `file`. Since `file` is open, no other file can have its inode
+/// number.
 fn is_at(path: &Path, file: impl AsFd) -> io::Result<bool> {
     let is = fstat(file)?;
     match fs::symlink_metadata(path) {

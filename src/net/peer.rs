@@ -1,4 +1,4 @@
-//! Who is at the other end of a connection, and where.
+//! The peer of a connection, and how it is reached.
 
 use std::{
     fmt,
@@ -33,7 +33,7 @@ impl Peer {
 impl fmt::Display for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            // A v4 client looks the same on every listener.
+            // An IPv4 client is shown in the same form on every listener.
             Self::Inet(address) => {
                 SocketAddr::new(address.ip().to_canonical(), address.port()).fmt(f)
             }
@@ -42,10 +42,10 @@ impl fmt::Display for Peer {
     }
 }
 
-/// Where a socket's other end is.
+/// By what way a socket's peer is reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Reach {
-    /// Somewhere, by TCP.
+    /// On another machine, by TCP.
     Network,
     /// On this machine, by TCP on its loopback interface.
     Loopback,

@@ -1,4 +1,4 @@
-//! One port, and the listening sockets on it of the workers that have it one after the other.
+//! One port, and the listening sockets of the workers that use it one after the other.
 
 use std::{
     collections::VecDeque,
@@ -11,14 +11,15 @@ use socket2::Socket;
 use super::{Acceptor, BACKLOG, Sharing, accept_all, bound, steer::Steering, unconnected};
 use crate::config::{ProxyProtocol, WORKERS_ON_A_PORT};
 
-/// How many probes are remembered, so that they are not taken for clients' connections.
+/// How many source ports of probes are remembered, so that probes are not taken for clients'
+/// connections.
 const PROBES: usize = 32;
 
 /// A port, and the listening sockets on it.
 #[derive(Debug)]
 pub struct Port<Owner> {
     address: SocketAddr,
-    /// In the order of the kernel's group.
+    /// In the order of the kernel's `SO_REUSEPORT` group.
     members: Vec<Member<Owner>>,
     selected: usize,
     /// The source ports of the latest probes.
@@ -27,26 +28,27 @@ pub struct Port<Owner> {
 
 #[derive(Debug)]
 struct Member<Owner> {
-    /// `None` where no process has the socket but lbd.
+    /// `None` if no process but lbd has the socket.
     owner: Option<Owner>,
-    /// The last one that had it has failed: whatever it did to the socket, no other is to have it.
+    /// The worker that had the socket last has failed. It may have done anything to the socket, so
+    /// no other worker gets it.
     spoilt: bool,
     proxy_protocol: Option<ProxyProtocol>,
     socket: Socket,
 }
 
 impl<Owner> Member<Owner> {
-    /// Whether the socket can be given to another worker. All who had it could do anything to it, and
-    /// what was done stays when they are gone: to end its listening (shutdown(2), or connect(2) to
-    /// `AF_UNSPEC`), or to filter what comes and lock the filter (socket(7), `SO_LOCK_FILTER`). What can
-    /// be mended is.
+    /// Whether the socket can be given to another worker. Every worker that had it could change it,
+    /// and the change outlives the worker: it could stop it from listening (shutdown(2), or
+    /// connect(2) to `AF_UNSPEC`), or attach a filter and lock it (socket(7), `SO_LOCK_FILTER`).
+    /// Here whatever can be repaired is repaired.
     fn is_sound(&self) -> bool {
         let mend = || {
             if !self.socket.is_listener()? {
                 return Err(io::ErrorKind::NotConnected.into());
             }
             match self.socket.detach_filter() {
-                // There was none.
+                // There was no filter.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 detached => detached?,
             }
@@ -57,28 +59,29 @@ impl<Owner> Member<Owner> {
     }
 }
 
-/// A connection that was taken out of a queue.
+/// A connection that was taken out of a worker's accept queue.
 #[derive(Debug)]
 pub struct DrainedConnection {
-    /// The connection.
+    /// The drained connection.
     pub socket: Socket,
-    /// The header that is the first in it, or will be in a moment.
+    /// The PROXY header that lbd has sent on it, or is about to send.
     pub proxy_protocol: Option<ProxyProtocol>,
 }
 
 impl<Owner: Copy + PartialEq> Port<Owner> {
-    /// Binds `wanted` (with port 0, a free port) and listens, for `owner`, which is selected and
-    /// expects such a header.
+    /// Binds `wanted` (port 0: a free port) and listens, for `owner`. The owner is selected, and
+    /// expects this PROXY header.
     ///
     /// # Errors
-    /// `AddrInUse` where anybody is on that port already, whoever it is.
+    /// `AddrInUse` if any other socket is on that port already.
     pub fn open(
         wanted: SocketAddr,
         owner: Owner,
         proxy_protocol: Option<ProxyProtocol>,
     ) -> io::Result<Self> {
         let socket = bound(wanted, Sharing::NotYet)?;
-        // Only from here on: a bind with it would share the port with any program of the same user.
+        // Only after the bind: a bind with SO_REUSEPORT would share the port with any program of
+        // the same user.
         socket.set_reuse_port(true)?;
         socket.listen(BACKLOG)?;
         let address = socket.local_addr()?.as_socket().unwrap_or(wanted);
@@ -88,7 +91,7 @@ impl<Owner: Copy + PartialEq> Port<Owner> {
         Ok(port)
     }
 
-    /// Where it is.
+    /// The address of the port.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
@@ -100,12 +103,14 @@ impl<Owner: Copy + PartialEq> Port<Owner> {
         self.position(owner).map(|index| &self.members[index].socket)
     }
 
-    /// Gives `owner` a socket: the one that nobody has, with all that is queued in it for such a
-    /// worker, if that is as it was made; or else a new one, beside that of the worker it is to
-    /// replace. Who still waits in one that is left so comes from [`collect_leftovers`](Self::collect_leftovers).
+    /// Gives `owner` a socket. If there is a socket that no process has, that is sound and that a
+    /// worker with the same PROXY header had, `owner` takes it over with its accept queue.
+    /// Otherwise it gets a new socket, beside that of the worker that it is to replace. Connections
+    /// in a socket that is not taken over are returned by
+    /// [`collect_leftovers`](Self::collect_leftovers).
     ///
     /// # Errors
-    /// Where the system refuses it, or two workers are on the port already.
+    /// If the system refuses it, or two workers are on the port already.
     pub fn join(&mut self, owner: Owner, proxy_protocol: Option<ProxyProtocol>) -> io::Result<()> {
         let fits = |member: &&mut Member<Owner>| {
             member.owner.is_none() && member.proxy_protocol == proxy_protocol && member.is_sound()
@@ -114,7 +119,8 @@ impl<Owner: Copy + PartialEq> Port<Owner> {
             orphan.owner = Some(owner);
             return Ok(());
         }
-        // With two, whichever leaves, the program's answer is right for the other before and after.
+        // With at most two sockets, whichever leaves, the program's answer is right for the other
+        // one before and after.
         if self.members.len() == WORKERS_ON_A_PORT {
             return Err(io::Error::other("two workers are on this port already"));
         }
@@ -124,7 +130,7 @@ impl<Owner: Copy + PartialEq> Port<Owner> {
         Ok(())
     }
 
-    /// Whom new connections go to; `None` where no process has the socket they queue in.
+    /// The owner that new connections go to; `None` if no process has the selected socket.
     #[must_use]
     pub fn selected(&self) -> Option<Owner> {
         self.members[self.selected].owner
@@ -133,7 +139,7 @@ impl<Owner: Copy + PartialEq> Port<Owner> {
     /// New connections go to `owner` from now on.
     ///
     /// # Errors
-    /// Where the system refuses the program, and they go on to whom they went before.
+    /// If the system refuses the program; then new connections go where they went before.
     pub fn select(&mut self, owner: Owner) -> io::Result<()> {
         let Some(index) = self.position(owner).filter(|index| *index != self.selected) else {
             return Ok(());
@@ -142,27 +148,29 @@ impl<Owner: Copy + PartialEq> Port<Owner> {
         self.steer(None).inspect_err(|_| self.selected = before)
     }
 
-    /// A socket for a probe, not yet connected, whose connection reaches `owner` even if others are
-    /// selected. It is good until the next call of this or of [`Self::select`].
+    /// Creates a socket for a probe, not yet connected. Its connection reaches `owner` even if
+    /// another worker is selected. It is valid until the next call of this method or of
+    /// [`Self::select`].
     ///
     /// # Errors
-    /// Where there is no descriptor or no port for it.
+    /// If no descriptor or no port is left.
     pub fn way_to(&mut self, owner: Owner) -> io::Result<Socket> {
         let socket = unconnected(self.address)?;
         socket.bind(&SocketAddr::new(self.address.ip(), 0).into())?;
         let source = socket.local_addr()?.as_socket().map_or(0, |local| local.port());
         self.probes.truncate(PROBES - 1);
         self.probes.push_front(source);
-        // Where it is alone, every program's answer leads to it. Where it is not, the program is put on
-        // anew each time: the workers have the group too, and could have taken it off or replaced it.
+        // If the worker is alone on the port, every answer of the program leads to it. If not, the
+        // program is attached again each time: the workers have access to the group too, and could
+        // have detached or replaced it.
         if let Some(index) = self.position(owner).filter(|_| self.members.len() > 1) {
             self.steer(Some((source, index as u32)))?;
         }
         Ok(socket)
     }
 
-    /// No process has the socket of `owner` any more, but lbd. One that has `failed`, and never was
-    /// healthy, leaves it to nobody.
+    /// Says that no process but lbd has the socket of `owner` any more. If the owner has `failed`
+    /// without ever being healthy, its socket is not given to another worker.
     pub fn abandon(&mut self, owner: Owner, failed: bool) {
         if let Some(index) = self.position(owner) {
             self.members[index].owner = None;
@@ -176,14 +184,14 @@ impl<Owner: Copy + PartialEq> Port<Owner> {
         self.members.iter().any(|member| member.owner.is_some())
     }
 
-    /// Whether there is a socket that nobody has.
+    /// Whether there is a socket that no worker has.
     #[must_use]
     pub fn has_leftovers(&self) -> bool {
         self.members.iter().any(|member| member.owner.is_none())
     }
 
-    /// Accepts every connection that waits for `owner`, which may go on to accept too, or, with
-    /// `None`, in a socket that nobody has.
+    /// Drains the accept queue of `owner`, which may go on accepting meanwhile; with `None`, those
+    /// of sockets that no worker has.
     pub fn drain_queue(
         &self,
         owner: Option<Owner>,
@@ -193,8 +201,9 @@ impl<Owner: Copy + PartialEq> Port<Owner> {
         chosen.flat_map(|member| self.clients(member, acceptor)).collect()
     }
 
-    /// Closes the sockets that nobody has, if somebody is on the port, or no worker could have both
-    /// of them; gives back what still waited in them.
+    /// Closes the sockets that no worker has, if there is a worker on the port, or if there are two
+    /// such sockets that expect different PROXY headers, so that no worker could take over both.
+    /// Returns the connections that were still queued in them.
     pub fn collect_leftovers(&mut self, acceptor: &mut Acceptor) -> Vec<DrainedConnection> {
         let first = self.members[0].proxy_protocol;
         let is_mixed = self.members.iter().any(|member| member.proxy_protocol != first);
@@ -212,11 +221,12 @@ impl<Owner: Copy + PartialEq> Port<Owner> {
             if acceptor.is_short() {
                 break; // somebody may wait there still
             }
-            // As the kernel does it. The answer stays right meanwhile: it is 0, or out of range, and
-            // then the only one left is chosen.
+            // The kernel also moves the last one to the freed index. The program's answer stays
+            // right meanwhile: it is 0, or out of range, and then the kernel chooses the only
+            // socket left.
             let left = self.members.swap_remove(index);
-            // To close it is not enough: a child that was forked just now has a copy until its
-            // execve is done, and until then the kernel's group would have this one in it.
+            // A close is not enough: a child that was just forked has a copy of the socket until
+            // its execve, and until then the socket would stay in the kernel's group.
             let _ = left.socket.shutdown(Shutdown::Read);
             self.selected = 0;
             let _ = self.steer(None);
@@ -224,8 +234,8 @@ impl<Owner: Copy + PartialEq> Port<Owner> {
         drained
     }
 
-    /// What waits, without lbd's own probes: another worker's answer would pass for the one's that
-    /// was meant.
+    /// Drains a queue, and drops lbd's own probes: if another worker answered a probe, that would
+    /// be taken for the answer of the worker that was meant.
     fn clients(&self, member: &Member<Owner>, acceptor: &mut Acceptor) -> Vec<DrainedConnection> {
         let mut waiting = accept_all(&member.socket, acceptor);
         waiting.retain(|connection| {
@@ -243,8 +253,9 @@ impl<Owner: Copy + PartialEq> Port<Owner> {
     fn steer(&self, exception: Option<(u16, u32)>) -> io::Result<()> {
         let steering = Steering { default: self.selected as u32, exception };
         let ip = self.address.ip();
-        // Whichever is asked, it is put on the group; not by one whose worker has locked it (socket(7),
-        // `SO_LOCK_FILTER`) or has ended its listening. The newest is the least likely to be such a one.
+        // The program can be attached to the group through any of its sockets, unless its worker
+        // has locked it (socket(7), `SO_LOCK_FILTER`) or stopped it from listening. The newest
+        // socket is the least likely to be spoilt in such a way.
         let mut attached = Err(io::ErrorKind::NotFound.into());
         for member in self.members.iter().rev() {
             attached = steering.attach(&member.socket, ip);

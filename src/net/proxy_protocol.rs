@@ -1,12 +1,12 @@
-//! The header by which a proxy tells a server whose connection it is: the PROXY protocol, versions 1
+//! The header by which a proxy tells a server the client's address: the PROXY protocol, versions 1
 //! and 2, as HAProxy's `doc/proxy-protocol.txt` specifies it ("the specification" below).
 //!
-//! It is what a worker reads first on each connection. Where the client has no IP address (it came
-//! over a unix socket), or lbd does not know it, the header says that: `UNKNOWN` in version 1,
-//! `LOCAL` in version 2, which every receiver has to accept.
+//! A worker reads it first on each connection. If the client has no IP address (it uses a unix
+//! socket), or lbd does not know it, the header says so: `UNKNOWN` in version 1, `LOCAL` in version
+//! 2, which every receiver has to accept.
 //!
-//! lbd also reads such headers: of a proxy in front of it ([`received`]), and its own, of connections
-//! that waited for a worker which is gone ([`take_off`]).
+//! lbd also reads such headers: that of a proxy in front of it ([`received`]), and its own, on
+//! connections drained from the queue of a worker that has exited ([`take_off`]).
 
 use std::{
     io::{self, ErrorKind, Read},
@@ -25,20 +25,20 @@ use socket2::Socket;
 
 use crate::config::ProxyProtocol;
 
-/// The longest header there is, in bytes (the specification, section 2.1).
+/// The longest header that lbd sends, in bytes (the specification, section 2.1).
 pub const LONGEST: usize = 107;
 
 /// The two ends of a client's connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ends {
-    /// Where the client is.
+    /// The client's address.
     pub client: SocketAddr,
-    /// Where it has connected to.
+    /// The address that it connected to.
     pub server: SocketAddr,
 }
 
 impl Ends {
-    /// Those of a connection that was accepted; `None` where it has no IP addresses.
+    /// The ends of an accepted connection; `None` if it has no IP addresses.
     #[must_use]
     pub fn of(accepted: &Socket) -> Option<Self> {
         let client = accepted.peer_addr().ok()?.as_socket()?;
@@ -55,15 +55,16 @@ pub struct Header {
 }
 
 impl Header {
-    /// The header for a client whose ends are these, or unknown.
+    /// The header for a client's connection with these ends; `None` if they are not known.
     ///
-    /// An IPv4 client is one on whatever socket it came: `::ffff:192.0.2.1` is told as `192.0.2.1`.
+    /// An IPv4 client is an IPv4 client even on an IPv6 socket: `::ffff:192.0.2.1` is sent as
+    /// `192.0.2.1`.
     #[must_use]
     pub fn new(version: ProxyProtocol, ends: Option<Ends>) -> Self {
         let canonical = |end: SocketAddr| SocketAddr::new(end.ip().to_canonical(), end.port());
         let known = ends
             .map(|ends| (canonical(ends.client), canonical(ends.server)))
-            // Those of one socket are never of two families.
+            // Both ends of one socket are always of the same family.
             .filter(|(client, server)| client.is_ipv4() == server.is_ipv4())
             .map(|(client, server)| ProxiedAddress::stream(client, server));
         let header = known.map_or_else(ProxyHeader::with_local, ProxyHeader::with_address);
@@ -72,15 +73,16 @@ impl Header {
             ProxyProtocol::V1 => header.encode_to_slice_v1(&mut bytes),
             ProxyProtocol::V2 => header.encode_to_slice_v2(&mut bytes),
         };
-        // It fails only where the buffer is too short, the families differ, or there is a TLV.
+        // It fails only if the buffer is too short, the families differ, or there is a TLV.
         Self { bytes, length: length.unwrap_or(0) }
     }
 
-    /// The header of a connection that lbd makes for itself, over a socket with these ends, or one
-    /// that has none.
+    /// The header of a connection that lbd makes for itself, over a socket with these ends; `None`
+    /// if it has none.
     ///
-    /// Version 2 has a command for that. In version 1 the ends are the connection's own: servers
-    /// are known to refuse `UNKNOWN`, so that the specification advises against it for health checks.
+    /// Version 2 has a command for that (`LOCAL`). In version 1 the ends are the connection's own:
+    /// some servers are known to refuse `UNKNOWN`, so the specification advises against it for
+    /// health checks.
     #[must_use]
     pub fn of_probe(version: ProxyProtocol, ends: Option<Ends>) -> Self {
         match version {
@@ -89,35 +91,36 @@ impl Header {
         }
     }
 
-    /// What is to be sent, before anything else and in one piece.
+    /// The bytes to be sent, before anything else and in one piece.
     #[must_use]
     pub fn as_bytes(&self) -> &[u8] {
         &self.bytes[..self.length]
     }
 }
 
-/// The longest header that is read, with all that version 2 may add to the addresses, in bytes.
+/// The longest header that lbd accepts, in bytes, including whatever version 2 may add to the
+/// addresses.
 pub const LONGEST_RECEIVED: usize = 4096;
 
-/// What begins a connection is no PROXY header.
+/// The error that a connection does not begin with a PROXY header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("no PROXY header")]
 pub struct NoHeader;
 
-/// A header that was received whole.
+/// A header that was received completely.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Received {
-    /// What it says of the client; `None` where it says nothing (`UNKNOWN`, `LOCAL`, or a client
-    /// without an IP address).
+    /// The ends of the client's connection; `None` if the header does not say (`UNKNOWN`, `LOCAL`,
+    /// or a client without an IP address).
     pub ends: Option<Ends>,
-    /// How many bytes it has. What is behind them is the client's.
+    /// The length of the header in bytes. The client's data follows it.
     pub length: usize,
 }
 
-/// Reads the header, of either version, that `bytes` begin with; `None` where more of it is to come.
+/// Parses the header, of either version, at the beginning of `bytes`; `None` if it is incomplete.
 ///
 /// # Errors
-/// Where they can't become a header any more, or one that is longer than [`LONGEST_RECEIVED`].
+/// If `bytes` is not the beginning of a header, or the header is longer than [`LONGEST_RECEIVED`].
 pub fn received(bytes: &[u8]) -> Result<Option<Received>, NoHeader> {
     const V1: &[u8] = b"PROXY ";
     const V2: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
@@ -147,14 +150,15 @@ pub fn received(bytes: &[u8]) -> Result<Option<Received>, NoHeader> {
     }
 }
 
-/// Takes the header off a connection to a worker, which some thread of lbd has made or is about to
-/// complete; gives back what it said of the client. What is behind it stays to be read.
+/// Removes the header from a connection to a worker. A thread of lbd has made that connection and
+/// sent the header, or is about to send it. Returns what the header says about the client. The
+/// bytes behind it stay to be read.
 ///
-/// Waits for it until `deadline` at most. What comes is whole: it was sent in one piece.
+/// Waits for the header until `deadline` at most. It arrives whole, since it was sent in one piece.
 ///
 /// # Errors
-/// `TimedOut` where nothing came, `InvalidData` where what comes is not such a header, and what the
-/// system says where the connection is broken.
+/// `TimedOut` if nothing arrived, `InvalidData` if what arrived is not such a header, and the
+/// system's error if the connection is broken.
 pub fn take_off(
     socket: &Socket,
     version: ProxyProtocol,

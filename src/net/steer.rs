@@ -1,10 +1,11 @@
-//! Which socket of a `SO_REUSEPORT` group a connection goes to: an unprivileged classic BPF program
-//! (socket(7), `SO_ATTACH_REUSEPORT_CBPF`), attached whole whenever the answer changes.
+//! Steering within the `SO_REUSEPORT` group of a [`Port`](super::Port): an unprivileged classic BPF
+//! program (socket(7), `SO_ATTACH_REUSEPORT_CBPF`), which is attached again as a whole whenever its
+//! answer changes.
 //!
-//! The program runs for the SYN of each new connection and returns the index of a socket, by the
-//! order in which the group was joined. When a socket leaves, the kernel puts the last one in its
-//! place (`reuseport_detach_sock`, net/core/sock_reuseport.c). An index that is out of range makes
-//! it choose by a hash of the addresses instead.
+//! The program runs for the SYN of each new connection and returns the index of a socket, in the
+//! order in which they joined the group. When a socket leaves, the kernel moves the last one to its
+//! index (`reuseport_detach_sock`, net/core/sock_reuseport.c). If an index is out of range, the
+//! kernel chooses by a hash of the addresses instead.
 
 use std::{io, net::IpAddr};
 
@@ -16,11 +17,11 @@ use socket2::Socket;
 
 /// Offsets from here on count from the network header (`SKF_NET_OFF`, linux/filter.h).
 pub(super) const NETWORK_HEADER: u32 = libc::SKF_NET_OFF as u32;
-/// The length of an IPv6 header (RFC 8200, section 3). Extension headers are not looked behind:
-/// what lbd sends to itself has none.
+/// The length of an IPv6 header (RFC 8200, section 3). Extension headers are not parsed:
+/// connections of lbd to itself have none.
 const IPV6_HEADER: u32 = 40;
 
-/// Who gets a new connection.
+/// Which socket gets a new connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Steering {
     /// The index of the socket that gets it …
@@ -30,7 +31,7 @@ pub(super) struct Steering {
 }
 
 impl Steering {
-    /// Puts it in force for the whole group that `member` is in.
+    /// Puts this in force for the whole group that `member` is in.
     pub(super) fn attach(self, member: &Socket, address: IpAddr) -> io::Result<()> {
         attach(member, &mut self.program(address))
     }
@@ -50,7 +51,7 @@ impl Steering {
     }
 }
 
-/// Has `program` choose for the whole group that `member` is in, instead of what did before.
+/// Attaches `program` to the whole group that `member` is in, replacing the one before.
 pub(super) fn attach(member: &Socket, program: &mut [sock_filter]) -> io::Result<()> {
     let length = program.len() as libc::c_ushort;
     let program = sock_fprog { len: length, filter: program.as_mut_ptr() };

@@ -1,13 +1,13 @@
-//! A worker's listening unix socket (`socket = "unix"`), and where a worker is reached.
+//! A worker's listening unix socket (`socket = "unix"`), and the endpoint of a worker.
 //!
-//! The socket has a name for an instant only: it is bound in a folder that nobody else may enter,
-//! the file is opened, and both are removed. What is left is a descriptor of the file (`O_PATH`,
-//! open(2)), and connecting to `/proc/self/fd/N` leads to the socket behind it. So nobody but lbd can
-//! connect to a worker, there is nothing to be cleaned up whatever end lbd comes to, and no path is
-//! too long. An abstract name would be for anybody in the network namespace to connect to.
+//! The socket has a path for an instant only. lbd binds it in a folder that no other user may
+//! enter, opens the file, and removes both. What is left is a descriptor of the file (`O_PATH`,
+//! open(2)), and connecting to `/proc/self/fd/N` reaches the socket behind it. So only lbd can
+//! connect to a worker, nothing has to be cleaned up however lbd ends, and no path is too long. An
+//! abstract name, in contrast, would let any process in the network namespace connect.
 //!
-//! Every worker has a socket of its own, so that a connection and a probe reach the one they are
-//! meant for, and nothing has to be steered.
+//! Every worker has a socket of its own, so connections and probes reach the worker they are meant
+//! for without any steering.
 
 use std::{
     fmt,
@@ -27,12 +27,13 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::{Acceptor, BACKLOG, accept_all};
 
-/// Where a worker is reached: that worker or nobody, however long this is kept.
+/// Where a worker is reached. It leads to that worker or to none, however long it is kept.
 #[derive(Debug, Clone)]
 pub struct Endpoint {
     address: SockAddr,
-    /// What a path of `/proc/self/fd` in `address` leads through, as long as its [`UnnamedUnixListener`] is
-    /// there. Counters and older pools outlive that one, and must keep no descriptor open.
+    /// The file that a `/proc/self/fd` path in `address` leads through. It exists as long as its
+    /// [`UnnamedUnixListener`]. Counters and older pools outlive the listener, and must not keep
+    /// the descriptor open.
     file: Option<Weak<OwnedFd>>,
 }
 
@@ -52,19 +53,20 @@ impl fmt::Display for Endpoint {
 }
 
 impl Endpoint {
-    /// Connects `socket` to it. A non-blocking one may be on the way still when this returns, as
-    /// connect(2) says.
+    /// Connects `socket` to it. The connect of a non-blocking socket may still be in progress on
+    /// return, as connect(2) says.
     ///
     /// # Errors
-    /// As connect(2); `ECONNREFUSED` where there is nobody any more.
+    /// As connect(2); `ECONNREFUSED` if the worker's socket is gone.
     pub fn connect(&self, socket: &Socket) -> io::Result<()> {
-        // Until the path has been looked up, the number of the descriptor must be nobody else's.
+        // Keeps the descriptor open until connect(2) has resolved the path: its number must not be
+        // reused before.
         let file = self.file.as_ref().map(|file| file.upgrade().ok_or(Errno::ECONNREFUSED));
         let _file = file.transpose()?;
         socket.connect(&self.address)
     }
 
-    /// Its address, to compare others with. To connect there, [`Self::connect`].
+    /// The address, for comparisons only. To connect, use [`Self::connect`].
     #[must_use]
     pub fn address(&self) -> &SockAddr {
         &self.address
@@ -76,45 +78,46 @@ impl Endpoint {
         self.address.as_socket()
     }
 
-    /// A non-blocking socket to connect with.
+    /// Creates a non-blocking socket to connect with.
     ///
     /// # Errors
-    /// Where there is no descriptor left for it.
+    /// If no descriptor is left.
     pub fn unconnected(&self) -> io::Result<Socket> {
         Socket::new(self.address.domain(), Type::STREAM.nonblocking(), None)
     }
 
-    /// The same for a probe, whose connections [`UnnamedUnixListener::drain_queue`] tells from clients'.
+    /// As [`Self::unconnected`], for a probe: [`UnnamedUnixListener::drain_queue`] can tell its
+    /// connection from clients'.
     ///
     /// # Errors
-    /// Where there is no descriptor left for it.
+    /// If no descriptor is left.
     pub fn way_of_a_probe(&self) -> io::Result<Socket> {
         let socket = self.unconnected()?;
         if self.address.is_unix() {
-            // An address without a path has the kernel choose an abstract one (unix(7), autobind).
-            // Nobody can connect there: it does not listen.
+            // For an address without a path the kernel chooses an abstract name (unix(7),
+            // autobind). No process can connect there, since the socket does not listen.
             socket.bind(&SockAddr::unix("")?)?;
         }
         Ok(socket)
     }
 }
 
-/// A listening unix socket without a name.
+/// A listening unix socket without a path.
 #[derive(Debug)]
 pub struct UnnamedUnixListener {
     socket: Socket,
     endpoint: Endpoint,
-    /// What the endpoint leads through.
+    /// The file that the endpoint leads through.
     _file: Arc<OwnedFd>,
 }
 
 impl UnnamedUnixListener {
-    /// Makes one, by way of a folder in `folder` that is gone on return. It is blocking, as every
-    /// socket that is passed to a worker.
+    /// Creates one, by way of a temporary folder in `folder` that is removed before the return.
+    /// Like every socket that is passed to a worker, it is blocking.
     ///
     /// # Errors
-    /// Where the folder can't be written to, its path is too long for a unix socket's, or there is no
-    /// descriptor left.
+    /// If the folder can't be written to, its path is too long for a unix socket, or no descriptor
+    /// is left.
     pub fn open(folder: &Path) -> io::Result<Self> {
         let private = Permissions::from_mode(0o700);
         let passage =
@@ -122,10 +125,10 @@ impl UnnamedUnixListener {
         let path = passage.path().join("s");
         let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
         socket.bind(&SockAddr::unix(&path)?)?;
-        // Whatever the umask says: to connect takes the right to write.
+        // Independent of the umask: connecting requires the permission to write.
         fs::set_permissions(&path, Permissions::from_mode(0o600))?;
         let file: File = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(&path)?;
-        // Before it listens: from here on, nobody can even find it.
+        // Removed before the socket listens: from here on no other process can find it.
         passage.close()?;
         let address = SockAddr::unix(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
         socket.listen(BACKLOG)?;
@@ -134,28 +137,28 @@ impl UnnamedUnixListener {
         Ok(Self { socket, endpoint, _file: file })
     }
 
-    /// The socket itself.
+    /// The listening socket.
     #[must_use]
     pub fn socket(&self) -> &Socket {
         &self.socket
     }
 
-    /// How to reach it.
+    /// The endpoint that reaches the socket.
     #[must_use]
     pub fn endpoint(&self) -> &Endpoint {
         &self.endpoint
     }
 
-    /// Refuses new connections, while those that wait stay to be accepted.
+    /// Refuses new connections. Queued connections can still be accepted.
     ///
     /// # Errors
-    /// Never, as far as is known.
+    /// None are known.
     pub fn refuse(&self) -> io::Result<()> {
         self.socket.shutdown(Shutdown::Read)
     }
 
-    /// Accepts every connection that waits, without lbd's own probes. Its worker, if it is there,
-    /// may go on to accept too.
+    /// Drains the accept queue, and drops lbd's own probes. If the worker still runs, it may go on
+    /// accepting.
     pub fn drain_queue(&self, acceptor: &mut Acceptor) -> Vec<Socket> {
         let mut waiting = accept_all(&self.socket, acceptor);
         waiting.retain(|connection| connection.peer_addr().is_ok_and(|peer| peer.is_unnamed()));

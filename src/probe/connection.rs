@@ -1,4 +1,4 @@
-//! The one connection of a probe: made, accepted or answered, and ended.
+//! The connection of a probe: establishing it, waiting for its accept or the answer, and ending it.
 
 use std::{
     io,
@@ -26,25 +26,25 @@ use crate::{
     },
 };
 
-/// Between two looks whether a connection has been accepted, or two tries at a queue that is full: at
-/// first, and at most.
+/// The pause between two checks whether a connection was accepted, or between two attempts at a
+/// full accept queue: at first, and at most.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(20);
 
-/// As much of what a worker says is read before its connection is closed.
+/// The most bytes of a worker's response that are read before the connection is closed.
 const MOST_READ: usize = 1 << 20;
 
-/// A connection to a worker, over which everything that a probe says has been said.
+/// A connection to a worker, over which the probe has sent everything that it sends.
 #[derive(Debug)]
 pub(super) struct Connection {
     stream: Stream,
     diag: SharedDiag,
-    /// Whether it is known to have left the accept queue.
+    /// Whether it is known to have been accepted.
     is_accepted: bool,
-    /// Who listened just before it was made, where that may change and the kernel tells: closing a
-    /// listening socket resets what nobody has accepted.
+    /// The inode of the listening socket just before the connect, if the worker can close that
+    /// socket and the kernel tells: closing a listening socket resets the connections in its queue.
     listened: Option<Option<u32>>,
-    /// What came of the answer to a GET.
+    /// What has arrived of the response to a GET.
     reading: Reading,
 }
 
@@ -54,17 +54,17 @@ enum Stream {
     Unix { stream: UnixStream, inode: u32 },
 }
 
-/// What came over a connection.
+/// What arrived on a connection.
 enum Heard {
     Bytes,
-    /// Its end, or an error.
+    /// The end of the stream, or an error.
     End,
 }
 
 impl Connection {
-    /// Connects, and says what there is to say: the header that the worker expects, the GET, or else
-    /// at once that nothing will come. That FIN completes the handshake also where the listener waits
-    /// for a first byte (tcp(7), `TCP_DEFER_ACCEPT`): only a bare ACK is passed over then.
+    /// Connects, and sends the PROXY header that the worker expects, and then the GET, or for a
+    /// bare probe a FIN at once. That FIN completes the handshake even if the listener waits for a
+    /// first byte (tcp(7), `TCP_DEFER_ACCEPT`): it ignores only a bare ACK.
     pub(super) async fn make(
         target: &Target,
         socket: Socket,
@@ -75,15 +75,16 @@ impl Connection {
             (Probe::Tcp, Some(server)) if target.makes_its_own => {
                 told(diag, |diag| diag.listener(server))?
             }
-            // An answer says more than who listens; and lbd has the other sockets too, so that they
-            // stay open where the worker closes them.
+            // For a GET the response is proof enough. And sockets that lbd made stay open when the
+            // worker closes its copy, since lbd has one too.
             _ => None,
         };
         let stream = match target.endpoint.inet() {
             None => {
                 let mut pause = FIRST_PAUSE;
-                // It is over when it returns, one way or the other (unix(7)): EAGAIN says that the
-                // queue is full, which a burst may do to any worker, and nothing tells when it isn't.
+                // A unix connect has succeeded or failed when it returns (unix(7)). EAGAIN means
+                // that the accept queue is full. A burst may do that to any worker, and nothing
+                // tells when there is room, so try again.
                 while let Err(error) = target.endpoint.connect(&socket) {
                     if error.raw_os_error() != Some(libc::EAGAIN) {
                         return Err(failed(error));
@@ -110,11 +111,11 @@ impl Connection {
                         return Err(ProbeError::SelfConnect(target.endpoint.to_string()));
                     }
                     Ok(_) => {}
-                    // It was connected, and is no more: a refusal has another name.
+                    // It was connected and then reset: a refused connect has another error.
                     Err(error) if is_cut_off(&error) => {}
                     Err(error) => return Err(failed(error)),
                 }
-                // What follows a header must not wait until it has been acknowledged.
+                // The bytes after a header must not wait until the header is acknowledged.
                 stream.set_nodelay(true).map_err(failed)?;
                 Stream::Tcp { stream, client, server }
             }
@@ -132,7 +133,7 @@ impl Connection {
         Ok(connection)
     }
 
-    /// Where it comes from.
+    /// The local address.
     pub(super) fn local_address(&self) -> Option<SockAddr> {
         match &self.stream {
             Stream::Tcp { client, .. } => Some((*client).into()),
@@ -140,23 +141,24 @@ impl Connection {
         }
     }
 
-    /// Whether it still waits in the worker's accept queue. Not where the kernel never tells.
+    /// Whether it still waits in the worker's accept queue. False if this kernel never tells.
     ///
     /// # Errors
-    /// Where lbd lacks something to find out.
+    /// If lbd lacks a resource to find out.
     pub(super) fn is_queued(&mut self) -> Result<bool, ProbeError> {
         self.look().map(|is_accepted| !is_accepted)
     }
 
-    /// Returns when the worker has accepted it. Where the kernel never tells, that is at once.
+    /// Completes when the worker has accepted it; at once if this kernel never tells.
     ///
     /// # Errors
-    /// Where it has ended, and nothing tells that it was accepted.
+    /// If it has ended without proof that it was accepted.
     pub(super) async fn accepted(&mut self) -> Result<(), ProbeError> {
         let mut pause = FIRST_PAUSE;
-        // What lacks for one look may be there for the next.
+        // A resource that is short now may be available at the next check.
         while !matches!(self.look(), Ok(true)) {
-            // Whoever speaks has accepted it, and may have closed it by the next look.
+            // A worker that sends something has accepted the connection, and may have closed it by
+            // the next check.
             match timeout(pause, self.heard()).await {
                 Ok(Heard::Bytes) => self.is_accepted = true,
                 Ok(Heard::End) => self.ended()?,
@@ -166,7 +168,7 @@ impl Connection {
         Ok(())
     }
 
-    /// The status of the answer to the GET.
+    /// Reads the status of the response to the GET.
     pub(super) async fn answer(&mut self) -> Result<u16, NoAnswer> {
         let mut buffer = vec![0; http::BUFFER];
         loop {
@@ -182,9 +184,9 @@ impl Connection {
         }
     }
 
-    /// Reads what the worker has to say, within bounds, and closes it.
+    /// Sends a FIN, reads what the worker sends, up to a limit, and closes.
     pub(super) async fn end(self) {
-        // Fails only where there is nobody any more.
+        // Fails only if the peer is gone.
         _ = self.shut();
         let mut buffer = vec![0; http::BUFFER];
         let mut left = self.reading.left().unwrap_or(MOST_READ).min(MOST_READ);
@@ -218,12 +220,12 @@ impl Connection {
         }
         match target.probe {
             Probe::Tcp => self.shut(),
-            // There are servers that take the end of a request's stream for the end of its client.
+            // Some servers take a FIN behind the request to mean that the client has gone.
             Probe::Http { .. } => Ok(()),
         }
     }
 
-    /// Whether the kernel knows that it was accepted, or never knows.
+    /// Checks whether the kernel says that it was accepted; also true if this kernel never tells.
     fn look(&mut self) -> Result<bool, ProbeError> {
         if !self.is_accepted {
             let looked = told(&self.diag, |diag| match &self.stream {
@@ -235,13 +237,14 @@ impl Connection {
         Ok(self.is_accepted)
     }
 
-    /// It was ended or reset. Whoever has accepted it can do so; and closing the socket that listens
-    /// resets what waits there, of a program that may never have come to accept.
+    /// Handles that the connection was ended or reset. A worker that has accepted it can do that.
+    /// But closing the listening socket also resets the connections in its queue, even if the
+    /// program never accepts: then this is an error.
     fn ended(&mut self) -> Result<(), ProbeError> {
         if let (Some(before), Stream::Tcp { server, .. }) = (self.listened, &self.stream) {
             let now = told(&self.diag, |diag| diag.listener(*server))?;
-            // Nobody listened, and nobody does: it leads to where the kernel does not tell of, as
-            // into another network namespace.
+            // If no socket was found before and none is found now, the address leads to where this
+            // kernel does not look, such as another network namespace.
             if now.is_some_and(|now| now != before) {
                 return Err(ProbeError::Closed);
             }
@@ -250,11 +253,12 @@ impl Connection {
         Ok(())
     }
 
-    /// Returns when something has come.
+    /// Completes when something has arrived.
     async fn heard(&self) -> Heard {
         let came = match &self.stream {
             Stream::Tcp { stream, .. } => stream.peek(&mut [0]).await,
-            // Nobody ends it but who has accepted it: lbd has the socket that listens.
+            // Only a worker that has accepted it can end it, since lbd also holds the listening
+            // socket.
             Stream::Unix { stream, .. } => stream.readable().await.map(|()| 1),
         };
         match came {
@@ -293,7 +297,7 @@ impl Connection {
     }
 }
 
-/// What the kernel answers; `None` where it never tells.
+/// The kernel's answer; `None` if this kernel never tells.
 fn told<T>(
     diag: &SharedDiag,
     question: impl FnOnce(&mut Diag) -> io::Result<T>,
@@ -305,7 +309,7 @@ fn told<T>(
     }
 }
 
-/// Whether the other side has reset a connection that there was.
+/// Whether the error means that the peer reset an established connection.
 fn is_cut_off(error: &io::Error) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
     matches!(error.kind(), ConnectionReset | NotConnected | BrokenPipe)

@@ -1,20 +1,21 @@
-//! The GET of an HTTP probe, and its answer: as much of it as tells the status.
+//! The GET of an HTTP probe, and the part of the response that tells the status.
 
 use std::io;
 
-/// Read at once.
+/// The size of one read.
 pub(super) const BUFFER: usize = 16 * 1024;
 
-/// An answer's head is no longer than this, nor are all interim answers (RFC 9110, 15.2) before it.
+/// The most bytes of a response's head together with all interim responses (RFC 9110, 15.2) before
+/// it.
 const MOST: usize = 256 * 1024;
 
-/// Fields that a head has at most.
+/// The most fields in a head.
 const FIELDS: usize = 128;
 
-/// So much of what is not HTTP is shown.
+/// How many bytes of a response that is not HTTP are shown.
 const SHOWN: usize = 40;
 
-/// A GET for `path`.
+/// The text of a GET for `path`.
 pub(super) fn request(path: &str, host: &str) -> String {
     let version = env!("CARGO_PKG_VERSION");
     format!(
@@ -23,7 +24,7 @@ pub(super) fn request(path: &str, host: &str) -> String {
     )
 }
 
-/// Why there is no status.
+/// Why a probe got no status.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum NoAnswer {
     #[error("{0}")]
@@ -51,26 +52,26 @@ pub(super) enum NoAnswer {
     Foreign(String),
 }
 
-/// What has come of an answer.
+/// What has arrived of a response.
 #[derive(Debug, Default)]
 pub(super) struct Reading {
-    /// What is not understood yet.
+    /// The bytes that have not been parsed yet.
     bytes: Vec<u8>,
-    /// How many there were in all.
+    /// How many bytes have arrived in all.
     total: usize,
-    /// What is still to come of the body, once the head is complete and if it says so.
+    /// How many bytes of the body are still to come, once the head is complete and if it says so.
     left: Option<usize>,
 }
 
 impl Reading {
-    /// Takes the next piece.
+    /// Adds the next bytes.
     pub(super) fn add(&mut self, piece: &[u8]) -> Result<(), NoAnswer> {
         self.total += piece.len();
         self.bytes.extend_from_slice(piece);
         if self.total > MOST { Err(NoAnswer::Endless) } else { Ok(()) }
     }
 
-    /// The status of the final answer, when its head is complete.
+    /// The status of the final response, once its head is complete.
     pub(super) fn status(&mut self) -> Result<Option<u16>, NoAnswer> {
         loop {
             let mut fields = [httparse::EMPTY_HEADER; FIELDS];
@@ -79,7 +80,7 @@ impl Reading {
                 Ok(httparse::Status::Partial) => return Ok(None),
                 Ok(httparse::Status::Complete(head)) => {
                     let status = response.code.unwrap_or_default();
-                    // 101 is the last one of its connection.
+                    // 101 is a final response: no other follows it on the connection.
                     if (100..200).contains(&status) && status != 101 {
                         self.bytes.drain(..head);
                         continue;
@@ -98,18 +99,18 @@ impl Reading {
         }
     }
 
-    /// What it means that nothing more comes.
+    /// The error for a connection that has ended now.
     pub(super) fn ended(&self) -> NoAnswer {
         if self.total == 0 { NoAnswer::Nothing } else { NoAnswer::Cut }
     }
 
-    /// How much of the answer is still to be read, if that is known.
+    /// How many bytes of the response are still to be read, if that is known.
     pub(super) fn left(&self) -> Option<usize> {
         self.left
     }
 }
 
-/// What begins like this, and not like HTTP/1.
+/// The error for a response that is not HTTP/1.
 fn foreign(bytes: &[u8]) -> NoAnswer {
     match bytes {
         // A record of TLS: an alert or a handshake message, of version 3.x (RFC 8446, 5.1).

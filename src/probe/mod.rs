@@ -1,15 +1,17 @@
-//! Probes of workers: a connection that the program has to accept, or a GET and a look at the status.
+//! Probes of workers. A probe is either a bare connection that the worker has to accept, or a GET
+//! whose status is checked.
 //!
-//! A probe knows nothing of rise, fall or intervals, which are [`supervisor`](crate::supervisor)'s
-//! business; it only tells what it saw.
+//! A probe knows nothing of rise, fall or intervals, which are the business of the
+//! [`supervisor`](crate::supervisor). It only reports what it saw.
 //!
-//! - A connect proves nothing: the kernel answers it wherever there is a listening socket, whoever
-//!   runs and whatever they do. So a bare probe passes when the program has *accepted* its connection.
-//! - A worker that is busy accepts later. At most one unanswered connection of a probe is in its
-//!   queue: as long as one waits there, the next probe goes on with it.
-//! - A probe ends politely: it says that it will send nothing (a FIN), and reads what the worker says
-//!   before it closes. A program that greets its clients would else find its greeting refused. The next
-//!   probe waits for that end.
+//! - A successful connect proves nothing: the kernel answers it if there is a listening socket,
+//!   whatever the process is doing. So a bare probe passes only when the program has *accepted* its
+//!   connection.
+//! - A busy worker accepts later. At most one connection of a probe waits in its accept queue:
+//!   while it waits, the next probe uses it too instead of making a new one.
+//! - A probe ends with an orderly shutdown: it sends a FIN, and reads what the worker sends before
+//!   it closes. Otherwise a program that greets its clients would see its greeting refused. The
+//!   next probe waits for that shutdown.
 
 mod connection;
 mod http;
@@ -35,72 +37,73 @@ use crate::{
 };
 use connection::Connection;
 
-/// What is probed, and how.
+/// The target of a probe, and the kind of probe.
 #[derive(Debug, Clone)]
 pub struct Target {
-    /// What a probe does.
+    /// The kind of probe.
     pub probe: Probe,
-    /// Where the worker is.
+    /// Where the worker listens.
     pub endpoint: Endpoint,
-    /// Whether the worker makes the socket that listens there itself, so that nobody else has it.
+    /// Whether the worker creates its listening socket itself, so that no other process has it.
     pub makes_its_own: bool,
-    /// The header that the worker expects on every connection.
+    /// The PROXY header that the worker expects on every connection.
     pub proxy_protocol: Option<ProxyProtocol>,
     /// How long one probe may take.
     pub timeout: Duration,
 }
 
-/// The probes of one worker: one at a time, and what is left of the one before.
+/// The probes of one worker: one at a time, and what is left of the previous one.
 #[derive(Debug, Clone, Default)]
 pub struct Prober(Rc<RefCell<State>>);
 
 #[derive(Debug, Default)]
 struct State {
-    /// Who tells whether a connection was accepted.
+    /// Asked whether a connection was accepted.
     diag: SharedDiag,
-    /// One that waits in the worker's accept queue.
+    /// The connection that waits in the worker's accept queue, if any.
     waiting: Option<Connection>,
-    /// The polite end of the last one.
+    /// The shutdown of the last connection.
     ending: Option<Ending>,
 }
 
 #[derive(Debug)]
 struct Ending {
-    /// Takes no longer than a probe.
+    /// The shutdown, limited to the timeout of a probe.
     task: JoinHandle<Result<(), Elapsed>>,
-    /// Whether the worker came to it in time. One that did not may never do.
+    /// Whether the worker answered the probe in time. If not, it may never read the end either.
     in_time: bool,
 }
 
 impl Prober {
-    /// One that asks `diag` what becomes of its connections.
+    /// Creates a prober that asks `diag` whether its connections were accepted.
     #[must_use]
     pub fn new(diag: SharedDiag) -> Self {
         Self(Rc::new(RefCell::new(State { diag, ..State::default() })))
     }
 
-    /// Whether a connection of an earlier probe waits to be accepted: then the next probe takes no
-    /// new socket.
+    /// Whether a connection of an earlier probe waits to be accepted. If so, the next probe uses
+    /// it, and needs no new socket.
     #[must_use]
     pub fn is_waiting(&self) -> bool {
         self.0.borrow().waiting.is_some()
     }
 
-    /// From where that one comes.
+    /// The local address of the connection that waits.
     #[must_use]
     pub fn waits_from(&self) -> Option<SockAddr> {
         self.0.borrow().waiting.as_ref()?.local_address()
     }
 
-    /// Gives it up: it was taken out of the queue, by somebody other than the worker.
+    /// Gives up the connection that waits: it was drained from the queue, not accepted by the
+    /// worker.
     pub fn forget(&self) {
         self.0.borrow_mut().waiting = None;
     }
 
-    /// Probes `target` once: over the connection that waits, or over this socket, which is not
-    /// connected yet. `answered` counts the clients that the worker has begun to answer. Takes at
-    /// most `target.timeout`, after the end of the probe before, which takes no longer; dropping the
-    /// future gives up.
+    /// Probes `target` once, over the connection that waits, or over `socket`, which is not
+    /// connected yet. `answered` returns how many clients the worker has begun to answer so far.
+    /// Takes at most `target.timeout`, after the shutdown of the previous probe, which takes no
+    /// longer. Dropping the future gives up.
     ///
     /// To be called in a [`LocalSet`](tokio::task::LocalSet).
     pub async fn probe(
@@ -131,7 +134,7 @@ impl Prober {
             (result, Some(connection)) => {
                 let task = spawn_local(timeout(target.timeout, connection.end()));
                 let in_time = !matches!(result, Err(ProbeError::NotAnswered(_)));
-                // One at a time, however short the interval is.
+                // At most one shutdown at a time, however short the interval is.
                 if let Some(before) = state.ending.replace(Ending { task, in_time }) {
                     before.task.abort();
                 }
@@ -146,12 +149,13 @@ impl Prober {
         ProbeOutcome { took: began.elapsed(), verdict }
     }
 
-    /// Waits for the end of the last probe, if the worker has answered that: cut off in the middle of
-    /// its answer it would find an error of its client's.
+    /// Waits for the shutdown of the last probe, if the worker has answered that probe. If the
+    /// connection were cut off in the middle of the response, the worker would see an error of its
+    /// client.
     async fn hear_out(&self) {
         let ending = self.0.borrow_mut().ending.take_if(|ending| ending.in_time);
         if let Some(ending) = ending {
-            // Its time is over, or it is done.
+            // Done, or timed out.
             _ = ending.task.await;
         }
     }
@@ -189,16 +193,16 @@ enum ProbeError {
 }
 
 impl ProbeError {
-    /// Whether it is no fault of the worker's, as far as can be known.
+    /// Whether the error proves no fault of the worker.
     fn says_nothing(&self) -> bool {
         matches!(self, Self::Lacking(_) | Self::Busy)
     }
 
-    /// Why there is no connection to `endpoint`.
+    /// Classifies the error of a connect to `endpoint`.
     fn connect(endpoint: &Endpoint, error: io::Error) -> Self {
         match error.raw_os_error().map(Errno::from_raw) {
             Some(
-                // Of a TCP socket, connect(2) says it for want of a free port.
+                // connect(2) returns EAGAIN for a TCP socket if no local port is free.
                 Errno::EAGAIN
                 | Errno::EADDRNOTAVAIL
                 | Errno::EADDRINUSE
@@ -212,7 +216,8 @@ impl ProbeError {
     }
 }
 
-/// Connects, unless that is done, and asks. When it is dropped, `connection` is as far as it has got.
+/// Connects, unless there is a connection, and sends the request. If the future is dropped,
+/// `connection` is what has been established so far.
 async fn ask(
     target: &Target,
     socket: io::Result<Socket>,
@@ -231,7 +236,7 @@ async fn ask(
         Probe::Tcp => {
             let accepted = open.accepted().await;
             if accepted.is_err() {
-                // It has ended: the next probe cannot go on with it.
+                // The connection has ended, so the next probe cannot use it.
                 *connection = None;
             }
             accepted
@@ -248,7 +253,8 @@ async fn ask(
     }
 }
 
-/// What it means that the time is over. `progress`: somebody was answered meanwhile.
+/// The result of a probe that has timed out. `progress`: the worker answered another client
+/// meanwhile.
 fn late(
     target: &Target,
     connection: &mut Option<Connection>,
@@ -258,17 +264,17 @@ fn late(
     let is_bare = target.probe == Probe::Tcp;
     let is_queued = connection.as_mut().map(Connection::is_queued).transpose();
     Err(match (is_queued, progress) {
-        // Since it was last looked.
+        // It was accepted since the last check.
         (Ok(Some(false)), _) if is_bare => return Ok(()),
         (Ok(Some(false)), _) => ProbeError::NotAnswered(limit),
-        // Clients queue in the order of coming: where one who came before is answered now, this one
-        // will be.
+        // The accept queue is in the order of arrival. If an earlier client is answered now, the
+        // probe will be reached.
         (Ok(Some(true) | None), true) => ProbeError::Busy,
         (Ok(Some(true)), false) => ProbeError::NotAccepted(limit),
-        // Nothing else has a connect wait there.
+        // On a unix socket only a full accept queue makes a connect wait.
         (Ok(None), false) if target.endpoint.inet().is_none() => ProbeError::Full,
         (Ok(None), false) => ProbeError::NotConnected(limit),
-        // That is so wherever it waits.
+        // The answer is missing, whether or not the connection was accepted.
         (Err(_), false) if !is_bare => ProbeError::NotAnswered(limit),
         (Err(error), _) => error,
     })

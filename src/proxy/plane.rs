@@ -1,4 +1,4 @@
-//! The driver's handle on the data threads.
+//! The handle by which the driver controls the data threads.
 
 use std::{
     collections::BTreeMap,
@@ -28,17 +28,17 @@ use crate::{
     net::{BindError, Listener, pathname::Rights, proxy_protocol::Ends},
 };
 
-/// How the data plane is run.
+/// The settings of the data plane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Settings {
-    /// How many data threads there are.
+    /// The number of data threads.
     pub threads: NonZeroUsize,
-    /// How many connections are held at once, by all services together; past it, clients wait in
+    /// The limit on connections held at once by all services together. Beyond it, clients wait in
     /// the accept queues.
     pub max_held: NonZeroUsize,
 }
 
-/// The data threads. Dropped, it resets every connection and waits for the threads to end.
+/// The data threads. Dropping this resets every connection and waits for the threads to end.
 #[derive(Debug)]
 pub struct DataPlane {
     threads: Arc<Threads>,
@@ -52,7 +52,7 @@ impl DataPlane {
     ///
     /// # Errors
     ///
-    /// Where the system refuses a thread or a descriptor.
+    /// If the system refuses a thread or a descriptor.
     pub fn start(settings: Settings) -> io::Result<Self> {
         let count = settings.threads.get();
         let threads = Threads::new(count, settings.max_held.get())?;
@@ -70,7 +70,8 @@ impl DataPlane {
         Ok(plane)
     }
 
-    /// A service to open listeners for. `access` says whether its connections are logged.
+    /// Creates a service, for which listeners can then be opened. `access` says whether its
+    /// connections are logged.
     #[must_use]
     pub fn service(
         &self,
@@ -81,7 +82,7 @@ impl DataPlane {
         ServiceHandle::new(name, pool, access, Arc::clone(self.threads.budget()))
     }
 
-    /// Begins to accept from `listener`, on all threads: its clients get `target`.
+    /// Starts accepting from `listener` on all threads; its clients are served by `target`.
     pub fn open(&self, target: impl Into<Target>, listener: Listener) -> FrontendId {
         let id = FrontendId(self.next.fetch_add(1, Relaxed));
         let target = target.into();
@@ -93,27 +94,27 @@ impl DataPlane {
         id
     }
 
-    /// Has clients of a frontend get something else, those who wait there included: nobody is turned
-    /// away meanwhile.
+    /// Points a frontend at another target. This also applies to clients that are still in its
+    /// accept queue; no client is turned away meanwhile.
     pub fn retarget(&self, id: FrontendId, target: impl Into<Target>) {
         let target = target.into();
         self.keep_alive(id, target.keepalive());
         self.threads.tell(|| Command::Retarget { id, target: target.clone() });
     }
 
-    /// Has TCP ask clients that come from now on, and are silent for so long, whether they are still
-    /// there.
+    /// Sets the TCP keepalive time of a frontend: clients accepted from now on are probed by TCP
+    /// after being silent for so long.
     pub fn keep_alive(&self, id: FrontendId, after: Duration) {
         if let Some(listener) = self.listeners().get(&id) {
             listener.keep_alive(after);
         }
     }
 
-    /// Binds an address that overlaps those of open listeners, such as `0.0.0.0:80` and
-    /// `127.0.0.1:80`, which are about to be closed in its favour.
+    /// Binds an address that overlaps those of the listeners `open`, such as `0.0.0.0:80` and
+    /// `127.0.0.1:80`. Those listeners are about to be closed in its favour.
     ///
     /// # Errors
-    /// As [`Listener::bind`]: where anybody else is on that port too.
+    /// As [`Listener::bind`]; also if anyone else is on that port.
     pub fn bind_beside(
         &self,
         address: SocketAddr,
@@ -124,7 +125,8 @@ impl DataPlane {
         Listener::bind_beside(address, &beside)
     }
 
-    /// As [`Listener::set_access`], until the change is dropped; `None` where nothing changed.
+    /// As [`Listener::set_access`], until the returned change is dropped; `None` if nothing
+    /// changed.
     ///
     /// # Errors
     /// As [`Listener::set_access`].
@@ -138,43 +140,46 @@ impl DataPlane {
         Ok(before.map(|before| AccessChange { listener, before: Some(before) }))
     }
 
-    /// As [`Listener::socket`]; `None` where it is closed.
+    /// As [`Listener::socket`]; `None` if the frontend is closed.
     #[must_use]
     pub fn socket(&self, id: FrontendId) -> Option<io::Result<Socket>> {
         self.listeners().get(&id).map(|listener| listener.socket())
     }
 
-    /// The process of `backend` is gone: connections whose answer is complete are closed, although
-    /// their clients may not have noticed.
+    /// Reports that the process of `backend` has exited. Connections whose response is complete are
+    /// then closed, even if their clients have not noticed.
     pub fn exited(&self, backend: &Backend) {
         backend.exits();
-        // One that gets one after all looks for itself: that it is gone was said before.
+        // Without connections there is nothing to close. A connection that still reaches this
+        // backend after all sees the mark that was set above.
         if backend.active() > 0 {
             self.threads.exited();
         }
     }
 
-    /// Takes over a connection that was accepted in a worker's stead, and assigns it as if a client
-    /// had just made it: the one with these ends, or one unknown.
+    /// Takes over a connection that lbd accepted from a worker's queue, and assigns it as if its
+    /// client had just connected. `client` is the two ends of the client's own connection, if
+    /// known.
     pub fn adopt(&self, permit: ReservedPermit, connection: Socket, client: Option<Ends>) {
         permit.0.service().counters().count_rescued();
         let thread = self.threads.seat_anywhere();
         self.threads.tell_one(thread, Command::Adopt { connection, client, permit });
     }
 
-    /// Closes a listener without losing anybody: no new client gets in, those that wait are
-    /// accepted, and the socket is closed when no thread has it any more. This returns when all of
-    /// them have been given to a worker, or to those that wait for one: after about 0.2 s on TCP, at once on unix, later where `max-connections` makes clients wait.
-    /// The connections go on. What has been begun is finished also when the future is dropped.
+    /// Closes a listener without losing a client: no new client gets in, those in the accept queue
+    /// are accepted, and the socket is closed when the last thread has let go of it. The future
+    /// completes when every accepted client has a worker or is on a wait list: after about 0.2 s on
+    /// TCP, at once on unix, later if `max-connections` makes clients wait. Established connections
+    /// continue. Dropping the future does not stop what has begun.
     ///
     /// # Errors
     ///
-    /// Where new clients could not be kept out; the listener is closed nevertheless, and those that
-    /// came in at its last moment were reset.
+    /// If new clients could not be kept out. The listener is closed nevertheless, and clients that
+    /// connected at the last moment were reset.
     pub fn close(&self, id: FrontendId) -> impl Future<Output = io::Result<()>> + use<> {
         let listener = self.listeners().remove(&id);
         let quiet = listener.as_ref().map_or(Ok(()), |listener| listener.quiesce());
-        // Before the threads let go, so that theirs is the last.
+        // Dropped before the threads let go, so that a thread holds the last reference.
         drop(listener);
         let (done, mut let_go) = tokio::sync::mpsc::channel(1);
         self.threads.tell(|| Command::Close { id, done: done.clone() });
@@ -182,7 +187,8 @@ impl DataPlane {
         async move {
             drop(done);
             while let_go.recv().await.is_some() {}
-            // The last may be on their way from one thread to another, or have said nothing yet.
+            // The last clients may be in transit from one thread to another, or have sent nothing
+            // yet.
             let (done, mut placed) = tokio::sync::mpsc::channel(1);
             threads.tell(|| Command::AssignAll { done: done.clone() });
             drop(done);
@@ -191,19 +197,19 @@ impl DataPlane {
         }
     }
 
-    /// Resets every connection and ends the threads. It waits for them: that they have nothing to
-    /// wait for themselves makes it short. Nothing can be done with the plane afterwards.
+    /// Resets every connection, ends the threads, and waits for them. The wait is short because the
+    /// threads themselves wait for nothing. The plane can't be used afterwards.
     pub fn cut(&self) {
         self.threads.tell(|| Command::Stop);
         for thread in lock(&self.handles).drain(..) {
-            // A thread that panicked has reported it, and has reset what it had.
+            // A thread that panicked has reported the panic, and has reset its connections.
             _ = thread.join();
         }
         (0..self.threads.turns().len()).for_each(|thread| self.threads.ended(thread));
     }
 
-    /// The turns that each thread's loop has made so far, for a watchdog. It wakes the threads, so
-    /// that one which has made no turn by the next call hangs.
+    /// The number of loop turns that each thread has made so far, for a watchdog. This wakes the
+    /// threads, so a thread that has made no further turn by the next call hangs.
     #[must_use]
     pub fn progress(&self) -> Vec<u64> {
         let turns = self.threads.turns();
@@ -211,14 +217,14 @@ impl DataPlane {
         turns
     }
 
-    /// Connections held, by all services together.
+    /// The number of connections held, by all services together.
     #[must_use]
     pub fn held(&self) -> usize {
         self.threads.budget().held()
     }
 
-    /// How many clients' connections there may be: all but a few that are kept for those that
-    /// wait for a worker which is gone.
+    /// The limit on clients' connections. It excludes a few spare permits, which are kept for
+    /// connections drained from the queue of a worker that has exited.
     #[must_use]
     pub fn max_held(&self) -> usize {
         self.threads.budget().limit()
@@ -229,7 +235,7 @@ impl DataPlane {
     }
 }
 
-/// Who may connect to an open unix socket has changed. Dropped, it is as it was before.
+/// A change of who may connect to an open unix socket. Dropping it undoes the change.
 #[derive(Debug)]
 #[must_use]
 pub struct AccessChange {
@@ -238,7 +244,7 @@ pub struct AccessChange {
 }
 
 impl AccessChange {
-    /// It stays so.
+    /// Makes the change permanent.
     pub fn keep(mut self) {
         self.before = None;
     }

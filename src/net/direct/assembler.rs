@@ -1,7 +1,8 @@
-//! Instructions of the kernel's virtual machine, written so that they can be read.
+//! A small assembler for the kernel's eBPF virtual machine, so that the program can be read as
+//! code.
 //!
 //! The encoding is that of the kernel's Documentation/bpf/standardization/instruction-set.rst: an
-//! operation, two registers, an offset and a number; a 64-bit number takes two instructions.
+//! opcode, two registers, an offset and a 32-bit number. A 64-bit number takes two instructions.
 
 use std::os::fd::{AsFd, AsRawFd};
 
@@ -10,14 +11,14 @@ use std::os::fd::{AsFd, AsRawFd};
 #[repr(C)]
 pub(super) struct Instruction {
     operation: u8,
-    /// The destination in the lower half, the source in the upper one.
+    /// The destination register in the lower half, the source register in the upper half.
     registers: u8,
     offset: i16,
     number: i32,
 }
 
-/// Registers. A call takes its arguments in R1 to R5, which it may change, and answers in R0; R6 to
-/// R9 stay; R10 is the end of the stack.
+/// Registers. A call takes its arguments in R1 to R5, which it may overwrite, and returns in R0. R6
+/// to R9 are preserved. R10 is the frame pointer: the end of the stack.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Register {
     R0,
@@ -42,7 +43,7 @@ pub(super) enum Size {
     Double = 0x18,
 }
 
-/// What two numbers make.
+/// An arithmetic operation.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Arithmetic {
     Add = 0x00,
@@ -55,7 +56,7 @@ pub(super) enum Arithmetic {
     Move = 0xb0,
 }
 
-/// When to jump.
+/// The condition of a jump.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Condition {
     Equal = 0x10,
@@ -63,7 +64,7 @@ pub(super) enum Condition {
     NotEqual = 0x50,
 }
 
-/// What an operation is done with.
+/// The second operand of an operation.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Operand {
     Register(Register),
@@ -97,17 +98,17 @@ const ATOMIC_FETCH: i32 = 0x01;
 const CALL: u8 = 0x80;
 const EXIT: u8 = 0x90;
 const BYTE_SWAP: u8 = 0xd0;
-/// The same as from it.
+/// The conversion from big endian is the same.
 const TO_BIG_ENDIAN: u8 = 0x08;
-/// What the number of a 64-bit load stands for.
+/// The kinds of numbers that a 64-bit load can refer to.
 const PSEUDO_MAP: u8 = 1;
 const PSEUDO_MAP_VALUE: u8 = 2;
 
-/// A program that is being written. Jumps lead forward, to labels.
+/// A program that is being assembled. Jumps only go forward, to labels.
 #[derive(Debug, Default)]
 pub(super) struct Assembler {
     instructions: Vec<Instruction>,
-    /// Jumps whose label has not come yet: where they are, and what they wait for.
+    /// Jumps whose label has not been defined yet: their index, and the label.
     jumps: Vec<(usize, &'static str)>,
 }
 
@@ -127,8 +128,8 @@ impl Assembler {
         self.alu(Arithmetic::Move, to, from);
     }
 
-    /// Turns the lowest 16 or 32 bits of `register` from network order to that of numbers; the
-    /// others become zero.
+    /// Converts the lowest 16 or 32 bits of `register` from network byte order; the other bits
+    /// become zero.
     pub(super) fn network_to_number(&mut self, register: Register, bits: i32) {
         self.push(CLASS_ALU32 | BYTE_SWAP | TO_BIG_ENDIAN, register, Register::R0, 0, bits);
     }
@@ -143,13 +144,13 @@ impl Assembler {
         self.push(CLASS_STORE_REGISTER | MODE_MEMORY | size as u8, to, from, offset, 0);
     }
 
-    /// `*(to + offset) += add`, in one step, of 64 bits.
+    /// `*(to + offset) += add`, atomically, in 64 bits.
     pub(super) fn atomic_add(&mut self, to: Register, offset: i16, add: Register) {
         let operation = CLASS_STORE_REGISTER | MODE_ATOMIC | Size::Double as u8;
         self.push(operation, to, add, offset, ATOMIC_ADD);
     }
 
-    /// The same, and `add` becomes what was there before.
+    /// The same, and `add` becomes the previous value.
     pub(super) fn atomic_fetch_add(&mut self, to: Register, offset: i16, add: Register) {
         let operation = CLASS_STORE_REGISTER | MODE_ATOMIC | Size::Double as u8;
         self.push(operation, to, add, offset, ATOMIC_ADD | ATOMIC_FETCH);
@@ -165,17 +166,17 @@ impl Assembler {
         self.wide(to, PSEUDO_MAP_VALUE, map.as_fd().as_raw_fd());
     }
 
-    /// Calls a helper of the kernel, by its number in `linux/bpf.h`.
+    /// Calls a kernel helper, by its number in `linux/bpf.h`.
     pub(super) fn call(&mut self, helper: i32) {
         self.push(CLASS_JUMP | CALL, Register::R0, Register::R0, 0, helper);
     }
 
-    /// Ends with what is in R0.
+    /// Returns the value of R0.
     pub(super) fn exit(&mut self) {
         self.push(CLASS_JUMP | EXIT, Register::R0, Register::R0, 0, 0);
     }
 
-    /// Goes on at `label` where `left CONDITION right`, in 64 bits.
+    /// Jumps to `label` if `left CONDITION right`, in 64 bits.
     pub(super) fn jump_if(
         &mut self,
         left: Register,
@@ -199,13 +200,13 @@ impl Assembler {
         self.with_operand(CLASS_JUMP32 | condition as u8, left, 0, right.into());
     }
 
-    /// Goes on at `label`.
+    /// Jumps to `label`.
     pub(super) fn jump(&mut self, label: &'static str) {
         self.jumps.push((self.instructions.len(), label));
         self.push(CLASS_JUMP, Register::R0, Register::R0, 0, 0);
     }
 
-    /// Where the jumps to `label` so far lead.
+    /// Defines `label` here, as the target of the jumps to it so far.
     pub(super) fn label(&mut self, label: &'static str) {
         let here = self.instructions.len();
         self.jumps.retain(|&(from, wanted)| {
@@ -217,7 +218,7 @@ impl Assembler {
         });
     }
 
-    /// The program. A jump without its label would be one to the next instruction.
+    /// The finished program. A jump whose label is missing would go to the next instruction.
     pub(super) fn finish(self) -> Vec<Instruction> {
         debug_assert!(self.jumps.is_empty(), "no label for {:?}", self.jumps);
         self.instructions

@@ -16,7 +16,7 @@ use nix::{
 
 use super::assembler::Instruction;
 
-/// Commands, map types, flags and types of programs: `linux/bpf.h`.
+/// Commands, flags and program types, from `linux/bpf.h`.
 const MAP_CREATE: libc::c_long = 0;
 const MAP_UPDATE: libc::c_long = 2;
 const MAP_DELETE: libc::c_long = 3;
@@ -26,27 +26,28 @@ const MMAPABLE: u32 = 1 << 10;
 const SK_REUSEPORT: u32 = 21;
 const SK_REUSEPORT_SELECT_OR_MIGRATE: u32 = 40;
 
-/// How much of the verifier's log is asked for, and kept.
+/// The size of the buffer for the verifier's log.
 const LOG: usize = 64 * 1024;
 
-/// What a map holds.
+/// The type of a map.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum MapKind {
-    /// Numbers by number, made as they are put in.
+    /// Numbers by number. Entries are allocated as they are inserted.
     Hash = 1,
-    /// One value, which this process can map.
+    /// One value, which this process can map into its memory.
     Memory = 2,
     /// Listening sockets of one `SO_REUSEPORT` group, by number.
     Sockets = 20,
 }
 
-/// A map with keys of 4 bytes. It lives as long as this or a program that uses it.
+/// A map with keys of 4 bytes. The kernel keeps it as long as this or a program that uses it
+/// exists.
 #[derive(Debug)]
 pub(super) struct Map(OwnedFd);
 
 impl Map {
     /// # Errors
-    /// `PermissionDenied` without `CAP_BPF`; `InvalidInput` where the kernel is too old.
+    /// `PermissionDenied` without `CAP_BPF`; `InvalidInput` if the kernel is too old.
     pub(super) fn new(
         kind: MapKind,
         value_size: u32,
@@ -79,21 +80,21 @@ impl Map {
             ..Attributes::default()
         };
         // SAFETY: `Attributes` is the head of the union that the kernel reads for this command, and
-        // holds no pointer; the kernel takes what is behind it for zeros.
+        // contains no pointer; the kernel treats the missing rest as zeros.
         unsafe { bpf_for_descriptor(MAP_CREATE, &attributes) }.map(Self)
     }
 
-    /// Puts `value` at `key`, whatever was there. In a map of sockets the value is a descriptor.
+    /// Sets the value of `key`, whatever was there. In a map of sockets the value is a descriptor.
     ///
     /// # Errors
-    /// `ResourceBusy` for a socket that is in another map of sockets.
+    /// `ResourceBusy` for a socket that is in another such map.
     pub(super) fn put(&self, key: u32, value: u32) -> io::Result<()> {
         // A map of sockets takes descriptors of 8 bytes too; those of 4 are the size of `value`.
         self.element(MAP_UPDATE, key, Some(value))
     }
 
     /// # Errors
-    /// `NotFound` where nothing is there.
+    /// `NotFound` if there is no such key.
     pub(super) fn remove(&self, key: u32) -> io::Result<()> {
         self.element(MAP_DELETE, key, None)
     }
@@ -125,14 +126,15 @@ impl AsFd for Map {
     }
 }
 
-/// What can be in a [`Memory`].
+/// A type that can be shared with the program in a [`Memory`].
 ///
 /// # Safety
-/// It is made of atomics alone, so that all zeros are valid and both sides may write at any time.
+/// The type consists only of atomics, so that all zeros are valid and both sides may write at any
+/// time.
 pub(super) unsafe trait Shared {}
 
-/// A map of one value, and that value mapped into this process: what either side writes the other
-/// reads at once.
+/// A map of one value, which is mapped into this process: each side sees at once what the other
+/// writes.
 #[derive(Debug)]
 pub(super) struct Memory<T: Shared> {
     map: Map,
@@ -141,7 +143,7 @@ pub(super) struct Memory<T: Shared> {
     what: PhantomData<T>,
 }
 
-// SAFETY: the mapping belongs to the process and is touched through atomics alone.
+// SAFETY: the mapping belongs to the process and is accessed only through atomics.
 unsafe impl<T: Shared> Send for Memory<T> {}
 // SAFETY: as above.
 unsafe impl<T: Shared> Sync for Memory<T> {}
@@ -149,15 +151,16 @@ unsafe impl<T: Shared> Sync for Memory<T> {}
 impl<T: Shared> Memory<T> {
     const SIZE: NonZeroUsize = NonZeroUsize::new(size_of::<T>()).unwrap();
 
-    /// Zeros.
+    /// Creates it, filled with zeros.
     ///
     /// # Errors
-    /// As [`Map::new`]; or where there is no memory.
+    /// As [`Map::new`]; or if there is no memory.
     pub(super) fn new(name: &str) -> io::Result<Self> {
         let size = Self::SIZE;
         let map = Map::new(MapKind::Memory, size.get() as u32, 1, name)?;
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: a new mapping wherever the kernel likes takes the place of nothing.
+        // SAFETY: the kernel chooses the address of the new mapping, so it replaces no other
+        // mapping.
         let start = unsafe { mmap(None, size, protection, MapFlags::MAP_SHARED, &map, 0) }?;
         Ok(Self { map, start, size, what: PhantomData })
     }
@@ -184,19 +187,19 @@ impl<T: Shared> Drop for Memory<T> {
 #[derive(Debug)]
 pub(super) struct Program(OwnedFd);
 
-/// Why the kernel does not take a program.
+/// Why the kernel refused a program.
 #[derive(Debug, thiserror::Error)]
 #[error("{source}{}", .log.as_ref().map(|log| format!(": {log}")).unwrap_or_default())]
 pub(super) struct Refused {
     #[source]
     pub(super) source: io::Error,
-    /// The last lines of what the verifier said, if it got to see the program.
+    /// The last lines of the verifier's log, if the program got that far.
     pub(super) log: Option<String>,
 }
 
 impl Program {
-    /// Has the kernel verify and compile `instructions`. The program is also asked for another
-    /// socket when one leaves the group with connections in its queue.
+    /// Makes the kernel verify and compile `instructions`. The program will also be run to find
+    /// another socket for each queued connection when a socket leaves the group.
     ///
     /// # Errors
     /// [`Refused`], with the verifier's reason.
@@ -238,7 +241,7 @@ impl Program {
         let source = match attempt(&mut log) {
             Ok(program) => return Ok(program),
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => error,
-            // Once more, to be told why.
+            // Once more, with a log that tells why.
             Err(_) => {
                 log.resize(LOG, 0);
                 match attempt(&mut log) {
@@ -281,7 +284,7 @@ unsafe fn bpf_for_descriptor<T>(command: libc::c_long, attributes: &T) -> io::Re
     // SAFETY: the caller's promise.
     let fd = unsafe { bpf(command, attributes) }?;
     let fd = i32::try_from(fd).map_err(|_| io::ErrorKind::InvalidData)?;
-    // SAFETY: the kernel has just made it, close-on-exec, and nobody else knows it.
+    // SAFETY: the kernel has just created the descriptor, close-on-exec, and nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 

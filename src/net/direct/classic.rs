@@ -1,11 +1,12 @@
-//! Steering by a classic BPF program: a random healthy socket, for everybody.
+//! Steering by a classic BPF program, which needs no privilege: each connection goes to a random
+//! healthy socket.
 //!
-//! `SO_ATTACH_REUSEPORT_CBPF` (socket(7)) needs no privilege. The program has no memory, so there is
-//! no rotation, and nothing is counted: it draws a number for each connection. It holds everything that
-//! it knows as constants, and is attached whole whenever something changes.
+//! `SO_ATTACH_REUSEPORT_CBPF` (socket(7)) needs no privilege. The program has no memory, so it can
+//! neither rotate nor count: it draws a random number for each connection. Everything it knows is a
+//! constant in its code, and it is attached again as a whole whenever something changes.
 //!
-//! It answers with an index into the kernel's list of the group, which is mirrored here: a socket
-//! joins at the end, and where one leaves, the last one takes its place
+//! It returns an index into the kernel's list of the group, which is mirrored here: a socket joins
+//! at the end of the list, and when one leaves, the last one moves to its index
 //! (`__reuseport_detach_sock`, net/core/sock_reuseport.c).
 
 use std::{
@@ -24,14 +25,14 @@ use super::{
 };
 use crate::net::steer::{NETWORK_HEADER, attach, instruction, load_source_port};
 
-/// How many buckets clients are hashed to: each takes two instructions, of the 4,096 that a program
-/// may have.
+/// The number of buckets that clients are hashed to. Each takes two instructions, of the 4,096 that
+/// a program may have.
 const BUCKETS: u32 = 512;
 
-/// Not a place in the packet, but a random number (`SKF_AD_RANDOM`).
+/// Not an offset in the packet, but a random number (`SKF_AD_RANDOM`).
 const RANDOM: u32 = (libc::SKF_AD_OFF + libc::SKF_AD_RANDOM) as u32;
 
-/// One group, and its program.
+/// A `SO_REUSEPORT` group and its classic BPF program.
 #[derive(Debug)]
 pub(super) struct Classic {
     inside: IpAddr,
@@ -40,7 +41,8 @@ pub(super) struct Classic {
 
 #[derive(Debug)]
 struct State {
-    /// A copy, until the end: what is attached to one is attached to the group.
+    /// A copy of lbd's socket, until the end. A program that is attached to one socket applies to
+    /// its group.
     fallback: Option<Socket>,
     /// In the kernel's order.
     members: Vec<Key>,
@@ -50,11 +52,11 @@ struct State {
 }
 
 impl Classic {
-    /// Takes over the group that `fallback` is in, alone. `inside` is the address that lbd reaches it
-    /// at.
+    /// Takes over the group that `fallback` is in, as its first member. `inside` is the address at
+    /// which lbd itself reaches it.
     ///
     /// # Errors
-    /// Where the kernel refuses it.
+    /// If the kernel refuses it.
     pub(super) fn start(fallback: &Socket, inside: SocketAddr) -> io::Result<Self> {
         let state = State {
             fallback: Some(fallback.try_clone()?),
@@ -93,18 +95,18 @@ impl Steer for Classic {
     fn leave(&self, key: Key, socket: &Socket) {
         let mut state = self.state();
         let Some(index) = state.members.iter().position(|member| *member == key) else { return };
-        // The answer has to be right before the last one takes the place, and after: for a moment
-        // that one has no turn either.
+        // The program has to be right both before and after the last socket moves to the freed
+        // index. So for a moment the last socket has no turn either.
         let last = state.members.last().copied();
         state.exceptions.retain(|(_, to)| *to != key);
         let mut turns = state.turns.clone();
         turns.retain(|turn| turn.key != key);
         state.turns = turns.clone();
         state.turns.retain(|turn| Some(turn.key) != last);
-        // Fails for want of memory only. Then it stays in the group, without a turn.
+        // This fails only for lack of memory. Then the socket stays in the group, without a turn.
         if self.attach(&state).is_ok() {
-            // Not only closed: a child that was forked just now has a copy until its execve is
-            // done.
+            // A close is not enough: a child that was just forked has a copy of the socket until
+            // its execve.
             _ = socket.shutdown(Shutdown::Read);
             state.members.swap_remove(index);
         }
@@ -132,12 +134,13 @@ impl Steer for Classic {
     fn except_no_more(&self, source: u16) {
         let mut state = self.state();
         state.exceptions.retain(|(other, _)| *other != source);
-        // Where it fails, one exception too many is in force, for a port that nobody has.
+        // If this fails, a superfluous exception stays in force, for a port that is not in use.
         _ = self.attach(&state);
     }
 
     fn close(&self) -> bool {
-        // An answer that means nobody would be one by a hash.
+        // The program can't refuse: for an index that is out of range, the kernel chooses a socket
+        // by a hash.
         _ = self.rotate(Choice::Rotation, &[]);
         false
     }
@@ -151,7 +154,8 @@ impl Steer for Classic {
     }
 
     fn end(&self, fallback: &Socket) {
-        // In this order: whoever drops its pass now attaches nothing any more.
+        // The copy is dropped before the program is detached: after that, a `PinGuard` that is
+        // dropped attaches no program again.
         self.state().fallback = None;
         detach(fallback);
     }
@@ -188,7 +192,7 @@ impl State {
         program
     }
 
-    /// What lbd connects to itself goes to the one that is meant.
+    /// Adds the exceptions: a connection of lbd itself goes to the socket that it is meant for.
     fn push_exceptions(&self, program: &mut Vec<sock_filter>, inside: IpAddr) {
         let known: Vec<(u16, u32)> = self
             .exceptions
@@ -202,7 +206,7 @@ impl State {
         for (source, index) in known {
             check.extend([unless_equal(source.into(), 1), answer(index)]);
         }
-        // Somebody else's port may be the same: it has to be from here.
+        // A remote client may have the same source port, so the source address has to be lbd's.
         let length = check.len() as u32;
         let words = words(inside);
         for (at, word) in (0..).zip(&words) {
@@ -210,7 +214,7 @@ impl State {
             program.extend([
                 load_word(source_address(inside).wrapping_add(4 * at)),
                 instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 1, 0, *word),
-                // Past the other words and the check.
+                // Jumps past the other words and the check.
                 instruction(libc::BPF_JMP | libc::BPF_JA, 0, 0, 3 * left + length),
             ]);
         }
@@ -251,7 +255,7 @@ fn push_hash(program: &mut Vec<sock_filter>, family: IpAddr) {
     shift_and_xor(LAST, None);
 }
 
-/// Where a packet's source address is (RFC 791, section 3.1; RFC 8200, section 3).
+/// The offset of a packet's source address (RFC 791, section 3.1; RFC 8200, section 3).
 fn source_address(family: IpAddr) -> u32 {
     NETWORK_HEADER.wrapping_add(if family.is_ipv4() { 12 } else { 8 })
 }
@@ -276,7 +280,7 @@ fn unless_equal(number: u32, count: u8) -> sock_filter {
     instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, count, number)
 }
 
-/// Ends with the index of a socket.
+/// Returns the index of a socket.
 fn answer(index: u32) -> sock_filter {
     instruction(libc::BPF_RET | libc::BPF_K, 0, 0, index)
 }

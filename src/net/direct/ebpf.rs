@@ -1,10 +1,10 @@
-//! Steering by an eBPF program: strict rotation, counted, and in force with one store.
+//! Steering by an eBPF program: strict rotation, counted, and changed with one store.
 //!
-//! The program runs for the SYN of each new connection (`BPF_PROG_TYPE_SK_REUSEPORT`), and once more
-//! for each connection that is still queued in a socket which leaves the group
-//! (`BPF_SK_REUSEPORT_SELECT_OR_MIGRATE`, Linux 5.14): the kernel moves it, with whatever it has sent,
-//! to the queue of the socket that the program then selects. It needs `CAP_BPF` to be loaded, and
-//! nothing afterwards.
+//! The program runs for the SYN of each new connection (`BPF_PROG_TYPE_SK_REUSEPORT`). When a
+//! socket leaves the group, it also runs for each connection in that socket's accept queue
+//! (`BPF_SK_REUSEPORT_SELECT_OR_MIGRATE`, Linux 5.14): the kernel moves the connection, with the
+//! bytes that it has received, to the queue of the socket that the program then selects. Loading
+//! the program needs `CAP_BPF`; nothing afterwards does.
 
 use std::{
     io,
@@ -43,55 +43,56 @@ use crate::net::{
     rotation,
 };
 
-/// How many sockets there can be in a group, the parking included; a power of two.
+/// The most sockets in a group, including the fallback socket; a power of two.
 pub(super) const KEYS: u32 = 4096;
-/// How many turns a rotation can have; a power of two. For source-hash, the number of buckets.
+/// The most turns in a rotation; a power of two. For source-hash, the number of buckets.
 const TURNS: u32 = 4096;
 
-/// The memory that is shared with the program. What every connection reads, and what every
-/// connection writes, are a cache line apart.
+/// The memory that is shared with the program. Fields that every connection reads are in another
+/// cache line than those that every connection writes.
 #[derive(Debug)]
 #[repr(C)]
 struct Table {
-    /// The rotation: the number of turns in the upper half; in the lower one the index of the first,
-    /// and [`HASHED`]. One store of it puts another rotation in force.
+    /// The rotation: the number of turns in the upper half; in the lower half the index of the
+    /// first turn in `keys`, and the flag [`HASHED`]. One store of this field puts another rotation
+    /// in force.
     rotation: AtomicU64,
-    /// How many exceptions there are: with none, nobody's source port is looked at.
+    /// The number of exceptions. If it is 0, the program does not look at source ports.
     exceptions: AtomicU64,
     _read: [AtomicU64; 6],
-    /// How many turns have been taken.
+    /// The number of turns taken so far.
     cursor: AtomicU64,
     _written: [AtomicU64; 7],
-    /// How many connections each key got.
+    /// The number of connections that each key got.
     routed: [AtomicU64; KEYS as usize],
-    /// Two tables of keys, of which one is in force while the other one is written.
+    /// Two tables of keys: one is in force while the other is written.
     keys: [AtomicU32; 2 * TURNS as usize],
 }
 
-// SAFETY: atomics, and arrays of them.
+// SAFETY: the fields are atomics, and arrays of them.
 unsafe impl Shared for Table {}
 
-/// Turns go by a hash of the client's address. Above every index.
+/// Flag: turns are chosen by a hash of the client's address. The bit is above every index.
 const HASHED: u32 = 1 << 30;
-/// A rotation that nobody has a turn in, and the parking neither.
+/// A rotation in which no socket has a turn, not even the fallback socket.
 const CLOSED: u64 = HASHED as u64;
-/// Where the program finds them.
+/// The offsets of the fields of [`Table`], for the program.
 const ROTATION: usize = offset_of!(Table, rotation);
 const EXCEPTIONS: usize = offset_of!(Table, exceptions);
 const CURSOR: usize = offset_of!(Table, cursor);
 const ROUTED: usize = offset_of!(Table, routed);
 const TABLES: usize = offset_of!(Table, keys);
 
-/// Helpers of the kernel (`linux/bpf.h`).
+/// Numbers of kernel helpers (`linux/bpf.h`).
 const MAP_LOOKUP: i32 = 1;
 const LOAD_BYTES_RELATIVE: i32 = 68;
 const SELECT_REUSEPORT: i32 = 82;
-/// Offsets count from the network header.
+/// Argument of `LOAD_BYTES_RELATIVE`: offsets count from the network header.
 const FROM_NETWORK_HEADER: i32 = 1;
-/// What the program answers: the selected socket gets it; it is refused.
+/// The program's results: the selected socket gets the connection, or it is refused.
 const PASS: i32 = 1;
 const DROP: i32 = 0;
-/// Fields of what the program is given (`struct sk_reuseport_md`).
+/// Offsets of fields in the program's context (`struct sk_reuseport_md`).
 const DATA: i16 = 0;
 const DATA_END: i16 = 8;
 const MIGRATING_SOCKET: i16 = 48;
@@ -99,29 +100,30 @@ const MIGRATING_SOCKET: i16 = 48;
 const REMOTE_IP4: i16 = 52;
 const REMOTE_IP6: i16 = 56;
 
-/// On the program's stack: 1 for a connection that takes a turn, else 0.
+/// On the program's stack: 1 for a connection that uses a turn, else 0.
 const IS_NEW: i16 = -40;
 
-/// How long a socket may take to be free of the program that steered it before: that one is let go by
-/// the kernel in its own time.
+/// How long to wait until a socket is free of the program that steered it before: the kernel
+/// releases that program asynchronously.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// One group, and its program.
+/// A `SO_REUSEPORT` group and its eBPF program.
 #[derive(Debug)]
 pub(super) struct Ebpf {
     memory: Memory<Table>,
     sockets: Map,
     exceptions: Map,
     program: Program,
-    /// What the rotation is now.
+    /// The current rotation.
     turns: Mutex<Vec<Turn>>,
 }
 
 impl Ebpf {
-    /// Takes over the group that `fallback` is in. `inside` is the address that lbd reaches it at.
+    /// Takes over the group that `fallback` is in. `inside` is the address at which lbd itself
+    /// reaches it.
     ///
     /// # Errors
-    /// Where the kernel refuses it: without `CAP_BPF`, or an old one.
+    /// If the kernel refuses it: without `CAP_BPF`, or because it is too old.
     pub(super) fn start(fallback: &Socket, inside: SocketAddr) -> Result<Self, Refused> {
         let failed = |source| Refused { source, log: None };
         let memory = Memory::new("lbd_rotation");
@@ -130,7 +132,7 @@ impl Ebpf {
         let exceptions = Map::new(MapKind::Hash, 4, KEYS, "lbd_exceptions").map_err(failed)?;
         let code = program(inside.ip(), &memory, &sockets, &exceptions);
         let program = Program::load(&code, "lbd_direct")?;
-        // That of an lbd before this one, whose socket it was.
+        // Detaches the program of the lbd that had this socket before.
         detach(fallback);
         let until = Instant::now() + PATIENCE;
         while let Err(error) = sockets.put(FALLBACK, fallback.as_raw_fd() as u32) {
@@ -152,8 +154,9 @@ impl Steer for Ebpf {
     }
 
     fn leave(&self, _key: Key, socket: &Socket) {
-        // Not only closed: a child that was forked just now has a copy until its execve is done. The
-        // kernel moves what waits, asking the program whereto, and empties the map's place.
+        // A close is not enough: a child that was just forked has a copy of the socket until its
+        // execve. On shutdown the kernel moves the queued connections, asking the program for each
+        // one's target, and removes the socket from the map.
         _ = socket.shutdown(Shutdown::Read);
     }
 
@@ -179,7 +182,7 @@ impl Steer for Ebpf {
         }
         let places = |turns: &[Turn]| turns.iter().map(|turn| turn.place).collect::<Vec<_>>();
         let next = rotation::continued(cursor.load(Relaxed), &places(&current), &places(turns));
-        // The table before what points to it.
+        // The table is written before `rotation`, which points to it.
         rotation.store((keys.len() as u64) << 32 | u64::from(first | hashed), Release);
         cursor.store(next, Relaxed);
         turns.clone_into(&mut current);
@@ -212,10 +215,11 @@ impl Steer for Ebpf {
     }
 
     fn end(&self, fallback: &Socket) {
-        // First of all: a program that finds nobody in its map refuses the client.
+        // Detach before removing the fallback socket from the map: otherwise the program would
+        // refuse clients.
         detach(fallback);
-        // A socket is in one map at most, and this one stays for as long as anybody still asks what
-        // was routed: the parking could be steered by no other.
+        // A socket can be in only one such map, and this map lives as long as anyone still asks for
+        // `routed` counts. Without this, no other program could steer the fallback socket.
         _ = self.sockets.remove(FALLBACK);
     }
 
@@ -224,9 +228,9 @@ impl Steer for Ebpf {
     }
 }
 
-/// The program of a group that lbd reaches at `inside`.
+/// Assembles the program of a group that lbd reaches at `inside`.
 ///
-/// R6 is what it was given, R7 the shared memory, R9 the rotation.
+/// R6 is the program's context, R7 the shared memory, R9 the rotation.
 fn program(
     inside: IpAddr,
     memory: &Memory<Table>,
@@ -235,7 +239,7 @@ fn program(
 ) -> Vec<Instruction> {
     let mut code = Assembler::default();
     let select = |code: &mut Assembler| {
-        // R0 = select(given, sockets, &key, 0); the key is at the end of the stack.
+        // R0 = select(context, sockets, &key, 0); the key is at the end of the stack.
         code.set(R1, R6);
         code.map(R2, sockets);
         code.set(R3, R10);
@@ -246,11 +250,11 @@ fn program(
     code.set(R6, R1);
     code.map_value(R7, memory.map());
 
-    // Is it lbd that connects, to one socket in particular?
+    // Is this a connection of lbd itself to one particular socket?
     code.load(Double, R1, R7, EXCEPTIONS as i16);
     code.jump_if(R1, Equal, 0, "turn");
-    // The source port is the first field of the TCP header (RFC 9293, section 3.1). There is none
-    // where a connection moves.
+    // The source port is the first field of the TCP header (RFC 9293, section 3.1). There is no
+    // header when the kernel moves a queued connection.
     code.load(Double, R2, R6, DATA);
     code.load(Double, R3, R6, DATA_END);
     code.set(R4, R2);
@@ -258,7 +262,7 @@ fn program(
     code.jump_if(R4, Greater, R3, "turn");
     code.load(Half, R8, R2, 0);
     code.network_to_number(R8, 16);
-    // Somebody else's port may be the same: it has to be from here.
+    // A remote client may have the same source port, so the source address has to be lbd's.
     load_source(&mut code, inside);
     code.jump_if(R0, NotEqual, 0, "turn");
     for (index, word) in words(inside).into_iter().enumerate() {
@@ -275,13 +279,14 @@ fn program(
     code.load(Word, R1, R0, 0);
     code.store(Word, R10, -4, R1);
     select(&mut code);
-    // Never to another one than was meant.
+    // A pinned connection never goes to another socket.
     code.jump_if(R0, NotEqual, 0, "refuse");
     code.set(R0, PASS);
     code.exit();
 
-    // Is it a new connection, or one that moves? The kernel also asks for segments that belong to no
-    // connection any more: they take nobody's turn. Byte 13 has the flags: SYN without ACK.
+    // Is this a new connection, or a queued one that moves? The kernel also runs the program for
+    // segments that belong to no connection any more; those use no turn. Byte 13 has the flags: SYN
+    // without ACK means new.
     code.label("turn");
     code.set(R1, 1);
     code.load(Double, R2, R6, DATA);
@@ -296,7 +301,7 @@ fn program(
     code.label("new");
     code.store(Double, R10, IS_NEW, R1);
 
-    // Whose turn is it? R8 becomes its index.
+    // Which turn is next? R8 becomes its index.
     code.load(Double, R9, R7, ROTATION as i16);
     code.set(R1, R9);
     code.alu(ShiftRight, R1, 32);
@@ -313,7 +318,7 @@ fn program(
     code.alu(Remainder, R8, R2);
     code.alu32(Move, R1, R9);
     code.alu(Add, R8, R1);
-    // What the verifier wants to see: within both tables.
+    // This mask proves to the verifier that the index is within both tables.
     code.alu(And, R8, 2 * TURNS as i32 - 1);
     code.alu(ShiftLeft, R8, 2);
     code.alu(Add, R8, R7);
@@ -321,7 +326,7 @@ fn program(
     code.load(Word, R8, R8, 0);
     code.store(Word, R10, -4, R8);
     select(&mut code);
-    // Whoever has the turn may have left, by its own doing.
+    // The socket that has the turn may have left the group by the worker's own doing.
     code.jump_if(R0, NotEqual, 0, "park");
     code.alu(And, R8, KEYS as i32 - 1);
     code.alu(ShiftLeft, R8, 3);
@@ -338,7 +343,7 @@ fn program(
     code.set(R1, FALLBACK as i32);
     code.store(Word, R10, -4, R1);
     select(&mut code);
-    // Without an answer the kernel would choose by a hash, whomever.
+    // Without a selection the kernel would choose any socket by a hash.
     code.jump_if(R0, NotEqual, 0, "refuse");
     code.set(R0, PASS);
     code.exit();
@@ -351,7 +356,7 @@ fn program(
 
 /// Copies the client's address to the stack, from 32 bytes below its end on; R0 becomes 0.
 fn load_source(code: &mut Assembler, family: IpAddr) {
-    // RFC 791, section 3.1; RFC 8200, section 3.
+    // The source address in the IP header (RFC 791, section 3.1; RFC 8200, section 3).
     let (offset, length) = if family.is_ipv4() { (12, 4) } else { (8, 16) };
     code.set(R1, R6);
     code.set(R2, offset);
@@ -367,7 +372,7 @@ fn hash(code: &mut Assembler, family: IpAddr) {
     let words = words(family).len() as i16;
     load_source(code, family);
     code.jump_if(R0, Equal, 0, "source");
-    // A connection that moves has no packet, but a socket.
+    // A queued connection that moves has no packet, but it has a socket.
     code.load(Double, R1, R6, MIGRATING_SOCKET);
     code.jump_if(R1, Equal, 0, "park");
     let remote = if family.is_ipv4() { REMOTE_IP4 } else { REMOTE_IP6 };
@@ -401,7 +406,7 @@ fn attach(member: &Socket, program: &Program) -> io::Result<()> {
     Ok(setsockopt(member, AttachReusePortEbpf, &program.as_fd().as_raw_fd())?)
 }
 
-/// Takes off what steers the group that `member` is in, if anything does.
+/// Detaches the program that steers the group that `member` is in, if there is one.
 pub(super) fn detach(member: &Socket) {
     _ = setsockopt(member, DetachReusePortBpf, &0);
 }

@@ -1,29 +1,31 @@
 //! A public address whose connections the kernel itself hands to the workers.
 //!
-//! Each worker has a listening socket of its own on the address, and lbd has one, the *parking*; all
-//! are in one `SO_REUSEPORT` group, and a program says for each new connection which of them gets
-//! it. No second connection, no copying, and the worker sees the client's own address.
+//! Each worker has a listening socket of its own on the address, and lbd has one, the *fallback
+//! socket*. All are in one `SO_REUSEPORT` group, and a BPF program decides for each new connection
+//! which socket gets it. There is no second connection and no copying, and the worker sees the
+//! client's own address.
 //!
 //! ```text
 //!             ┌─ program: whose turn? ─┐
 //! SYN ─▶ group│  worker 0's socket     │─▶ its accept queue ─▶ worker 0
 //!             │  worker 1's socket     │─▶ its accept queue ─▶ worker 1
-//!             │  parking               │─▶ lbd: holds the client, or hands it on
+//!             │  fallback socket       │─▶ lbd: holds the client, or assigns it
 //!             └────────────────────────┘
 //! ```
 //!
-//! Who has no turn gets nothing: workers that are not proven yet, that hang, drain or are gone. With
-//! none in rotation the parking gets everybody. lbd keeps a copy of each socket, so that what queues in
-//! it outlives the worker, and reaches one worker in particular by a [`PinnedRoute`]: a connection from a
-//! source port that the program knows, as a probe needs it.
+//! Sockets without a turn in the rotation get no connection: those of workers that are not proven
+//! healthy yet, that hang, drain or have exited. If no worker is in rotation, the fallback socket
+//! gets every connection. lbd keeps a copy of each socket, so that its accept queue outlives the
+//! worker. A [`PinnedRoute`] reaches one particular worker, as a probe needs it: the program
+//! recognises the connection by its source port.
 //!
-//! Each worker has the group by its socket, and can replace the program or take it off (socket(7)). So
-//! there is one socket more, the *sentinel*, which never has a turn: lbd connects to it now and then, as
-//! it would to a worker, and where that does not arrive, the program in force is not its own
-//! ([`Public::watch`]).
+//! Through its socket each worker has access to the group, and can replace the program or detach it
+//! (socket(7)). So there is one more socket, the *sentinel*, which never has a turn. Now and then
+//! lbd connects to it by a pinned route, as it would to a worker. If the connection does not arrive
+//! there, the program in force is not lbd's own ([`Public::watch`]).
 //!
-//! There are two kinds of programs behind one interface (`steer`): [`Kind::Ebpf`] where lbd may load
-//! it, else [`Kind::Classic`]. [`Public::open`] tells which, and why not the better one.
+//! Two kinds of programs implement one interface (`steer`): [`Kind::Ebpf`] if lbd may load it, else
+//! [`Kind::Classic`]. [`Public::open`] tells which one is used, and why not the better one.
 
 mod assembler;
 mod bpf;
@@ -51,23 +53,23 @@ use steer::Steer;
 pub use turns::Choice;
 use turns::{FALLBACK, Key, Turn};
 
-/// The socket that makes a group of the parking.
+/// The key of the sentinel. As the second socket, it also turns the fallback socket into a group.
 const SENTINEL: Key = FALLBACK + 1;
 
-/// How long a socket without turns stays open where the kernel does not move what waits in it: for
-/// handshakes whose last segment is still on its way.
+/// How long a socket without turns stays open if the kernel does not move its queue to other
+/// sockets: time for handshakes whose last segment is still in transit.
 const HANDSHAKE: Duration = Duration::from_secs(1);
 
 /// How connections are steered.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Steering {
-    /// By what kind of program.
+    /// The kind of program.
     pub kind: Kind,
-    /// Why not by the better one.
+    /// Why it is not the better kind, if so.
     pub why: Option<String>,
 }
 
-/// What steers.
+/// The kind of program that steers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
     /// An eBPF program: strict rotation, counted.
@@ -85,38 +87,39 @@ impl fmt::Display for Kind {
     }
 }
 
-/// A public address, and the sockets on it. Dropped, it leaves the parking as it was before.
+/// A public address, and the sockets on it. Dropping it leaves the fallback socket as it was
+/// before.
 #[derive(Debug)]
 pub struct Public<Owner> {
     address: SocketAddr,
     inside: SocketAddr,
-    /// A copy of lbd's own.
+    /// A copy of lbd's own socket.
     fallback: Socket,
     sentinel: Socket,
-    /// A test whose connection will be made by the next [`watch`](Self::watch), and one whose was.
+    /// A test that the next [`watch`](Self::watch) will send, and one that the last `watch` sent.
     prepared: Option<Test>,
     sent: Option<Test>,
     steer: Arc<dyn Steer>,
     steering: Steering,
     closed: Option<Closed>,
     members: Vec<Member<Owner>>,
-    /// Sockets whose workers are gone, and since when.
+    /// Sockets whose workers have exited, and since when.
     leaving: Vec<(Instant, Key, Socket)>,
 }
 
-/// A connection to the sentinel.
+/// A test connection to the sentinel.
 #[derive(Debug)]
 struct Test {
     socket: Socket,
-    /// Until it is made.
+    /// Routes the connection until it is established.
     pass: Option<PinGuard>,
 }
 
 impl Test {
-    /// `None` where lbd itself lacks what it takes.
+    /// Connects. Returns `None` if lbd itself is short of what it needs for that.
     fn send(mut self, to: SocketAddr) -> Option<Self> {
         match self.socket.connect(&to.into()) {
-            // On loopback it is made as a rule when this returns.
+            // On loopback the connection is usually established when this returns.
             Ok(()) => self.pass = None,
             Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {
                 if self.socket.peer_addr().is_ok() {
@@ -129,15 +132,15 @@ impl Test {
         Some(self)
     }
 
-    /// Whether it is among the `clients` that came to the sentinel, from which it is taken out. True
-    /// also where it is on its way still, which says nothing.
+    /// Whether this test is among the `clients` that the sentinel got; it is removed from them.
+    /// Also true if the test is still in transit, which proves nothing.
     fn arrived(self, clients: &mut Vec<Socket>) -> bool {
         let own = self.socket.local_addr().ok().and_then(|local| local.as_socket());
         let is_own = |client: &Socket| {
             own.is_some() && client.peer_addr().ok().and_then(|peer| peer.as_socket()) == own
         };
         let found = clients.iter().position(is_own).map(|index| clients.swap_remove(index));
-        // No TIME_WAIT each second.
+        // Closes by a reset, to leave no socket in TIME_WAIT every second.
         _ = self.socket.set_linger(Some(Duration::ZERO));
         let is_under_way =
             matches!(self.socket.take_error(), Ok(None)) && self.socket.peer_addr().is_err();
@@ -145,23 +148,24 @@ impl Test {
     }
 }
 
-/// What [`Public::watch`] found.
+/// The result of [`Public::watch`].
 #[derive(Debug)]
 pub struct Watched {
-    /// Clients that were given to nobody, to be handed on.
+    /// Clients whose connections arrived at the sentinel: no worker has them, so they have to be
+    /// assigned.
     pub clients: Vec<Socket>,
-    /// Somebody had replaced the program or taken it off.
+    /// Whether another process had replaced or detached the program.
     pub is_foreign: bool,
-    /// Whether it could be put on anew.
+    /// Whether the program could be attached again.
     pub renewed: io::Result<()>,
 }
 
-/// How new clients are kept from the workers.
+/// How new clients are kept away from the workers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Closed {
-    /// By a filter on each socket.
+    /// By a filter on each socket that drops SYNs.
     Filters,
-    /// By the program, which lets nobody in or leaves them to the parking.
+    /// By the program, which refuses all clients or sends them to the fallback socket.
     Program,
 }
 
@@ -173,19 +177,20 @@ struct Member<Owner> {
 }
 
 impl<Owner: Copy + PartialEq> Public<Owner> {
-    /// Makes a group around `fallback`, a listening TCP socket that goes on taking every client until
-    /// [`rotate`](Self::rotate) says otherwise.
+    /// Creates a group around `fallback`, a listening TCP socket. It continues to get every client
+    /// until the first call of [`rotate`](Self::rotate).
     ///
     /// # Errors
-    /// Where others can't listen beside it (it is another user's, or not lbd's alone), or the kernel
-    /// lets nobody steer.
+    /// If other sockets can't share its address (it belongs to another user, or not to lbd alone),
+    /// or the kernel allows no steering program.
     pub fn open(fallback: &Socket) -> io::Result<Self> {
         let fallback = fallback.try_clone()?;
         let address = fallback.local_addr()?.as_socket().ok_or(io::ErrorKind::InvalidInput)?;
         let inside = inside(address);
         fallback.set_reuse_port(true)?;
-        // The kernel makes a group of a socket that listens already when a second one joins it, and
-        // a program can only be attached then. Whom that one gets before comes from the first `watch`.
+        // A socket that listens already becomes a group only when a second socket joins it, and
+        // only then can a program be attached. The second socket is the sentinel. Until the program
+        // is attached it may get clients; the first `watch` returns them.
         let sentinel = beside(&fallback, address)?;
         sentinel.listen(BACKLOG)?;
         let (steer, steering) = Self::steer(&fallback, inside)?;
@@ -206,7 +211,8 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
         })
     }
 
-    /// A socket without turns leaves: at once where the kernel moves what waits in it.
+    /// Removes a socket without turns from the group: at once if the kernel moves its queue to
+    /// other sockets, else after a while.
     fn dismiss(&mut self, key: Key, socket: Socket, now: Instant) {
         if self.steer.moves() {
             self.steer.leave(key, &socket);
@@ -229,7 +235,7 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
         }
     }
 
-    /// Where clients connect.
+    /// The address that clients connect to.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
@@ -241,10 +247,10 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
         &self.steering
     }
 
-    /// Gives `owner` a socket, without a turn.
+    /// Creates a socket for `owner`, without a turn in the rotation.
     ///
     /// # Errors
-    /// Where the system refuses it, or there are too many in the group.
+    /// If the system refuses it, or the group is full.
     pub fn join(&mut self, owner: Owner) -> io::Result<()> {
         let taken = |key: &Key| {
             let leaving = self.leaving.iter().map(|(_, key, _)| key);
@@ -259,18 +265,18 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
         Ok(())
     }
 
-    /// The socket of `owner`: blocking, as it is passed on.
+    /// The socket of `owner`. It is blocking, as workers expect.
     #[must_use]
     pub fn socket(&self, owner: Owner) -> Option<&Socket> {
         self.member(owner).map(|member| &member.socket)
     }
 
-    /// From now on new connections go to these, in this order, and to nobody else. Each is named by
-    /// its place, which it has in common with whoever comes after it; one that has no socket here
-    /// has its turns at the parking.
+    /// From now on new connections go to the owners in `turns`, in this order, and to no other
+    /// socket. Each turn also has the number of its slot, which a successor shares. The turns of an
+    /// owner that has no socket here go to the fallback socket.
     ///
     /// # Errors
-    /// Where the system refuses it, and it stays as it was.
+    /// If the system refuses it; nothing changes then.
     pub fn rotate(
         &self,
         choice: Choice,
@@ -282,17 +288,18 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
         let key = |owner| self.member(owner).map_or(FALLBACK, |member| member.key);
         let turn = |(place, owner)| Turn { place, key: key(owner) };
         let turns: Vec<Turn> = turns.into_iter().map(turn).collect();
-        // The same as nobody, and at no cost for each connection.
+        // The same as an empty rotation, which costs nothing per connection.
         let all_parked = turns.iter().all(|turn| turn.key == FALLBACK);
         self.steer.rotate(choice, if all_parked { &[] } else { &turns })
     }
 
-    /// Looks whether the program in force is lbd's own, and puts it on anew. To be called about once
-    /// a second: what it finds is about the time since the last call.
+    /// Checks whether lbd's own program is still in force, and attaches it again. To be called
+    /// about once a second: the result is about the time since the last call.
     pub fn watch(&mut self, acceptor: &mut Acceptor) -> Watched {
         let mut clients = accept_all(&self.sentinel, acceptor);
         let is_foreign = self.sent.take().is_some_and(|test| !test.arrived(&mut clients));
-        // Before the program is put on anew, so that it is the one in force which is asked.
+        // Sent before the program is attached again, so that the test is about the program in force
+        // so far.
         let test = self.prepared.take().or_else(|| self.prepare_test());
         self.sent = test.and_then(|test| test.send(self.inside));
         let renewed = self.steer.renew(&self.fallback);
@@ -309,7 +316,7 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
         Some(Test { socket, pass: Some(pass) })
     }
 
-    /// How lbd reaches `owner`, and nobody else.
+    /// A route by which lbd reaches `owner` and no other worker.
     #[must_use]
     pub fn way_to(&self, owner: Owner) -> Option<PinnedRoute> {
         let key = self.member(owner)?.key;
@@ -321,21 +328,22 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
         })
     }
 
-    /// How many connections wait in `owner`'s accept queue.
+    /// The number of connections in `owner`'s accept queue.
     #[must_use]
     pub fn queued(&self, owner: Owner) -> Option<u32> {
         queue_length(&self.member(owner)?.socket).ok()
     }
 
-    /// Accepts every connection that waits for `owner`, which may go on to accept too. Those that came
-    /// by a [`PinnedRoute`] are among them.
+    /// Drains the accept queue of `owner`, which may go on accepting meanwhile. Connections made by
+    /// a [`PinnedRoute`] are included.
     pub fn drain_queue(&self, owner: Owner, acceptor: &mut Acceptor) -> Vec<Socket> {
         let member = self.member(owner);
         member.map_or_else(Vec::new, |member| accept_all(&member.socket, acceptor))
     }
 
-    /// Nobody has the socket of `owner` any more but lbd. What waits in it goes to the others by the
-    /// kernel, or comes from [`collect_leftovers`](Self::collect_leftovers). It must have no turn.
+    /// Removes the socket of `owner`; no process but lbd has it any more, and it must have no turn.
+    /// The kernel moves its queued connections to other sockets, or
+    /// [`collect_leftovers`](Self::collect_leftovers) returns them.
     pub fn leave(&mut self, owner: Owner, now: Instant) {
         let Some(index) = self.members.iter().position(|member| member.owner == owner) else {
             return;
@@ -344,8 +352,8 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
         self.dismiss(key, socket, now);
     }
 
-    /// Accepts what waits in sockets that [`leave`](Self::leave), and closes those that have had
-    /// their time.
+    /// Drains the queues of sockets removed by [`leave`](Self::leave), and closes those whose time
+    /// is over.
     pub fn collect_leftovers(&mut self, now: Instant, acceptor: &mut Acceptor) -> Vec<Socket> {
         let mut drained = Vec::new();
         for (since, key, socket) in std::mem::take(&mut self.leaving) {
@@ -359,18 +367,19 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
         drained
     }
 
-    /// Whether [`collect_leftovers`](Self::collect_leftovers) has still something to do.
+    /// Whether [`collect_leftovers`](Self::collect_leftovers) has anything left to do.
     #[must_use]
     pub fn has_leftovers(&self) -> bool {
         !self.leaving.is_empty()
     }
 
-    /// Lets no new client in, wherever it would go; those whose connect has been answered stay. A
-    /// client comes again a second later, and finds either somebody else or a closed port; or is
-    /// refused at once, where lbd may attach no filter (Linux 6.18 wants a capability for it).
+    /// Keeps new clients out of every socket. Clients whose connect has been answered stay in the
+    /// queues. A new client's SYN is dropped; it retries a second later, and finds either another
+    /// server or a closed port. If lbd may attach no filter (Linux 6.18 requires a capability for
+    /// it), the program refuses new clients at once.
     ///
     /// # Errors
-    /// Where neither can be had: clients go to the parking.
+    /// If neither is possible: clients go to the fallback socket.
     pub fn close(&mut self) -> io::Result<()> {
         let filtered = self.members.iter().try_for_each(|member| refuse_new(&member.socket));
         self.closed = Some(Closed::Filters);
@@ -380,27 +389,28 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
         })
     }
 
-    /// Lets new clients in, but leaves them in the parking's queue: for whoever has that one next.
+    /// Lets new clients in, but leaves them in the queue of the fallback socket, for the process
+    /// that has it next.
     ///
     /// # Errors
-    /// Where the system refuses it, and it stays as it was.
+    /// If the system refuses it; nothing changes then.
     pub fn park(&mut self) -> io::Result<()> {
         self.steer.rotate(Choice::Rotation, &[])?;
         self.closed = Some(Closed::Program);
         Ok(())
     }
 
-    /// Undoes [`close`](Self::close) and [`park`](Self::park): the next [`rotate`](Self::rotate) counts
-    /// again.
+    /// Undoes [`close`](Self::close) and [`park`](Self::park). Calls of [`rotate`](Self::rotate)
+    /// take effect again.
     ///
     /// # Errors
-    /// Where a filter can't be taken off.
+    /// If a filter can't be detached.
     pub fn reopen(&mut self) -> io::Result<()> {
         match self.closed.take() {
             None => Ok(()),
             Some(Closed::Program) => self.steer.rotate(Choice::Rotation, &[]),
             Some(Closed::Filters) => {
-                // Those that joined since have none, which is an error to take off.
+                // Sockets that joined since have no filter, and detaching none is an error.
                 self.members.iter().for_each(|member| _ = member.socket.detach_filter());
                 self.fallback.detach_filter()
             }
@@ -410,7 +420,7 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
     /// A copy of lbd's own socket.
     ///
     /// # Errors
-    /// Where there is no descriptor left.
+    /// If no descriptor is left.
     pub fn fallback(&self) -> io::Result<Socket> {
         self.fallback.try_clone()
     }
@@ -429,13 +439,13 @@ impl<Owner> Drop for Public<Owner> {
         }
         self.steer.leave(SENTINEL, &self.sentinel);
         self.steer.end(&self.fallback);
-        // Else any program of the same user could join.
+        // Otherwise any program of the same user could join the port.
         _ = self.fallback.set_reuse_port(false);
     }
 }
 
-/// A socket bound to the `address` that `fallback` is bound to. A dual-stack one (IPV6_V6ONLY, ipv6(7))
-/// shares its port with its like alone.
+/// Creates a socket bound to the same `address` as `fallback`. A dual-stack socket (IPV6_V6ONLY,
+/// ipv6(7)) can share its port only with other dual-stack sockets.
 fn beside(fallback: &Socket, address: SocketAddr) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     if address.is_ipv6() {
@@ -447,7 +457,7 @@ fn beside(fallback: &Socket, address: SocketAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Where lbd itself connects to what listens on `address`.
+/// The address at which lbd itself reaches sockets that listen on `address`.
 fn inside(mut address: SocketAddr) -> SocketAddr {
     match address.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => address.set_ip(Ipv4Addr::LOCALHOST.into()),
@@ -457,7 +467,7 @@ fn inside(mut address: SocketAddr) -> SocketAddr {
     address
 }
 
-/// How one worker is reached, whoever has turns. For any thread.
+/// A route to one particular worker, whichever workers have turns. Can be used on any thread.
 #[derive(Debug, Clone)]
 pub struct PinnedRoute {
     inside: SocketAddr,
@@ -467,17 +477,17 @@ pub struct PinnedRoute {
 }
 
 impl PinnedRoute {
-    /// Where to connect to.
+    /// The address to connect to.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.inside
     }
 
-    /// A socket to connect with, non-blocking. The connection reaches the worker if it is made while
-    /// the [`PinGuard`] is there, and is refused where that one does not listen.
+    /// Creates a non-blocking socket to connect with. The connection reaches the worker if it is
+    /// made while the [`PinGuard`] exists. It is refused if the worker does not listen.
     ///
     /// # Errors
-    /// Where there is no descriptor or no port for it.
+    /// If no descriptor or no port is left.
     pub fn open(&self) -> io::Result<(Socket, PinGuard)> {
         let socket = unconnected(self.inside)?;
         socket.bind(&SocketAddr::new(self.inside.ip(), 0).into())?;
@@ -486,14 +496,14 @@ impl PinnedRoute {
         Ok((socket, PinGuard { steer: Arc::clone(&self.steer), source: local.port() }))
     }
 
-    /// How many connections the worker was given by its turns, if that is counted.
+    /// How many connections the worker got by its turns, if that is counted.
     #[must_use]
     pub fn routed(&self) -> Option<u64> {
         Some(self.steer.routed(self.key)?.saturating_sub(self.routed_before))
     }
 }
 
-/// What brings a connection to the worker that is meant. To be dropped when it is made.
+/// Routes a connection to its worker. To be dropped when the connection is established.
 #[derive(Debug)]
 pub struct PinGuard {
     steer: Arc<dyn Steer>,

@@ -1,4 +1,4 @@
-//! What both ways of steering can do: the one interface behind which programs and maps live.
+//! The interface of both kinds of steering programs; it hides the programs and their maps.
 
 use std::{fmt, io};
 
@@ -6,45 +6,47 @@ use socket2::Socket;
 
 use super::turns::{Choice, Key, Turn};
 
-/// Says which socket of one `SO_REUSEPORT` group gets a new connection. Nothing here blocks.
+/// Decides which socket of one `SO_REUSEPORT` group gets a new connection. Nothing here blocks.
 ///
-/// At first that is [`FALLBACK`](super::turns::FALLBACK), lbd's own socket, which is in the group from
-/// the beginning and stays.
+/// At first every connection goes to [`FALLBACK`](super::turns::FALLBACK), lbd's own socket, which
+/// is in the group from the beginning and stays.
 pub(super) trait Steer: fmt::Debug + Send + Sync {
-    /// `socket` has just begun to listen in the group, and gets nothing yet.
+    /// Adds `socket`, which has just begun to listen in the group. It has no turn yet.
     fn join(&self, key: Key, socket: &Socket) -> io::Result<()>;
 
-    /// `socket`, which has no turn any more, leaves the group, and is shut down. What waits in it
-    /// goes to another one where [`moves`](Self::moves) says so, and is reset elsewhere.
+    /// Removes `socket`, which has no turn any more, from the group, and shuts it down. Its queued
+    /// connections move to other sockets if [`moves`](Self::moves) says so, and are reset
+    /// otherwise.
     fn leave(&self, key: Key, socket: &Socket);
 
-    /// Whether the kernel moves what waits in a socket that leaves.
+    /// Whether the kernel moves queued connections of a socket that leaves to other sockets.
     fn moves(&self) -> bool;
 
-    /// From now on these have turns, and nobody else; with none, the parking has them all.
+    /// Replaces the rotation. If it is empty, the fallback socket gets every connection.
     fn rotate(&self, choice: Choice, turns: &[Turn]) -> io::Result<()>;
 
-    /// A connection that lbd makes to itself from this source port goes to `key`, whoever has
-    /// turns; and is refused where `key` does not listen.
+    /// A connection that lbd makes to itself from this source port goes to `key`, whatever the
+    /// rotation is. It is refused if `key` does not listen.
     fn except(&self, source: u16, key: Key) -> io::Result<()>;
 
-    /// Takes that back.
+    /// Undoes [`except`](Self::except) for this source port.
     fn except_no_more(&self, source: u16);
 
-    /// Gives no new connection to anybody until [`rotate`](Self::rotate): it is refused if that can be
-    /// had, which is told, or else goes to the parking.
+    /// Stops giving new connections to workers until the next [`rotate`](Self::rotate). New
+    /// connections are refused if the kind of program can do that (then this returns true);
+    /// otherwise they go to the fallback socket.
     fn close(&self) -> bool;
 
-    /// Puts the program on anew, whatever is in force instead. `fallback` is in the group.
+    /// Attaches the program again, replacing whatever is in force. `fallback` is in the group.
     fn renew(&self, fallback: &Socket) -> io::Result<()>;
 
-    /// Whether [`except`](Self::except) does so too.
+    /// Whether [`except`](Self::except) attaches the program again too.
     fn except_renews(&self) -> bool;
 
-    /// Lets go of its copies of sockets: nobody is steered any more.
+    /// Ends the steering, and releases its copies of sockets.
     fn end(&self, fallback: &Socket);
 
-    /// How many connections went to `key` by its turns, if that is counted. It goes on where an
-    /// earlier holder of the number left off.
+    /// How many connections went to `key` by its turns, if that is counted. The count includes
+    /// those of earlier sockets with the same key.
     fn routed(&self, key: Key) -> Option<u64>;
 }

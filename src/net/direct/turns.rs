@@ -1,25 +1,25 @@
-//! Which socket has which turn, in the form in which both steerings look it up.
+//! The turns of the rotation, in the form in which both kinds of programs look them up.
 
 use std::net::IpAddr;
 
-/// The number of a socket in its group, which it keeps for as long as it is there.
+/// The number of a socket in its group. A socket keeps its number as long as it is in the group.
 pub(super) type Key = u32;
 
-/// The socket that gets what no other one is to get: lbd's own.
+/// The key of the fallback socket, lbd's own: it gets what no other socket is to get.
 pub(super) const FALLBACK: Key = 0;
 
-/// How a connection is given its turn.
+/// How a connection is assigned to a turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Choice {
-    /// One after the other.
+    /// Round robin.
     Rotation,
-    /// By the client's address: the same one for the same client, as long as it is there.
+    /// By the client's address: the same client gets the same socket, as long as that has a turn.
     SourceHash,
 }
 
-/// Which buckets of clients belong to which socket: each has the one that draws the highest number
-/// for it (rendezvous hashing: Thaler and Ravishankar, 1998). So one that leaves moves its own
-/// clients only, and gets them back.
+/// Assigns each bucket of clients to a socket by rendezvous hashing (Thaler and Ravishankar, 1998):
+/// the socket that draws the highest number for the bucket gets it. So when a socket leaves, only
+/// its own clients move, and they return when it does.
 pub(super) fn buckets(turns: &[Turn], count: u32) -> Vec<Key> {
     let owner = |bucket| {
         let drawn = |turn: &&Turn| mix(mix(bucket) ^ mix(turn.place.wrapping_add(0x5bd1_e995)));
@@ -28,21 +28,22 @@ pub(super) fn buckets(turns: &[Turn], count: u32) -> Vec<Key> {
     (0..count).filter_map(owner).collect()
 }
 
-/// One socket's part in the rotation.
+/// One turn of a socket in the rotation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Turn {
-    /// Where it stands: the same for whoever takes its place.
+    /// The slot of the worker, which a successor shares.
     pub(super) place: u32,
     pub(super) key: Key,
 }
 
-/// The number that a client's bucket comes from, as both programs compute it: its lowest bits count.
+/// The hash by which a client's bucket is chosen, as both programs compute it. The lowest bits are
+/// used.
 #[cfg(test)]
 pub(super) fn hash(client: IpAddr) -> u32 {
     finish(fold(client))
 }
 
-/// The words of an address in network order, one after the other.
+/// The 32-bit words of an address, in network order.
 pub(super) fn words(address: IpAddr) -> Vec<u32> {
     match address {
         IpAddr::V4(v4) => vec![v4.to_bits()],
@@ -53,11 +54,11 @@ pub(super) fn words(address: IpAddr) -> Vec<u32> {
     }
 }
 
-/// Multiplied in between the words of an IPv6 address.
+/// The factor between the words of an IPv6 address.
 pub(super) const FOLD: u32 = 0x9e37_79b1;
 
-/// The steps after that: odd factors, and shifts, of MurmurHash3's `fmix32` (A. Appleby, in the
-/// public domain). Every bit of the input changes about half of the output's.
+/// The next steps: the shifts and odd factors of MurmurHash3's `fmix32` (A. Appleby, in the public
+/// domain). Every bit of the input changes about half of the output's.
 pub(super) const STEPS: [(u32, u32); 2] = [(16, 0x85eb_ca6b), (13, 0xc2b2_ae35)];
 /// The last shift.
 pub(super) const LAST: u32 = 16;

@@ -1,4 +1,4 @@
-//! Why an address can't be had, and what would help.
+//! Why an address can't be bound, and what would help.
 
 use std::{fs, io, os::unix::fs::FileTypeExt};
 
@@ -19,20 +19,20 @@ impl BindError {
         Self { hint: hint(listen, &cause), listen: listen.clone(), cause }
     }
 
-    /// The same with another hint, which is put behind the cause as it is.
+    /// Replaces the hint, which is appended to the cause as it is.
     #[must_use]
     pub fn with_hint(self, hint: String) -> Self {
         Self { hint, ..self }
     }
 
-    /// What the system said.
+    /// The kind of the system's error.
     #[must_use]
     pub fn kind(&self) -> io::ErrorKind {
         self.cause.kind()
     }
 }
 
-/// What would help, to be put behind the cause.
+/// A hint at what would help, to be appended to the cause.
 fn hint(listen: &Listen, cause: &io::Error) -> String {
     use io::ErrorKind::{AddrInUse, AddrNotAvailable, PermissionDenied};
     match (listen, cause.kind()) {
@@ -71,7 +71,7 @@ fn hint(listen: &Listen, cause: &io::Error) -> String {
     }
 }
 
-/// Whether the system may give `port` to an outgoing connection (ip(7), `ip_local_port_range` and
+/// Whether the kernel may assign `port` to an outgoing connection (ip(7), `ip_local_port_range` and
 /// the kernel's ip-sysctl on `ip_local_reserved_ports`).
 pub(crate) fn is_ephemeral(port: u16) -> bool {
     may_be_given(port, &sysctl("ip_local_port_range"), &sysctl("ip_local_reserved_ports"))
@@ -87,7 +87,7 @@ fn may_be_given(port: u16, range: &str, reserved: &str) -> bool {
     (low..=high).contains(&port) && !is_reserved
 }
 
-/// Empty where it can't be read.
+/// The value of a sysctl; empty if it can't be read.
 fn sysctl(name: &str) -> String {
     fs::read_to_string(format!("/proc/sys/net/ipv4/{name}")).unwrap_or_default()
 }

@@ -1,7 +1,7 @@
-//! The sockets that clients connect to.
+//! Listeners: the sockets that clients connect to.
 //!
-//! One open file description serves all data threads: with one `SO_REUSEPORT` listener each, closing
-//! one resets what is queued in it.
+//! All data threads accept from one open file description. With one `SO_REUSEPORT` socket per
+//! thread instead, closing one of them would reset the connections in its accept queue.
 
 mod error;
 mod passed;
@@ -35,29 +35,32 @@ pub use passed::Shared;
 
 /// A bound and listening socket.
 ///
-/// Dropped, it closes, and removes its path where that is a unix socket's and still its own.
+/// Dropping it closes the socket, and removes its path if it is a unix socket whose file is still
+/// its own.
 #[derive(Debug)]
 pub struct Listener {
-    /// Of a unix socket that lbd has bound. It is removed before the socket is closed, so that no
-    /// client finds a path that leads nowhere.
+    /// The file of a unix socket that lbd has bound. It is removed before the socket is closed, so
+    /// that no client finds a path without a listening socket.
     file: Option<SocketFile>,
     socket: Socket,
     listen: Listen,
-    /// Where the socket is somebody else's too: nothing is done to it that they would notice.
+    /// Set if another process has the socket too: then nothing is done to it that the other would
+    /// notice.
     shared: Option<Arc<Shared>>,
-    /// It could not accept when it last tried.
+    /// Whether the last attempt to accept failed.
     failing: AtomicBool,
 }
 
 impl Listener {
     /// Binds and listens; never blocks.
     ///
-    /// An IPv6 address takes IPv6 clients only. A unix socket's file left behind by a dead process
-    /// is replaced, and `access` says who may connect; it means nothing to an IP address.
+    /// An IPv6 address accepts IPv6 clients only. A unix socket's file that a dead process left
+    /// behind is replaced. `access` says who may connect to a unix socket; it has no meaning for an
+    /// IP address.
     ///
     /// # Errors
     ///
-    /// Where the address is taken, not this machine's, or not allowed.
+    /// If the address is taken, not this machine's, or not allowed.
     pub fn bind(listen: &Listen, access: &UnixAccess) -> Result<Self, BindError> {
         match listen {
             Listen::Tcp(address) => bind_tcp(*address).and_then(|s| Self::adopt(s, listen)),
@@ -72,10 +75,11 @@ impl Listener {
         .map_err(|cause| BindError::new(listen, cause))
     }
 
-    /// As [`Self::bind`], where these listeners of the same process have an overlapping address.
+    /// As [`Self::bind`], for an address that overlaps those of other listeners of this process.
     ///
     /// `SO_REUSEPORT` lets sockets of one user share a port if all have it at the time of the bind
-    /// (socket(7)); nobody needs it afterwards, and with it any program of that user could join.
+    /// (socket(7)). It is not needed afterwards, and as long as it is set any program of that user
+    /// could join. So it is set for the bind only.
     pub(crate) fn bind_beside(address: SocketAddr, others: &[&Self]) -> Result<Self, BindError> {
         let listen = &Listen::Tcp(address);
         let share = |yes| others.iter().try_for_each(|other| other.socket.set_reuse_port(yes));
@@ -86,7 +90,7 @@ impl Listener {
                 socket.bind(&address.into())?;
                 Ok(socket)
             })
-            // The kernel looks for conflicts once more when it begins to listen.
+            // listen(2) checks for conflicts once more.
             .and_then(|socket| Self::adopt(socket, listen))
             .and_then(|listener| listener.socket.set_reuse_port(false).map(|()| listener));
         let unshared = share(false);
@@ -101,7 +105,7 @@ impl Listener {
         Self::over(socket, listen, None)
     }
 
-    /// Prepares a listening socket to be accepted from.
+    /// Makes a listener of a listening socket.
     pub(crate) fn over(
         socket: Socket,
         listen: &Listen,
@@ -109,7 +113,7 @@ impl Listener {
     ) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         if let Listen::Tcp(_) = listen {
-            // Accepted sockets inherit it (tcp(7)), which saves a call for each.
+            // Accepted sockets inherit it (tcp(7)), which saves a call per connection.
             socket.set_tcp_nodelay(true)?;
         }
         let (listen, failing) = (listen.clone(), AtomicBool::new(false));
@@ -120,89 +124,91 @@ impl Listener {
     ///
     /// # Errors
     ///
-    /// Where it is of an unexpected kind.
+    /// If it is of an unexpected kind.
     pub fn again(socket: Socket, listen: &Listen) -> Result<Self, BindError> {
         Self::over(socket, listen, None).map_err(|cause| BindError::new(listen, cause))
     }
 
-    /// Has `access` say who may connect, from now on, where it is a unix socket that lbd has bound.
-    /// Nobody who may still connect is refused meanwhile. Gives back what takes it back.
+    /// Applies `access` to a unix socket that lbd has bound; does nothing to another. Clients that
+    /// may connect both before and after are not refused meanwhile. Returns the previous rights,
+    /// for [`Self::restore`].
     ///
     /// # Errors
     ///
-    /// Where there is no such user or group, or the file may not be given to them; nothing has
-    /// changed then.
+    /// If there is no such user or group, or the file may not be given to them; nothing has changed
+    /// then.
     pub fn set_access(&self, access: &UnixAccess) -> Result<Option<Rights>, BindError> {
         let set = self.file.as_ref().map(|file| file.set_access(access)).transpose();
         set.map_err(|cause| BindError::new(&self.listen, cause))
     }
 
-    /// Takes [`Self::set_access`] back.
+    /// Undoes [`Self::set_access`].
     pub(crate) fn restore(&self, rights: Rights) {
-        // They were in force a moment ago: that they can't be had again is not to be expected, and
-        // leaves the stricter of both.
+        // The rights were in force a moment ago, so a failure is not expected. It would leave the
+        // stricter of both.
         _ = self.file.as_ref().map(|file| file.set(rights));
     }
 
-    /// Has TCP ask clients that are silent for so long whether they are still there.
+    /// Sets the TCP keepalive time of clients accepted from now on.
     ///
-    /// Accepted sockets inherit it (`tcp_create_openreq_child` in the kernel's net/ipv4/tcp_minisocks.c
-    /// starts the timer), which saves four calls for each.
+    /// Accepted sockets inherit it (`tcp_create_openreq_child` in the kernel's
+    /// net/ipv4/tcp_minisocks.c starts the timer), which saves four calls per connection.
     pub(crate) fn keep_alive(&self, after: Duration) {
         if self.is_tcp() {
-            // Fails only for values that there are none of in a configuration.
+            // Fails only for values that a configuration can't have.
             _ = self.socket.set_tcp_keepalive(&keepalive(after));
         }
     }
 
-    /// A copy of its socket, for somebody who is to steer what comes to it.
+    /// A copy of its socket, for the code that steers its connections.
     ///
     /// # Errors
     ///
-    /// Where there is no descriptor left.
+    /// If no descriptor is left.
     pub fn socket(&self) -> io::Result<Socket> {
         self.socket.try_clone()
     }
 
-    /// The address asked for.
+    /// The configured address.
     #[must_use]
     pub fn listen(&self) -> &Listen {
         &self.listen
     }
 
-    /// The port it is bound to, also where port 0 was asked for; `None` on unix.
+    /// The port it is bound to, even if port 0 was configured; `None` on unix.
     #[must_use]
     pub fn port(&self) -> Option<u16> {
         Some(self.socket.local_addr().ok()?.as_socket()?.port())
     }
 
-    /// Whether a client waits to be accepted, where it may have been [quiesced](Self::quiesce).
+    /// Whether a client waits to be accepted. `is_quiet` says whether the listener was
+    /// [quiesced](Self::quiesce).
     pub(crate) fn has_clients(&self, is_quiet: bool) -> bool {
         let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
         let is_readable = poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0);
-        // A unix socket that is shut down is readable whoever waits (`unix_poll` in the kernel's
-        // net/unix/af_unix.c).
+        // poll(2) reports a unix socket that is shut down as readable even if no client waits
+        // (`unix_poll` in the kernel's net/unix/af_unix.c).
         is_readable && (self.is_tcp() || !is_quiet || self.has_pending().unwrap_or(true))
     }
 
-    /// Whether the kernel knows somebody in a unix socket's queue.
+    /// Whether a client is in the queue of a unix socket, according to the kernel.
     fn has_pending(&self) -> io::Result<bool> {
         Ok(!Diag::open()?.unix_pending(inode_of(&self.socket)?)?.is_empty())
     }
 
-    /// Takes the next waiting client, non-blocking and close-on-exec in the one call.
+    /// Accepts the next client; one call makes its socket non-blocking and close-on-exec.
     pub(crate) fn accept(&self) -> io::Result<(Socket, Peer)> {
         let (socket, address) = self.socket.accept4(libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC)?;
         Ok((socket, address.as_socket().map_or(Peer::Unix, Peer::Inet)))
     }
 
-    /// Lets no new client in, while those whose connect has been answered stay to be accepted.
+    /// Lets no new client in. Clients whose connect has been answered can still be accepted.
     ///
-    /// On TCP, new SYNs are dropped: a client sends its SYN again a second later, and then finds
-    /// either a successor or a closed port, but is never reset after its connect succeeded. On unix,
-    /// connects are refused from here on.
+    /// On TCP, new SYNs are dropped: a client retries a second later, and then finds either a
+    /// successor or a closed port, but is never reset after its connect succeeded. On unix,
+    /// connects are refused from now on.
     ///
-    /// Does nothing to a shared socket: who comes now is for whoever has it next.
+    /// Does nothing to a shared socket: new clients are for the process that has it next.
     pub(crate) fn quiesce(&self) -> io::Result<()> {
         if self.is_shared() {
             return Ok(());
@@ -222,18 +228,18 @@ impl Listener {
         matches!(self.listen, Listen::Tcp(_))
     }
 
-    /// Whether others have the socket too, and will have it when this is dropped.
+    /// Whether another process has the socket too, and keeps it when this is dropped.
     #[must_use]
     pub fn is_shared(&self) -> bool {
         self.shared.is_some()
     }
 
-    /// Notes that accepting failed. Whether that is news.
+    /// Records that accepting failed. Returns whether the attempt before had not.
     pub(crate) fn fails(&self) -> bool {
         !self.failing.swap(true, Relaxed)
     }
 
-    /// Notes that accepting went well. Whether that is news.
+    /// Records that accepting succeeded. Returns whether the attempt before had failed.
     pub(crate) fn recovers(&self) -> bool {
         self.failing.load(Relaxed) && self.failing.swap(false, Relaxed)
     }
@@ -245,7 +251,8 @@ impl AsFd for Listener {
     }
 }
 
-/// Asks after this long in silence, and then a few times more (tcp(7), `TCP_KEEPIDLE`).
+/// TCP keepalive that probes after so much silence, and then a few times more (tcp(7),
+/// `TCP_KEEPIDLE`).
 pub(crate) fn keepalive(after: Duration) -> TcpKeepalive {
     const INTERVAL: Duration = Duration::from_secs(15);
     const PROBES: u32 = 4;
@@ -263,7 +270,7 @@ fn tcp_socket(address: SocketAddr) -> io::Result<Socket> {
     if address.is_ipv6() {
         socket.set_only_v6(true)?;
     }
-    // Connections of a former run that linger in TIME_WAIT don't hold the address.
+    // Otherwise connections of a former run in TIME_WAIT would block the address.
     socket.set_reuse_address(true)?;
     Ok(socket)
 }

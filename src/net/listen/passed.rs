@@ -1,4 +1,4 @@
-//! A listening socket that another process has too, and has made: the service manager's.
+//! A listening socket that another process, the service manager, has created and passed to lbd.
 
 use std::{io, sync::Arc};
 
@@ -7,11 +7,11 @@ use socket2::Socket;
 use super::{BindError, Listener};
 use crate::config::Listen;
 
-/// A socket that lbd was given, and whoever gave it keeps.
+/// A listening socket that was passed to lbd, and that the passing process keeps.
 ///
-/// It is left as it came: clients in its queue, its path, its backlog. Only O_NONBLOCK, which belongs
-/// to the open file description and so to everybody (open(2)), is set while a [`Listener`] needs it;
-/// it is as it was when this is dropped.
+/// lbd leaves it as it was: the clients in its queue, its path, its backlog. Only O_NONBLOCK, which
+/// belongs to the open file description and so affects every process (open(2)), is set while a
+/// [`Listener`] needs it. It is restored when this is dropped.
 #[derive(Debug)]
 pub struct Shared {
     socket: Socket,
@@ -24,14 +24,14 @@ impl Shared {
     /// Takes over a listening stream socket that was passed under `name`.
     ///
     /// # Errors
-    /// `AddrNotAvailable` where it has neither an IP address nor a path.
+    /// `AddrNotAvailable` if it has neither an IP address nor a path.
     pub fn new(socket: Socket, name: String) -> io::Result<Self> {
         let address = Self::address_of(&socket).ok_or(io::ErrorKind::AddrNotAvailable)?;
         let was_blocking = !socket.nonblocking()?;
         Ok(Self { socket, name, address, was_blocking })
     }
 
-    /// Where `socket` is bound, if that is what a configuration can name.
+    /// The address of `socket`, if a configuration can name such an address.
     #[must_use]
     pub fn address_of(socket: &Socket) -> Option<Listen> {
         let address = socket.local_addr().ok()?;
@@ -39,13 +39,13 @@ impl Shared {
         tcp.or_else(|| Some(Listen::Unix(address.as_pathname()?.to_owned())))
     }
 
-    /// What it was passed as (`FileDescriptorName=`).
+    /// The name under which it was passed (`FileDescriptorName=`).
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Where it is bound.
+    /// The address that it is bound to.
     #[must_use]
     pub fn address(&self) -> &Listen {
         &self.address
@@ -61,17 +61,19 @@ impl Shared {
 impl Drop for Shared {
     fn drop(&mut self) {
         if self.was_blocking {
-            // Who passed it may do without; most set it anew for whom they pass it to next.
+            // A failure is harmless: most service managers set the flag anew for the process that
+            // they pass the socket to next.
             _ = self.socket.set_nonblocking(false);
         }
     }
 }
 
 impl Listener {
-    /// A listener for `listen` on a socket that is bound there, or stands for it.
+    /// Creates a listener for `listen` on a socket that is bound there, or is configured to stand
+    /// for it.
     ///
     /// # Errors
-    /// Where there is no descriptor left, or the socket is of an unexpected kind.
+    /// If no descriptor is left, or the socket is of an unexpected kind.
     pub fn share(shared: &Arc<Shared>, listen: &Listen) -> Result<Self, BindError> {
         let socket = shared.socket.try_clone();
         socket

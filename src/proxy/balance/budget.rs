@@ -1,26 +1,26 @@
-//! How many connections the process may hold, and how the services share that.
+//! The limit on connections of the whole process, and how the services share it.
 
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::{BEGAN, limit::ConnectionLimit, waker::Waker};
 
-/// All connections that the process may hold.
+/// The limit on connections of the process.
 #[derive(Debug)]
 pub(crate) struct Budget {
     all: ConnectionLimit,
-    /// Those of them that no service has for itself.
+    /// The part that all services share.
     common: ConnectionLimit,
-    /// A few more, for connections that waited for a worker which is gone.
+    /// A few more permits, for connections drained from the queue of a worker that has exited.
     spare: ConnectionLimit,
-    /// Those that each service has for itself.
+    /// The part reserved for each service.
     shares: Mutex<Vec<Weak<ConnectionLimit>>>,
     waker: Arc<Waker>,
 }
 
 impl Budget {
-    /// Of so many connections; `waker` wakes those that were turned away.
+    /// A budget of `connections`. `waker` wakes the threads that were turned away.
     pub(crate) fn new(connections: usize, waker: Arc<Waker>) -> Self {
-        // What comes later is counted from here.
+        // Starts the clock of `super::nanoseconds`.
         LazyLock::force(&BEGAN);
         let spare = spare(connections);
         Self {
@@ -37,8 +37,8 @@ impl Budget {
         self.all.held() + self.spare.held()
     }
 
-    /// How many there may be, but for the few that are kept for those that waited for a worker
-    /// which is gone.
+    /// The limit without the spare permits, which are kept for connections drained from the queue
+    /// of a worker that has exited.
     pub(crate) fn limit(&self) -> usize {
         self.all.limit()
     }
@@ -47,14 +47,14 @@ impl Budget {
         &self.waker
     }
 
-    /// Half of it is divided among the services, so that none can take all from another; the other
-    /// half is for whoever comes first. What a service holds beyond its share when that becomes
-    /// smaller, it keeps.
+    /// Half of the limit is divided among the services, so that none can take everything from
+    /// another. The other half is first come, first served. If a service holds more than its share
+    /// when that shrinks, it keeps them.
     fn divide(&self, shares: &[Weak<ConnectionLimit>]) {
         let all = self.all.limit();
         let share = match shares.len() {
             0 | 1 => usize::MAX,
-            // All of it, where there is not even one for each.
+            // At least one for each service, even if the sum of the shares then exceeds the limit.
             count => (all / 2 / count).max(1).min(all),
         };
         let divided = if share == usize::MAX { 0 } else { share.saturating_mul(shares.len()) };
@@ -72,39 +72,43 @@ impl Budget {
     }
 }
 
-/// How many of so many connections are kept for those that waited for a worker which is gone.
+/// How many of `connections` permits are spare: kept for connections drained from the queue of a
+/// worker that has exited.
 ///
-/// Their clients are counted already where they came through lbd, perhaps as all there may be.
+/// A drained connection that lbd itself made to the worker belongs to a client connection which
+/// already holds a permit. All normal permits may be held by such clients.
 fn spare(connections: usize) -> usize {
     if connections <= 8 { 0 } else { (connections / 16).clamp(1, 64) }
 }
 
-/// One service's part in the budget, from its beginning to its end.
+/// One service's share of the budget, for as long as the service exists.
 #[derive(Debug)]
 pub(crate) struct Share {
-    /// How many no other service can take from it; all, with `usize::MAX`, where it is the only one.
+    /// The permits reserved for this service; `usize::MAX` if it is the only service and may use
+    /// all.
     limit: Arc<ConnectionLimit>,
     budget: Arc<Budget>,
 }
 
-/// What one connection was counted as.
+/// The part of the budget that a connection counts against.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Part {
-    /// One of all, where there is only one service.
+    /// Only `all`, while there is a single service.
     Any,
-    /// One that no other service could have taken.
+    /// The share reserved for its service.
     Share,
-    /// One of those that are for whoever comes first.
+    /// The part that all services share.
     Common,
-    /// One for a connection that waited for a worker which is gone, when there were no others.
+    /// A spare permit for a connection drained from the queue of a worker that has exited, when
+    /// there was no other.
     Spare,
 }
 
 impl Share {
-    /// A share for one more service; those of the others become smaller.
+    /// Adds a share for one more service; the shares of the others shrink.
     pub(crate) fn new(budget: Arc<Budget>) -> Self {
         let limit = Arc::new(ConnectionLimit::new(usize::MAX));
-        // Until all are set: another that divides meanwhile knows of other services.
+        // Held until all are set: a concurrent `divide` would work with another list of services.
         let mut shares = budget.shares();
         shares.push(Arc::downgrade(&limit));
         budget.divide(&shares);
@@ -116,14 +120,14 @@ impl Share {
         &self.budget
     }
 
-    /// Counts one more connection; `None` where there may be no more, and every thread is woken when
-    /// there may be.
+    /// Counts one more connection. Returns `None` if the limit is reached; every thread is woken
+    /// when there may be room.
     pub(crate) fn take(&self) -> Option<Part> {
         let part = match self.limit.limit() {
             usize::MAX => Part::Any,
             _ if self.limit.try_enter() => Part::Share,
             _ if self.budget.common.enter() => Part::Common,
-            // Marks that one waits for it, which has to be told.
+            // `enter`, unlike `try_enter`, also marks that a client waits and has to be woken.
             _ if self.limit.enter() => Part::Share,
             _ => return None,
         };
@@ -136,12 +140,13 @@ impl Share {
         Some(part)
     }
 
-    /// The same for a connection that waited for a worker which is gone. Nobody waits for this one.
+    /// The same for a connection that is drained from the queue of a worker that has exited. The
+    /// caller does not wait for a spare permit.
     pub(crate) fn take_spare(&self) -> Option<Part> {
         self.take().or_else(|| self.budget.spare.try_enter().then_some(Part::Spare))
     }
 
-    /// One connection less. Whether somebody waits who may come in now.
+    /// Counts one connection less. Returns whether clients wait that may come in now.
     pub(crate) fn give_back(&self, part: Part) -> bool {
         let is_awaited = self.give_back_part(part);
         let all = match part {
@@ -151,7 +156,7 @@ impl Share {
         is_awaited || all.wake
     }
 
-    /// What it is besides one of all.
+    /// Gives back the part that is not counted in `all`.
     fn give_back_part(&self, part: Part) -> bool {
         match part {
             Part::Any | Part::Spare => false,

@@ -1,7 +1,8 @@
-//! What is counted, by worker and by service, beyond what `/status` shows: for the metrics.
+//! The counters of workers and services for the metrics, beyond what `/status` shows.
 //!
-//! All of it only grows. Data threads add and never look; what happens once a connection and on all
-//! threads alike goes into their own shards of a [`Histogram`], what is rare into one counter.
+//! All counters only grow. Data threads add to them and never read them. What happens on every
+//! connection, on all threads alike, is counted in per-thread shards of a [`Histogram`]; rare
+//! events share one counter.
 
 use std::{
     array,
@@ -16,7 +17,7 @@ use crate::{
     per_thread::PerThread,
 };
 
-/// How often something happened for which reason, in a fixed order of the reasons.
+/// Counts by reason, in a fixed order of the reasons.
 pub type Reasons<const N: usize> = [(&'static str, u64); N];
 
 /// One worker's counters.
@@ -29,18 +30,18 @@ pub(crate) struct WorkerCounters {
     relayed: PerThread<Relayed>,
 }
 
-/// What one thread has passed on between clients and a worker.
+/// What one thread has relayed between clients and a worker.
 #[derive(Debug, Default)]
 struct Relayed {
-    /// Bytes handed to clients.
+    /// Bytes sent to clients.
     sent: AtomicU64,
-    /// Bytes handed to the worker.
+    /// Bytes sent to the worker.
     received: AtomicU64,
     /// Connections that the worker has begun to answer.
     answered: AtomicU64,
 }
 
-/// One service's counters: of connections that no worker has, or not yet.
+/// The counters of one service: of connections that have no worker, or do not have one yet.
 #[derive(Debug, Default)]
 pub(crate) struct ServiceCounters {
     failures: [AtomicU64; Outcome::OF_OTHERS.len()],
@@ -50,34 +51,34 @@ pub(crate) struct ServiceCounters {
     rescued: AtomicU64,
 }
 
-/// What was counted of a worker, or of several one after the other.
+/// A snapshot of a worker's counters, or the sum of several workers'.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct WorkerTally {
     /// Connections it took.
     pub total: u64,
-    /// Bytes handed to clients.
+    /// Bytes sent to clients.
     pub sent: u64,
-    /// Bytes handed to the worker.
+    /// Bytes sent to the worker.
     pub received: u64,
-    /// From the connect to the worker's answer, of each connection it took. A turn of the loop is
-    /// the grain: what is answered at once takes no time.
+    /// The time from the connect to the worker's answer, for each connection it took. The
+    /// resolution is a turn of the loop: what is answered at once counts as zero.
     pub connect: Durations,
-    /// From acceptance to the end, of each connection it took that has ended.
+    /// The time from acceptance to the end, for each connection it took that has ended.
     pub duration: Durations,
     refusals: [u64; ConnectError::ALL.len()],
     failures: [u64; Outcome::OF_TAKEN.len()],
 }
 
-/// What was counted of a service.
+/// A snapshot of a service's counters.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct ServiceTally {
     /// Connections that had to wait for a worker.
     pub held: u64,
-    /// How long, of those that have one now or were given up.
+    /// How long they waited, for those that have a worker now or were given up.
     pub hold: Durations,
-    /// Connections that a worker took after another had not.
+    /// Connections that a worker took after another did not.
     pub retried: u64,
-    /// Connections taken over from the queue of a worker that was gone or hung.
+    /// Connections drained from the accept queue of a worker that had exited or hung.
     pub rescued: u64,
     failures: [u64; Outcome::OF_OTHERS.len()],
 }
@@ -133,7 +134,8 @@ impl WorkerCounters {
         self.refusals.iter().map(|count| count.load(Relaxed)).sum()
     }
 
-    /// All that is counted here: the connections that the kernel hands to a worker are not.
+    /// A snapshot of these counters. The connections that the kernel hands to a worker are not
+    /// included.
     pub(crate) fn read(&self) -> WorkerTally {
         WorkerTally {
             total: self.taken(),
@@ -182,13 +184,13 @@ impl ServiceCounters {
 }
 
 impl WorkerTally {
-    /// Connects that failed, by their reasons.
+    /// Failed connects, by reason.
     #[must_use]
     pub fn refusals(&self) -> Reasons<{ ConnectError::ALL.len() }> {
         array::from_fn(|reason| (ConnectError::ALL[reason].name(), self.refusals[reason]))
     }
 
-    /// Connections it took that did not end well, by their reasons.
+    /// Connections it took that did not end well, by reason.
     #[must_use]
     pub fn failures(&self) -> Reasons<{ Outcome::OF_TAKEN.len() }> {
         array::from_fn(|reason| (Outcome::OF_TAKEN[reason].name(), self.failures[reason]))
@@ -196,7 +198,7 @@ impl WorkerTally {
 }
 
 impl ServiceTally {
-    /// Connections that no worker took, by their reasons.
+    /// Connections that no worker took, by reason.
     #[must_use]
     pub fn failures(&self) -> Reasons<{ Outcome::OF_OTHERS.len() }> {
         array::from_fn(|reason| (Outcome::OF_OTHERS[reason].name(), self.failures[reason]))

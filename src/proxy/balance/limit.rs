@@ -1,22 +1,22 @@
-//! How many connections may be held at once.
+//! A limit on the number of connections held at once.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 
-/// Counts what is held, and never lets more in than the limit.
+/// Counts connections, and never admits more than the limit.
 #[derive(Debug)]
 pub(super) struct ConnectionLimit {
     held: AtomicUsize,
     limit: AtomicUsize,
-    /// Somebody was turned away since the last wakeup.
+    /// Whether a client was turned away since the last wakeup.
     waiting: AtomicBool,
 }
 
-/// What one less calls for.
+/// What has to be done after a connection was given back.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Left {
-    /// Somebody waits who may come in now: wake them.
+    /// Clients wait that may come in now: wake the threads.
     pub(super) wake: bool,
-    /// Nothing is held any more.
+    /// No connection is held any more.
     pub(super) empty: bool,
 }
 
@@ -33,12 +33,13 @@ impl ConnectionLimit {
         self.held.load(SeqCst)
     }
 
-    /// Counts one more. After `false`, the next [`leave`](Self::leave) or
-    /// [`set_limit`](Self::set_limit) that makes room tells its caller to wake those who wait.
+    /// Counts one more connection, if the limit allows. After `false`, the next
+    /// [`leave`](Self::leave) or [`set_limit`](Self::set_limit) that makes room tells its caller to
+    /// wake the threads.
     pub(super) fn enter(&self) -> bool {
         self.try_enter() || {
             self.waiting.store(true, SeqCst);
-            // Room made between the look and the mark would wake nobody: look again.
+            // Room made between the check and the mark wakes no thread: check again.
             self.try_enter()
         }
     }
@@ -47,7 +48,7 @@ impl ConnectionLimit {
         self.limit.load(SeqCst)
     }
 
-    /// Counts one more even past the limit.
+    /// Counts one more connection, even beyond the limit.
     pub(super) fn force(&self) {
         self.held.fetch_add(1, SeqCst);
     }
@@ -57,19 +58,19 @@ impl ConnectionLimit {
         Left { wake: self.take_waiting(), empty }
     }
 
-    /// Whether somebody waits who may now find room.
+    /// Changes the limit. Returns whether clients wait that may come in now.
     pub(super) fn set_limit(&self, limit: usize) -> bool {
         self.limit.store(limit, SeqCst);
         self.take_waiting()
     }
 
-    /// As [`enter`](Self::enter), but for somebody who does not wait here.
+    /// As [`enter`](Self::enter), but for a caller that does not wait for room.
     pub(super) fn try_enter(&self) -> bool {
         let limit = self.limit.load(SeqCst);
         self.held.fetch_update(SeqCst, SeqCst, |held| (held < limit).then_some(held + 1)).is_ok()
     }
 
-    /// The plain load keeps the cache line shared where nobody waits, which is nearly always.
+    /// The plain load keeps the cache line shared while no client waits, which is nearly always.
     fn take_waiting(&self) -> bool {
         self.waiting.load(SeqCst) && self.waiting.swap(false, SeqCst)
     }

@@ -1,9 +1,10 @@
-//! Who gets which connection: backends, the pool of them and its algorithms, limits and permits, those
-//! that wait, and what is counted.
+//! Load balancing: backends, the pool and its algorithms, limits and permits, wait lists, and
+//! counters.
 //!
-//! No engine is in here: nothing of sockets that are read or written, of epoll or of a thread's loop.
-//! Whoever moves bytes asks for a [`Permit`] and a [`Lease`], waits in a [`WaitList`] where there is
-//! none, and says how it went by an [`Outcome`].
+//! This module knows no engine: it neither reads nor writes sockets, and knows nothing of epoll or
+//! of a thread's loop. An engine takes a [`Permit`] and a [`Lease`] for a connection, puts the
+//! connection on a [`WaitList`] if no backend is available, and reports the result as an
+//! [`Outcome`].
 
 mod backend;
 mod budget;
@@ -35,7 +36,7 @@ pub(crate) use waker::Waker;
 
 static BEGAN: LazyLock<Instant> = LazyLock::new(Instant::now);
 
-/// When `at` was, as one number: nanoseconds since the first time that anybody asked.
+/// Converts `at` to nanoseconds since `BEGAN`, which is set when it is first used.
 fn nanoseconds(at: Instant) -> u64 {
     let since = at.saturating_duration_since(*BEGAN).as_nanos();
     u64::try_from(since).unwrap_or(u64::MAX - 1)

@@ -1,4 +1,4 @@
-//! How it went: a connection as a whole, and the attempt to reach one worker.
+//! Outcomes: of a connection as a whole, and of the attempt to reach one worker.
 
 use std::fmt;
 
@@ -9,20 +9,21 @@ use nix::errno::Errno;
 pub(crate) enum Outcome {
     /// Both sides ended their streams.
     Closed,
-    /// The worker ended it without a word, though the client had said something and had not ended.
+    /// The worker ended the connection without sending anything, although the client had sent
+    /// something and had not ended.
     NoAnswer,
     ClientReset,
     WorkerReset,
     /// The client left before it had a worker.
     ClientGone,
-    /// The client left at once, and never said anything: somebody looked whether lbd is there.
+    /// The client left at once and never sent anything, as a port check does.
     NothingSaid,
-    /// It did not begin with the PROXY header that it has to begin with.
+    /// The client did not send the PROXY header that is required.
     NoHeader,
     Idle,
     /// No worker became healthy, or had room, in time.
     HoldTimeout,
-    /// There was none, and none was to come.
+    /// There was no worker, and none was being started.
     NoWorker,
     /// lbd stopped.
     Stopped,
@@ -31,7 +32,7 @@ pub(crate) enum Outcome {
 }
 
 impl Outcome {
-    /// Those of a connection that a worker has taken, but [`Self::Closed`].
+    /// The outcomes of a connection that a worker has taken, except [`Self::Closed`].
     pub(crate) const OF_TAKEN: [Self; 6] = [
         Self::ClientReset,
         Self::WorkerReset,
@@ -40,7 +41,7 @@ impl Outcome {
         Self::Stopped,
         Self::Failed,
     ];
-    /// Those of one that none has taken.
+    /// The outcomes of a connection that no worker has taken.
     pub(crate) const OF_OTHERS: [Self; 6] = [
         Self::ClientGone,
         Self::HoldTimeout,
@@ -50,7 +51,7 @@ impl Outcome {
         Self::Failed,
     ];
 
-    /// What the access log and the metrics call it.
+    /// The name in the access log and the metrics.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Closed => "closed",
@@ -67,8 +68,8 @@ impl Outcome {
         }
     }
 
-    /// Whether both sides have ended their streams, or nobody is there to be told anything else, so
-    /// that a close shows no end that there was not.
+    /// Whether a plain close is right, instead of a reset: both sides have ended their streams, or
+    /// no peer is left to mistake the close for a complete stream.
     pub(crate) fn is_orderly(self) -> bool {
         matches!(self, Self::Closed | Self::NoAnswer | Self::NothingSaid)
     }
@@ -80,11 +81,11 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// Why a worker did not take a connection.
+/// Why a connect to a worker failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ConnectError {
     Refused,
-    /// It did not answer in time: as a rule, its accept queue is full.
+    /// The connect was not answered in time, as a rule because the accept queue is full.
     Timeout,
     /// Anything else, such as that there is no route to its host.
     Error,

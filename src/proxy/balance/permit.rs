@@ -1,10 +1,10 @@
-//! The right to hold one connection.
+//! Permits: each is the right to hold one connection.
 
 use std::sync::Arc;
 
 use super::{budget::Part, service::ServiceHandle, shortage::Shortage};
 
-/// A connection among those held at once, by its service and by the whole process. It is taken
+/// One of the connections that the service, and the whole process, may hold at once. It is taken
 /// before the connection is accepted, so that the limits are never exceeded.
 #[derive(Debug)]
 pub(crate) struct Permit {
@@ -18,7 +18,7 @@ pub struct ReservedPermit(pub(crate) Permit);
 
 impl Permit {
     /// # Errors
-    /// What there is no more of; the threads are woken when there may be.
+    /// What is exhausted. The threads are woken when there may be room.
     pub(crate) fn take(service: &Arc<ServiceHandle>) -> Result<Self, Shortage> {
         if !service.limit().enter() {
             return Err(Shortage::Service);
@@ -38,8 +38,9 @@ impl Permit {
 }
 
 impl ReservedPermit {
-    /// One for a connection that is about to be taken out of a worker's accept queue, where the
-    /// process has room for it. That the service is full does not matter: its client is there already.
+    /// Takes a permit for a connection that is about to be drained from a worker's accept queue, if
+    /// the process has room for it. The limit of the service does not apply: its client is
+    /// connected already.
     #[must_use]
     pub fn take(service: &Arc<ServiceHandle>) -> Option<Self> {
         let part = service.share().take_spare()?;
@@ -50,7 +51,7 @@ impl ReservedPermit {
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        // A connection gives back its worker first.
+        // A connection drops its lease before its permit, so the worker has room now.
         self.service.has_room();
         let wake = self.service.share().give_back(self.part);
         if self.service.leave() || wake {

@@ -1,4 +1,4 @@
-//! The immutable snapshot that connections are placed by.
+//! The pool: the immutable snapshot of backends by which connections are assigned.
 
 use std::{
     net::IpAddr,
@@ -15,10 +15,10 @@ use crate::{
     net::rotation,
 };
 
-/// Where a service's connections may go, as the supervisor last saw it.
+/// The backends of a service, as the supervisor last saw them.
 ///
-/// Only the rotation's cursor moves; it is shared by all threads, so that connections that come one
-/// after another go to one worker after another, whichever thread takes them.
+/// Only the round-robin cursor changes. All threads share it, so that successive connections go to
+/// successive workers, whichever thread accepts them.
 #[derive(Debug)]
 pub struct Pool {
     backends: Box<[Arc<Backend>]>,
@@ -30,27 +30,28 @@ pub struct Pool {
 /// Why there is no worker for a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum NoBackend {
-    /// All were tried.
+    /// All backends were tried.
     Left,
-    /// Some were not, but their accept queues were full a moment ago.
+    /// Some backends were not tried, because their accept queues were full a moment ago.
     Congested,
-    /// Some were not, but have as many connections as they may.
+    /// Some backends were not tried, because they have as many connections as they may.
     HasRoom,
 }
 
-/// Who is picked.
+/// Which backends may be picked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Choice {
-    /// Anybody whose accept queue is not known to be full.
+    /// Only backends whose accept queue is not known to be full.
     Clear,
-    /// Those first, and then the others: somebody has to find out whether they have room again.
+    /// Those first, and then the backends whose queue was full: some connection has to find out
+    /// whether they have room again.
     Any,
 }
 
 impl Pool {
     /// A pool of the healthy workers, in the order of the rotation. `coming` is the earliest
-    /// instant at which another is on its way (in the past: it is being started now), `None` where
-    /// none is to come.
+    /// instant at which another worker will be started (in the past: it is being started now);
+    /// `None` if none will be.
     #[must_use]
     pub fn new(
         backends: Vec<Arc<Backend>>,
@@ -66,34 +67,35 @@ impl Pool {
         &self.backends
     }
 
-    /// How connections are to be treated.
+    /// The settings for balancing and timeouts.
     #[must_use]
     pub fn routing(&self) -> &Routing {
         &self.routing
     }
 
-    /// Whether the workers are those of `other`.
+    /// Whether both pools have the same workers.
     pub(crate) fn has_those_of(&self, other: &Self) -> bool {
         let ids = |pool: &Self| pool.backends.iter().map(|u| u.id()).collect::<Vec<_>>();
         ids(self) == ids(other)
     }
 
-    /// Whether a worker is on its way for a connection that came then, within `hold-timeout`.
+    /// Whether another worker will be started soon enough for a connection that arrived at `came`,
+    /// that is within `hold-timeout`.
     pub(crate) fn is_coming_by(&self, came: Instant) -> bool {
         let until = came.checked_add(self.routing.hold_timeout);
         self.coming.is_some_and(|at| until.is_none_or(|until| at <= until))
     }
 
-    /// Goes on where `old` stopped: with the first slot after the one last used, so that a change
-    /// of members hits no worker twice in a row.
+    /// Continues the rotation of `old`: the next turn goes to the first slot after the one last
+    /// used, so that a change of members gives no worker two turns in a row.
     pub(crate) fn succeed(&mut self, old: &Self) {
         let slots = |pool: &Self| pool.backends.iter().map(|u| u.slot()).collect::<Vec<_>>();
         let turns = old.cursor.load(Relaxed) as u64;
         *self.cursor.get_mut() = rotation::continued(turns, &slots(old), &slots(self)) as usize;
     }
 
-    /// The worker for a connection from `client` (`None`: it has no address), leaving out those
-    /// whose ids are in `tried`, which is as it was on return.
+    /// Picks the worker for a connection from `client` (`None`: the client has no address). Workers
+    /// whose ids are in `tried` are left out; `tried` is unchanged on return.
     pub(crate) fn pick(
         &self,
         client: Option<IpAddr>,
@@ -137,7 +139,7 @@ impl Pool {
             match backend.acquire(self.routing.worker_connections) {
                 Ok(lease) => break Ok(lease),
                 Err(LeaseError::Full) => nobody = NoBackend::HasRoom,
-                // Since this snapshot was taken.
+                // The backend was retired after this snapshot was taken.
                 Err(LeaseError::Retired) => {}
             }
             tried.push(backend.id());
@@ -146,23 +148,25 @@ impl Pool {
         lease
     }
 
-    /// Each look takes a turn of the rotation, so that those passed over don't give their turns to
-    /// their neighbour alone.
+    /// Each attempt takes a turn of the rotation. Otherwise the turns of the workers that are
+    /// passed over would all go to their one neighbour.
     fn next(&self, tried: &[u64]) -> Option<&Arc<Backend>> {
         let count = self.backends.len();
         let turns = (0..count).map(|_| self.turn());
-        // Other threads take turns too, so that one round of looks may have missed one.
+        // Other threads take turns too, so this thread's turns may miss a worker: the chained
+        // `0..count` covers all of them.
         turns.chain(0..count).map(|i| &self.backends[i]).find(|u| !tried.contains(&u.id()))
     }
 
     fn least(&self, tried: &[u64]) -> Option<&Arc<Backend>> {
         let (before, after) = self.backends.split_at(self.turn().min(self.backends.len()));
-        // The first of several least ones is taken.
+        // `min_by_key` returns the first of several equal ones: here the next in the rotation.
         after.iter().chain(before).filter(|u| !tried.contains(&u.id())).min_by_key(|u| u.active())
     }
 
     /// Rendezvous hashing (Thaler and Ravishankar, 1998): each slot draws a number for the client,
-    /// the highest wins. So a slot that leaves moves its own clients only, and gets them back.
+    /// and the highest wins. So when a slot leaves, only its own clients move, and they return when
+    /// it does.
     fn hashed(&self, client: IpAddr, tried: &[u64]) -> Option<&Arc<Backend>> {
         let client = match client.to_canonical() {
             IpAddr::V4(v4) => u128::from(v4.to_bits()),

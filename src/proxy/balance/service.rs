@@ -1,4 +1,4 @@
-//! A service, as its listeners and connections see it.
+//! The state of one service that its listeners and connections share.
 
 use std::sync::{
     Arc, Mutex, PoisonError,
@@ -21,27 +21,29 @@ use super::{
     waker::Waker,
 };
 
-/// Where the supervisor publishes a service's [`Pool`] and reads what is held.
+/// The handle of a service: the supervisor publishes a [`Pool`] here, and reads how many
+/// connections are held.
 #[derive(Debug)]
 pub struct ServiceHandle {
     name: Arc<str>,
     /// Whether each connection is logged at its end.
     access: Arc<AtomicBool>,
     pool: Mutex<Arc<Pool>>,
-    /// Counts the pools, so that a data thread looks behind the lock only when there is a new one.
+    /// The number of pools published so far, so that a data thread takes the lock only when there
+    /// is a new pool.
     version: AtomicU64,
-    /// Counts the times that the longest waiting was told to look for a worker again.
+    /// How often the longest-waiting connection was told to look for a worker again.
     calls: AtomicU64,
-    /// Connections wait, and are to be told when a worker has room.
+    /// Set while connections wait and must be told when a worker has room.
     crowded: AtomicBool,
-    /// For each thread, when the first came of those that wait there: nanoseconds since the threads
-    /// were started, or [`NOBODY`].
+    /// For each thread, the arrival time of the first connection on its wait list, in nanoseconds
+    /// since the threads were started; or [`NOBODY`].
     heads: Box<[AtomicU64]>,
     limit: ConnectionLimit,
     share: Share,
     waiting: AtomicUsize,
     emptied: Notify,
-    /// Nobody waits for a worker any more.
+    /// Notified when no connection waits for a worker any more.
     placed: Notify,
     shortages: Shortages,
     counters: ServiceCounters,
@@ -79,8 +81,8 @@ impl ServiceHandle {
         &self.name
     }
 
-    /// Replaces the pool; every connection placed after the return goes by the new one, and those
-    /// that wait for a worker look again. The rotation goes on where it was.
+    /// Replaces the pool. Every connection assigned after the return uses the new one, and waiting
+    /// connections look for a worker again. The rotation continues where it was.
     pub fn publish(&self, mut pool: Pool) {
         let limit = limit(&pool);
         let concerns_all = {
@@ -91,8 +93,9 @@ impl ServiceHandle {
             self.version.fetch_add(1, SeqCst);
             concerns_all
         };
-        // Those turned away at the limit, timeouts that became shorter, and workers that are to be let go
-        // of are every thread's business; else it is that of the threads where somebody waits.
+        // All threads have to be woken if the limit has room for clients that were turned away, if
+        // timeouts became shorter, or if the threads have to let go of workers that the new pool no
+        // longer has. Otherwise only the threads with waiting connections.
         if self.limit.set_limit(limit) || concerns_all {
             self.waker().wake_all();
         } else {
@@ -103,26 +106,26 @@ impl ServiceHandle {
         }
     }
 
-    /// Connections held, those that wait for a worker included.
+    /// The number of connections held, including those that wait for a worker.
     #[must_use]
     pub fn active(&self) -> usize {
         self.limit.held()
     }
 
-    /// Connections that wait for a worker.
+    /// The number of connections that wait for a worker.
     #[must_use]
     pub fn waiting(&self) -> usize {
         self.waiting.load(Relaxed)
     }
 
-    /// All that only grows, each number exact by itself.
+    /// A snapshot of the counters, which only grow. Each number is exact by itself.
     #[must_use]
     pub fn tally(&self) -> ServiceTally {
         self.counters.read()
     }
 
-    /// Returns when the service holds no connection; at once if it holds none. May be dropped at
-    /// any time. It doesn't stop new ones: [close](crate::proxy::DataPlane::close) the listeners first.
+    /// Completes when the service holds no connection. May be dropped at any time. It doesn't stop
+    /// new connections: [close](crate::proxy::DataPlane::close) the listeners first.
     pub async fn emptied(&self) {
         loop {
             let emptied = self.emptied.notified();
@@ -135,8 +138,7 @@ impl ServiceHandle {
         }
     }
 
-    /// Returns when no connection waits for a worker; at once if none does. May be dropped at any
-    /// time.
+    /// Completes when no connection waits for a worker. May be dropped at any time.
     pub async fn placed(&self) {
         loop {
             let placed = self.placed.notified();
@@ -161,7 +163,7 @@ impl ServiceHandle {
         self.share.budget().waker()
     }
 
-    /// It holds one connection less. Whether somebody waits who may come in now.
+    /// Counts one connection less. Returns whether some client was turned away and may come in now.
     pub(super) fn leave(&self) -> bool {
         let left = self.limit.leave();
         if left.empty {
@@ -174,7 +176,7 @@ impl ServiceHandle {
         &self.shortages
     }
 
-    /// Clients wait for want of this.
+    /// Reports that clients wait because of this shortage.
     pub(crate) fn is_short_of(&self, what: Shortage) {
         let limit = match what {
             Shortage::Service => Some(self.limit.limit()),
@@ -200,7 +202,7 @@ impl ServiceHandle {
         self.version.load(SeqCst)
     }
 
-    /// How often the longest waiting was told to look again.
+    /// How often the longest-waiting connection was told to look again.
     pub(crate) fn calls(&self) -> u64 {
         self.calls.load(SeqCst)
     }
@@ -211,28 +213,29 @@ impl ServiceHandle {
         (Arc::clone(&pool), self.version())
     }
 
-    /// Connections are about to wait for a worker that has room. The first has to look once more after
-    /// this: room made before wakes nobody.
+    /// Says that connections are about to wait for a worker with room. The first of them has to
+    /// look once more after this call: room that was made before it wakes no thread.
     pub(crate) fn mark_crowded(&self) {
         self.crowded.store(true, SeqCst);
     }
 
-    /// To be called when a worker has one connection less: the longest waiting looks again.
+    /// To be called when a worker has one connection less: the longest-waiting connection looks
+    /// again.
     pub(crate) fn has_room(&self) {
-        // The plain load keeps the cache line shared where nobody waits.
+        // The plain load keeps the cache line shared while no connection waits.
         if self.crowded.load(SeqCst) && self.crowded.swap(false, SeqCst) {
             self.pass_on(None);
         }
     }
 
-    /// Says who is the first of those that wait at `thread`, by when it came.
+    /// Publishes the arrival time of the first waiting connection of `thread`.
     pub(crate) fn set_head(&self, thread: usize, came: Option<Instant>) {
         let head = came.map_or(NOBODY, nanoseconds);
         self.heads[thread].store(head, SeqCst);
     }
 
-    /// Whether it is the turn of one at `thread` who came then, or near enough; if not, whose it is
-    /// has been told.
+    /// Whether a connection of `thread` that arrived at `came` may go first: no other thread has
+    /// one that is older by more than [`NEAR`]. If another does, that thread is woken.
     pub(crate) fn is_turn(&self, thread: usize, came: Instant) -> bool {
         let came = nanoseconds(came);
         match self.longest(Some(thread)) {
@@ -245,7 +248,7 @@ impl ServiceHandle {
         }
     }
 
-    /// Has the longest waiting look again, at whatever thread but this.
+    /// Makes the longest-waiting connection look for a worker again, on any thread except `but`.
     pub(crate) fn pass_on(&self, but: Option<usize>) {
         if let Some((thread, _)) = self.longest(but) {
             self.calls.fetch_add(1, SeqCst);
@@ -253,7 +256,7 @@ impl ServiceHandle {
         }
     }
 
-    /// Where the longest waiting is, and when it came.
+    /// The thread with the longest-waiting connection, and its arrival time.
     fn longest(&self, but: Option<usize>) -> Option<(usize, u64)> {
         let heads = self.heads.iter().map(|head| head.load(SeqCst)).enumerate();
         heads
@@ -261,12 +264,12 @@ impl ServiceHandle {
             .min_by_key(|(_, head)| *head)
     }
 
-    /// One more waits.
+    /// Counts one more waiting connection.
     pub(crate) fn begins_to_wait(&self) {
         self.waiting.fetch_add(1, SeqCst);
     }
 
-    /// One waits no longer. Whether it was the last of all threads.
+    /// Counts one waiting connection less. Returns whether it was the last one of all threads.
     pub(crate) fn ends_to_wait(&self) -> bool {
         let is_last = self.waiting.fetch_sub(1, SeqCst) == 1;
         if is_last {
@@ -276,10 +279,11 @@ impl ServiceHandle {
     }
 }
 
-/// In place of when somebody came.
+/// Stands for an arrival time where no connection waits.
 const NOBODY: u64 = u64::MAX;
 
-/// In nanoseconds: whoever came so soon after another, at another thread, need not let it go first.
+/// In nanoseconds: connections on different threads that arrived within this time need not keep
+/// their order.
 const NEAR: u64 = Duration::from_millis(1).as_nanos() as u64;
 
 fn limit(pool: &Pool) -> usize {

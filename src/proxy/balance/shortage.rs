@@ -1,4 +1,5 @@
-//! What makes clients wait though nothing is wrong with a worker: said once, when it begins.
+//! Shortages: what makes clients wait although no worker has failed. Each is logged once, when it
+//! begins.
 
 use std::{
     sync::{
@@ -11,15 +12,15 @@ use std::{
 use nix::errno::Errno;
 use tracing::warn;
 
-/// How long a shortage must have been over for its next beginning to be news.
+/// How long a shortage must have been over before its return is logged.
 const QUIET: Duration = Duration::from_secs(60);
 
-/// What there is not enough of.
+/// What is short.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Shortage {
     /// `max-connections`.
     Service,
-    /// `limits.max-connections`, of all workers.
+    /// `limits.max-connections`, on every worker.
     Workers,
     /// Room in the workers' accept queues.
     Queues,
@@ -34,14 +35,14 @@ pub(crate) enum Shortage {
 impl Shortage {
     const COUNT: usize = 6;
 
-    /// Those that connections wait for which have been accepted.
+    /// The shortages for which accepted connections wait.
     pub(crate) const OF_WORKERS: [Self; 4] =
         [Self::Workers, Self::Queues, Self::Ports, Self::Memory];
-    /// Those that clients wait for in the accept queue.
+    /// The shortages for which clients wait in the listener's accept queue.
     pub(crate) const OF_LISTENERS: [Self; 2] = [Self::Service, Self::Descriptors];
 
-    /// What lbd itself is short of when a system call fails like this. It says nothing about the
-    /// worker that was to be connected to (connect(2), socket(2)).
+    /// What lbd itself is short of when a system call fails with `errno`; `None` if the error is
+    /// about the worker that was to be reached (connect(2), socket(2)).
     pub(crate) fn of(errno: Errno) -> Option<Self> {
         match errno {
             Errno::EMFILE | Errno::ENFILE => Some(Self::Descriptors),
@@ -87,9 +88,9 @@ impl Shortage {
 /// What one service is short of.
 #[derive(Debug, Default)]
 pub(crate) struct Shortages {
-    /// A bit for each that lasts.
+    /// One bit for each ongoing shortage.
     lasting: AtomicU8,
-    /// When each was over last.
+    /// When each shortage ended last.
     over: Mutex<[Option<Instant>; Shortage::COUNT]>,
 }
 
@@ -98,7 +99,8 @@ impl Shortages {
         self.lasting.load(Relaxed) & 1 << what as u8 != 0
     }
 
-    /// Clients of `service` begin to wait, or wait still, for want of this, of which there is so much.
+    /// Reports that clients of `service` wait because `what`, of which there is `limit`, is
+    /// exhausted.
     pub(crate) fn begins(&self, what: Shortage, service: &str, limit: Option<usize>) {
         let bit = 1 << what as u8;
         if self.lasts(what) || self.lasting.fetch_or(bit, Relaxed) & bit != 0 {
@@ -111,7 +113,7 @@ impl Shortages {
         }
     }
 
-    /// Nobody waits for any of these any more.
+    /// Reports that no client waits for any of these any more.
     pub(crate) fn end(&self, which: &[Shortage]) {
         let bits = which.iter().fold(0, |bits, what| bits | 1 << *what as u8);
         // The plain load keeps the cache line shared where nothing is short.

@@ -1,23 +1,25 @@
-//! The connections of one service that wait for a worker, at one thread.
+//! The wait list: the connections of one service that wait for a worker on one thread.
 //!
-//! Whatever they wait for (a worker to be healthy, or to have room, or something that lbd itself is
-//! short of), they wait in one list, in the order in which they came. Only the first looks for a
-//! worker, and what it finds is the answer for all: so an event costs the same, however many wait.
+//! Whatever a connection waits for (a healthy worker, room on a worker, or a resource of lbd
+//! itself), it waits in this one list, in order of arrival. Only the first connection looks for a
+//! worker, and its result stands for all behind it. So an event costs the same, however many
+//! connections wait.
 
 use std::{collections::BTreeSet, time::Instant};
 
-/// Who waits, and when the first of them looks again.
+/// The waiting connections, and when the first of them looks again.
 #[derive(Debug, Default)]
 pub(crate) struct WaitList {
-    /// When each came, and its key.
+    /// The arrival time and key of each connection.
     members: BTreeSet<(Instant, usize)>,
-    /// When the first has another look: room in an accept queue comes without anybody telling.
+    /// When the first connection looks again: an accept queue that gets room notifies no one.
     pub(crate) look_again: Option<Instant>,
-    /// Until when the supervisor has time to notice that none of the workers it calls healthy takes a
-    /// connection; then those are given up who joined long enough before.
+    /// Set when every worker that the supervisor considers healthy refused a connection: the time
+    /// until which the supervisor may notice that. Then the connections that joined long enough
+    /// before are given up.
     pub(crate) doubt: Option<Instant>,
-    /// The one who has left the list for a look that is not over: it is the first again if that
-    /// fails, and until then nobody else looks.
+    /// The connection that has left the list for an attempt in progress. If the attempt fails it is
+    /// first again; until then no other connection looks.
     pub(crate) looking: Option<usize>,
 }
 
@@ -26,7 +28,7 @@ impl WaitList {
         self.members.is_empty()
     }
 
-    /// When the first came, and its key.
+    /// The arrival time and key of the first connection.
     pub(crate) fn first(&self) -> Option<(Instant, usize)> {
         self.members.first().copied()
     }
@@ -42,7 +44,7 @@ impl WaitList {
         }
     }
 
-    /// When it has to be looked at, whoever is in it.
+    /// When the list itself needs attention, whichever connections are in it.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         self.look_again.into_iter().chain(self.doubt).min()
     }

@@ -1,4 +1,4 @@
-//! A data thread's accept loop: it only accepts.
+//! The accept loop of a data thread.
 
 use std::{
     collections::BTreeMap,
@@ -22,23 +22,23 @@ use crate::proxy::{
     },
 };
 
-/// Clients accepted at one listener before everybody else gets a turn.
+/// How many clients are accepted on one listener before other events get their turn.
 const ACCEPTS: usize = 4;
 
-/// How long a listener is left alone that found no descriptor or memory for a client.
+/// How long a listener pauses after lbd had no descriptor or memory for a client.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// How long a closed TCP listener waits for handshakes whose last segment is still on its way. The
-/// kernel has answered those, so that they may be complete in the client's eyes.
+/// How long a TCP listener that is being closed waits for handshakes whose last segment is still in
+/// transit. The kernel has answered their SYNs, so the client may see them as complete.
 const HANDSHAKE: Duration = Duration::from_millis(200);
 
-/// The frontends that a thread accepts clients of, by their numbers.
+/// The frontends on which a thread accepts, by their numbers.
 #[derive(Default)]
 pub(super) struct Acceptor(BTreeMap<u32, OpenFrontend>);
 
 struct OpenFrontend {
     frontend: Frontend,
-    /// The thread's key of the service that it leads to.
+    /// The thread's key of the target's service.
     service: usize,
     state: State,
     closing: Option<Closing>,
@@ -46,30 +46,31 @@ struct OpenFrontend {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum State {
-    /// epoll tells of clients.
+    /// The listener is registered with epoll.
     Open,
-    /// There may be no more connections; the thread is woken when there may.
+    /// A connection limit is reached. The thread is woken when there may be room.
     Full,
-    /// Until then.
+    /// Not accepting until this instant.
     Paused(Instant),
 }
 
 struct Closing {
-    /// From then on, an empty queue is the last of it.
+    /// From this instant on, the listener is closed when its accept queue is empty.
     at: Instant,
-    /// Until then, those in the queue may wait for a permit; what gives one may wait for this to end.
+    /// Until this instant, clients in the accept queue may wait for a permit. It is bounded because
+    /// whatever would release a permit may itself wait for this close.
     until: Instant,
-    /// Dropped when the thread has let go.
+    /// Dropped when the thread has released the listener.
     _done: mpsc::Sender<()>,
 }
 
 impl Acceptor {
-    /// When [`Self::tend`] has something to do.
+    /// The next time at which [`Self::tend`] has something to do.
     pub(super) fn deadline(&self) -> Option<Instant> {
         self.0.values().filter_map(OpenFrontend::deadline).min()
     }
 
-    /// Accepts clients of a frontend from now on.
+    /// Starts accepting on a frontend.
     pub(super) fn open(&mut self, cx: &mut Context, id: u32, frontend: Frontend) {
         let service = cx.use_service(service_of(&frontend.target));
         let state = State::Paused(cx.now);
@@ -77,7 +78,7 @@ impl Acceptor {
         self.resume(cx, id);
     }
 
-    /// Whoever comes from now on gets `target`.
+    /// Uses `target` for clients accepted from now on.
     pub(super) fn retarget(&mut self, cx: &mut Context, id: u32, target: Target) {
         let Some(open) = self.0.get_mut(&id) else { return };
         let former = mem::replace(&mut open.service, cx.use_service(service_of(&target)));
@@ -85,7 +86,8 @@ impl Acceptor {
         cx.leave_service(former);
     }
 
-    /// Begins to close: what is queued is accepted first, unless the queue has a next owner.
+    /// Begins to close a frontend. What is queued is accepted first, unless another process will
+    /// serve the queue.
     pub(super) fn close(
         &mut self,
         cx: &mut Context,
@@ -97,7 +99,7 @@ impl Acceptor {
         let listener = &open.frontend.listener;
         let (is_tcp, is_shared) = (listener.is_tcp(), listener.is_shared());
         let at = if is_tcp && !is_shared { cx.now + HANDSHAKE } else { cx.now };
-        // As long as clients wait for a worker.
+        // The same time as clients wait for a worker.
         let patience = cx.services[open.service].pool.routing().hold_timeout;
         let until = at.checked_add(patience).unwrap_or(at);
         open.closing = Some(Closing { at, until, _done: done });
@@ -108,7 +110,7 @@ impl Acceptor {
         }
     }
 
-    /// Goes on with those that were full: there may be more connections now.
+    /// Retries the frontends that had reached a limit: there may be room now.
     pub(super) fn retry(&mut self, cx: &mut Context, tcp: &mut tcp::Engine) {
         for id in self.due(|open| open.state == State::Full) {
             self.resume(cx, id);
@@ -116,7 +118,7 @@ impl Acceptor {
         }
     }
 
-    /// Goes on with those whose pause is over, and with those that close.
+    /// Continues the frontends whose pause is over, and those that are closing.
     pub(super) fn tend(&mut self, cx: &mut Context, tcp: &mut tcp::Engine) {
         let now = cx.now;
         for id in self.due(|open| open.deadline().is_some_and(|at| at <= now)) {
@@ -125,7 +127,7 @@ impl Acceptor {
         }
     }
 
-    /// Accepts who waits, as far as there may be more connections.
+    /// Accepts waiting clients, within the limits.
     pub(super) fn accept(&mut self, cx: &mut Context, tcp: &mut tcp::Engine, id: u32) {
         for _ in 0..ACCEPTS {
             let Some(open) = self.0.get(&id).filter(|open| open.state == State::Open) else {
@@ -134,7 +136,7 @@ impl Acceptor {
             let (Frontend { listener, target }, service) = (&open.frontend, open.service);
             let permit = match target.permit() {
                 Ok(permit) => permit,
-                // Nobody is kept waiting yet, and epoll tells when somebody is.
+                // No client waits yet, and epoll reports when one does.
                 Err(_) if !listener.has_clients(open.closing.is_some()) => {
                     return self.let_go_if_closed(cx, id);
                 }
@@ -154,8 +156,9 @@ impl Acceptor {
                     if listener.recovers() {
                         info!(listen = %listener.listen(), "accepting again");
                     }
-                    // Who comes while others wait for a worker queues behind them, as a rule: each thread
-                    // has a list of its own.
+                    // While other connections wait for a worker, a new one stays on this thread:
+                    // each thread has a wait list of its own, and on this one it queues behind
+                    // them, as a rule.
                     let stays = permit.service().waiting() > 0;
                     match cx.threads.seat(cx.thread, stays) {
                         own if own == cx.thread => {
@@ -201,7 +204,7 @@ impl Acceptor {
     fn let_go(&mut self, cx: &mut Context, id: u32) {
         if let Some(OpenFrontend { frontend, service, closing, .. }) = self.0.remove(&id) {
             _ = cx.epoll.delete(&*frontend.listener);
-            // In this order: when all threads are done, the socket is closed.
+            // In this order: when all threads have dropped `done`, the socket is closed.
             drop(frontend);
             drop(closing);
             cx.leave_service(service);
@@ -212,7 +215,7 @@ impl Acceptor {
         let Some(open) = self.0.get_mut(&id).filter(|open| open.state != State::Open) else {
             return;
         };
-        // Exclusive: one client wakes one thread, and not all of them (epoll_ctl(2)).
+        // Exclusive: one client wakes one thread, not all of them (epoll_ctl(2)).
         let interest = EpollFlags::EPOLLIN | EpollFlags::EPOLLEXCLUSIVE;
         let event = EpollEvent::new(interest, token::of_listener(id));
         open.state = match cx.epoll.add(&*open.frontend.listener, event) {
@@ -242,7 +245,8 @@ impl OpenFrontend {
         }
     }
 
-    /// Whether it closes, and its clients have waited for a permit for as long as they may.
+    /// Whether the frontend is closing, and its clients have waited for a permit as long as they
+    /// may.
     fn gives_up(&self, now: Instant) -> bool {
         self.closing.as_ref().is_some_and(|closing| closing.until <= now)
     }

@@ -1,4 +1,4 @@
-//! A data thread: its loop, and whom it turns to.
+//! A data thread: its loop, which calls the acceptor and the engine.
 
 mod acceptor;
 
@@ -16,32 +16,31 @@ use super::{
 };
 use acceptor::Acceptor;
 
-/// Edges taken from the kernel at once.
+/// How many edges are taken from the kernel at once.
 const EDGES: usize = 256;
 
-/// One data thread.
 pub(super) struct Reactor {
     cx: Context,
     acceptor: Acceptor,
     tcp: tcp::Engine,
-    /// How many workers that were gone it has seen to.
+    /// How many worker exits it has handled.
     exits: u64,
 }
 
 impl Reactor {
     /// # Errors
-    /// Where there are no descriptors left.
+    /// If no descriptors are left.
     pub(super) fn new(threads: Arc<Threads>, thread: usize) -> io::Result<Self> {
         let cx = Context::new(threads, thread)?;
         Ok(Self { cx, acceptor: Acceptor::default(), tcp: tcp::Engine::default(), exits: 0 })
     }
 
-    /// Runs until it is told to stop; all its connections are reset then.
+    /// Runs until the stop command, and then resets all its connections.
     pub(super) fn run(mut self) {
         let mut edges = vec![EpollEvent::empty(); EDGES];
         loop {
             let timeout = if self.tcp.has_runnable() { Some(self.cx.now) } else { self.deadline() };
-            // It fails with EINTR; its other errors tell of a wrong argument.
+            // It can fail with EINTR; its other errors mean a wrong argument.
             let count = self.cx.epoll.wait(&mut edges, self.timeout(timeout)).unwrap_or(0);
             self.cx.now = Instant::now();
             self.cx.threads.count_turn(self.cx.thread);
@@ -68,7 +67,8 @@ impl Reactor {
             if timeout.is_some_and(|deadline| deadline <= self.cx.now) {
                 self.expire();
             }
-            // Last, so that no connection of this turn gets the key of one that ended in it.
+            // Accept last, so that no connection of this turn gets the key of one that ended in the
+            // same turn.
             for id in clients {
                 self.acceptor.accept(&mut self.cx, &mut self.tcp, id);
             }
@@ -76,7 +76,7 @@ impl Reactor {
         self.tcp.finish_all(&mut self.cx);
     }
 
-    /// Does what the main thread has asked for. True when that is to stop.
+    /// Runs the queued commands of the main thread. Returns true on the stop command.
     fn run_commands(&mut self) -> bool {
         let Self { cx, acceptor, tcp, .. } = self;
         let mut stops = false;
@@ -120,7 +120,7 @@ impl Reactor {
         false
     }
 
-    /// Ends what has waited too long.
+    /// Handles expired deadlines.
     fn expire(&mut self) {
         for service in self.cx.service_keys() {
             self.tcp.expire(&mut self.cx, service);
@@ -128,12 +128,12 @@ impl Reactor {
         self.acceptor.tend(&mut self.cx, &mut self.tcp);
     }
 
-    /// The next instant at which something has waited too long.
+    /// The next deadline.
     fn deadline(&self) -> Option<Instant> {
         self.tcp.deadline(&self.cx).into_iter().chain(self.acceptor.deadline()).min()
     }
 
-    /// How long to wait at most: rounded up, so as not to come back early and wait again.
+    /// The epoll timeout until `deadline`, rounded up, so as not to wake up early and wait again.
     fn timeout(&self, deadline: Option<Instant>) -> EpollTimeout {
         let Some(deadline) = deadline else { return EpollTimeout::NONE };
         if deadline <= self.cx.now {

@@ -17,26 +17,28 @@ use crate::{
     },
 };
 
-/// What a connection waits for. But for [`Self::AwaitingWorker`], which is a [list](crate::proxy::balance::WaitList), each has its
-/// own deadline, and so its own queue.
+/// What a connection waits for. Connections in [`Self::AwaitingWorker`] are in a [wait
+/// list](crate::proxy::balance::WaitList); every other stage has a timeout and a deadline list of
+/// its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stage {
-    /// The PROXY header that it has to begin with.
+    /// The PROXY header that the client has to send first.
     AwaitingHeader,
-    /// The client's first bytes, for a moment, so that they reach the worker with the connection.
+    /// The client's first bytes, for a moment, so that they reach the worker together with the
+    /// connection.
     AwaitingFirstBytes,
-    /// A worker's answer to the connect.
+    /// The answer to lbd's connect to a worker.
     Connecting,
     /// Bytes, from either side.
     Relaying,
-    /// Both sides to take note of the end that lbd has made.
+    /// A reaction from both sides to the end that lbd has made.
     Ending,
     /// A worker that is healthy and has room.
     AwaitingWorker,
 }
 
 impl Stage {
-    /// Those that have a queue.
+    /// The stages that have a deadline list.
     pub(super) const QUEUED: [Self; 5] = [
         Self::AwaitingHeader,
         Self::AwaitingFirstBytes,
@@ -46,22 +48,23 @@ impl Stage {
     ];
 }
 
-/// What somebody else has said of the client: whoever made the connection is not the client.
+/// What is known of the client from someone else, where the peer of the socket is not the client.
 #[derive(Debug)]
 pub(super) enum Said {
-    /// lbd itself, whose own connection waited for a worker that didn't take it: these ends, or
-    /// nothing.
+    /// lbd itself: its own connection was queued at a worker that did not take it, and was drained.
+    /// The ends of the client's connection, if they are known.
     ByLbd(Option<Ends>),
-    /// A proxy in front.
+    /// A proxy in front of lbd, by its PROXY header.
     ByProxy(Ends),
 }
 
-/// Dropped, it is logged, and both sockets are closed: by a reset, unless it ended well, or both sides
-/// have been told of the end. So nobody ever takes what was cut off for what was complete.
+/// Dropping it writes the log line and closes both sockets. The close is a reset unless the
+/// connection ended well, or both sides were told of the end. So no peer ever takes a truncated
+/// stream for a complete one.
 #[derive(Debug)]
 pub(super) struct Connection {
-    // The sockets come before the lease and the permit, so that whoever sees those given back knows
-    // that the descriptors are closed.
+    // The sockets are dropped before the lease and the permit, so that when those have been given
+    // back the descriptors are closed.
     pub(super) client: Side,
     pub(super) worker: Option<(Side, Lease)>,
     up: Flow,
@@ -72,27 +75,27 @@ pub(super) struct Connection {
     pub(super) said: Option<Box<Said>>,
     begun: Instant,
     pub(super) end: Outcome,
-    /// The worker was the first to end, when it had not said anything yet.
+    /// The worker ended first, and had not sent anything.
     is_mute: bool,
-    /// Which sides have been told that it ends here, and took all that was for them: the client and
-    /// the worker.
+    /// Which sides (client, worker) were sent the end by lbd, having taken all bytes that were for
+    /// them.
     told: [bool; 2],
-    /// Which of them have ended since.
+    /// Which of the two sides have ended since.
     noticed: [bool; 2],
-    /// The ids of the backends that did not take it.
+    /// The ids of the backends that were tried and did not take the connection.
     pub(super) tried: Vec<u64>,
-    /// A worker did not take it, so that another was tried or waited for.
+    /// A worker did not take the connection, so another was tried, or it had to wait.
     pub(super) is_retried: bool,
     /// A worker did not answer the connect in time.
     pub(super) met_full_queue: bool,
-    /// Since when it has waited for a worker; `None` once it has one.
+    /// When it began to wait for a worker; `None` once it has one.
     pub(super) held_since: Option<Instant>,
     pub(super) service: u32,
-    /// Tells it from the connections that had its key before.
+    /// Distinguishes it from earlier connections with the same key.
     pub(super) generation: u32,
-    /// `None` only while it is between two stages.
+    /// `None` only between two stages.
     pub(super) stage: Option<Stage>,
-    /// Whether its thread goes on with it without an edge.
+    /// Whether its thread will continue it without an edge.
     pub(super) is_runnable: bool,
     pub(super) links: Links,
     permit: Permit,
@@ -138,16 +141,16 @@ impl Connection {
         self.peer
     }
 
-    /// Takes note of what the proxy in front has said.
+    /// Records what the proxy in front has said about the client.
     pub(super) fn is_of(&mut self, ends: Ends) {
         self.peer = Peer::Inet(ends.client);
         self.said = Some(Box::new(Said::ByProxy(ends)));
     }
 
-    /// How it ended, the client having left before anything was done for it.
+    /// The outcome if the client leaves before anything was done for it.
     pub(super) fn early_end(&self) -> Outcome {
         match self.said.as_deref() {
-            // It has waited at a worker.
+            // It has waited in a worker's accept queue.
             Some(Said::ByLbd(_)) => Outcome::ClientGone,
             Some(Said::ByProxy(_)) | None => Outcome::NothingSaid,
         }
@@ -165,7 +168,8 @@ impl Connection {
         self.sent + self.received
     }
 
-    /// Tells the worker whose connection it is, before anything else. `thread` is the one that does.
+    /// Sends the worker the PROXY header that tells it who its client is, before anything else.
+    /// `thread` is the calling thread.
     pub(super) fn introduce(
         &mut self,
         version: ProxyProtocol,
@@ -187,7 +191,7 @@ impl Connection {
         })
     }
 
-    /// The ends of the client's own connection, where it has addresses and they are known.
+    /// The two ends of the client's own connection, if it has addresses and they are known.
     fn ends(&self) -> Option<Ends> {
         match (self.said.as_deref(), self.peer) {
             (Some(Said::ByLbd(ends)), _) => *ends,
@@ -200,7 +204,7 @@ impl Connection {
         }
     }
 
-    /// Moves bytes both ways. `Pumped::Done` when both directions have ended.
+    /// Moves bytes in both directions. Returns `Pumped::Done` when both have ended.
     pub(super) fn relay(&mut self, thread: usize, buffer: &mut [u8]) -> Result<Pumped, Outcome> {
         let Some((worker, lease)) = &mut self.worker else { return Ok(Pumped::Waits) };
         let before = (self.sent, self.received);
@@ -208,7 +212,7 @@ impl Connection {
         let had_ended = self.down.has_ended();
         let down = self.down.pump(worker, client, self.up.is_done(), buffer, sent);
         if self.down.has_ended() && !had_ended {
-            // A client that has ended too, or sent nothing, waits for no answer.
+            // A client that has ended too, or has sent nothing, does not wait for a response.
             self.is_mute = *sent == 0
                 && *received > 0
                 && !self.down.has_rest()
@@ -228,20 +232,22 @@ impl Connection {
             (Err(Fault::Writing), _) | (_, Err(Fault::Reading)) => Err(Outcome::ClientReset),
             (Ok(Pumped::Done), Ok(Pumped::Done)) => Ok(Pumped::Done),
             (Ok(Pumped::Yields), _) | (_, Ok(Pumped::Yields)) => Ok(Pumped::Yields),
-            // The worker's end was passed on, and nobody is left to read what the client may say: a
-            // client that does not look at an idle connection would keep it for ever.
+            // The worker's end was passed on, and its process has exited, so no one can read what
+            // the client may still send. A client that does not check an idle connection would keep
+            // it open for ever.
             (Ok(Pumped::Done), Ok(Pumped::Waits)) if lease.is_exited() => Ok(Pumped::Done),
             _ => Ok(Pumped::Waits),
         }
     }
 
-    /// How it ended, both sides having ended their streams.
+    /// The outcome when both sides have ended their streams.
     pub(super) fn own_end(&self) -> Outcome {
         if self.is_mute { Outcome::NoAnswer } else { Outcome::Closed }
     }
 
-    /// Makes an end of it on both sides, behind what is on its way to them. What one of them has not
-    /// taken it will not take any more: an end behind it would be none, and it is cut off.
+    /// Sends a FIN to both sides, behind the bytes that are in transit. A side that has not taken
+    /// all of its bytes gets no FIN, which would make a truncated stream look complete: it is
+    /// reset.
     pub(super) fn say_end(&mut self) {
         let Some((worker, _)) = &self.worker else { return };
         self.told = [!self.down.has_rest(), !self.up.has_rest()];
@@ -252,7 +258,7 @@ impl Connection {
         }
     }
 
-    /// Whether both sides have noticed, and have ended as well.
+    /// Whether both sides have reacted to the end and have ended too.
     pub(super) fn has_noticed(&mut self, buffer: &mut [u8]) -> bool {
         let client = self.client.drain(buffer);
         let worker = self.worker.as_mut().is_none_or(|(worker, _)| worker.drain(buffer));

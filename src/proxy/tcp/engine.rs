@@ -1,4 +1,5 @@
-//! The steps of TCP connections: given to a worker, or made to wait, relayed, ended.
+//! The TCP engine: assigns a connection to a worker or puts it on the wait list, relays it, and
+//! ends it.
 
 use std::{
     io::{self, Read},
@@ -38,54 +39,55 @@ use crate::{
     },
 };
 
-/// How long a client may take to say its first bytes before a worker is connected to all the same:
-/// in many protocols the server speaks first.
+/// How long lbd waits for a client's first bytes before it connects to a worker all the same: in
+/// many protocols the server speaks first.
 const GRACE: Duration = Duration::from_millis(1);
 
-/// How long a connection may take to say its PROXY header, where it has to begin with one. It is the
-/// first thing that a proxy sends, in one piece.
+/// How long a connection may take to send its PROXY header, where one is required. A proxy sends
+/// the header first, in one piece.
 const HEADER: Duration = Duration::from_secs(10);
 
-/// How long a worker on this machine may take to answer a connect, whatever `connect-timeout` allows.
-/// The kernel answers for it at once, but where its accept queue is full: then it drops the SYN, and
-/// the next one goes out a second later (RFC 6298), when there has long been room for others.
+/// How long a worker on this machine may take to answer a connect, whatever `connect-timeout`
+/// allows. The kernel answers at once, unless the worker's accept queue is full. Then it drops the
+/// SYN, and the next SYN is sent a second later (RFC 6298), although the queue has usually had room
+/// for other connections long before.
 const LOCAL_ANSWER: Duration = Duration::from_millis(5);
 
-/// How long both sides have to take note of an end that lbd made.
+/// How long both peers have to react after lbd has closed an idle connection.
 const NOTICE: Duration = Duration::from_secs(1);
 
-/// How long it takes until the next look at whether a worker's accept queue still is full.
+/// The pause before lbd tries again whether a worker's accept queue is still full.
 const FULL: Duration = Duration::from_millis(5);
 
-/// The same for what lbd itself is short of, and the longest that those wait whom nobody tells of
-/// room.
+/// The pause before lbd tries again when it is itself short of something. Also the longest that
+/// waiting connections wait if nothing tells them of room.
 const SHORT: Duration = Duration::from_millis(50);
 
-/// How old a look has to be for another one to make sense.
+/// How old an unanswered connect has to be before another attempt makes sense.
 const STALE: Duration = Duration::from_millis(1);
 
-/// How long a connection that every worker of the pool refused waits for the supervisor to notice: a
-/// worker's death is known within milliseconds, and its successor is then on its way.
+/// How long a connection that every worker of the pool refused waits for the supervisor to notice.
+/// The supervisor learns of a worker's death within milliseconds, and then starts its successor.
 const DOUBT: Duration = Duration::from_millis(250);
 
-/// What became of an attempt to find a worker.
+/// The result of an attempt to find a worker.
 enum Found {
-    /// The connection has one, or is being connected, or is no more.
+    /// The connection has a worker, or is being connected to one, or has ended.
     Done,
-    /// None: this is why.
+    /// There is no worker, for this reason.
     None(WaitReason),
 }
 
-/// Why there is no worker for a connection, though there are some in the pool.
+/// Why there is no worker for a connection although the pool is not empty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum WaitReason {
-    /// Each of them refused it.
+    /// Every worker refused it.
     Refused,
-    /// Not all of them did, and for the others there is too little of this.
+    /// Not every worker refused it, but this is short for the others.
     Short(Shortage),
 }
 
-/// Those of one service, by what they wait for.
+/// The deadline lists of one service, one for each stage that has a list.
 type Deadlines = [DeadlineList; Stage::QUEUED.len()];
 
 /// The TCP connections of one data thread.
@@ -93,29 +95,29 @@ type Deadlines = [DeadlineList; Stage::QUEUED.len()];
 pub(in crate::proxy) struct Engine {
     connections: Slab<Connection>,
     generation: u32,
-    /// By the key of the service.
+    /// Indexed by the key of the service.
     deadlines: Vec<Deadlines>,
-    /// Connections that could go on, but had their turn.
+    /// Connections that have more to relay, but have used up their turn.
     runnable: Vec<u64>,
 }
 
 impl Engine {
-    /// Follows one edge of a connection.
+    /// Handles one epoll edge of a connection.
     pub(in crate::proxy) fn follow(&mut self, cx: &mut Context, token: u64, edge: EpollFlags) {
         self.shielded(cx, token, |engine, cx, key| engine.step(cx, key, Subject::of(token), edge));
     }
 
-    /// Whether there are connections that go on without an edge.
+    /// Whether there are connections that can continue without an edge.
     pub(in crate::proxy) fn has_runnable(&self) -> bool {
         !self.runnable.is_empty()
     }
 
-    /// Those that could go on without an edge, to be given to [`Self::run`].
+    /// Takes the connections that can continue without an edge, to be passed to [`Self::run`].
     pub(in crate::proxy) fn take_runnable(&mut self) -> Vec<u64> {
         mem::take(&mut self.runnable)
     }
 
-    /// Goes on with one that was runnable.
+    /// Continues a connection that was runnable.
     pub(in crate::proxy) fn run(&mut self, cx: &mut Context, token: u64) {
         self.shielded(cx, token, |engine, cx, key| {
             engine.connections[key].is_runnable = false;
@@ -123,7 +125,7 @@ impl Engine {
         });
     }
 
-    /// Starts a client's connection that has been accepted, then, and is [seated] here.
+    /// Starts a client's connection that was accepted at `begun` and is [seated] on this thread.
     ///
     /// [seated]: crate::proxy::thread::threads::Threads::seat
     pub(in crate::proxy) fn admit(
@@ -138,7 +140,8 @@ impl Engine {
         self.start(cx, service, permit, socket, peer, None, begun);
     }
 
-    /// Starts a connection, perhaps one of which somebody has `said` whose it is.
+    /// Starts a connection. `said` is what is already known about its client from elsewhere, if
+    /// anything.
     #[expect(clippy::too_many_arguments, reason = "each is what a connection begins with")]
     fn start(
         &mut self,
@@ -151,7 +154,8 @@ impl Engine {
         begun: Instant,
     ) {
         self.generation = self.generation.wrapping_add(1);
-        // An adopted connection may be a unix one, whoever its client is.
+        // The socket of an adopted connection may be a unix one, even if its client has an IP
+        // address.
         let reach = if said.is_some() { Reach::Unix } else { peer.reach() };
         let client = Side::new(socket, reach);
         cx.share_service(service);
@@ -161,7 +165,8 @@ impl Engine {
         let generation = self.generation;
         let mut connection =
             Connection::new(client, peer, service as u32, generation, permit, begun);
-        // lbd's own connection has begun with its own header, which is off already.
+        // A connection that lbd itself had made (and drained) began with lbd's own header, which
+        // has been removed already.
         let begins_with_header =
             said.is_none() && cx.services[service].pool.routing().accept_proxy.contains(peer.ip());
         let stage =
@@ -176,7 +181,7 @@ impl Engine {
         }
     }
 
-    /// Starts a connection that waited for a worker, and was accepted in its stead.
+    /// Starts a connection that lbd drained from a worker's accept queue.
     pub(in crate::proxy) fn adopt(
         &mut self,
         cx: &mut Context,
@@ -196,7 +201,7 @@ impl Engine {
         cx.leave_service(service);
     }
 
-    /// Looks for a worker for everybody who has not said anything yet.
+    /// Assigns all connections whose clients have not sent anything yet.
     pub(in crate::proxy) fn assign_all(&mut self, cx: &mut Context) {
         for key in self.keys(Stage::AwaitingFirstBytes, |_| true) {
             let token = self.token(key, Subject::Client);
@@ -204,7 +209,7 @@ impl Engine {
         }
     }
 
-    /// Has another look at the connections of workers whose process is gone.
+    /// Checks the connections of workers whose process has exited.
     pub(in crate::proxy) fn leave_exited(&mut self, cx: &mut Context) {
         let is_exited =
             |c: &Connection| c.worker.as_ref().is_some_and(|(_, lease)| lease.is_exited());
@@ -214,7 +219,7 @@ impl Engine {
         }
     }
 
-    /// Ends what has waited too long, of one service.
+    /// Handles the expired deadlines of one service.
     pub(in crate::proxy) fn expire(&mut self, cx: &mut Context, service: usize) {
         self.expire_waiters(cx, service);
         for stage in Stage::QUEUED {
@@ -236,7 +241,7 @@ impl Engine {
         }
     }
 
-    /// The next instant at which something has waited too long.
+    /// The next deadline.
     pub(in crate::proxy) fn deadline(&self, cx: &Context) -> Option<Instant> {
         let of = |(key, service): (usize, &Service)| {
             let deadline = |stage| self.stage_deadline(service, key, stage);
@@ -247,7 +252,7 @@ impl Engine {
         cx.services.iter().filter_map(of).min()
     }
 
-    /// When the first of one service has been in this stage for too long.
+    /// When the first connection of a service in this stage expires.
     fn stage_deadline(&self, of: &Service, service: usize, stage: Stage) -> Option<Instant> {
         let first = self.list(service, stage)?.first()?;
         let routing = of.pool.routing();
@@ -256,7 +261,8 @@ impl Engine {
             Stage::AwaitingFirstBytes => GRACE,
             Stage::Connecting if of.is_local => routing.connect_timeout.min(LOCAL_ANSWER),
             Stage::Connecting => routing.connect_timeout,
-            // Never early: the last byte may be a grain younger than since when it is in the list.
+            // Never too early: the connection may have relayed its last byte up to one grain after
+            // the time for which it is in the list.
             Stage::Relaying => routing.idle_timeout.saturating_add(grain(routing.idle_timeout)),
             Stage::Ending => NOTICE,
             Stage::AwaitingWorker => return None,
@@ -264,19 +270,19 @@ impl Engine {
         self.connections[first].links.since.checked_add(wait)
     }
 
-    /// The connections of one service that are in this stage, if it has a list.
+    /// The deadline list of a service and stage, if the stage has one.
     fn list(&self, service: usize, stage: Stage) -> Option<&DeadlineList> {
         self.deadlines.get(service)?.get(stage as usize)
     }
 
-    /// Ends all of them: they are reset.
+    /// Resets all connections.
     pub(in crate::proxy) fn finish_all(&mut self, cx: &mut Context) {
         for key in self.connections.iter().map(|(key, _)| key).collect::<Vec<_>>() {
             self.finish(cx, key, Outcome::Stopped);
         }
     }
 
-    /// The connections in this stage of which `wanted` is true.
+    /// The connections in this stage for which `wanted` is true.
     fn keys(&self, stage: Stage, wanted: impl Fn(&Connection) -> bool) -> Vec<usize> {
         let lists = self.deadlines.iter().filter_map(|lists| lists.get(stage as usize));
         let keys = lists.flat_map(|list| list.iter(&self.connections));
@@ -287,8 +293,9 @@ impl Engine {
         token::of_connection(key, self.connections[key].generation, side)
     }
 
-    /// A fault in one connection's step ends that connection, and not the thread's others. What the
-    /// step shares with them (queues, counters) is changed by calls that can't fail half-way.
+    /// Runs one step of a connection. A panic in it ends that connection only, and not the thread's
+    /// others. What the step shares with them (lists, counters) is changed by calls that can't fail
+    /// half-way.
     fn shielded(
         &mut self,
         cx: &mut Context,
@@ -298,7 +305,8 @@ impl Engine {
         let key = token::key(token);
         let is_current = |c: &Connection| token::is_of(token, c.generation);
         if !self.connections.get(key).is_some_and(is_current) {
-            // A fork in progress may keep a closed socket registered for a moment.
+            // A child that was just forked may keep a closed socket registered in epoll for a
+            // moment.
             return;
         }
         if catch_unwind(AssertUnwindSafe(|| step(self, cx, key))).is_err() {
@@ -320,7 +328,7 @@ impl Engine {
         match (connection.stage, side) {
             (Some(Stage::Relaying), side) => {
                 self.relay(cx, key);
-                // Where it couldn't be read for what is in front of it.
+                // If the error could not be read yet because unwritten bytes come before it.
                 let end = if side == Subject::Worker {
                     Outcome::WorkerReset
                 } else {
@@ -349,7 +357,7 @@ impl Engine {
         }
     }
 
-    /// Reads the PROXY header as far as it has come, and goes on when it is whole.
+    /// Reads as much of the PROXY header as has arrived, and continues when it is complete.
     fn read_header(&mut self, cx: &mut Context, key: usize) {
         let connection = &mut self.connections[key];
         if !connection.client.is_readable() {
@@ -364,7 +372,7 @@ impl Engine {
         };
         let header = match received {
             Ok((Some(header), count)) if header.length <= count => header,
-            // The rest makes another edge.
+            // The rest of the header will cause another edge.
             Ok((_, count)) if count < LONGEST_RECEIVED && !connection.client.is_closed() => return,
             Ok(_) | Err(NoHeader) => return self.finish(cx, key, Outcome::NoHeader),
         };
@@ -376,16 +384,19 @@ impl Engine {
             connection.is_of(ends);
         }
         self.enter(cx, key, Stage::AwaitingFirstBytes);
-        // What is behind it may be there already, and makes no edge of its own then.
+        // The client's bytes behind the header may have arrived already. Then they cause no further
+        // edge.
         if self.connections[key].client.look() {
             self.assign(cx, key);
         }
     }
 
-    /// Finds a worker for a connection that none waits in front of; else it waits behind them.
+    /// Finds a worker for a connection if no other connection waits; otherwise puts it on the wait
+    /// list.
     fn assign(&mut self, cx: &mut Context, key: usize) {
         let connection = &mut self.connections[key];
-        // Whoever only looks whether somebody is there has an answer, and the worker no connection.
+        // A client that connects and closes at once only checks whether the port is open (a port
+        // check by a load balancer, say). Its connect has succeeded; no worker gets the connection.
         if connection.stage == Some(Stage::AwaitingFirstBytes) && connection.client.is_spent() {
             let end = connection.early_end();
             return self.finish(cx, key, end);
@@ -396,7 +407,7 @@ impl Engine {
         if waiters.is_empty() && handle.waiting() == 0 {
             match self.find(cx, key, Choice::Clear) {
                 Found::Done => {}
-                // An empty waiters needs somebody who looks.
+                // The wait list was empty, so its new first connection has to start the attempts.
                 Found::None(WaitReason::Short(_)) => {
                     self.wait(cx, key);
                     self.advance(cx, service);
@@ -404,7 +415,7 @@ impl Engine {
                 Found::None(why) => self.stay(cx, key, why),
             }
         } else if pool.backends().is_empty() {
-            // Nothing to look for.
+            // There is no worker to try.
             self.hold(cx, key);
         } else {
             let is_first = waiters.is_empty() || waiters.doubt.is_some();
@@ -415,8 +426,8 @@ impl Engine {
         }
     }
 
-    /// Has those that wait for a worker look for one, longest waiting first, until one finds none: the
-    /// others would not either.
+    /// Lets the connections on the wait list look for a worker, longest waiting first, until one
+    /// finds none: then the others would not either.
     pub(in crate::proxy) fn advance(&mut self, cx: &mut Context, service: usize) {
         loop {
             let Some(Service { waiters, handle, pool, .. }) = cx.services.get_mut(service) else {
@@ -424,8 +435,8 @@ impl Engine {
             };
             waiters.look_again = None;
             if let Some(key) = waiters.looking {
-                // A connect that the kernel has not answered at once on this machine is not worth
-                // waiting for when somebody has left: it asks again.
+                // A connect on this machine that the kernel has not answered at once is not worth
+                // waiting for once another connection has ended: connect again.
                 let is_stale = |c: &Connection| c.links.since + STALE <= cx.now;
                 if cx.services[service].is_local && is_stale(&self.connections[key]) {
                     self.leave_worker(cx, key);
@@ -455,7 +466,7 @@ impl Engine {
             self.look_for(cx, key, false);
             let Some(Service { waiters, .. }) = cx.services.get_mut(service) else { return };
             if waiters.first() == Some((came, key)) {
-                // It waits on, and where nothing else will, the clock has it look again.
+                // It still waits. If nothing else triggers its next attempt, a timer has to.
                 if waiters.look_again.is_none() && waiters.doubt.is_none() {
                     waiters.look_again = Some(cx.now + SHORT);
                 }
@@ -464,8 +475,8 @@ impl Engine {
         }
     }
 
-    /// Has one that waits, or has left the waiters for a look, try the workers that it has not tried. Where
-    /// it `is_last`, and all refuse it, it is given up.
+    /// Lets a connection that waits, or that left the wait list for an attempt, try the workers
+    /// that it has not tried yet. If `is_last` and all of them refuse, it is given up.
     fn look_for(&mut self, cx: &mut Context, key: usize, is_last: bool) {
         let token = self.token(key, Subject::Client);
         self.shielded(cx, token, |engine, cx, key| match engine.find(cx, key, Choice::Any) {
@@ -477,7 +488,8 @@ impl Engine {
         });
     }
 
-    /// Ends the waiting of those who have waited too long, and has the first look whose time it is.
+    /// Ends connections that have waited too long, and lets the first one look for a worker if its
+    /// time has come.
     fn expire_waiters(&mut self, cx: &mut Context, service: usize) {
         while let Some(of) = cx.services.get(service)
             && let Some((_, key)) = of.waiters.first()
@@ -494,7 +506,8 @@ impl Engine {
         self.resolve_doubt(cx, service);
     }
 
-    /// Gives up those that were refused by all and have given the supervisor time to notice.
+    /// Gives up connections that every worker refused and that have waited long enough ([`DOUBT`])
+    /// for the supervisor to notice.
     fn resolve_doubt(&mut self, cx: &mut Context, service: usize) {
         while let Some(Service { waiters, .. }) = cx.services.get_mut(service)
             && waiters.doubt.is_some_and(|at| at <= cx.now)
@@ -515,13 +528,13 @@ impl Engine {
             if let Some(Service { waiters, .. }) = of
                 && waiters.first().is_some_and(|(_, first)| first == key)
             {
-                // It waits for something else now.
+                // The connection waits for another reason now.
                 waiters.doubt = None;
             }
         }
     }
 
-    /// Tries the workers, those first whose queues have room.
+    /// Tries the workers, beginning with those whose accept queues have room.
     fn find(&mut self, cx: &mut Context, key: usize, choice: Choice) -> Found {
         let service = self.connections[key].service as usize;
         cx.refresh(service);
@@ -553,8 +566,9 @@ impl Engine {
             };
             connection.tried.push(lease.id());
             let was_congested = lease.is_congested();
-            // Where queues are nearly full, a handshake is to be over before the next one begins: there
-            // is room for a connection when its SYN comes and perhaps not when its end does.
+            // While connections wait because queues are nearly full, a handshake has to complete
+            // before the next one begins: the queue may have room when the SYN arrives, and be full
+            // when the final ACK does. So the final ACK is not delayed then.
             let bytes_follow = connection.client.is_readable() && choice == Choice::Clear;
             let error = match connect(&mut lease, bytes_follow, pool.routing()) {
                 Ok((socket, is_connected)) => {
@@ -583,18 +597,19 @@ impl Engine {
                 Err(error) => error,
             };
             match (Shortage::of(error), error) {
-                // From another port, or by another way, the next one may be reached.
+                // Another worker may be reachable: by another port, or over a unix socket.
                 (Some(Shortage::Ports), _) => short = Some(Shortage::Ports),
-                // That would be so with any other.
+                // Any other worker would fail the same way.
                 (Some(own), _) => {
                     short = Some(own);
                     break;
                 }
-                // On unix: its queue is full, as a TCP one would be that drops the SYN.
+                // On a unix socket: the accept queue is full. (On TCP the SYN would be dropped.)
                 (None, Errno::EAGAIN) => {
                     lease.set_congested(true);
                     short.get_or_insert(Shortage::Queues);
-                    // Looks are not counted: they are made for those that wait, and often.
+                    // Attempts for waiting connections are not counted as refusals, since they are
+                    // made often.
                     if choice == Choice::Clear {
                         connection.is_retried = true;
                         lease.count_refusal(ConnectError::Timeout);
@@ -610,7 +625,7 @@ impl Engine {
                 handle.has_room();
             }
         }
-        // What came to nothing because of a full queue, before this attempt.
+        // An earlier attempt may have failed because of a full queue.
         let was_full = self.connections[key].met_full_queue.then_some(Shortage::Queues);
         match short.or(was_full) {
             Some(short) => Found::None(WaitReason::Short(short)),
@@ -618,7 +633,7 @@ impl Engine {
         }
     }
 
-    /// Waits, for that reason, in the waiters.
+    /// Puts the connection on the wait list for the reason `why`.
     fn stay(&mut self, cx: &mut Context, key: usize, why: WaitReason) {
         let connection = &self.connections[key];
         let (begun, service) = (connection.begun(), connection.service as usize);
@@ -641,7 +656,8 @@ impl Engine {
                 let pause = if short == Shortage::Queues { FULL } else { SHORT };
                 waiters.look_again.get_or_insert(now + pause);
             }
-            // It is published when it is there; but those that refused may take the next one before.
+            // Another worker is being started, and will be published in a new pool. But the workers
+            // that refused may take the next attempt before that.
             WaitReason::Refused if is_coming => {
                 waiters.look_again.get_or_insert(now + SHORT);
             }
@@ -652,7 +668,8 @@ impl Engine {
         }
     }
 
-    /// Waits where there are no workers, if one is on its way. Whether it does.
+    /// Handles a connection while the pool is empty: it waits if a worker will be started in time,
+    /// and else ends. Returns whether it waits.
     fn hold(&mut self, cx: &mut Context, key: usize) -> bool {
         let connection = &self.connections[key];
         let pool = &cx.services[connection.service as usize].pool;
@@ -667,7 +684,8 @@ impl Engine {
         }
     }
 
-    /// Joins those that wait, or stays among them, unless the client has left. Whether it does.
+    /// Puts the connection on the wait list, or keeps it there, unless the client has left. Returns
+    /// whether it waits.
     fn wait(&mut self, cx: &mut Context, key: usize) -> bool {
         let connection = &self.connections[key];
         if connection.stage == Some(Stage::AwaitingWorker) {
@@ -681,7 +699,8 @@ impl Engine {
         true
     }
 
-    /// The first edge of a worker's socket: it took the connection, or it didn't.
+    /// Handles the first edge of a worker's socket: the worker accepted the connection, or it did
+    /// not.
     fn connected(&mut self, cx: &mut Context, key: usize, edge: EpollFlags) {
         if edge.intersects(EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP) {
             let worker = self.connections[key].worker.as_ref();
@@ -698,7 +717,7 @@ impl Engine {
         }
     }
 
-    /// Goes from the connect, which took so long, to the relay.
+    /// Goes from the connect, which took `took`, to the relay.
     fn begin(&mut self, cx: &mut Context, key: usize, took: Duration) {
         let connection = &mut self.connections[key];
         let is_alone = cx.services[connection.service as usize].waiters.is_empty();
@@ -735,7 +754,7 @@ impl Engine {
         self.relay(cx, key);
     }
 
-    /// Leaves the worker that didn't take the connection, and tries the next.
+    /// Leaves the worker that did not take the connection, and tries the next.
     fn skip(&mut self, cx: &mut Context, key: usize, refusal: ConnectError) {
         let connection = &mut self.connections[key];
         let service = connection.service as usize;
@@ -746,7 +765,8 @@ impl Engine {
                 connection.met_full_queue = true;
                 lease.set_congested(true);
             }
-            // Looks are not counted: they are made for those that wait, and often.
+            // Attempts for waiting connections are not counted as refusals, since they are made
+            // often.
             if !was_looking || refusal != ConnectError::Timeout {
                 lease.count_refusal(refusal);
             }
@@ -772,11 +792,12 @@ impl Engine {
     fn leave_worker(&mut self, cx: &mut Context, key: usize) {
         let connection = &mut self.connections[key];
         if let Some((worker, lease)) = connection.worker.take() {
-            // The close does it as well, but not while a fork in progress shares the socket.
+            // Closing the socket deregisters it too, but not while a child that was just forked
+            // shares it.
             _ = cx.epoll.delete(&worker.socket);
             drop((worker, lease));
             let Service { waiters, handle, .. } = &cx.services[connection.service as usize];
-            // After a look there is as much room as before it.
+            // An attempt by a waiting connection that failed has made no room.
             if waiters.looking != Some(key) {
                 handle.has_room();
             }
@@ -808,8 +829,8 @@ impl Engine {
         }
     }
 
-    /// Ends a connection that no byte came over for too long: not by cutting it off, which makes
-    /// programs fail that would otherwise take it for what it is.
+    /// Ends an idle connection. It sends a FIN to both sides instead of a reset, which makes
+    /// programs fail that would otherwise just see the end.
     fn end_idle(&mut self, cx: &mut Context, key: usize) {
         self.connections[key].say_end();
         self.enter(cx, key, Stage::Ending);
@@ -849,7 +870,8 @@ impl Engine {
         let Some(stage) = connection.stage.take() else { return };
         if service.waiters.looking == Some(key) {
             service.waiters.looking = None;
-            // Where it does not come back, nobody else has those behind it look.
+            // If this connection does not return to the list, nothing else triggers the next
+            // attempt.
             if !service.waiters.is_empty() {
                 service.waiters.look_again.get_or_insert(cx.now);
             }
@@ -886,18 +908,20 @@ impl Engine {
     }
 }
 
-/// Begins to connect, and tells whether it is done; else an edge tells how it went.
+/// Begins to connect, and returns whether the connect has completed; if not, an edge tells the
+/// result.
 ///
-/// On loopback the handshake is over when connect() returns, though it says EINPROGRESS: it held the
-/// socket's lock while the answer came. A second call asks, and saves a turn of the loop, and the
-/// worker a wakeup for a connection without its first bytes.
+/// On loopback the handshake has completed when connect() returns, although it returns EINPROGRESS:
+/// the answer came while connect() held the socket's lock. A second call fetches the result. It
+/// saves a turn of the loop, and saves the worker a wakeup for a connection without its first
+/// bytes.
 ///
-/// Where the client's bytes are about to follow, they are to end the handshake too: its last segment
-/// is not sent by itself (tcp(7), `TCP_QUICKACK`), so that the worker is woken once, for a connection
-/// with a request in it, and not before. Were there none after all, the kernel would send it 200 ms
-/// later.
+/// If the client's bytes are about to follow, they are sent with the handshake's last segment,
+/// which is held back for them (tcp(7), `TCP_QUICKACK`). So the worker is woken once, for a
+/// connection that already has a request in it. If no bytes followed after all, the kernel would
+/// send the segment 200 ms later.
 ///
-/// On loopback the kernel tells at once when the other end is gone; elsewhere somebody has to ask.
+/// A remote worker gets TCP keepalive. On loopback the kernel reports a closed peer at once.
 fn connect(
     backend: &mut Lease,
     bytes_follow: bool,
@@ -930,14 +954,15 @@ fn errno(error: io::Error) -> Errno {
     Errno::from_raw(error.raw_os_error().unwrap_or(0))
 }
 
-/// Whether the system gave the connection the very port it was to reach, and so connected it to
-/// itself (RFC 9293, section 3.5, simultaneous open): nobody listens there.
+/// Whether the kernel chose as source port the very port that was to be reached, and so connected
+/// the socket to itself (RFC 9293, section 3.5, simultaneous open). Then no one listens there.
 fn is_self_connected(socket: &Socket, backend: &Backend) -> bool {
     let at = backend.endpoint().address();
     backend.is_ephemeral() && socket.local_addr().is_ok_and(|local| local == *at)
 }
 
-/// How late a busy connection may be put at the end of the list of the idle ones.
+/// How stale the position of a busy connection in the idle list may become before it is moved to
+/// the end.
 fn grain(idle_timeout: Duration) -> Duration {
     (idle_timeout / 16).min(Duration::from_secs(1))
 }

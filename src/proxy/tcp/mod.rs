@@ -1,4 +1,4 @@
-//! Connections that are passed on as they are: the engine of `route = "proxy"`.
+//! The TCP engine (`route = "proxy"`): it relays connections without looking at their contents.
 
 mod connection;
 mod engine;

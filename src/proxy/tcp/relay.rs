@@ -1,21 +1,21 @@
-//! One direction of a connection: bytes from one socket into the other.
+//! One direction of a connection: it copies bytes from one socket to the other.
 //!
-//! Bytes pass through the thread's one buffer and are written at once; only what the peer did not
-//! take is kept, and while there is such a rest nothing more is read. That is the backpressure: a
-//! slow reader costs at most one buffer, and the sender's own socket fills up.
+//! Bytes pass through the thread's one buffer and are written at once. Only what the peer did not
+//! take is kept, and until it is written nothing more is read. That is the backpressure: a slow
+//! reader costs at most one buffer, and the sender's own socket fills up.
 //!
 //! # Bulk
 //!
-//! A sender that is faster than its reader fills what the kernel lets it fill, and that grows to
-//! megabytes a connection. A network needs as much to be kept busy. The loopback interface does not, and
-//! there it only means that every byte has left the processor's cache when its turn comes. So from the
-//! first read on that fills the buffer, sockets on loopback get a window of two segments and little to
-//! keep that is not sent.
+//! A sender that is faster than its reader fills the kernel's socket buffers, which grow to
+//! megabytes per connection. A network path needs that much to be kept busy. The loopback interface
+//! does not: there it only means that every byte has left the CPU cache before it is read. So after
+//! the first read that fills the buffer, sockets on loopback get a receive window of two segments,
+//! and a low limit on unsent bytes.
 //!
-//! Tried for them, and not kept: buffers of 16, 32, 128 and 256 KiB, which differ by less than the
-//! rounds do, and splice(2) with pipes of 64 KiB to 1 MiB. That halves lbd's own CPU time, but
-//! the bytes are then copied out of a cold cache by the one who reads them: `bench/run bodies` was
-//! slower than nginx by 4 % to 11 %, where this is faster by 20 %.
+//! Tried for bulk, and not kept: buffers of 16, 32, 128 and 256 KiB, which differ by less than the
+//! noise between rounds; and splice(2) with pipes of 64 KiB to 1 MiB. splice(2) halves lbd's own
+//! CPU time, but then the reader copies the bytes out of a cold cache: `bench/run bodies` was 4 %
+//! to 11 % slower than nginx, where this code is 20 % faster.
 
 use std::{
     fs,
@@ -39,29 +39,31 @@ use socket2::Socket;
 
 use crate::net::Reach;
 
-/// Buffers moved for one connection before the others of its thread get their turn.
+/// How many buffers are moved for one connection before the other connections of its thread get
+/// their turn.
 const TURN: usize = 4;
 
-/// How much a bulk sender on loopback may have on its way to lbd, or waiting there, as its window
-/// (tcp(7), `TCP_WINDOW_CLAMP`): two segments, which have just under 64 KiB there. With less, one of
-/// them waits for a window that never opens that far (RFC 9293, section 3.8.6.2).
+/// The receive window for a bulk sender on loopback (tcp(7), `TCP_WINDOW_CLAMP`): how much may be
+/// in transit to lbd, or wait there. It is two segments, each just under 64 KiB there. With a
+/// smaller window, a segment would wait for a window that never opens that far (RFC 9293, section
+/// 3.8.6.2).
 const AHEAD: i32 = 128 * 1024;
 
-/// The memory for that, as `SO_RCVBUF` takes it: plenty, so that nothing is dropped for want of it,
-/// and fixed, since the kernel moves the window with it otherwise. (It may widen the window all the
-/// same, within this.)
+/// The receive buffer for that window, as `SO_RCVBUF` takes it. It is large, so that nothing is
+/// dropped for lack of memory, and fixed, because otherwise the kernel resizes the window with the
+/// buffer. (The kernel may still widen the window within this buffer.)
 const AHEAD_MEMORY: usize = 256 * 1024;
 
-/// What a bulk reader on loopback may have waiting that is not sent yet (tcp(7),
-/// `TCP_NOTSENT_LOWAT`).
+/// The limit on unsent bytes for a bulk reader on loopback (tcp(7), `TCP_NOTSENT_LOWAT`).
 const BEHIND: u32 = 32 * 1024;
 
 sockopt_impl!(
-    /// The largest window that is offered to the sender.
+    /// `TCP_WINDOW_CLAMP` (tcp(7)): the largest window that is offered to the sender.
     WindowClamp, Both, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, i32
 );
 
-/// What a socket may be given to receive into (the kernel's admin-guide on `net.core.rmem_max`).
+/// The largest receive buffer that a socket may ask for (the kernel's admin-guide on
+/// `net.core.rmem_max`).
 fn most_memory() -> usize {
     static MOST: LazyLock<usize> = LazyLock::new(|| {
         let most = fs::read_to_string("/proc/sys/net/core/rmem_max");
@@ -70,14 +72,14 @@ fn most_memory() -> usize {
     *MOST
 }
 
-/// One of a connection's two sockets, and what epoll has told about it, edge by edge, and has not
-/// been disproved since.
+/// One of a connection's two sockets, and its readiness: what epoll's edges have reported and no
+/// read or write has disproved since.
 #[derive(Debug)]
 pub(super) struct Side {
     pub(super) socket: Socket,
     readable: bool,
     writable: bool,
-    /// The peer's FIN has come: what is waiting is all there will be.
+    /// The peer's FIN has arrived: nothing comes after the bytes that are queued.
     closed: bool,
     /// A read that fills less than the buffer does not prove the socket empty: TCP stops short at
     /// an urgent mark, unix at a passed descriptor, and behind the last byte there may be an error.
@@ -86,15 +88,15 @@ pub(super) struct Side {
 }
 
 impl Side {
-    /// What a [`Side`] is to be registered for. `EPOLLOUT` costs no wakeup of its own: it makes an
-    /// edge only after a write came back short.
+    /// The events that a [`Side`] is registered for. `EPOLLOUT` costs no wakeups of its own: it
+    /// causes an edge only after a short write.
     pub(super) const INTEREST: EpollFlags = EpollFlags::EPOLLIN
         .union(EpollFlags::EPOLLPRI)
         .union(EpollFlags::EPOLLOUT)
         .union(EpollFlags::EPOLLRDHUP)
         .union(EpollFlags::EPOLLET);
 
-    /// The edge of a socket that an error has closed.
+    /// The event of a socket that an error has closed.
     const BROKEN: EpollFlags = EpollFlags::EPOLLERR;
 
     pub(super) fn new(socket: Socket, reach: Reach) -> Self {
@@ -102,9 +104,10 @@ impl Side {
         Self { socket, readable: false, writable: true, closed: false, uneven, is_loopback }
     }
 
-    /// The kernel is to take little ahead of what is read here: unless it has more memory for it
-    /// already, and with it has offered a window that can't be taken back, or may not have enough.
-    /// (Where it fails, the socket is as good as before.)
+    /// Limits how much the kernel receives ahead of lbd's reads. This does nothing if the socket's
+    /// buffer is larger already, since the window that was offered with it can't be taken back, or
+    /// if the system does not allow a buffer that is large enough. (If it fails, the socket works
+    /// as before.)
     fn limit_ahead(&self) {
         let has = || getsockopt(&self.socket, RcvBuf).unwrap_or(usize::MAX);
         if self.is_loopback
@@ -116,14 +119,14 @@ impl Side {
         }
     }
 
-    /// The kernel is to take little of what is written here before it is sent.
+    /// Limits how much the kernel accepts of lbd's writes before it has sent it.
     fn limit_behind(&self) {
         if self.is_loopback {
             _ = self.socket.set_tcp_notsent_lowat(BEHIND);
         }
     }
 
-    /// Takes note of an edge.
+    /// Records an edge.
     pub(super) fn note(&mut self, edge: EpollFlags) {
         let readable = EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLHUP;
         self.readable |= edge.intersects(readable | EpollFlags::EPOLLERR);
@@ -132,30 +135,30 @@ impl Side {
         self.uneven |= edge.intersects(EpollFlags::EPOLLPRI | EpollFlags::EPOLLERR);
     }
 
-    /// Whether there is something to read, as far as is known: bytes, an end or an error.
+    /// Whether there is something to read, by the last known state: bytes, an end or an error.
     pub(super) fn is_readable(&self) -> bool {
         self.readable
     }
 
-    /// What is there to be read, which stays.
+    /// Reads into `into` what has arrived, without consuming it.
     pub(super) fn peek(&self, into: &mut [u8]) -> io::Result<usize> {
         nix::sys::socket::recv(self.socket.as_raw_fd(), into, MsgFlags::MSG_PEEK)
             .map_err(io::Error::from)
     }
 
-    /// Looks whether there is something to read: bytes, an end or an error.
+    /// Asks the kernel whether there is something to read: bytes, an end or an error.
     pub(super) fn look(&mut self) -> bool {
         let peeked = self.peek(&mut [0]);
         self.readable = !peeked.is_err_and(|error| error.kind() == ErrorKind::WouldBlock);
         self.readable
     }
 
-    /// Whether the peer is known to have ended its stream; there may be something in it to read.
+    /// Whether the peer is known to have ended its stream. There may still be bytes to read.
     pub(super) fn is_closed(&self) -> bool {
         self.closed
     }
 
-    /// Throws away what has come, and tells whether that was the last of it: the stream has ended, or
+    /// Discards what has arrived. Returns whether that was the last of it: the stream has ended, or
     /// is broken.
     pub(super) fn drain(&mut self, buffer: &mut [u8]) -> bool {
         for _ in 0..TURN {
@@ -167,29 +170,29 @@ impl Side {
                 Ok(_) => {}
             }
         }
-        // Whoever sends that much has not understood that this is the end.
+        // A peer that sends this much after the end is not waited for.
         true
     }
 
-    /// Ends the stream towards the peer, where nothing waits to be sent.
+    /// Sends a FIN to the peer. To be called when no bytes wait to be sent.
     pub(super) fn end(&self) {
-        // Fails only where the peer has reset it already.
+        // Fails only if the peer has reset the connection already.
         _ = self.socket.shutdown(Shutdown::Write);
     }
 
-    /// Whether the peer has ended its stream with nothing left in it to read.
+    /// Whether the peer has ended its stream and everything in it has been read.
     pub(super) fn is_spent(&self) -> bool {
         self.closed && matches!(self.socket.peek(&mut [std::mem::MaybeUninit::uninit()]), Ok(0))
     }
 
-    /// Makes the close of the socket a reset (socket(7), `SO_LINGER` of zero). A unix socket has
-    /// none: its peer sees an end, or ECONNRESET where it had sent what was never read.
+    /// Makes closing the socket a reset (socket(7), `SO_LINGER` of zero). A unix socket has no
+    /// reset: its peer sees an end, or ECONNRESET if lbd left some of the peer's bytes unread.
     pub(super) fn reset_on_close(&self) {
-        // Fails only where the peer has reset it already.
+        // Fails only if the peer has reset the connection already.
         _ = self.socket.set_linger(Some(Duration::ZERO));
     }
 
-    /// `None` where it would block.
+    /// Returns `None` if the read would block.
     fn read(&mut self, buffer: &mut [u8]) -> Result<Option<usize>, Fault> {
         loop {
             match (&self.socket).read(buffer) {
@@ -204,8 +207,9 @@ impl Side {
         }
     }
 
-    /// How many bytes it took; fewer than all only where it would block. Where the end follows at
-    /// once, it travels with the last bytes: one segment and one wakeup of the peer instead of two.
+    /// Returns how many bytes the socket took; fewer than all only if it would block. If the end
+    /// follows at once (`end_follows`), it travels with the last bytes: the peer gets one segment
+    /// and one wakeup instead of two.
     fn write(&mut self, bytes: &[u8], end_follows: bool) -> Result<usize, Fault> {
         let flags = if end_follows { MSG_NOSIGNAL | MSG_MORE } else { MSG_NOSIGNAL };
         loop {
@@ -240,14 +244,14 @@ struct Rest {
     written: usize,
 }
 
-/// Why [`Flow::pump`] came back.
+/// Why [`Flow::pump`] returned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Pumped {
-    /// An edge of either socket goes on with it.
+    /// It continues with an edge of either socket.
     Waits,
-    /// It could go on at once, but had its turn.
+    /// It could continue at once, but has used up its turn.
     Yields,
-    /// The end has been passed on, or needn't be.
+    /// The end has been passed on, or need not be.
     Done,
 }
 
@@ -264,7 +268,7 @@ impl Flow {
         self.ended
     }
 
-    /// Whether something was read that the other side has not taken yet.
+    /// Whether bytes were read that the other side has not taken yet.
     pub(super) fn has_rest(&self) -> bool {
         self.rest.is_some()
     }
@@ -274,9 +278,9 @@ impl Flow {
         self.passed
     }
 
-    /// Sends `header` in front of everything else, at once, and with it what `from` has said
-    /// already: neither waits for the other, and both are one segment where both are there. Adds to
-    /// `moved` what `to` took of `from`.
+    /// Sends `header` before everything else, at once, together with the bytes that `from` has sent
+    /// already: neither waits for the other, and if both are there they form one segment. Adds to
+    /// `moved` the bytes of `from` that `to` took.
     ///
     /// To be called once, before the first [`Self::pump`].
     pub(super) fn lead(
@@ -291,7 +295,7 @@ impl Flow {
         front.copy_from_slice(header);
         let whole = header.len() + self.read(from, behind)?.unwrap_or(0);
         let taken = to.write(&buffer[..whole], self.ended)?;
-        // No socket is so full from the start that it takes less than the header.
+        // A new socket always has room for the whole header.
         *moved += taken.saturating_sub(header.len()) as u64;
         if taken < whole {
             self.rest = Some(Rest { bytes: buffer[taken..whole].into(), written: 0 });
@@ -350,7 +354,8 @@ impl Flow {
         Ok(Pumped::Yields)
     }
 
-    /// Moves what `from`, which does not listen any more, said before: it is still to be read.
+    /// Moves the last bytes of `from`, a peer that no longer reads: what it sent before is still
+    /// queued.
     pub(super) fn pump_last_words(
         &mut self,
         from: &mut Side,
@@ -362,12 +367,12 @@ impl Flow {
         while let Ok(Pumped::Yields) = self.pump(from, to, true, buffer, moved) {}
     }
 
-    /// `None` where it would block. Notes the end.
+    /// Returns `None` if the read would block.
     fn read(&mut self, from: &mut Side, buffer: &mut [u8]) -> Result<Option<usize>, Fault> {
         let Some(count) = from.read(buffer)? else { return Ok(None) };
         if count < buffer.len() && !from.uneven {
-            // The socket is empty now, and the next byte makes a new edge (epoll(7), question 9):
-            // the read that would only say so is saved, and so is the one for the end.
+            // The socket is empty now, and the next byte will cause a new edge (epoll(7), question
+            // 9). So lbd saves the read that would only return EAGAIN, and the one for the end.
             from.readable = false;
             self.ended = from.closed;
         }

@@ -1,4 +1,4 @@
-//! What a data thread has, whatever engine drives its connections.
+//! The state of a data thread that every engine uses.
 
 use std::{io, mem, sync::Arc, time::Instant};
 
@@ -8,16 +8,17 @@ use slab::Slab;
 use super::{threads::Threads, token::Subject};
 use crate::proxy::balance::{Pool, ServiceHandle, WaitList};
 
-/// A thread's buffer, and so the most that one connection may keep in each direction.
+/// The size of a thread's buffer, and so the most that one connection may buffer in each direction.
 pub(in crate::proxy) const BUFFER: usize = 64 * 1024;
 
-/// What one data thread has.
+/// The state of one data thread.
 pub(in crate::proxy) struct Context {
     pub(in crate::proxy) threads: Arc<Threads>,
-    /// Its number.
+    /// The number of the thread.
     pub(in crate::proxy) thread: usize,
     pub(in crate::proxy) epoll: Epoll,
-    /// When the last edges were taken: the time of everything that follows from them.
+    /// When the last edges were taken. Everything that follows from them uses this as the current
+    /// time.
     pub(in crate::proxy) now: Instant,
     pub(in crate::proxy) buffer: Box<[u8]>,
     pub(in crate::proxy) services: Slab<Service>,
@@ -28,18 +29,18 @@ pub(in crate::proxy) struct Service {
     pub(in crate::proxy) handle: Arc<ServiceHandle>,
     pub(in crate::proxy) pool: Arc<Pool>,
     version: u64,
-    /// The version of the pool in which those that wait have last looked for a worker, and how often
-    /// they had been told to.
+    /// When waiting connections last looked for a worker: the version of the pool then, and how
+    /// often they had been told to look.
     looked: (u64, u64),
     pub(in crate::proxy) waiters: WaitList,
-    /// All of its workers are on this machine.
+    /// Whether all of its workers are on this machine.
     pub(in crate::proxy) is_local: bool,
-    /// Frontends and connections that refer to it.
+    /// The number of frontends and connections that refer to it.
     uses: usize,
 }
 
 impl Context {
-    /// For the thread with this number, which wakes up when it is told to.
+    /// Creates the state of thread number `thread`, and registers its wakeup descriptor.
     pub(in crate::proxy) fn new(threads: Arc<Threads>, thread: usize) -> io::Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         let wakeup = EpollEvent::new(EpollFlags::EPOLLIN, Subject::Wakeup as u64);
@@ -48,16 +49,17 @@ impl Context {
         Ok(Self { threads, thread, epoll, now, buffer, services: Slab::new() })
     }
 
-    /// Takes over a newly published pool.
+    /// Takes over a newly published pool, if there is one.
     pub(in crate::proxy) fn refresh(&mut self, service: usize) {
         let service = &mut self.services[service];
         if service.handle.version() != service.version {
             let before = Arc::clone(&service.pool);
             (service.pool, service.version) = service.handle.current();
             if !Arc::ptr_eq(&before, &service.pool) {
-                // Whatever was doubted, the supervisor has decided since.
+                // The supervisor has decided since; the doubt is over.
                 service.waiters.doubt = None;
-                // Connects that are under way go to one of those before, where there is none now.
+                // If the new pool is empty, connects in progress still go to workers of the old
+                // one.
                 if !service.pool.backends().is_empty() {
                     service.is_local = is_local(&service.pool);
                 }
@@ -65,7 +67,8 @@ impl Context {
         }
     }
 
-    /// The key of a service, which lasts until it is [left](Self::leave_service) as often as used.
+    /// Returns the key of a service. It is valid until the service is [left](Self::leave_service)
+    /// as often as it was used.
     pub(in crate::proxy) fn use_service(&mut self, handle: &Arc<ServiceHandle>) -> usize {
         let known = self.services.iter().find(|(_, known)| Arc::ptr_eq(&known.handle, handle));
         let key = known.map(|(key, _)| key).unwrap_or_else(|| {
@@ -84,7 +87,7 @@ impl Context {
         key
     }
 
-    /// One more refers to a service that is in use.
+    /// Counts one more reference to a service that is in use.
     pub(in crate::proxy) fn share_service(&mut self, key: usize) {
         self.services[key].uses += 1;
     }
@@ -104,26 +107,26 @@ impl Context {
 
 impl Drop for Context {
     fn drop(&mut self) {
-        // Nobody's turn comes after that of one who waits here.
+        // Connections on other threads no longer have to wait for connections of this thread.
         self.services.iter().for_each(|(_, service)| service.handle.set_head(self.thread, None));
         self.threads.ended(self.thread);
     }
 }
 
 impl Service {
-    /// Whether there is something new for those that wait since this was asked last.
+    /// Whether there has been news for the waiting connections since the last call.
     pub(in crate::proxy) fn is_news(&mut self) -> bool {
         let news = (self.version, self.handle.calls());
         mem::replace(&mut self.looked, news) != news
     }
 
-    /// Until when the longest waiting is held.
+    /// When the `hold-timeout` of the longest-waiting connection expires.
     pub(in crate::proxy) fn hold_deadline(&self) -> Option<Instant> {
         let (came, _) = self.waiters.first()?;
         came.checked_add(self.pool.routing().hold_timeout)
     }
 
-    /// Tells the other threads who waits longest here.
+    /// Publishes the arrival time of this thread's longest-waiting connection to the other threads.
     pub(in crate::proxy) fn tell_head(&self, thread: usize) {
         self.handle.set_head(thread, self.waiters.first().map(|(came, _)| came));
     }

@@ -1,8 +1,9 @@
 //! Deadlines without timers.
 //!
-//! Connections that wait for the same thing wait equally long, so that a list in the order in which
-//! they began to wait is in the order of their deadlines too. The list runs through the connections
-//! themselves: 24 bytes each, and joining, leaving and looking at the first take constant time.
+//! Connections that wait for the same thing have the same timeout, so a list in the order in which
+//! they began to wait is also in the order of their deadlines. The list is linked through the
+//! connections themselves: 24 bytes each. Joining, leaving and looking at the first take constant
+//! time.
 
 use std::time::Instant;
 
@@ -13,7 +14,7 @@ const NIL: u32 = u32::MAX;
 /// A connection's neighbours in the list that it is in.
 #[derive(Debug)]
 pub(in crate::proxy) struct Links {
-    /// Since when it waits.
+    /// When it began to wait.
     pub(in crate::proxy) since: Instant,
     before: u32,
     after: u32,
@@ -25,13 +26,13 @@ impl Links {
     }
 }
 
-/// What can be in a list: it has its own links.
+/// A member of a list, which contains its own links.
 pub(in crate::proxy) trait Linked {
     fn links(&self) -> &Links;
     fn links_mut(&mut self) -> &mut Links;
 }
 
-/// The connections that wait for one thing, longest first.
+/// A list of connections that wait for one thing, longest waiting first.
 #[derive(Debug)]
 pub(in crate::proxy) struct DeadlineList {
     first: u32,
@@ -49,7 +50,7 @@ impl DeadlineList {
         (self.first != NIL).then_some(self.first as usize)
     }
 
-    /// All of them, in order.
+    /// The keys of all connections, in order.
     pub(in crate::proxy) fn iter(&self, all: &Slab<impl Linked>) -> impl Iterator<Item = usize> {
         let after = |key: &usize| {
             let Links { after, .. } = *all[*key].links();
@@ -58,7 +59,7 @@ impl DeadlineList {
         std::iter::successors(self.first(), after)
     }
 
-    /// Puts a connection last that begins to wait now.
+    /// Appends a connection that begins to wait now.
     pub(in crate::proxy) fn push(&mut self, all: &mut Slab<impl Linked>, key: usize, now: Instant) {
         let before = std::mem::replace(&mut self.last, key as u32);
         match before {

@@ -1,4 +1,4 @@
-//! A listener, and what it leads to.
+//! A frontend: a listener and its target.
 
 use std::{sync::Arc, time::Duration};
 
@@ -7,21 +7,21 @@ use crate::{
     proxy::balance::{Permit, ServiceHandle, Shortage},
 };
 
-/// Names a frontend for the life of a [`DataPlane`](crate::proxy::DataPlane).
+/// Identifies a frontend for the life of a [`DataPlane`](crate::proxy::DataPlane).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FrontendId(pub(in crate::proxy) u32);
 
-/// What clients of one address get.
+/// A listener, and the target that its clients are connected to.
 #[derive(Debug, Clone)]
 pub(in crate::proxy) struct Frontend {
     pub(in crate::proxy) listener: Arc<Listener>,
     pub(in crate::proxy) target: Target,
 }
 
-/// What a frontend leads to. Several may lead to one service.
+/// The target of a frontend. Several frontends may have the same one.
 #[derive(Debug, Clone)]
 pub enum Target {
-    /// A worker of this service: what the client sends is passed on as it is.
+    /// A worker of this service. The client's bytes are relayed unchanged.
     Tcp(Arc<ServiceHandle>),
 }
 
@@ -32,17 +32,17 @@ impl From<&Arc<ServiceHandle>> for Target {
 }
 
 impl Target {
-    /// How long a client may be silent before TCP asks whether it is still there.
+    /// The TCP keepalive time for clients.
     pub(in crate::proxy) fn keepalive(&self) -> Duration {
         match self {
             Self::Tcp(service) => service.current().0.routing().keepalive,
         }
     }
 
-    /// The right to one more connection here, which is taken before it is accepted.
+    /// Takes a permit for one more connection, before it is accepted.
     ///
     /// # Errors
-    /// What there is no more of.
+    /// What is exhausted.
     pub(in crate::proxy) fn permit(&self) -> Result<Permit, Shortage> {
         match self {
             Self::Tcp(service) => Permit::take(service),

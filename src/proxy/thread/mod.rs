@@ -1,4 +1,4 @@
-//! What a data thread is made of, whatever engine drives its connections.
+//! The parts of a data thread that do not depend on the engine.
 
 pub(in crate::proxy) mod context;
 pub(in crate::proxy) mod deadlines;

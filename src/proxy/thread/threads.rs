@@ -1,4 +1,4 @@
-//! What the data threads share with each other and with the main thread.
+//! The state that the data threads share with each other and with the main thread.
 
 use std::{
     io,
@@ -22,23 +22,25 @@ use crate::{
     proxy::balance::{Budget, Permit, ReservedPermit, Waker},
 };
 
-/// More connections than any thread has: nobody hands one to a thread that has ended.
+/// The connection count of a thread that has ended. It is more than any thread has, so no other
+/// thread hands it a connection.
 const ENDED: usize = usize::MAX / 2;
 
-/// What a thread is told. Their number is bounded by what the supervisor does: four for each listener, and
-/// one for each connection that waited for a worker which is gone; and by the permits for connections.
+/// A command to a thread. The number of queued commands is bounded: the supervisor sends four for
+/// each listener, and one for each connection drained from the queue of a worker that has exited;
+/// the rest need a permit.
 #[derive(Debug)]
 pub(in crate::proxy) enum Command {
     Open {
         id: FrontendId,
         frontend: Frontend,
     },
-    /// Its clients get this from now on.
+    /// Use this target for the frontend's clients from now on.
     Retarget {
         id: FrontendId,
         target: Target,
     },
-    /// Accept what is queued, then let go of the listener and drop `done`.
+    /// Accept what is queued, then release the listener and drop `done`.
     Close {
         id: FrontendId,
         done: mpsc::Sender<()>,
@@ -49,7 +51,7 @@ pub(in crate::proxy) enum Command {
         client: Option<Ends>,
         permit: ReservedPermit,
     },
-    /// Go on with a connection that another thread has accepted, since it has more of them.
+    /// Take over a connection from the thread that accepted it, which has more connections.
     Take {
         connection: Socket,
         peer: Peer,
@@ -57,7 +59,7 @@ pub(in crate::proxy) enum Command {
         /// When it was accepted.
         begun: Instant,
     },
-    /// Look for a worker for everybody who has come so far, then drop `done`.
+    /// Look for a worker for every connection accepted so far, then drop `done`.
     AssignAll {
         done: mpsc::Sender<()>,
     },
@@ -65,7 +67,7 @@ pub(in crate::proxy) enum Command {
     Stop,
 }
 
-/// The way to one thread, in cache lines of its own.
+/// The mailbox of one thread, in cache lines of its own.
 #[derive(Debug)]
 #[repr(align(128))]
 struct Mailbox {
@@ -73,26 +75,26 @@ struct Mailbox {
     commands: Mutex<Option<Vec<Command>>>,
     /// Turns of the thread's loop.
     turns: AtomicU64,
-    /// Connections that it holds, those included that are on their way to it.
+    /// The connections that it holds, including those in transit to it.
     held: AtomicUsize,
-    /// Which of the others it compares itself with next.
+    /// Which other thread it compares itself with next.
     other: AtomicUsize,
 }
 
-/// All data threads, and what is shared by them.
+/// All data threads, and their shared state.
 #[derive(Debug)]
 pub(in crate::proxy) struct Threads {
     mailboxes: Box<[Mailbox]>,
     waker: Arc<Waker>,
     budget: Arc<Budget>,
-    /// How often a worker's process was found to be gone.
+    /// How many exits of workers' processes were reported.
     exits: AtomicU64,
-    /// Which thread is the next to be told what only one is told.
+    /// The next thread to get a command that only one thread gets.
     turn: AtomicUsize,
 }
 
 impl Threads {
-    /// So many, which hold so many connections together.
+    /// Creates `threads` mailboxes, for threads that hold at most `max_held` connections together.
     pub(in crate::proxy) fn new(threads: usize, max_held: usize) -> io::Result<Arc<Self>> {
         let mailboxes = (0..threads).map(|_| Mailbox {
             commands: Mutex::new(Some(Vec::new())),
@@ -118,29 +120,31 @@ impl Threads {
         self.waker.wake_all();
     }
 
-    /// What wakes one thread.
+    /// The descriptor that wakes one thread.
     pub(in crate::proxy) fn event(&self, thread: usize) -> &EventFd {
         self.waker.event(thread)
     }
 
-    /// One thread has made a turn of its loop.
+    /// Counts one turn of a thread's loop.
     pub(in crate::proxy) fn count_turn(&self, thread: usize) {
         self.mailboxes[thread].turns.fetch_add(1, Relaxed);
     }
 
-    /// What one thread was told before this.
+    /// Takes the queued commands of one thread.
     pub(in crate::proxy) fn commands(&self, thread: usize) -> Vec<Command> {
         self.waker.woken(thread);
         self.mailboxes[thread].commands().as_mut().map(std::mem::take).unwrap_or_default()
     }
 
-    /// Finds a thread for one more connection, which counts as that one's until it has
-    /// [`left`](Self::left): `thread`, unless another has fewer and the connection needn't stay. Only
-    /// one other is looked at, each in turn, so that this costs as little where there are many.
+    /// Finds a thread for one more connection, which counts as that thread's until it has
+    /// [`left`](Self::left). That is `thread`, unless another thread has fewer connections and the
+    /// connection need not stay. Only one other thread is compared, in rotation, so that this costs
+    /// as little where there are many threads.
     ///
-    /// The kernel does not see to that: it wakes who waits longest or least at a listener, however many
-    /// connections that one has, and of many that come at once the first to wake up takes the most.
-    /// Then one core is busy with them while another waits.
+    /// The kernel does not balance this. It wakes a thread by the order in which the threads wait
+    /// at a listener, however many connections the thread has, and when many clients connect at
+    /// once, the first thread to wake up takes most of them. Then one core is busy while another
+    /// idles.
     pub(in crate::proxy) fn seat(&self, thread: usize, stays: bool) -> usize {
         let count = self.mailboxes.len();
         let own = &self.mailboxes[thread];
@@ -161,7 +165,7 @@ impl Threads {
         self.mailboxes[thread].held.fetch_sub(1, Relaxed);
     }
 
-    /// A thread for a connection that none has accepted; see [`Self::seat`].
+    /// Finds a thread for a connection that no thread has accepted; see [`Self::seat`].
     pub(in crate::proxy) fn seat_anywhere(&self) -> usize {
         self.seat(self.turn.fetch_add(1, Relaxed) % self.mailboxes.len(), false)
     }
@@ -172,8 +176,8 @@ impl Threads {
         self.waker.wake(thread);
     }
 
-    /// The thread has ended, or is about to: it is handed no further connection, those that are on
-    /// their way to it are reset, and nobody waits for what it is told.
+    /// Marks a thread that has ended, or is about to. It gets no further connection, those in
+    /// transit to it are reset, and commands to it are dropped.
     pub(in crate::proxy) fn ended(&self, thread: usize) {
         let mailbox = &self.mailboxes[thread];
         mailbox.held.store(ENDED, Relaxed);
@@ -189,13 +193,14 @@ impl Threads {
         self.wake_all();
     }
 
-    /// A worker's process is gone: its connections are to be looked at.
+    /// Reports that a worker's process has exited: every thread checks the connections of exited
+    /// workers.
     pub(in crate::proxy) fn exited(&self) {
         self.exits.fetch_add(1, Release);
         self.wake_all();
     }
 
-    /// How many were gone so far.
+    /// How many worker exits were reported so far.
     pub(in crate::proxy) fn exits(&self) -> u64 {
         self.exits.load(Acquire)
     }
@@ -206,10 +211,11 @@ impl Threads {
     }
 }
 
-/// What nobody is there to do: a connection is reset, and whoever waits waits no longer.
+/// Drops a command to a thread that has ended. A connection in it is reset; a `done` sender in it
+/// is dropped, so its receiver stops waiting.
 fn refuse(command: Command) {
     if let Command::Take { connection, .. } | Command::Adopt { connection, .. } = command {
-        // Fails only where the peer has reset it already.
+        // Fails only if the peer has reset the connection already.
         _ = connection.set_linger(Some(Duration::ZERO));
     }
 }

@@ -1,4 +1,4 @@
-//! One worker incarnation, as the data threads see it.
+//! A backend: one worker incarnation, as the data threads see it.
 
 mod direct;
 
@@ -31,13 +31,14 @@ use crate::{
     net::{Endpoint, Reach, direct::PinGuard, is_ephemeral},
 };
 
-/// One incarnation of a worker: where it listens, and what passed through it.
+/// One incarnation of a worker: its endpoint and its traffic counters.
 ///
-/// Shared by the supervisor, which retires it, and the data threads, which lease it.
+/// The supervisor, which retires it, and the data threads, which lease it, share it.
 ///
-/// One with `route = "direct"` has most of its connections without lbd: those are counted by the
-/// kernel, and by whoever [samples](Self::sampled) them. What lbd itself hands to it (connections it
-/// had to hold, or to rescue) is counted as anywhere.
+/// With `route = "direct"` most connections reach the worker without passing through lbd. Those are
+/// counted by the kernel, and by regular [samples](Self::sampled). Connections that lbd itself
+/// passes to such a worker (because it had to hold them, or drained them from a queue) are counted
+/// as for any other worker.
 pub struct Backend {
     id: u64,
     slot: u32,
@@ -50,8 +51,7 @@ pub struct Backend {
     retired: AtomicBool,
     exited: AtomicBool,
     displaced: AtomicBool,
-    /// Until when its accept queue is taken for full, in [`milliseconds`]; 0 where it is
-    /// not.
+    /// Until when its accept queue is assumed to be full, in [`milliseconds`]; 0 if it is not.
     congested: AtomicU64,
     drained: Arc<Notify>,
     active: AtomicUsize,
@@ -59,34 +59,34 @@ pub struct Backend {
     direct: Option<Direct>,
 }
 
-/// How long a worker whose accept queue was full is left alone as long as others are not: who filled it
-/// may be others than lbd, so that nothing may tell when it has room.
+/// How long a worker whose accept queue was full is avoided while others are available. Clients
+/// other than lbd's may have filled the queue, so lbd may never be told that it has room.
 const CONGESTED: Duration = Duration::from_secs(1);
 
 fn milliseconds() -> u64 {
     nanoseconds(Instant::now()) / 1_000_000
 }
 
-/// What passed through a [`Backend`] so far.
+/// The traffic counters of a [`Backend`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Traffic {
-    /// Connections now on the worker, the ones being made included; `None` where that can't be told.
+    /// Open connections, including those being established; `None` if that is not known.
     pub active: Option<usize>,
-    /// Connections the worker was given, ever; `None` where nobody counts them.
+    /// Connections that the worker was ever given; `None` if nothing counts them.
     pub total: Option<u64>,
     /// Connects that were refused, failed or timed out.
     pub failed: u64,
-    /// Bytes handed to clients; `None` where they don't pass through lbd.
+    /// Bytes sent to clients; `None` if they don't pass through lbd.
     pub sent: Option<u64>,
-    /// Bytes handed to the worker; likewise.
+    /// Bytes sent to the worker; `None` as for `sent`.
     pub received: Option<u64>,
 }
 
 impl Backend {
-    /// A worker that listens at `endpoint`, and is told who its client is where it is to be. `id` is
-    /// its incarnation, unique for the life of the daemon; `label` names it in the access log
-    /// (`web/9002`). `drained` is notified whenever the last connection of a *retired* backend
-    /// ends; one `Notify` may serve them all.
+    /// A worker that listens at `endpoint`, and that gets a PROXY header if `proxy_protocol` says
+    /// so. `id` is its incarnation, unique for the life of the daemon; `label` names it in the
+    /// access log (`web/9002`). `drained` is notified whenever the last connection of a *retired*
+    /// backend ends; one `Notify` may serve all backends.
     #[must_use]
     pub fn new(
         id: u64,
@@ -99,8 +99,8 @@ impl Backend {
         Arc::new(Self::at(id, slot, label, endpoint, proxy_protocol, drained, None))
     }
 
-    /// A worker that the kernel hands connections to, by any of the `routes`, and that lbd reaches by the
-    /// first.
+    /// A worker to which the kernel hands connections, on the address of each of the `routes`. lbd
+    /// itself connects to it by the first route.
     #[must_use]
     pub fn direct(
         id: u64,
@@ -144,31 +144,31 @@ impl Backend {
         }
     }
 
-    /// The incarnation.
+    /// The incarnation, unique for the life of the daemon.
     #[must_use]
     pub fn id(&self) -> u64 {
         self.id
     }
 
-    /// Its slot in the service: 0, 1, …
+    /// The worker's slot in the service: 0, 1, …
     #[must_use]
     pub fn slot(&self) -> u32 {
         self.slot
     }
 
-    /// The port it listens on; `None` on unix.
+    /// The port that it listens on; `None` on unix.
     #[must_use]
     pub fn port(&self) -> Option<u16> {
         self.port
     }
 
-    /// How it is told who its client is.
+    /// The PROXY protocol version that the worker expects, if any.
     #[must_use]
     pub fn proxy_protocol(&self) -> Option<ProxyProtocol> {
         self.proxy_protocol
     }
 
-    /// What the access log calls it.
+    /// The worker's name in the access log.
     #[must_use]
     pub fn label(&self) -> &str {
         &self.label
@@ -187,36 +187,37 @@ impl Backend {
         }
     }
 
-    /// Connections on the worker, those that it has without lbd included; `None` where that can't be
-    /// told.
+    /// Open connections, including those that do not pass through lbd; `None` if that is not known.
     #[must_use]
     pub fn connections(&self) -> Option<usize> {
         let active = self.active();
-        // One that lbd relays is among those that were sampled.
+        // A sample includes the connections that lbd relays.
         let all = |direct: &Direct| direct.connections().map(|sampled| sampled.max(active));
         self.direct.as_ref().map_or(Some(active), all)
     }
 
-    /// Connections that the worker was given, those that lbd did not see included.
+    /// Connections that the worker was given, including those that did not pass through lbd.
     fn given(&self) -> Option<u64> {
         let taken = self.counters.taken();
         let routed = self.direct.as_ref().map_or(Some(0), Direct::routed);
         Some(routed? + taken)
     }
 
-    /// Whether the kernel hands it connections.
+    /// Whether the kernel hands connections to the worker (`route = "direct"`).
     #[must_use]
     pub fn is_direct(&self) -> bool {
         self.direct.is_some()
     }
 
-    /// Which of the times between two retirements a sample that is begun now is of.
+    /// The current epoch: a sample that begins now belongs to it. Each retirement begins a new
+    /// epoch.
     #[must_use]
     pub fn epoch(&self) -> u32 {
         self.direct.as_ref().map_or(0, Direct::epoch)
     }
 
-    /// How many connections it has, as was looked up in this epoch; `None` where that can't be told.
+    /// Records a sample of the number of open connections, taken in `epoch`; `None` if the number
+    /// could not be found out.
     pub fn sampled(&self, epoch: u32, connections: Option<u32>) {
         let Some(direct) = &self.direct else { return };
         direct.sampled(epoch, connections);
@@ -225,20 +226,21 @@ impl Backend {
         }
     }
 
-    /// It gets no connection any more, and its socket may be another one's from now on.
+    /// Says that the worker gets no further connections; its socket may belong to another worker
+    /// from now on.
     pub fn left(&self) {
         if let Some(direct) = &self.direct {
             direct.left();
         }
     }
 
-    /// Whether it is known to hold no connection.
+    /// Whether the worker is known to have no connection.
     #[must_use]
     pub fn is_idle(&self) -> bool {
         self.active() == 0 && self.direct.as_ref().is_none_or(Direct::is_idle)
     }
 
-    /// All that only grows, each number exact by itself.
+    /// A snapshot of the counters that only grow. Each number is exact by itself.
     #[must_use]
     pub fn tally(&self) -> WorkerTally {
         let mut tally = self.counters.read();
@@ -246,15 +248,16 @@ impl Backend {
         tally
     }
 
-    /// Connections that lbd relays to the worker now, the ones being made included.
+    /// Connections that lbd relays to the worker now, including those being established.
     #[must_use]
     pub fn active(&self) -> usize {
         self.active.load(SeqCst)
     }
 
-    /// Takes no further connection from lbd, and tells whether it has none. Once a retired backend
-    /// has none, it gets none, whatever snapshot a data thread still looks at. That one which is
-    /// direct has none is known after the next sample; it must have no turns any more.
+    /// Retires the backend: it takes no further connection from lbd. Returns whether it has none.
+    /// Once a retired backend has no connection it gets none, whichever snapshot a data thread
+    /// still uses. A direct backend must have no turns any more; that it has no connections is
+    /// known only after the next sample.
     pub fn retire(&self) -> bool {
         self.retired.store(true, SeqCst);
         if let Some(direct) = &self.direct {
@@ -268,10 +271,11 @@ impl Backend {
         self.retired.store(false, SeqCst);
     }
 
-    /// Says whether connections to its port reach another worker, which expects another header.
+    /// Says whether connections to the worker's port reach another worker, which expects another
+    /// PROXY header.
     ///
-    /// To be said before they do: whoever has connected looks before it sends anything, and assigns
-    /// its client anew.
+    /// To be called before that happens: a data thread that has just connected checks this before
+    /// it sends anything, and assigns its client anew.
     pub fn displace(&self, displaced: bool) {
         self.displaced.store(displaced, SeqCst);
     }
@@ -280,7 +284,7 @@ impl Backend {
         self.displaced.load(SeqCst)
     }
 
-    /// Whether its process is gone, so that nobody reads any more what clients send to it.
+    /// Whether the worker's process has exited, so that no one reads what clients still send.
     pub(crate) fn is_exited(&self) -> bool {
         self.exited.load(SeqCst)
     }
@@ -289,7 +293,7 @@ impl Backend {
         self.exited.store(true, SeqCst);
     }
 
-    /// Whether a connect found its accept queue full a moment ago, and nothing since says that it has
+    /// Whether a connect recently found the accept queue full, and nothing since shows that it has
     /// room.
     pub(crate) fn is_congested(&self) -> bool {
         match self.congested.load(Relaxed) {
@@ -306,10 +310,11 @@ impl Backend {
         }
     }
 
-    /// A connection's claim, of which there are never more than `most`.
+    /// Takes a lease for one connection, of which there are never more than `most`.
     pub(crate) fn acquire(self: &Arc<Self>, most: Option<NonZeroU32>) -> Result<Lease, LeaseError> {
-        // Count first, look second; `retire` marks first, counts second. In the one order of all
-        // four, either the mark is seen here or the count is seen there.
+        // This counts first and checks the mark second; `retire` marks first and checks the count
+        // second. All four operations are sequentially consistent, so either the mark is seen here
+        // or the count is seen there.
         match most {
             None => _ = self.active.fetch_add(1, SeqCst),
             Some(most) => {
@@ -321,8 +326,8 @@ impl Backend {
         if self.retired.load(SeqCst) { Err(LeaseError::Retired) } else { Ok(lease) }
     }
 
-    /// A non-blocking socket to connect to [`Self::endpoint`] with, and what has to be there until it
-    /// is connected.
+    /// A non-blocking socket to connect to [`Self::endpoint`], and the guard that has to be kept
+    /// until it is connected.
     pub(crate) fn socket(&self) -> io::Result<(Socket, Option<Box<PinGuard>>)> {
         match &self.direct {
             Some(direct) => direct.open().map(|(socket, pass)| (socket, Some(Box::new(pass)))),
@@ -330,23 +335,24 @@ impl Backend {
         }
     }
 
-    /// Where it is reached.
+    /// Where the worker is reached.
     #[must_use]
     pub fn endpoint(&self) -> &Endpoint {
         &self.endpoint
     }
 
-    /// Whether the system may give its port to an outgoing connection.
+    /// Whether the kernel may assign the worker's port to an outgoing connection.
     pub(crate) fn is_ephemeral(&self) -> bool {
         self.is_ephemeral
     }
 
-    /// Whether it is reached without a network: by the loopback interface, or on unix.
+    /// Whether the worker is on this machine: reached by the loopback interface or by a unix
+    /// socket.
     pub(crate) fn is_local(&self) -> bool {
         self.is_local
     }
 
-    /// Where it is, for a connection to it.
+    /// How a connection reaches the worker.
     pub(crate) fn reach(&self) -> Reach {
         match self.domain() {
             Domain::UNIX => Reach::Unix,
@@ -371,7 +377,7 @@ impl Backend {
         self.counters.count_end(thread, end, lasted);
     }
 
-    /// How many connections it has begun to answer: sent a first byte.
+    /// How many connections the worker has begun to answer, that is, has sent a first byte to.
     #[must_use]
     pub fn answered(&self) -> u64 {
         self.counters.answered()
@@ -392,10 +398,10 @@ impl fmt::Debug for Backend {
     }
 }
 
-/// Why a worker is not to be had.
+/// Why a backend grants no lease.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum LeaseError {
-    /// It has as many connections as it may.
+    /// The backend has as many connections as it may have.
     Full,
     Retired,
 }
@@ -404,10 +410,10 @@ pub(crate) enum LeaseError {
 #[derive(Debug)]
 pub(crate) struct Lease {
     backend: Arc<Backend>,
-    /// While it is being connected.
+    /// Routes the connection to this worker until it is established.
     pub(crate) pin: Option<Box<PinGuard>>,
-    /// The worker has taken the connection, so that with its end there is likely to be room in the
-    /// worker's queue.
+    /// The worker has accepted the connection. So when the connection ends, there is likely to be
+    /// room in the worker's accept queue.
     pub(crate) has_taken: bool,
 }
 
