@@ -1,4 +1,4 @@
-//! The command line: argv becomes one command, and its end an exit status.
+//! The command line: turns argv into a command, runs it, and returns its exit status.
 
 mod bench;
 mod manual;
@@ -28,11 +28,11 @@ use crate::{
 };
 use operate::Target;
 
-/// The configuration is wrong: `EX_CONFIG` of sysexits.h(3head).
+/// The configuration is invalid: `EX_CONFIG` of sysexits.h(3head).
 const EXIT_CONFIG: u8 = 78;
-/// The command line is wrong, as clap has it.
+/// The command line is invalid; clap uses the same status.
 const EXIT_USAGE: u8 = 2;
-/// It failed at run time.
+/// The command failed at run time.
 const EXIT_FAILURE: u8 = 1;
 
 const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("LBD_COMMIT"), ")");
@@ -222,8 +222,8 @@ pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(answer) => {
-            // --help and --version come this way too, with status 0. A closed pipe is no reason
-            // to complain.
+            // --help and --version are reported this way too, with status 0. A closed pipe is no
+            // reason to complain.
             let is_foreign = |argument: OsString| {
                 argument.to_string_lossy().contains(|c| printable::is_control(c) && c != '\n')
             };
@@ -237,9 +237,9 @@ pub fn main() -> ExitCode {
     };
     let mut passed = daemon::Passed::none();
     if matches!(cli.command, None | Some(Command::Run { .. })) {
-        // SAFETY: nothing has been opened, and no thread or process started, before.
+        // SAFETY: before this, nothing has been opened, and no thread or process started.
         passed = unsafe { daemon::Passed::from_environment() };
-        // In a container the first process has to reap what others leave behind.
+        // In a container, the first process must reap orphans.
         match process::stay_as_init() {
             Ok(None) => {}
             Ok(Some(status)) => return status,
@@ -289,14 +289,14 @@ pub fn main() -> ExitCode {
 enum Error {
     #[error(transparent)]
     Config(#[from] config::ConfigError),
-    /// The arguments that stand for a configuration are wrong.
+    /// The arguments that take the place of a configuration are invalid.
     #[error("{0}")]
     Usage(config::ConfigError),
     #[error("lbd: {0}")]
     Daemon(daemon::DaemonError),
     #[error("lbd: {0}")]
     Client(#[from] admin::ClientError),
-    /// There is no such daemon, but perhaps others.
+    /// The daemon does not run, but others may.
     #[error("lbd: {error}{others}")]
     NotRunning { error: admin::ClientError, others: String },
     #[error("lbd: {0}")]
@@ -310,7 +310,7 @@ enum Error {
 impl From<BenchError> for Error {
     fn from(error: BenchError) -> Self {
         match error {
-            // It names the file and needs no more.
+            // The message already names the file.
             BenchError::Config(error) => Self::Config(error),
             error => Self::Bench(error),
         }

@@ -1,8 +1,8 @@
-//! How long things took, counted by length.
+//! Histograms of durations.
 //!
-//! [`Histogram`] is counted into by the data threads, at a cost of two additions that no other
-//! thread has to wait for. [`Durations`] is what one holds at a moment; it can be added up, so that
-//! many workers, one after the other, make one history.
+//! The data threads count into [`Histogram`], which costs two additions that no other thread waits
+//! for. [`Durations`] is a snapshot of one. Snapshots can be added up, so that many workers in a
+//! row make one history.
 
 use std::{
     array,
@@ -13,8 +13,8 @@ use std::{
 
 use crate::per_thread::PerThread;
 
-/// The upper bounds of the buckets, in microseconds: three a decade up to ten seconds, then what
-/// idle timeouts are made of.
+/// The upper bounds of the buckets, in microseconds: three per decade up to ten seconds, then
+/// typical idle timeouts.
 const BOUNDS: [u64; 21] = [
     100,
     250,
@@ -39,10 +39,10 @@ const BOUNDS: [u64; 21] = [
     3_600_000_000,
 ];
 
-/// One a bound, and one for what is longer than all of them.
+/// One per bound, and one for all longer durations.
 const BUCKETS: usize = BOUNDS.len() + 1;
 
-/// Durations that several threads count.
+/// Counts durations on several threads.
 #[derive(Debug, Default)]
 pub struct Histogram(PerThread<Shard>);
 
@@ -53,7 +53,7 @@ struct Shard {
     micros: AtomicU64,
 }
 
-/// How many durations there were of which length, and how long they were together.
+/// How many durations fell into each bucket, and their sum.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Durations {
     buckets: [u64; BUCKETS],
@@ -61,7 +61,7 @@ pub struct Durations {
 }
 
 impl Histogram {
-    /// Counts one duration; `thread` is the number of the thread that does.
+    /// Counts one duration; `thread` is the number of the calling thread.
     pub fn count(&self, thread: usize, duration: Duration) {
         let shard = self.0.of(thread);
         let micros = micros(duration);
@@ -93,7 +93,7 @@ impl Durations {
         self.micros = self.micros.saturating_add(micros);
     }
 
-    /// How many there were.
+    /// The number of durations.
     #[must_use]
     pub fn len(&self) -> u64 {
         self.buckets.iter().sum()
@@ -105,13 +105,13 @@ impl Durations {
         self.len() == 0
     }
 
-    /// How long they were together, in seconds.
+    /// The sum of all durations, in seconds.
     #[must_use]
     pub fn seconds(&self) -> f64 {
         self.micros as f64 / 1e6
     }
 
-    /// Each bound in seconds, up to `longest`, and how many were no longer than that.
+    /// Each bound in seconds, up to `longest`, and how many durations were no longer than it.
     pub fn cumulative(&self, longest: Duration) -> impl Iterator<Item = (f64, u64)> {
         let longest = micros(longest);
         let mut count = 0;

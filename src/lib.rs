@@ -18,10 +18,11 @@
 //! histogram, per_thread, printable
 //! ```
 //!
-//! The daemon is an event loop: what happens is told to the `supervisor`, which alone decides, and
-//! what that asks for is done to `process`, `proxy` and `net`. The data threads decide only who gets
-//! which connection. With `route = "direct"` connections don't come through `proxy` at all:
-//! `net::direct` has the kernel hand them out, and `daemon` tells it to whom.
+//! The daemon is an event loop. It reports each event to the `supervisor`, which makes all
+//! decisions, and carries out the effects that the supervisor returns, through `process`, `proxy`
+//! and `net`. The data threads decide only which worker gets which connection. With `route =
+//! "direct"`, connections bypass `proxy`: the kernel distributes them as `net::direct` sets up, and
+//! `daemon` keeps the kernel's list of workers up to date.
 
 pub mod admin;
 pub mod bench;

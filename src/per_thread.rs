@@ -1,9 +1,9 @@
-//! What several threads count, each in cache lines of its own.
+//! Counters with a separate shard for each thread, each in its own cache lines.
 
-/// Threads up to this number have a shard each; more of them share.
+/// Up to this many threads have a shard each; further threads share.
 const SHARDS: usize = 8;
 
-/// One of `T` for each thread, so that none has to wait for a cache line that another has changed.
+/// A `T` for each thread, so that no thread waits for a cache line that another has changed.
 #[derive(Debug, Default)]
 pub struct PerThread<T>([Shard<T>; SHARDS]);
 
@@ -13,12 +13,12 @@ pub struct PerThread<T>([Shard<T>; SHARDS]);
 struct Shard<T>(T);
 
 impl<T> PerThread<T> {
-    /// That of the thread with this number.
+    /// The shard of the thread with this number.
     pub fn of(&self, thread: usize) -> &T {
         &self.0[thread % SHARDS].0
     }
 
-    /// Those of all threads.
+    /// The shards of all threads.
     pub fn iter(&self) -> impl Iterator<Item = &T> {
         self.0.iter().map(|shard| &shard.0)
     }

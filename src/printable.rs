@@ -1,14 +1,14 @@
-//! Foreign text made fit to be shown.
+//! Makes text from outside safe to show.
 //!
-//! A path, a program's output, an answer of another process may hold anything. On a terminal a control
-//! character is a command (ECMA-48), and one that turns the direction of text around makes it read as
-//! something that it is not (UAX #9; "Trojan Source", CVE-2021-42574). Whatever lbd prints or logs of
-//! others goes through one of these functions.
+//! A path, a program's output or another process's answer may contain anything. A terminal obeys
+//! control characters as commands (ECMA-48), and a bidirectional control makes text read as
+//! something that it is not (UAX #9; "Trojan Source", CVE-2021-42574). Everything from outside that
+//! lbd prints or logs goes through one of these functions.
 
 use std::{borrow::Cow, fmt::Write as _};
 
-/// Whether a terminal, or somebody who reads, could take `c` for something else than a character:
-/// C0 and C1 controls, line and paragraph separators, and marks that change the direction of text.
+/// Whether a terminal or a reader could be misled by `c`: C0 and C1 controls, line and paragraph
+/// separators, and marks that change the direction of text.
 #[must_use]
 pub fn is_control(c: char) -> bool {
     matches!(c,
@@ -21,8 +21,8 @@ pub fn is_control(c: char) -> bool {
         | '\u{2066}'..='\u{2069}')
 }
 
-/// `text` on one line, with nothing in it that is obeyed: a C0 control is its picture (U+2400 …), as
-/// in `␛[31m`, and any other is U+FFFD. A tab stays.
+/// `text` on one line, without anything that a terminal obeys: a C0 control becomes its picture
+/// (U+2400 …), as in `␛[31m`, and any other U+FFFD. Tabs stay.
 #[must_use]
 pub fn line(text: &str) -> Cow<'_, str> {
     match text.contains(|c| is_control(c) && c != '\t') {
@@ -31,7 +31,7 @@ pub fn line(text: &str) -> Cow<'_, str> {
     }
 }
 
-/// The same of text that may have several lines.
+/// The same for text that may have several lines.
 #[must_use]
 pub fn lines(text: &str) -> Cow<'_, str> {
     let shown = |c| if c == '\n' { c } else { picture(c) };
@@ -41,11 +41,11 @@ pub fn lines(text: &str) -> Cow<'_, str> {
     }
 }
 
-/// JSON with every such character escaped, as JSON may have it (RFC 8259, 7): its meaning is the same.
-/// Line breaks between its values stay.
+/// JSON with every such character escaped (allowed by RFC 8259, 7): its meaning is unchanged. Line
+/// breaks between values stay.
 #[must_use]
 pub fn json(text: &str) -> Cow<'_, str> {
-    // Outside of a string there are no others, and inside of one no line break.
+    // Outside of strings JSON contains no other controls, and inside of strings no line breaks.
     let is_escaped = |c| is_control(c) && !matches!(c, '\n' | '\r' | '\t');
     if !text.contains(is_escaped) {
         return Cow::Borrowed(text);
@@ -53,7 +53,7 @@ pub fn json(text: &str) -> Cow<'_, str> {
     let mut escaped = String::with_capacity(text.len() + 16);
     for c in text.chars() {
         match is_escaped(c) {
-            // Each is a single unit of UTF-16. Writing to a String does not fail.
+            // Each is a single UTF-16 unit. Writing to a String does not fail.
             true => _ = write!(escaped, "\\u{:04x}", u32::from(c)),
             false => escaped.push(c),
         }
@@ -66,7 +66,7 @@ fn picture(c: char) -> char {
         '\t' => c,
         '\0'..='\x1f' => char::from_u32(0x2400 + u32::from(c)).unwrap_or_default(),
         '\x7f' => '\u{2421}',
-        // Most of what there is is none of the others.
+        // The fast path: most characters are printable ASCII.
         ' '..='\x7e' => c,
         _ if is_control(c) => char::REPLACEMENT_CHARACTER,
         _ => c,

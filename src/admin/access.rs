@@ -1,17 +1,17 @@
-//! Who may ask for what.
+//! Access control: which requests are allowed.
 //!
 //! | | over the unix socket | over TCP |
 //! | --- | --- | --- |
 //! | GET | whoever can open it | from this machine itself, or with the token |
 //! | POST | the same, and no web page | with the token, and no web page |
 //!
-//! A page that a browser shows must not operate a daemon that the browser's user can reach: not by
-//! posting a form here (CSRF; the `Origin` gives it away), nor under a name of its own that leads
-//! here (DNS rebinding; the `Host` does). Nor may it hold what there is for those who watch, by
-//! fetching what it can't read (`Sec-Fetch-Site` tells).
+//! A web page in a browser must not be able to operate a daemon that the browser's user can reach:
+//! neither by posting a form (CSRF, recognised by `Origin`), nor under a host name of its own that
+//! resolves to this machine (DNS rebinding, recognised by `Host`). Nor may a page use up the event
+//! streams by fetching what it can't read (recognised by `Sec-Fetch-Site`).
 //!
-//! The dashboard itself holds nothing of the daemon. So whoever could look with the token gets it,
-//! with status 401, to be asked for it.
+//! The dashboard page itself contains no data of the daemon. So a client that is only lacking the
+//! token gets the page, with status 401, and the page asks for the token.
 
 use std::{
     net::SocketAddr,
@@ -43,32 +43,32 @@ use crate::config::Token;
 const MAX_BODY: usize = 4 * 1024;
 /// How long a body may take to come.
 const BODY_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a wrong token is thought about: guessing takes for ever.
+/// How long the answer to a wrong token is delayed, which makes guessing hopeless.
 const WRONG_TOKEN_DELAY: Duration = Duration::from_millis(250);
 
-/// So many wrong tokens each have a line in the log …
+/// This many wrong tokens get a log line each …
 const UNFOLDED: u32 = 10;
-/// … in this time; those that are more are counted.
+/// … within this time; further ones are only counted.
 const WINDOW: Duration = Duration::from_secs(60);
 
-/// The token in force, if there is one; a reload may change it.
+/// The token in force, if there is one. A reload may change it.
 pub type CurrentToken = watch::Receiver<Option<Token>>;
 
-/// What [`admit`] knows. Clones are the same.
+/// What [`admit`] decides from. Clones share it.
 #[derive(Debug, Clone)]
 pub(super) struct Gate {
     token: CurrentToken,
     wrong: Arc<Mutex<WrongTokens>>,
 }
 
-/// How many wrong tokens have come lately.
+/// How many wrong tokens came recently.
 #[derive(Debug, Default)]
 struct WrongTokens {
     /// When the window began.
     began: Option<Instant>,
-    /// Lines that were written in it.
+    /// Lines that were logged in the window.
     written: u32,
-    /// Those without a line since the last one.
+    /// Wrong tokens that were not logged since the last line.
     folded: u32,
 }
 
@@ -77,7 +77,7 @@ impl Gate {
         Self { token, wrong: Arc::default() }
     }
 
-    /// Says in the log that somebody has tried one.
+    /// Logs that a client has tried a wrong token.
     fn tell_wrong(&self, via: Via) {
         let Via::Tcp { peer: client, .. } = via else { return };
         let mut wrong = self.wrong.lock().unwrap_or_else(PoisonError::into_inner);
@@ -89,7 +89,8 @@ impl Gate {
 }
 
 impl WrongTokens {
-    /// One more: how many its line stands for besides itself, or `None` where it has none.
+    /// Counts one more wrong token. Returns how many unlogged ones its log line stands for besides
+    /// itself, or `None` if it is not logged.
     fn count(&mut self, now: Instant) -> Option<u32> {
         if self.began.is_none_or(|began| now >= began + WINDOW) {
             (self.began, self.written) = (Some(now), 0);
@@ -103,9 +104,9 @@ impl WrongTokens {
     }
 }
 
-/// Lets nobody do what is not theirs to do, and takes no more of a body than there can be.
+/// Middleware that refuses what the client may not do, and limits the size of the body.
 pub(super) async fn admit(State(gate): State<Gate>, request: Request, next: Next) -> Response {
-    // Whoever made the connection said which way it came; without that nothing is allowed.
+    // The code that accepted the connection sets `Via`. Without it nothing is allowed.
     let Some(&via) = request.extensions().get::<Via>() else {
         return Error::new(StatusCode::FORBIDDEN, "nobody knows who asks").into_response();
     };
@@ -145,7 +146,8 @@ pub(super) async fn admit(State(gate): State<Gate>, request: Request, next: Next
     }
 }
 
-/// Has browsers take an answer for what it says it is, and give it to no page but lbd's own.
+/// Adds headers that stop browsers from guessing the content type, and from giving the answer to
+/// other sites' pages.
 pub(super) async fn seal(mut response: Response) -> Response {
     let headers = response.headers_mut();
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
@@ -153,23 +155,23 @@ pub(super) async fn seal(mut response: Response) -> Response {
     response
 }
 
-/// Why somebody is not answered.
+/// Why a request is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Denied {
-    /// A web page of somebody else asks, it seems.
+    /// The request seems to come from another site's web page.
     Foreign,
-    /// A token is needed, and there is none to have.
+    /// A token is required, but none is configured.
     NoToken {
-        /// To change something, not only to look.
+        /// The request would change something, not only read.
         change: bool,
     },
-    /// A token is needed, and none came.
+    /// A token is required, and the request has none.
     MissingToken,
-    /// This is not the token.
+    /// The request has a wrong token.
     WrongToken,
 }
 
-/// Whether a request with these `headers` is answered; `changes` where it is one that changes
+/// Decides whether a request with these `headers` is allowed. `changes` is true if it would change
 /// something.
 fn judge(
     via: Via,
@@ -180,13 +182,13 @@ fn judge(
     if changes && !is_local(headers, via) || is_another_pages(headers, changes) {
         return Err(Denied::Foreign);
     }
-    // Nobody is made to send a Host; whoever is shown pages does.
+    // Clients need not send a Host, but browsers always do.
     let misled = |named: bool| match named && !is_local(headers, via) {
         true => Err(Denied::Foreign),
         false => Ok(()),
     };
     let Via::Tcp { peer, .. } = via else {
-        // There are no ports here: one is named by a browser that comes over a forwarded one.
+        // A unix socket has no port. A Host with a port comes from a browser over a forwarded port.
         let host = text(headers, "host").and_then(|host| host.parse::<Authority>().ok());
         return misled(host.is_some_and(|host| host.port().is_some()));
     };
@@ -195,22 +197,22 @@ fn judge(
         (Some(_), Some(_)) => Err(Denied::WrongToken),
         (None, Some(_)) if changes => Err(Denied::MissingToken),
         (_, None) if changes => Err(Denied::NoToken { change: true }),
-        // A browser on this machine may show a page of anybody's.
+        // A browser on this machine may show anybody's page.
         _ if peer.ip().to_canonical().is_loopback() => misled(headers.contains_key(header::HOST)),
         (_, Some(_)) => Err(Denied::MissingToken),
         (_, None) => Err(Denied::NoToken { change: false }),
     }
 }
 
-/// Whether a request was made to this machine, and not by a page of another host: one whose name
-/// leads here, or one that lets its visitors post.
+/// Whether the request was made to this machine, and not by a page of another host: a page whose
+/// name resolves to this machine, or a page that makes its visitors post here.
 fn is_local(headers: &HeaderMap, via: Via) -> bool {
     let Some(host) = text(headers, "host") else { return false };
     let by_name = || {
         host.parse::<Authority>()
             .is_ok_and(|host| ["localhost", "lbd", "127.0.0.1", "[::1]"].contains(&host.host()))
     };
-    // A client leaves the port out where it is HTTP's own.
+    // A client omits the port if it is HTTP's default.
     let by_address = || match via {
         Via::Unix => false,
         Via::Tcp { local, .. } => {
@@ -223,30 +225,30 @@ fn is_local(headers: &HeaderMap, via: Via) -> bool {
     same && (by_name() || by_address())
 }
 
-/// Whether a browser says that a page from elsewhere makes it ask (W3C, Fetch Metadata), and not its
-/// user who follows a link.
+/// Whether the browser says that another site's page caused the request (W3C, Fetch Metadata), and
+/// not the user by following a link.
 fn is_another_pages(headers: &HeaderMap, changes: bool) -> bool {
     let site = text(headers, "sec-fetch-site");
     let follows = !changes && text(headers, "sec-fetch-dest") == Some("document");
     site.is_some_and(|site| !["same-origin", "none"].contains(&site)) && !follows
 }
 
-/// A header's value; empty where it is no text.
+/// A header's value; empty if it is not valid text.
 fn text<'h>(headers: &'h HeaderMap, name: &str) -> Option<&'h str> {
     headers.get(name).map(|value| value.to_str().unwrap_or_default())
 }
 
-/// The token that a request brings (RFC 6750, 2.1).
+/// The token in the request (RFC 6750, 2.1).
 fn bearer(headers: &HeaderMap) -> Option<&str> {
     let mut values = headers.get_all(header::AUTHORIZATION).iter();
-    // Of two it can't be known which is meant: neither is right.
+    // With two headers it is unclear which one counts, so neither does.
     let (first, None) = (values.next()?, values.next()) else { return Some("") };
     let (scheme, token) = first.to_str().ok()?.split_once(' ')?;
     scheme.eq_ignore_ascii_case("bearer").then(|| token.trim_ascii())
 }
 
 impl Denied {
-    /// The answer, with another `body` than the reason in JSON.
+    /// The refusal with this `body` instead of the reason in JSON.
     fn with_body(self, body: Response) -> Response {
         let mut response = self.into_response();
         let (head, body) = body.into_parts();
@@ -288,7 +290,7 @@ impl IntoResponse for Denied {
         };
         let mut response = Error::new(status, message).into_response();
         let headers = response.headers_mut();
-        // Whoever has no business here shall not keep a connection either.
+        // Don't let a refused client keep its connection either.
         headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
         if let Some(challenge) = challenge {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static(challenge));

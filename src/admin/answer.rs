@@ -10,20 +10,20 @@ use serde_json::json;
 use super::Failure;
 use crate::printable;
 
-/// An answer in JSON, in which nothing is obeyed by a terminal that it is printed on.
+/// A JSON answer without characters that a terminal would obey.
 #[derive(Debug)]
 pub(super) struct Json<T>(pub(super) T);
 
 impl<T: Serialize> IntoResponse for Json<T> {
     fn into_response(self) -> Response {
-        // Maps with keys that are no strings are all that it refuses.
+        // Fails only for maps whose keys are not strings, which there are none of.
         let text = serde_json::to_string(&self.0).unwrap_or_default();
         let content_type = [(header::CONTENT_TYPE, "application/json")];
         (content_type, printable::json(&text).into_owned()).into_response()
     }
 }
 
-/// What went wrong, as `{ "error": "…" }`.
+/// An error, as `{ "error": "…" }`.
 #[derive(Debug)]
 pub(super) struct Error(StatusCode, String);
 
@@ -32,7 +32,7 @@ impl Error {
         Self(status, message.into())
     }
 
-    /// The main thread does not answer any more.
+    /// The main thread no longer answers.
     pub(super) fn gone() -> Self {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "lbd is stopping")
     }

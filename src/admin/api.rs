@@ -1,4 +1,4 @@
-//! What can be asked over HTTP, and how it is answered. Who may ask is decided in `access`.
+//! The HTTP endpoints. `access` decides who may use them.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -20,7 +20,7 @@ use super::{
     metrics,
 };
 
-/// Every path there is.
+/// The routes.
 pub(super) fn router(context: Context) -> Router {
     Router::new()
         .route(dashboard::PATH, get(dashboard::page))
@@ -41,12 +41,12 @@ pub(super) fn router(context: Context) -> Router {
         .with_state(context)
 }
 
-/// What requests are answered from.
+/// What the endpoints share.
 #[derive(Debug, Clone)]
 pub(super) struct Context {
     daemon: Daemon,
     watched: Arc<Watched>,
-    /// What was seen of the workers so far.
+    /// The workers' CPU times, accumulated over all scrapes.
     cpu: Arc<Mutex<metrics::CpuTimes>>,
 }
 
@@ -68,7 +68,7 @@ impl FromRef<Context> for Arc<Watched> {
     }
 }
 
-/// 200 where every service has a healthy worker.
+/// 200 if every service has a healthy worker.
 async fn healthz(State(daemon): State<Daemon>) -> Result<&'static str, Error> {
     let status = daemon.status().await?;
     let missing: Vec<_> = status.without_health().collect();
@@ -95,7 +95,7 @@ async fn metrics(State(context): State<Context>) -> Result<impl IntoResponse, Er
     Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], page))
 }
 
-/// With `?restart=true` all workers are new afterwards.
+/// With `?restart=true`, also replaces all workers.
 async fn reload(State(daemon): State<Daemon>, uri: Uri) -> Result<Response, Error> {
     if flag(&uri, "restart")? {
         return Ok(Json(daemon.reload_and_restart(None, None).await?).into_response());
@@ -104,7 +104,7 @@ async fn reload(State(daemon): State<Daemon>, uri: Uri) -> Result<Response, Erro
     Ok(Json(reloaded).into_response())
 }
 
-/// With `?reload=true` the file is read before.
+/// With `?reload=true`, rereads the file first.
 async fn restart(
     State(daemon): State<Daemon>,
     Path(service): Path<String>,
@@ -122,7 +122,7 @@ async fn restart_worker(
     Ok(Json(daemon.restart(service, slot, flag(&uri, "reload")?).await?))
 }
 
-/// Whether the query says `NAME=true`.
+/// Whether the query contains `NAME=true`.
 fn flag(uri: &Uri, name: &str) -> Result<bool, Error> {
     match uri.query().unwrap_or_default().split_once('=') {
         None if uri.query().is_none_or(str::is_empty) => Ok(false),

@@ -1,4 +1,4 @@
-//! Who asks: what connections, access and answers know of a request's sender.
+//! What is known about a client: how its connection came in, and what it may change.
 
 use std::net::SocketAddr;
 
@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::config::Token;
 
-/// The way a request came in: an extension of each.
+/// How a request came in. Attached to each request as an extension.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Via {
     /// Over the unix socket, which only the daemon's user and root can open.
@@ -15,20 +15,20 @@ pub(super) enum Via {
     Tcp {
         /// The address that the client connected to.
         local: SocketAddr,
-        /// The client's.
+        /// The client's address.
         peer: SocketAddr,
     },
 }
 
-/// What whoever asks may change: an extension of each request that is let in.
+/// What the client may change. Attached to each admitted request as an extension.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Changes {
-    /// All.
+    /// Everything.
     Free,
-    /// All, with the token.
+    /// Everything, with the token.
     Token,
-    /// Nothing, since there is no token.
+    /// Nothing, because no token is configured.
     Never,
 }
 

@@ -1,4 +1,4 @@
-//! The client's side: finds a running daemon, and asks it over HTTP.
+//! The client side of the admin API: finds a running daemon and talks to it over HTTP.
 
 use std::{
     fs, io,
@@ -23,45 +23,45 @@ use super::{
     place::{Instance, Origin, Place, SocketFolder, other_folders},
 };
 
-/// How long a daemon may take to accept a connection, and to answer what needs no waiting.
+/// How long a daemon may take to accept a connection, and to answer requests that need no waiting.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Between two tries at a socket whose queue is full.
+/// The pause between two attempts to connect to a socket whose accept queue is full.
 const PAUSE: Duration = Duration::from_millis(20);
-/// More than this is no answer of a daemon: that of one with 50,000 workers is shorter.
+/// The largest answer. That of a daemon with 50,000 workers is smaller.
 const MAX_ANSWER: usize = 64 * 1024 * 1024;
-/// The same of what it has to say in words.
+/// The largest error message.
 const MAX_REFUSAL: usize = 64 * 1024;
 
-/// A running daemon. Every method needs a tokio runtime, and makes a connection of its own.
+/// A running daemon. Every method needs a tokio runtime, and opens its own connection.
 #[derive(Debug, Clone)]
 pub struct Client {
     path: PathBuf,
     found: Found,
 }
 
-/// How a socket was found, and so who may listen there.
+/// How the socket was found, and so which owners are acceptable.
 #[derive(Debug, Clone)]
 enum Found {
-    /// Somebody named it.
+    /// The user named the socket.
     Named,
-    /// It is where daemons have theirs.
+    /// The socket is where daemons usually have theirs.
     In(Place),
 }
 
-/// Why a daemon could not be asked, or did not do what it was asked to.
+/// Why a daemon could not be reached, or did not do what was requested.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// No socket where this daemon's would be.
+    /// There is no socket where this daemon's would be.
     #[error("no lbd runs with {instance}: nothing listens on {}{}", place.display(), passed(passed_over))]
     NotRunning {
         /// Which daemon.
         instance: Instance,
         /// Where its socket would be.
         place: PathBuf,
-        /// Folders that were not looked into, and why.
+        /// Folders that were skipped, and why.
         passed_over: Vec<String>,
     },
-    /// The folder where it would be is not to be trusted.
+    /// The folder of the socket can't be trusted.
     #[error("{} is passed over: {why}", folder.display())]
     PassedOver {
         /// The folder.
@@ -69,7 +69,7 @@ pub enum ClientError {
         /// Why.
         why: String,
     },
-    /// Somebody runs it whose word is not enough for what is asked.
+    /// The daemon runs as another user, which is not trusted enough for this request.
     #[error(
         "no lbd of yours runs with {instance}, but one of user {uid}, whose file that is not; name \
          it by --socket {}", socket.display()
@@ -77,7 +77,7 @@ pub enum ClientError {
     OfAnother {
         /// Which daemon.
         instance: Instance,
-        /// Who runs it.
+        /// The user that runs it.
         uid: u32,
         /// Its socket.
         socket: PathBuf,
@@ -93,18 +93,18 @@ pub enum ClientError {
         /// Why.
         source: io::Error,
     },
-    /// Somebody else listens there.
+    /// The socket belongs to another user.
     #[error("{} belongs to user {uid}, and neither to you nor to root", path.display())]
     Stranger {
         /// The socket.
         path: PathBuf,
-        /// Whose it is.
+        /// The owner.
         uid: u32,
     },
-    /// The daemon's own words.
+    /// The daemon refused, with this message.
     #[error("{0}")]
     Refused(String),
-    /// The answer is not one of lbd's.
+    /// The answer does not come from lbd.
     #[error("unexpected answer from {}: {reason}", path.display())]
     Answer {
         /// The socket.
@@ -112,10 +112,10 @@ pub enum ClientError {
         /// What is unexpected.
         reason: String,
     },
-    /// It ended in between.
+    /// The daemon ended before it answered.
     #[error("lbd ended before it answered")]
     Ended,
-    /// It is there, and says nothing.
+    /// The daemon accepts connections but does not answer.
     #[error("lbd does not answer on {}", .0.display())]
     Silent(PathBuf),
 }
@@ -131,18 +131,18 @@ impl Client {
         Self { path, found: Found::Named }
     }
 
-    /// The daemon that may have its socket there.
+    /// The daemon whose socket may be at this position.
     pub(super) fn at_place(place: Place) -> Self {
         Self { path: place.socket(), found: Found::In(place) }
     }
 
-    /// Where its socket is.
+    /// The path of its socket.
     #[must_use]
     pub fn socket(&self) -> &Path {
         &self.path
     }
 
-    /// The user whose daemon it is, where that is another one than whoever asks.
+    /// The daemon's user, if it is not the calling user.
     #[must_use]
     pub fn other_user(&self) -> Option<u32> {
         match &self.found {
@@ -153,12 +153,12 @@ impl Client {
         }
     }
 
-    /// The daemon of the first of these instances that runs, wherever its socket is. For root that may
-    /// be another user's.
+    /// Finds the first of these instances that runs, wherever its socket is. For root, that may be
+    /// another user's daemon.
     ///
     /// # Errors
     ///
-    /// [`ClientError::NotRunning`], or why what is there can't be used.
+    /// [`ClientError::NotRunning`], or why the daemon that was found can't be used.
     pub async fn find(instances: &[Instance]) -> Result<Self, ClientError> {
         let mut passed_over = Vec::new();
         let mut trouble = None;
@@ -174,7 +174,7 @@ impl Client {
                             passed_over.push(told);
                         }
                     }
-                    // Another place may be better.
+                    // A later candidate may work.
                     Err(error) => _ = trouble.get_or_insert(error),
                 }
             }
@@ -194,7 +194,7 @@ impl Client {
         Err(ClientError::NotRunning { instance, place, passed_over })
     }
 
-    /// The daemon of another user, where there is just one that can be it.
+    /// Another user's daemon, if exactly one matches.
     async fn find_of_others(instances: &[Instance]) -> Option<Self> {
         let others = other_folders();
         for instance in instances {
@@ -214,8 +214,8 @@ impl Client {
         None
     }
 
-    /// Refuses to have something changed by a daemon that another user runs with a file that is not
-    /// his: he may have started it so that this one is taken for another.
+    /// Refuses to change a daemon that another user runs with a configuration file that is not that
+    /// user's: the other user may have started it to be mistaken for the wanted one.
     ///
     /// # Errors
     ///
@@ -236,7 +236,7 @@ impl Client {
         }
     }
 
-    /// How everything is.
+    /// The status of everything.
     ///
     /// # Errors
     ///
@@ -245,31 +245,31 @@ impl Client {
         self.soon(self.ask(Method::GET, "/status")).await
     }
 
-    /// Has it read its file again; returns when what changed is in force.
+    /// Makes the daemon reload its file. Returns when the changes are in force.
     ///
     /// # Errors
     ///
-    /// [`ClientError::Refused`] where the file is, or where new workers fail.
+    /// [`ClientError::Refused`] if the daemon refuses the file, or if new workers fail.
     pub async fn reload(&self) -> Result<Reloaded, ClientError> {
         self.ask(Method::POST, "/reload").await
     }
 
-    /// Has it replace the workers of `service` one at a time; returns when that is done.
+    /// Makes the daemon replace the workers of `service` one at a time. Returns when that is done.
     ///
     /// # Errors
     ///
-    /// [`ClientError::Refused`] where there is no such service, or where a new worker fails.
+    /// [`ClientError::Refused`] if there is no such service, or if a new worker fails.
     pub async fn restart(&self, service: &str) -> Result<Restarted, ClientError> {
         self.ask(Method::POST, &format!("/services/{service}/restart")).await
     }
 
-    /// Has it read its file again and replace every worker of `service`, or of all services, or that of
-    /// one slot; returns when both are done.
+    /// Makes the daemon reload its file and replace every worker of `service`, or of all services,
+    /// or the worker of one slot. Returns when both are done.
     ///
     /// # Errors
     ///
-    /// [`ClientError::Refused`] where the file is, and then nothing is replaced; or where there is no
-    /// such service, or a new worker fails.
+    /// [`ClientError::Refused`] if the file is refused, in which case nothing is replaced; if there
+    /// is no such service; or if a new worker fails.
     pub async fn reload_and_restart(
         &self,
         service: Option<&str>,
@@ -285,37 +285,37 @@ impl Client {
         self.ask(Method::POST, &path).await
     }
 
-    /// Has it replace the worker of one slot; returns when that is done.
+    /// Makes the daemon replace the worker of one slot. Returns when that is done.
     ///
     /// # Errors
     ///
-    /// [`ClientError::Refused`] where there is no such slot, or where the new worker fails.
+    /// [`ClientError::Refused`] if there is no such slot, or if the new worker fails.
     pub async fn restart_worker(&self, service: &str, slot: u32) -> Result<Restarted, ClientError> {
         self.ask(Method::POST, &format!("/services/{service}/workers/{slot}/restart")).await
     }
 
-    /// Has it take the worker of a slot out of rotation, and returns when that is so; the
-    /// connections that it has stay.
+    /// Takes the worker of a slot out of rotation, and returns when that is done. The worker keeps
+    /// its connections.
     ///
     /// # Errors
     ///
-    /// [`ClientError::Refused`] where there is no such slot.
+    /// [`ClientError::Refused`] if there is no such slot.
     pub async fn drain(&self, service: &str, slot: u32) -> Result<Placed, ClientError> {
         let path = format!("/services/{service}/workers/{slot}/drain");
         self.soon(self.ask(Method::POST, &path)).await
     }
 
-    /// Has it put the worker of a slot back into rotation, as soon as it is healthy.
+    /// Puts the worker of a slot back into rotation, as soon as it is healthy.
     ///
     /// # Errors
     ///
-    /// [`ClientError::Refused`] where there is no such slot.
+    /// [`ClientError::Refused`] if there is no such slot.
     pub async fn resume(&self, service: &str, slot: u32) -> Result<Placed, ClientError> {
         let path = format!("/services/{service}/workers/{slot}/resume");
         self.soon(self.ask(Method::POST, &path)).await
     }
 
-    /// Has it stop; returns at once.
+    /// Makes the daemon stop. Returns at once.
     ///
     /// # Errors
     ///
@@ -352,8 +352,8 @@ impl Client {
                 let body = Limited::new(body, most).collect().await;
                 Ok::<_, hyper::Error>((head.status, body.map(|body| body.to_bytes())))
             };
-            // The connection has to be driven until there is an answer; that it is done first says
-            // nothing.
+            // The connection must be polled until the answer is there. If it ends first, that alone
+            // means nothing.
             let connection = async {
                 let _ = connection.await;
                 std::future::pending::<()>().await;
@@ -377,7 +377,7 @@ impl Client {
         }
     }
 
-    /// A connection to the daemon, once it is known whose it is.
+    /// Connects to the daemon, after checking who owns the socket.
     pub(super) async fn connect(&self) -> Result<UnixStream, ClientError> {
         let (socket, owner) = self.pin()?;
         let believed = |uid: u32| believed(uid, owner);
@@ -388,7 +388,7 @@ impl Client {
         let connected = async {
             loop {
                 match socket.connect() {
-                    // unix(7): its queue is full, which does not last.
+                    // The socket's accept queue is full (unix(7)), which does not last.
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(PAUSE).await,
                     connected => {
                         let stream = connected.map(|socket| OwnedFd::from(socket).into());
@@ -399,12 +399,12 @@ impl Client {
             }
         };
         let stream = self.soon(connected).await?;
-        // Whoever made the socket may have handed it to somebody else.
+        // The socket's creator may have handed it to another user.
         let uid = stream.peer_cred().map_err(|error| self.failed(error))?.uid();
         if believed(uid) { Ok(stream) } else { stranger(uid) }
     }
 
-    /// The socket, and who may have it besides the user who asks, and root.
+    /// Opens the socket. Also returns the user, besides the calling user and root, that may own it.
     fn pin(&self) -> Result<(Pinned, Option<u32>), ClientError> {
         let failed = |error| self.failed(error);
         let not_a_socket = || failed(io::Error::other("it is not a socket"));
@@ -447,8 +447,8 @@ struct Refusal {
     error: String,
 }
 
-/// Whether a daemon of this user is one to listen to. For root it may also be the owner of the
-/// folder that it is in.
+/// Whether to trust a daemon of this user. For root, that includes the owner of the socket's
+/// folder.
 fn believed(uid: u32, owner: Option<u32>) -> bool {
     let own = geteuid().as_raw();
     uid == own || uid == 0 || own == 0 && owner == Some(uid)

@@ -1,9 +1,10 @@
-//! The connections of one listener: how many there are, and which makes room for another.
+//! The connections of one listener: limits their number, and decides which one is closed to make
+//! room for a new one.
 //!
-//! Over TCP anybody on this machine can connect, and then say nothing. Who does so must not keep out
-//! those who have something to say: where all places are taken, a connection that waits for its next
-//! request is cut, of the address that has the most of them the one that has waited longest. One that is
-//! being answered stays.
+//! Over TCP any process on this machine can connect and then stay silent, and must not lock out
+//! other clients. So when all slots are taken, a connection that is waiting for its next request is
+//! closed: among those of the address with the most such connections, the one that has waited
+//! longest. A connection whose request is being answered is never closed.
 
 use std::{
     net::IpAddr,
@@ -19,14 +20,14 @@ use super::caller::Via;
 pub(super) struct Connections {
     table: Mutex<Table>,
     most: usize,
-    /// Told when there may be room again.
+    /// Notified when there may be room again.
     changed: Notify,
 }
 
 #[derive(Debug, Default)]
 struct Table {
     held: Vec<Held>,
-    /// How often a connection has come or begun to wait.
+    /// Counts up each time a connection arrives or begins to wait. Orders the waiting connections.
     turns: u64,
 }
 
@@ -34,21 +35,22 @@ struct Table {
 #[derive(Debug)]
 struct Held {
     id: u64,
-    /// Where it comes from; `None` over the unix socket, where nobody makes room.
+    /// The client's address; `None` over the unix socket, whose connections are never closed to
+    /// make room.
     peer: Option<IpAddr>,
-    /// Since which turn it waits for a request; `None` while one is answered.
+    /// The turn at which it began to wait for a request; `None` while a request is being answered.
     waiting: Option<u64>,
     cut: Arc<Notify>,
 }
 
-/// A place among them, until it is dropped.
+/// A slot among the connections, held until dropped.
 #[derive(Debug)]
 pub(super) struct Seat {
     at: Presence,
     cut: Arc<Notify>,
 }
 
-/// What a connection is doing, to be told by whoever answers its requests.
+/// Tells [`Connections`] whether a connection is busy. Used by the code that answers its requests.
 #[derive(Debug, Clone)]
 pub(super) struct Presence {
     all: Arc<Connections>,
@@ -56,13 +58,13 @@ pub(super) struct Presence {
 }
 
 impl Connections {
-    /// Room for so many.
+    /// Allows at most this many connections.
     pub(super) fn new(most: usize) -> Arc<Self> {
         Arc::new(Self { table: Mutex::default(), most, changed: Notify::new() })
     }
 
-    /// Waits until there is room for one more, or one that can make room. To be waited for in one
-    /// place at a time; may be dropped at any time.
+    /// Waits until there is room for one more connection, or a connection that can be closed to
+    /// make room. Only one task at a time may wait. Cancel safe.
     pub(super) async fn room(&self) {
         loop {
             {
@@ -75,7 +77,7 @@ impl Connections {
         }
     }
 
-    /// Takes a place for the connection that came this way. After [`Self::room`].
+    /// Takes a slot for a new connection. Must follow [`Self::room`].
     pub(super) fn take(self: &Arc<Self>, via: Via) -> Seat {
         let mut table = self.table();
         if table.held.len() >= self.most
@@ -110,7 +112,7 @@ impl Table {
     }
 }
 
-/// The one that makes room.
+/// The connection to close to make room.
 fn longest_waiting(all: &[Held]) -> Option<usize> {
     let waiting = |held: &Held| Some((held.peer?, held.waiting?));
     let of_peer = |peer| all.iter().filter_map(waiting).filter(|(other, _)| *other == peer).count();
@@ -123,26 +125,26 @@ fn longest_waiting(all: &[Held]) -> Option<usize> {
 }
 
 impl Seat {
-    /// To be told what the connection is doing.
+    /// A handle for reporting what the connection is doing.
     pub(super) fn presence(&self) -> Presence {
         self.at.clone()
     }
 
-    /// Waits until the place is needed for another one.
+    /// Waits until the slot is needed for another connection.
     pub(super) async fn needed(&self) {
         self.cut.notified().await;
     }
 }
 
 impl Presence {
-    /// A request has come in whole, and is answered.
+    /// A complete request has arrived and is being answered.
     pub(super) fn acts(&self) {
         if let Some(held) = self.all.table().get(self.id) {
             held.waiting = None;
         }
     }
 
-    /// Its answer is made: the connection is about to wait for the next one.
+    /// The answer is ready: the connection is about to wait for its next request.
     pub(super) fn waits(&self) {
         let mut table = self.all.table();
         let turn = table.turn();

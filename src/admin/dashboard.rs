@@ -1,8 +1,8 @@
-//! `GET /`: the dashboard, one page that needs nothing but `/events`.
+//! `GET /`: the dashboard, a single page that uses nothing but `/events`.
 //!
-//! What it shows the browser gets as data and never as markup. Its policy is as strict as one can be:
-//! only the style and the script that this file holds, known by a nonce; no connection but to where
-//! it came from; no frame; and no way from a string to markup (Trusted Types).
+//! The page shows data as text and never as markup. Its Content-Security-Policy is as strict as
+//! possible: only the style and script in this file, identified by a nonce; connections only to its
+//! own origin; no frames; and no conversion of strings to markup (Trusted Types).
 
 use axum::{
     http::{HeaderValue, StatusCode, header},
@@ -11,12 +11,12 @@ use axum::{
 
 use super::answer::Error;
 
-/// Where it is.
+/// The path of the page.
 pub(super) const PATH: &str = "/";
-/// The page; `{nonce}` stands where the nonce belongs.
+/// The page. `{nonce}` marks where the nonce goes.
 const PAGE: &str = include_str!("dashboard.html");
 
-/// The page, with a nonce of its own.
+/// The page, with a fresh nonce.
 pub(super) async fn page() -> Response {
     let Some(nonce) = nonce() else {
         let message = "the system has no random numbers";
@@ -32,7 +32,7 @@ pub(super) async fn page() -> Response {
     if let Ok(policy) = HeaderValue::from_str(&policy) {
         headers.insert(header::CONTENT_SECURITY_POLICY, policy);
     }
-    // What browsers that know no frame-ancestors understand.
+    // For browsers that don't know frame-ancestors.
     headers.insert(header::X_FRAME_OPTIONS, HeaderValue::from_static("DENY"));
     headers.insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));

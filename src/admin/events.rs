@@ -2,18 +2,18 @@
 //!
 //! | event | data | when |
 //! | --- | --- | --- |
-//! | `access` | what whoever watches may change: `free`, with the `token`, or `never` | once, first |
+//! | `access` | what the client may change: `free`, with the `token`, or `never` | once, first |
 //! | `samples` | the last minute of each slot: connections a second and held | once, then |
-//! | `note` | a line of lbd's log, but of traffic | the last 100, then each |
+//! | `note` | a line of lbd's log, except those caused by traffic | the last 100, then each |
 //! | `status` | the same as `/status` | once, then; and again when there are other services or slots |
 //! | `news` | what has changed since | once a second, and soon after each note |
 //!
-//! Of `news`, `uptime_seconds` is always there, and each `since_seconds` grows with it untold. What else is
-//! there replaces what was told: `config` and, in `services`, of each service by its `name` the fields
-//! that differ of its `workers`, each by its `slot`, and its `replacements` and `retiring`, whole.
+//! `news` always has `uptime_seconds`; each `since_seconds` grows with it and is not sent. Every
+//! other field replaces the value sent before: `config`; and in `services`, by `name`, the changed
+//! fields of each of its `workers`, by `slot`, and its complete `replacements` and `retiring`.
 //!
-//! Nothing is queued for a client: it is told the latest when it has taken the one before, and after a
-//! new connection everything.
+//! Nothing is queued for a slow client: when it has received one event it gets the latest state,
+//! and after a reconnect everything.
 
 use std::{collections::VecDeque, convert::Infallible, sync::Arc};
 
@@ -42,16 +42,17 @@ use crate::{
     printable,
 };
 
-/// How many may watch at once, over the unix socket and over TCP: of the connections of a listener
-/// some are left for commands, however many dashboards are open.
+/// How many event streams may be open at once over the unix socket, and over TCP. However many
+/// dashboards are open, some of a listener's connections are left for commands.
 const MAX_STREAMS: usize = 8;
 
-/// What is watched.
+/// What the streams are made from.
 #[derive(Debug)]
 pub(super) struct Watched {
     recent: Recent,
     latest: Latest,
-    /// Whoever comes over TCP, which is anybody, takes no place from those who may use the socket.
+    /// Separate from TCP, where anybody can connect, so that TCP clients can't use up the streams
+    /// of those who may use the socket.
     over_unix: Arc<Semaphore>,
     over_tcp: Arc<Semaphore>,
 }
@@ -62,7 +63,7 @@ impl Watched {
         Self { recent, latest, over_unix: places(), over_tcp: places() }
     }
 
-    /// How it was at the last look.
+    /// The state at the last look.
     pub(super) fn latest(&self) -> &Latest {
         &self.latest
     }
@@ -74,7 +75,7 @@ impl Watched {
         };
         let permit = Arc::clone(places).try_acquire_owned().ok()?;
         let mut latest = self.latest.clone();
-        // Also the look that there was before.
+        // So that the first event reports the look that was made before.
         latest.mark_changed();
         let notes = self.recent.read();
         let pending = event("access", &Access { changes }).into_iter().collect();
@@ -82,7 +83,7 @@ impl Watched {
     }
 }
 
-/// The first thing that whoever watches is told.
+/// The first event of a stream.
 #[derive(Debug, Serialize)]
 struct Access {
     changes: Changes,
@@ -96,7 +97,7 @@ pub(super) async fn events(
     let Some(watcher) = watched.watch(via, changes) else {
         let message = format!("{MAX_STREAMS} watch already, which is as many as can");
         let refusal = Error::new(StatusCode::SERVICE_UNAVAILABLE, message);
-        // Nor shall it keep one of the connections that are left.
+        // A refused client must not keep one of the remaining connections either.
         return ([(header::CONNECTION, "close")], refusal).into_response();
     };
     let events = stream::unfold(watcher, async |mut watcher| {
@@ -106,14 +107,14 @@ pub(super) async fn events(
     ([(header::CACHE_CONTROL, "no-store")], Sse::new(events)).into_response()
 }
 
-/// One client, and what it is about to be told.
+/// One client, and what to send it next.
 #[derive(Debug)]
 struct Watcher {
     latest: Latest,
     notes: Reader,
-    /// Bounded by the notes that are kept, and three more.
+    /// Bounded: at most the notes that are kept, plus three.
     pending: VecDeque<Event>,
-    /// How everything is, as far as it knows; `None` before it was told.
+    /// The last status that the client was sent; `None` before the first.
     told: Option<Arc<Status>>,
     _permit: OwnedSemaphorePermit,
 }
@@ -142,7 +143,7 @@ impl Watcher {
         if self.told.is_none() {
             self.pending.extend(event("samples", &*look.samples));
         }
-        // What happened comes before how it is since.
+        // Notes of what happened come before the resulting status.
         self.tell_notes();
         let told = self.told.replace(Arc::clone(status));
         let news = told.as_deref().and_then(|told| News::between(told, status));
@@ -159,7 +160,7 @@ impl Watcher {
 }
 
 fn event(name: &str, data: &impl Serialize) -> Option<Event> {
-    // Maps with keys that are no strings are all that it refuses.
+    // Fails only for maps whose keys are not strings, which there are none of.
     let text = serde_json::to_string(data).ok()?;
     Some(Event::default().event(name).data(printable::json(&text)))
 }

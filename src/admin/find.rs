@@ -1,4 +1,4 @@
-//! The daemons that run on this machine, as far as whoever asks may talk to them.
+//! Finds the daemons that run on this machine, as far as the calling user may talk to them.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -12,41 +12,41 @@ use super::{
     place::{Instance, Place, all_folders, own_folders},
 };
 
-/// So many sockets in one folder are asked.
+/// The most sockets to ask in one folder.
 const MOST: usize = 64;
-/// How long each may take to answer.
+/// How long each daemon may take to answer.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// A daemon that runs.
+/// A running daemon.
 #[derive(Debug, Clone)]
 pub struct Running {
-    /// Its admin socket, as it was found.
+    /// The path of its admin socket.
     pub socket: PathBuf,
-    /// Its process id, where that can be seen from here.
+    /// Its process id, if it is visible from here.
     pub pid: Option<i32>,
-    /// Who runs it, as the kernel says.
+    /// The user that runs it, as the kernel says.
     pub uid: u32,
-    /// That user's name, or the number.
+    /// The user's name, or number.
     pub user: String,
-    /// What it was started with, as it says itself.
+    /// What it was started with, as the daemon says.
     pub instance: Option<Instance>,
-    /// The names of its services, as it says itself.
+    /// The names of its services, as the daemon says.
     pub services: Vec<String>,
-    /// Whether the commands find it by what it was started with, without its socket.
+    /// Whether commands find it by what it was started with, without naming its socket.
     pub is_found: bool,
 }
 
-/// What was found.
+/// The result of a search.
 #[derive(Debug, Default)]
 pub struct Survey {
-    /// The daemons, in the order of the folders that their sockets are in.
+    /// The daemons, in the order of their sockets' folders.
     pub running: Vec<Running>,
-    /// Folders that were not looked into since they can't be trusted, and why.
+    /// Folders that were skipped because they can't be trusted, and why.
     pub passed_over: Vec<String>,
 }
 
 impl Survey {
-    /// Asks all there are, at once. Of another user only root learns anything. It takes a few seconds
+    /// Asks all daemons at once. Only root learns about daemons of other users. Takes a few seconds
     /// at most, and needs a tokio runtime.
     pub async fn take() -> Self {
         let mut survey = Self::default();
@@ -59,7 +59,7 @@ impl Survey {
                     let names = found.sockets(MOST).into_iter();
                     asked.extend(names.map(|name| ask(place(name), is_own)));
                 }
-                // Missing, or closed to whoever asks.
+                // Missing, or not accessible to the calling user.
                 Err(Unfit::Io(_)) => {}
                 Err(why) => {
                     survey.passed_over.push(format!("{}: {why}", folder.path.display()));
@@ -76,7 +76,7 @@ impl Survey {
     }
 }
 
-/// `is_own` where the commands look for their own daemons there.
+/// `is_own` is true if the commands look for the calling user's own daemons there.
 async fn ask(place: Place, is_own: bool) -> Option<Running> {
     let name = place.name.clone();
     let client = Client::at_place(place);
@@ -91,7 +91,7 @@ async fn ask(place: Place, is_own: bool) -> Option<Running> {
         pid: peer.pid().filter(|pid| *pid > 0),
         uid: peer.uid(),
         user: user_name(peer.uid()),
-        // It may say anything; this is what its socket is called for.
+        // The daemon may claim anything. Only its socket's name decides whether commands find it.
         is_found: is_own
             && instance.as_ref().is_some_and(|instance| instance.socket_name() == name),
         instance,

@@ -1,10 +1,10 @@
-//! The folders that admin sockets are in, and the sockets in them: opened first, then checked, and used
-//! by descriptor from then on, so that what was checked is what is used.
+//! The folders of admin sockets, and the sockets in them. Each is opened first, then checked, and
+//! from then on used by descriptor, so that what was checked is what is used.
 //!
-//! Another user can make a folder in `/tmp` under the name that lbd would use, and put there what he
-//! likes: a socket that nobody answers on, a link to another daemon's, a false lbd. So nothing in a
-//! folder is believed that another user could have put there, and nothing is connected to before that
-//! is known.
+//! Another user can create a folder in `/tmp` under the name that lbd would use, and put anything
+//! there: a socket that never answers, a link to another daemon's socket, a fake lbd. So lbd trusts
+//! nothing in a folder that another user could have put there, and connects to nothing before it
+//! has checked that.
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
@@ -21,20 +21,20 @@ use socket2::Socket;
 
 use crate::net::pathname;
 
-/// Who may own a folder, besides whoever runs this process.
+/// Who may own a folder, besides the calling user.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Owner {
     /// Nobody else.
     Own,
-    /// Root, who made it for this process.
+    /// Root, who made the folder for this process.
     OwnOrRoot,
-    /// This user: the folder is looked into, nothing is made in it.
+    /// This user. The folder is only read; nothing is created in it.
     User(u32),
-    /// Whoever root gave it to: it is where root alone can make one.
+    /// Any user that root gave the folder to: only root can create it at this path.
     GivenByRoot,
 }
 
-/// A folder that nobody can change but its owner and root.
+/// A folder that only its owner and root can change.
 #[derive(Debug)]
 pub(super) struct Folder {
     file: File,
@@ -60,14 +60,14 @@ pub(super) enum Unfit {
 }
 
 impl Unfit {
-    /// Whether there is just nothing.
+    /// Whether the folder simply does not exist.
     pub(super) fn is_missing(&self) -> bool {
         matches!(self, Self::Io(error) if error.kind() == ErrorKind::NotFound)
     }
 }
 
 impl Folder {
-    /// Opens the folder at `path`. A link to it is followed only where root has made it, as systemd
+    /// Opens the folder at `path`. A link to it is followed only if root made the link, as systemd
     /// does for RuntimeDirectory= with DynamicUser=.
     pub(super) fn open(path: &Path, owner: Owner) -> Result<Self, Unfit> {
         let own = geteuid().as_raw();
@@ -97,7 +97,8 @@ impl Folder {
         Ok(Self { file, path: path.to_owned(), owner: uid })
     }
 
-    /// The same, and makes it where there is none: nobody else may so much as look into it.
+    /// Like [`Self::open`], but creates the folder if it is missing. No other user can even list
+    /// it.
     pub(super) fn make(path: &Path, owner: Owner) -> Result<Self, Unfit> {
         match DirBuilder::new().mode(0o700).create(path) {
             Err(error) if error.kind() != ErrorKind::AlreadyExists => Err(error.into()),
@@ -113,25 +114,25 @@ impl Folder {
         self.owner
     }
 
-    /// To be locked.
+    /// The open folder, for locking.
     pub(super) fn file(&self) -> &File {
         &self.file
     }
 
-    /// A path to what is called `name` in this folder, whatever its own path leads to by now. It is
-    /// of use for as long as the folder is.
+    /// A path to the entry `name` of this folder, whatever the folder's own path leads to by now.
+    /// Valid as long as this `Folder` exists.
     pub(super) fn at(&self, name: &str) -> PathBuf {
         descriptor(&self.file).join(name)
     }
 
-    /// Whether the folder is still what its path leads to.
+    /// Whether the folder's path still leads to this folder.
     pub(super) fn is_there(&self) -> bool {
         let inode = |found: fs::Metadata| (found.dev(), found.ino());
         let (open, there) = (self.file.metadata().map(inode), fs::metadata(&self.path).map(inode));
         matches!((open, there), (Ok(open), Ok(there)) if open == there)
     }
 
-    /// The names in it that sockets of lbd have: at most `most` of them.
+    /// The names in it that look like lbd's sockets, at most `most` of them.
     pub(super) fn sockets(&self, most: usize) -> Vec<String> {
         let Ok(entries) = fs::read_dir(descriptor(&self.file)) else { return Vec::new() };
         let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
@@ -139,8 +140,8 @@ impl Folder {
     }
 }
 
-/// Whoever may write to the folder around it can put another one in its place, but for those with the
-/// sticky bit (inode(7)), where only an entry's owner can.
+/// Checks the parent folder. Anybody who may write to the parent can replace the folder, unless the
+/// parent has the sticky bit (inode(7)), which allows that only to the entry's owner.
 fn check_parent(path: &Path, owner: Owner) -> Result<(), Unfit> {
     let Some(parent) = path.parent() else { return Ok(()) };
     let found = fs::metadata(parent)?;
@@ -149,21 +150,21 @@ fn check_parent(path: &Path, owner: Owner) -> Result<(), Unfit> {
         _ if found.uid() == 0 => true,
         Owner::Own | Owner::OwnOrRoot => found.uid() == own,
         Owner::User(user) => found.uid() == user,
-        // Another user's folder in which yet another one has made one is nobody's gift.
+        // If the parent belongs to another user, the folder was not given by root.
         Owner::GivenByRoot => found.uid() == own,
     };
     if !fine {
         return Err(Unfit::Parent { parent: parent.to_owned(), uid: found.uid() });
     }
     let sticky = found.mode() & libc::S_ISVTX != 0;
-    // In a sticky folder anybody may make the one that root would give.
+    // In a sticky parent, anybody may create the folder that root would create.
     if found.mode() & 0o022 != 0 && (!sticky || owner == Owner::GivenByRoot) {
         return Err(Unfit::OpenParent(parent.to_owned()));
     }
     Ok(())
 }
 
-/// `NAME-0123456789abcdef.sock`, as [`super::place::Instance::socket_name`] makes them.
+/// `NAME-0123456789abcdef.sock`, as made by [`super::place::Instance::socket_name`].
 fn is_socket_name(name: &str) -> bool {
     let hash = name.strip_suffix(".sock").and_then(|name| name.rsplit_once('-'));
     hash.is_some_and(|(_, hash)| {
@@ -171,7 +172,8 @@ fn is_socket_name(name: &str) -> bool {
     })
 }
 
-/// One file, whatever becomes of its name: opened without doing anything to it (open(2), `O_PATH`).
+/// One particular file, whatever happens to its name. Opened with `O_PATH` (open(2)), which does
+/// nothing to the file.
 #[derive(Debug)]
 pub(super) struct Pinned {
     file: File,
@@ -188,12 +190,12 @@ pub(super) enum Kind {
 }
 
 impl Pinned {
-    /// What is at `path` itself, be it a link.
+    /// The file at `path` itself, even if it is a link.
     pub(super) fn at(path: &Path) -> io::Result<Self> {
         Self::open(path, libc::O_NOFOLLOW)
     }
 
-    /// What `path` leads to.
+    /// The file that `path` leads to, through links.
     pub(super) fn behind(path: &Path) -> io::Result<Self> {
         Self::open(path, 0)
     }
@@ -210,17 +212,17 @@ impl Pinned {
         Ok(Self { file, uid: found.uid(), kind })
     }
 
-    /// Removes what is at `path` if it is this file.
+    /// Removes the entry at `path` if it is this file.
     pub(super) fn remove_at(&self, path: &Path) -> io::Result<()> {
         pathname::remove_if(path, &self.file).map(drop)
     }
 
-    /// Connects to this socket and no other: at once or not at all.
+    /// Connects to this socket and no other. Does not wait.
     pub(super) fn connect(&self) -> io::Result<Socket> {
         pathname::connect(&self.file)
     }
 
-    /// Whether it is a socket that nobody listens on.
+    /// Whether this is a socket that nobody listens on.
     pub(super) fn is_stale(&self) -> bool {
         self.kind == Kind::Socket && pathname::is_stale(&self.file)
     }

@@ -1,4 +1,4 @@
-//! The main thread, seen from the admin thread: asked, and waited for.
+//! The admin thread's handle to the main thread: sends requests and waits for the answers.
 
 use std::{sync::Arc, time::Duration};
 
@@ -10,14 +10,14 @@ use tokio::{
 
 use super::{Placed, Request, Restarted, Status, answer::Error, metrics, usage::Trees};
 
-/// How long the main thread may take to tell how everything is.
+/// How long the main thread may take to report the status.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The main thread, to be asked.
+/// Sends requests to the main thread.
 #[derive(Debug, Clone)]
 pub(super) struct Daemon {
     requests: mpsc::Sender<Request>,
-    /// What was seen of the workers' processes.
+    /// Resource usage of the workers' processes, as seen so far.
     trees: Arc<Trees>,
 }
 
@@ -26,7 +26,7 @@ impl Daemon {
         Self { requests, trees: Arc::default() }
     }
 
-    /// How everything is, with what `/proc` knows.
+    /// The status, including resource usage from `/proc`.
     pub(super) async fn look(&self) -> Result<Status, Error> {
         let mut status = self.status().await?;
         let guards: Vec<i32> = status.workers().filter_map(|worker| worker.guard).collect();
@@ -80,22 +80,22 @@ impl Daemon {
         Ok(self.ask(request).await??)
     }
 
-    /// All that is counted, and what was seen of the workers' processes.
+    /// All counters, and the resource usage seen so far.
     pub(super) async fn metrics(&self) -> Result<(metrics::Snapshot, &Trees), Error> {
         Ok((self.ask_soon(Request::Metrics).await?, &self.trees))
     }
 
-    /// Has it stop gracefully.
+    /// Starts a graceful stop.
     pub(super) async fn stop(&self) -> Result<(), Error> {
         self.requests.send(Request::Stop).await.map_err(|_| Error::gone())
     }
 
-    /// How everything is, but for what only `/proc` knows.
+    /// The status, without resource usage from `/proc`.
     pub(super) async fn status(&self) -> Result<Status, Error> {
         self.ask_soon(Request::Status).await
     }
 
-    /// As [`Daemon::ask`], for what the main thread answers at once.
+    /// Like [`Daemon::ask`], for requests that the main thread answers at once.
     pub(super) async fn ask_soon<T>(
         &self,
         request: impl FnOnce(oneshot::Sender<T>) -> Request,

@@ -1,8 +1,8 @@
-//! What `/metrics` tells, in Prometheus' text format.
+//! The content of `/metrics`, in Prometheus' text format.
 //!
-//! A page is made when it is asked for, from a [`Snapshot`] that the daemon gives and from `/proc`;
-//! nothing is registered anywhere, so that a slot which is gone is gone here too, and how many
-//! series there are follows from the configuration alone. What can't be told is left out.
+//! A page is generated for each request, from the daemon's [`Snapshot`] and from `/proc`. There is
+//! no registry, so the series of a removed slot disappear with it, and the number of series depends
+//! on the configuration alone. Unknown values are left out.
 
 mod page;
 mod process;
@@ -25,10 +25,10 @@ use process::{Own, booted};
 /// The media type of the text format (Prometheus, "Exposition formats").
 pub(super) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// How often what happened, by reason.
+/// How often something happened, by reason.
 pub type Reasons = Vec<(&'static str, u64)>;
 
-/// What the daemon knows, at one moment.
+/// The daemon's counters at one moment.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Snapshot {
     /// How reloads went.
@@ -39,16 +39,18 @@ pub struct Snapshot {
     pub services: Vec<Service>,
 }
 
-/// How reloads went. The start counts as none.
+/// How reloads went. The start does not count as a reload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reloads {
-    /// Reloads after which everything ran on the new settings.
+    /// Reloads after which everything ran with the new settings.
     pub ok: u64,
-    /// Files that were refused; nothing changed.
+    /// Reloads whose file was refused; nothing changed.
     pub refused: u64,
-    /// Files that were accepted, but whose new workers failed, or were overtaken by another reload.
+    /// Reloads whose file was accepted, but whose new workers failed, or which another reload
+    /// overtook.
     pub failed: u64,
-    /// The last one was not refused and has not failed; before the first, the start.
+    /// Whether the last reload was neither refused nor failed; before the first reload, the same
+    /// for the start.
     pub last_ok: bool,
     /// When the settings now in force were read.
     pub succeeded_at: SystemTime,
@@ -61,56 +63,56 @@ pub struct Service {
     pub name: String,
     /// Connections that wait for a worker now.
     pub waiting: u64,
-    /// Connections that ever had to.
+    /// Connections that ever had to wait for a worker.
     pub held: u64,
-    /// How long they had to.
+    /// How long connections waited for a worker.
     pub hold: Durations,
-    /// Connections that a worker took after another had not.
+    /// Connections that a worker accepted after another worker had not.
     pub retried: u64,
-    /// Connections taken over from the queue of a worker that was gone or hung.
+    /// Connections taken over from the accept queue of a worker that was gone or hung.
     pub rescued: u64,
-    /// Connections that no worker took.
+    /// Connections that no worker accepted.
     pub failures: Reasons,
-    /// One a worker, in order of their numbers.
+    /// The slots, by number.
     pub slots: Vec<Slot>,
 }
 
-/// One slot: sums are over all workers that ever filled it.
+/// One slot. Sums cover all workers that it ever had.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Slot {
     /// Its number.
     pub number: u32,
-    /// Where the worker that fills it is in its life.
+    /// The state of its current worker.
     pub state: Option<State>,
-    /// The process id of the worker that fills it.
+    /// The program's pid of its current worker.
     pub pid: Option<i32>,
-    /// The process id of its guard.
+    /// The guard's pid of its current worker.
     pub guard: Option<i32>,
-    /// What it has in RAM, where that is measured for its limit.
+    /// The current worker's resident memory, if it is measured for a limit.
     pub resident: Option<u64>,
-    /// The guards of all its workers, those that come and go included.
+    /// The guards of all its workers, including those being started or stopped.
     pub guards: Vec<i32>,
-    /// Workers started in the place of one that ended, or could not be started, unasked.
+    /// Workers started to replace one that ended unexpectedly or could not be started.
     pub restarts: u64,
-    /// How often in a row a worker failed.
+    /// Consecutive failures of its workers.
     pub failures_in_a_row: u32,
-    /// How long until the next worker is started, where none fills it.
+    /// The time until the next worker is started, if the slot is vacant.
     pub backoff: Duration,
-    /// Workers that are no more, by cause.
+    /// Ended workers, by cause.
     pub exits: Reasons,
-    /// Connections held now; `None`, here and below, where that can't be told.
+    /// Connections held now; `None`, here and below, if unknown.
     pub active: Option<u64>,
-    /// Connections that wait in its worker's own accept queue.
+    /// Connections waiting in its worker's own accept queue.
     pub queued: Option<u64>,
-    /// Connections taken.
+    /// Connections accepted.
     pub total: Option<u64>,
     /// Bytes to clients.
     pub sent: Option<u64>,
     /// Bytes from clients.
     pub received: Option<u64>,
-    /// Connects that failed.
+    /// Failed connects.
     pub connect_failures: Reasons,
-    /// Connections taken that did not end well.
+    /// Accepted connections that did not end cleanly.
     pub failures: Reasons,
     /// How long connects took.
     pub connect: Durations,
@@ -124,7 +126,7 @@ pub struct Slot {
     pub probe: Durations,
 }
 
-/// The page: `snapshot`, and what `/proc` tells of the processes in it, and of lbd.
+/// The page: `snapshot`, and data from `/proc` about its processes and lbd itself.
 pub(super) fn page(snapshot: &Snapshot, trees: &Trees, cpu: &mut CpuTimes) -> String {
     let slots = Slots::of(snapshot);
     let mut page = Page::default();
@@ -400,7 +402,7 @@ fn of_service(service: &Service) -> Labels {
     vec![("service", service.name.clone())]
 }
 
-/// One series a reason.
+/// One series per reason.
 fn by(label: &'static str, labels: &Labels, reasons: &[(&str, u64)]) -> Vec<(Labels, f64)> {
     let series =
         |&(reason, count): &(&str, u64)| (with(labels, label, reason.to_owned()), count as f64);

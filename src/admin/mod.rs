@@ -1,15 +1,15 @@
-//! How a running daemon is looked at and operated: HTTP over a unix socket, and over TCP where the
-//! configuration says so.
+//! The admin API, for observing and operating a running daemon: HTTP over a unix socket, and also
+//! over TCP if configured.
 //!
 //! ```text
 //! lbd status, reload, …            the admin thread                 the main thread
 //! client ── finds ─▶ socket ─▶ server ─ access ─ api ── Request, bounded ─▶ daemon, which answers each
 //! ```
 //!
-//! The server has a thread of its own, so that parsing, `/proc` and slow clients cost neither
-//! traffic nor supervision a moment. It owns no state: what it tells, the daemon told it. Server and
-//! client share the types of [`status`], and where the socket is is decided in one place (`place`)
-//! for both.
+//! The server has its own thread, so that parsing, `/proc` and slow clients delay neither traffic
+//! nor supervision. It owns no state: everything that it reports comes from the daemon. Server and
+//! client share the types of [`status`], and one module, `place`, decides for both where the socket
+//! is.
 
 mod access;
 mod answer;
@@ -44,24 +44,24 @@ pub use usage::Process;
 
 use serde::{Deserialize, Serialize};
 
-/// Says in the log what was passed over on the way to the admin socket.
+/// Logs what was skipped while choosing the admin socket's folder.
 pub fn tell_remarks(socket: &Socket) {
     for error in socket.remarks() {
         tracing::warn!(error, "the admin socket is not as it should be");
     }
 }
 
-/// What somebody wants of the daemon. Who asked may be gone by the time it is answered.
+/// A request to the daemon. The client may be gone by the time it is answered.
 #[derive(Debug)]
 pub enum Request {
-    /// How everything is, now.
+    /// The current status.
     Status(oneshot::Sender<Status>),
-    /// All that is counted, now.
+    /// The current counters.
     Metrics(oneshot::Sender<metrics::Snapshot>),
-    /// Read the file again, and answer when what changed is in force.
+    /// Reload the file, and answer when the changes are in force.
     Reload(Answer<Reloaded>),
-    /// Read the file again, see to it that all workers of a service, or of all, or that of one slot
-    /// are new, and answer at the end of both.
+    /// Reload the file, make sure that all workers of a service, of all services, or of one slot
+    /// are new, and answer when both are done.
     ReloadAndRestart {
         /// The service; all of them where `None`.
         service: Option<String>,
@@ -70,7 +70,8 @@ pub enum Request {
         /// Where the answer goes.
         answer: Answer<Restarted>,
     },
-    /// Replace the workers of a service one at a time, or that of one slot, and answer at the end.
+    /// Replace the workers of a service one at a time, or the worker of one slot, and answer when
+    /// done.
     Restart {
         /// Its name.
         service: String,
@@ -79,7 +80,7 @@ pub enum Request {
         /// Where the answer goes.
         answer: Answer<Restarted>,
     },
-    /// Take a slot out of rotation or put it back in, and answer when that is so.
+    /// Take a slot out of rotation or put it back, and answer when done.
     Place {
         /// The service.
         service: String,
@@ -90,23 +91,23 @@ pub enum Request {
         /// Where the answer goes.
         answer: Answer<Placed>,
     },
-    /// Stop gracefully; while that is under way already it changes nothing.
+    /// Stop gracefully. Has no effect if a stop is already in progress.
     Stop,
 }
 
-/// Where the daemon answers a request.
+/// Where the daemon sends its answer.
 pub type Answer<T> = oneshot::Sender<Result<T, Failure>>;
 
 /// What a reload changed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reloaded {
-    /// Services that are new.
+    /// Services that were added.
     pub added: usize,
-    /// Services that are gone.
+    /// Services that were removed.
     pub removed: usize,
-    /// Services with other settings than before.
+    /// Services whose settings changed.
     pub changed: usize,
-    /// What an operator should know of it: a sentence each.
+    /// Warnings for the operator, a sentence each.
     #[serde(default)]
     pub warnings: Vec<String>,
 }
@@ -116,39 +117,39 @@ pub struct Reloaded {
 pub struct Restarted {
     /// How many workers were replaced.
     pub workers: usize,
-    /// What was reloaded before, where that was asked for.
+    /// What the reload before the restart changed, if one was requested.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reloaded: Option<Reloaded>,
-    /// What an operator should know of it: a sentence each.
+    /// Warnings for the operator, a sentence each.
     #[serde(default)]
     pub warnings: Vec<String>,
 }
 
-/// Where an operator has put a worker.
+/// The result of a drain or resume.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Placed {
-    /// Out of rotation at the operator's wish, until it is resumed.
+    /// The operator has taken the worker out of rotation, until it is resumed.
     pub drained: bool,
-    /// Where it is in its life.
+    /// The worker's state.
     pub state: State,
-    /// The connections that it holds.
+    /// The connections that the worker holds.
     pub active: u64,
     /// How many workers of the service are in rotation.
     pub in_rotation: usize,
-    /// What clients of the service will notice of it, if anything.
+    /// A warning if clients of the service will be affected.
     pub warning: Option<String>,
 }
 
-/// Why the daemon did not do what it was asked to.
+/// Why the daemon did not do what was requested.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Failure {
-    /// There is nothing of that name.
+    /// There is no service or slot of that name.
     #[error("{0}")]
     NotFound(String),
     /// The file is refused; nothing changed.
     #[error("{0}")]
     Refused(String),
-    /// It can't be done now, or it was tried and failed.
+    /// It is not possible now, or it was tried and failed.
     #[error("{0}")]
     Failed(String),
 }

@@ -1,5 +1,5 @@
-//! What is new in a look at everything, for those who watch: of two hundred workers that do nothing a
-//! look is a hundred kilobytes, and the next one says the same.
+//! Computes what changed between two looks, for event streams. A full status of two hundred idle
+//! workers is a hundred kilobytes, and the next one says the same.
 
 use std::collections::HashMap;
 
@@ -8,19 +8,21 @@ use serde_json::{Map, Value};
 
 use super::status::{Config, Service, Status, Worker};
 
-/// How far a span may be off before it is told anew, in seconds: they are rounded to milliseconds.
+/// How far a time span may be off before it is sent again, in seconds: spans are rounded to
+/// milliseconds.
 const OUT_OF_STEP: f64 = 0.01;
-/// A part of a worker's memory that may come and go untold: one in so many.
+/// Changes of a worker's memory smaller than one part in this many are not sent.
 const MEMORY_PART: u64 = 50;
-/// Of so many looks, one tells what wanders of a worker: each has another turn.
+/// The values that wander by themselves are sent once in this many looks; the workers take turns.
 const TURNS: usize = 10;
-/// How much longer or shorter a probe may take untold, in seconds; or up to twice or half as long.
+/// A probe's duration is not sent again if it changed by less than this many seconds, or is less
+/// than twice and more than half as long.
 const PROBE_SECONDS: f64 = 0.002;
 
-/// What differs between two looks, with the same services and slots in both.
+/// The changes between two looks that have the same services and slots.
 ///
-/// What is there replaces what was told; what is not there is as it was, but that each
-/// `since_seconds` has grown as `uptime_seconds` has.
+/// A field that is present replaces the value sent before. An absent field is unchanged, except
+/// that each `since_seconds` has grown by as much as `uptime_seconds`.
 #[derive(Debug, Serialize)]
 pub(super) struct News<'n> {
     uptime_seconds: f64,
@@ -30,14 +32,14 @@ pub(super) struct News<'n> {
     services: Vec<ServiceNews<'n>>,
 }
 
-/// Of a service with something new.
+/// A service with changes.
 #[derive(Debug, Serialize)]
 struct ServiceNews<'n> {
     name: &'n str,
-    /// The fields that differ of each slot that has such, and `slot`.
+    /// For each slot with changes: the changed fields, and `slot`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     workers: Vec<Map<String, Value>>,
-    /// All of them, where one differs: there are few, and not for long.
+    /// All replacements, if any changed: they are few and short-lived.
     #[serde(skip_serializing_if = "Option::is_none")]
     replacements: Option<&'n [Worker]>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -45,7 +47,7 @@ struct ServiceNews<'n> {
 }
 
 impl<'n> News<'n> {
-    /// What is new in `now` for those who know `told`; `None` where that is better told as a whole.
+    /// What changed from `told` to `now`; `None` if it is better to send `now` as a whole.
     pub(super) fn between(told: &Status, now: &'n Status) -> Option<Self> {
         let passed = now.uptime_seconds - told.uptime_seconds;
         let same = (told.pid, &told.version) == (now.pid, &now.version)
@@ -64,9 +66,9 @@ impl<'n> News<'n> {
     }
 }
 
-/// Whether two looks at a service differ in nothing but its workers, and not in its slots.
+/// Whether two looks at a service have the same slots, and differ in nothing but the workers.
 fn is_same(told: &Service, now: &Service) -> bool {
-    // Each field is named, so that a new one is not forgotten here.
+    // All fields are listed, so that a new one can't be forgotten here.
     let Service { name, listen, route, steering, balance, workers, replacements: _, retiring: _ } =
         told;
     (name, listen, route, steering, balance)
@@ -92,20 +94,20 @@ impl<'n> ServiceNews<'n> {
     }
 }
 
-/// The fields of `now` that differ, and its slot; `None` where none does.
+/// The changed fields of `now`, and its slot; `None` if nothing changed.
 fn differences(told: &Worker, now: &Worker, passed: f64) -> Option<Map<String, Value>> {
     let mut expected = told.clone();
     if (told.since_seconds + passed - now.since_seconds).abs() < OUT_OF_STEP {
         expected.since_seconds = now.since_seconds;
     }
-    // What is not told.
+    // The guard is not sent.
     expected.guard = now.guard;
     if expected == *now {
         return None;
     }
     let fields = |worker: &Worker| match serde_json::to_value(worker) {
         Ok(Value::Object(fields)) => fields,
-        // Maps with keys that are no strings are all that it refuses.
+        // Fails only for maps whose keys are not strings, which there are none of.
         _ => Map::new(),
     };
     let (before, mut fields) = (fields(&expected), fields(now));
@@ -113,10 +115,10 @@ fn differences(told: &Worker, now: &Worker, passed: f64) -> Option<Map<String, V
     Some(fields)
 }
 
-/// Leaves what was seen `before` in the place of what is new and yet no news: how much memory a worker
-/// has, and how long a probe took that went as the one before. Both wander by themselves, on a busy
-/// machine with each look. So they are told where they are far off, and of a worker in one of [`TURNS`]
-/// looks; `look` counts those.
+/// Keeps the values from `before` for changes that are not worth sending: a worker's memory, and
+/// the duration of a probe with the same result as the one before. Both wander by themselves, on a
+/// busy machine with each look. They are updated if they are far off and, for each worker, in one
+/// of [`TURNS`] looks, counted by `look`.
 pub(super) fn steady(now: &mut Status, before: &Status, look: usize) {
     type Key<'k> = (&'k str, u32, u64);
     let known: HashMap<Key<'_>, &Worker> = before
@@ -150,7 +152,7 @@ pub(super) fn steady(now: &mut Status, before: &Status, look: usize) {
     }
 }
 
-/// Whether the times that two probes took tell something different.
+/// Whether the durations of two probes differ notably.
 fn is_far_off(now: f64, then: f64) -> bool {
     (now - then).abs() > PROBE_SECONDS.max(now.min(then))
 }

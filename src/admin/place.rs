@@ -1,4 +1,4 @@
-//! Where a daemon's socket is: decided alike by the daemon and by whoever looks for it.
+//! Where a daemon's socket is. The daemon and its clients use the same rules.
 
 use std::{
     env,
@@ -17,15 +17,15 @@ use crate::{
     printable,
 };
 
-/// Folders in `/tmp` of one user that are looked at.
+/// The most folders in `/tmp` of one user to look at.
 const MOST_SPARE: usize = 16;
 
-/// Which daemon it is: of each instance one may run at a time.
+/// Identifies a daemon. Only one daemon may run for each instance.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Instance {
-    /// The one with this configuration file, an absolute path.
+    /// The daemon with this configuration file, an absolute path.
     File(PathBuf),
-    /// The one that `lbd run` started, by the first address it listens on.
+    /// The daemon that `lbd run` started, identified by its first listen address.
     Listen(String),
 }
 
@@ -42,7 +42,7 @@ impl Instance {
         }
     }
 
-    /// The daemon with the configuration file `path`, which need not be valid, nor there.
+    /// The daemon with the configuration file `path`, which may be invalid or missing.
     ///
     /// # Errors
     ///
@@ -51,10 +51,10 @@ impl Instance {
         config::logical(path).map(|path| Self::File(plain(&path)))
     }
 
-    /// Every daemon that may be meant by the configuration file `path`, the likeliest first. A relative
-    /// one is seen from the current folder as its user calls it, as the kernel knows it, and as the
-    /// shell believes: a folder that a link leads to may have been started in under either name, and
-    /// may be another one by now.
+    /// All daemons that `path` may mean, the likeliest first. A relative path is resolved against
+    /// the current folder as the user names it, as the kernel knows it, and as the shell believes:
+    /// if the folder was reached through a link, the daemon may have been started under either
+    /// name, and the link may lead elsewhere by now.
     ///
     /// # Errors
     ///
@@ -80,15 +80,15 @@ impl Instance {
         Ok(different)
     }
 
-    /// The daemon that `lbd run --listen` began on this address.
+    /// The daemon that was started with `lbd run --listen` and this address.
     #[must_use]
     pub fn of_listen(address: &str) -> Self {
-        // As the daemon writes it: [::0] is [::].
+        // Written as the daemon writes it: [::0] is [::].
         let plain = address.parse::<SocketAddr>().map(|address| address.to_string());
         Self::Listen(plain.unwrap_or_else(|_| address.to_owned()))
     }
 
-    /// What its socket is called: recognisable, and different for every instance.
+    /// The socket's file name: recognisable, and unique to the instance.
     pub(super) fn socket_name(&self) -> String {
         let (shown, whole) = match self {
             Self::File(path) => (path.file_stem().unwrap_or_default(), path.as_os_str()),
@@ -99,7 +99,7 @@ impl Instance {
         format!("{shown}-{:016x}.sock", fnv1a(whole.as_bytes()))
     }
 
-    /// Every place where its socket may be, best first.
+    /// All positions that the socket may be at, best first.
     pub(super) fn places(&self) -> Vec<Place> {
         let name = self.socket_name();
         let place = |folder: SocketFolder| Place { folder, name: name.clone() };
@@ -116,11 +116,11 @@ impl fmt::Display for Instance {
     }
 }
 
-/// One place where a socket may be.
+/// A possible position of a socket.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Place {
     pub(super) folder: SocketFolder,
-    /// What the socket is called there.
+    /// The socket's file name in the folder.
     pub(super) name: String,
 }
 
@@ -130,43 +130,43 @@ impl Place {
     }
 }
 
-/// A folder that sockets may be in.
+/// A folder that may contain sockets.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct SocketFolder {
     pub(super) path: PathBuf,
     pub(super) origin: Origin,
 }
 
-/// How a folder comes to be.
+/// Who creates a folder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Origin {
-    /// The service manager made it for this daemon.
+    /// The service manager creates it for this daemon.
     Given,
-    /// Under `/run`: root makes it, or has its service manager make it for the user of a service.
+    /// Under `/run`: root creates it, or root's service manager does for a service's user.
     System,
-    /// This user makes it.
+    /// The calling user creates it.
     Own,
-    /// Another user makes it.
+    /// Another user creates it.
     Other(u32),
 }
 
 impl SocketFolder {
-    /// Opens it for a daemon's own socket, and makes it where it has to.
+    /// Opens the folder for a daemon's own socket, and creates it if needed.
     pub(super) fn make(&self) -> Result<Folder, Unfit> {
         match self.origin {
-            // Made again where somebody has removed it.
+            // Created again if somebody has removed it.
             Origin::Given => Folder::make(&self.path, Owner::OwnOrRoot),
             Origin::System | Origin::Own => Folder::make(&self.path, Owner::Own),
             Origin::Other(user) => Err(Unfit::Owner(user)),
         }
     }
 
-    /// Opens it to look whose sockets are in it.
+    /// Opens the folder to look for sockets.
     pub(super) fn look(&self) -> Result<Folder, Unfit> {
         let open = |owner| Folder::open(&self.path, owner);
         match self.origin {
-            // Where others could make it too, as in a container whose /run is like /tmp, it has to be
-            // root's own.
+            // Where others could create it too, as in a container whose /run is like /tmp, it must
+            // belong to root.
             Origin::Given | Origin::System if geteuid().is_root() => {
                 open(Owner::GivenByRoot).or_else(|why| open(Owner::Own).map_err(|_| why))
             }
@@ -186,7 +186,7 @@ pub(super) fn own_folders() -> Vec<SocketFolder> {
     folders
 }
 
-/// The folders of the contract.
+/// The documented folders.
 fn folders(runtime: Option<OsString>, session: Option<OsString>, uid: u32) -> Vec<SocketFolder> {
     // systemd.exec(5): several folders are separated by colons.
     let runtime = runtime.iter().flat_map(env::split_paths).next();
@@ -195,12 +195,13 @@ fn folders(runtime: Option<OsString>, session: Option<OsString>, uid: u32) -> Ve
     let session = session.map(|folder| (PathBuf::from(folder).join("lbd"), Origin::Own));
     let last = (PathBuf::from(format!("/tmp/lbd-{uid}")), Origin::Own);
     let all = given.chain(system).chain(session).chain([last]);
-    // A relative one would be another place for everybody (XDG Base Directory Specification).
+    // A relative path would mean a different folder for each process (XDG Base Directory
+    // Specification).
     let all = all.filter(|(path, _)| path.is_absolute());
     all.map(|(path, origin)| SocketFolder { path, origin }).collect()
 }
 
-/// Folders of this user's that were made where another one had taken the name of the last.
+/// Folders that this user created because another user had taken the name of the last one.
 fn spare_folders(uid: u32) -> Vec<SocketFolder> {
     let prefix = spare_prefix(uid);
     let Ok(entries) = fs::read_dir("/tmp") else { return Vec::new() };
@@ -216,7 +217,7 @@ fn spare_folders(uid: u32) -> Vec<SocketFolder> {
     own.into_iter().map(|path| SocketFolder { path, origin: Origin::Own }).collect()
 }
 
-/// Makes a folder under a name that nobody can have taken before.
+/// Creates a folder under a name that nobody can have taken before.
 pub(super) fn make_spare() -> io::Result<SocketFolder> {
     let prefix = spare_prefix(geteuid().as_raw());
     let path = tempfile::Builder::new().prefix(&prefix).tempdir_in("/tmp")?.keep();
@@ -227,13 +228,13 @@ fn spare_prefix(uid: u32) -> String {
     format!("lbd-{uid}.")
 }
 
-/// The folders of other users' daemons, and of services whose unit has chosen another one.
+/// The folders of other users' daemons, and of services whose unit sets another RuntimeDirectory=.
 pub(super) fn other_folders() -> Vec<SocketFolder> {
     let own = own_folders();
     all_folders().into_iter().filter(|folder| !own.contains(folder)).collect()
 }
 
-/// The folders that daemons of all users have their sockets in, as far as this user may look.
+/// The folders of all users' daemons, as far as this user may look.
 pub(super) fn all_folders() -> Vec<SocketFolder> {
     let mut all = own_folders();
     let uid = geteuid().as_raw();
@@ -243,7 +244,7 @@ pub(super) fn all_folders() -> Vec<SocketFolder> {
         }
     };
     let of = |user: u32| if user == uid { Origin::Own } else { Origin::Other(user) };
-    // RuntimeDirectory= of a unit may be any name, the one of lbd's own begins like that.
+    // A unit may set any RuntimeDirectory=. That of lbd's own units begins with `lbd`.
     for path in entries_named("/run", "lbd") {
         add(path, Origin::System);
     }
@@ -260,7 +261,7 @@ pub(super) fn all_folders() -> Vec<SocketFolder> {
     all
 }
 
-/// Entries of a folder whose names begin with `prefix`: a bounded number of them.
+/// The entries of a folder whose names begin with `prefix`, up to a fixed number.
 fn entries_named(folder: &str, prefix: &str) -> Vec<PathBuf> {
     const MOST: usize = 256;
     let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
@@ -271,14 +272,14 @@ fn entries_named(folder: &str, prefix: &str) -> Vec<PathBuf> {
     paths.take(MOST).collect()
 }
 
-/// The user after whom a folder is named: `PREFIX1000`, or `PREFIX1000.abcdef`.
+/// The user that a folder is named after: `PREFIX1000`, or `PREFIX1000.abcdef`.
 fn trailing_uid(path: &Path, prefix: &str) -> Option<u32> {
     let name = path.file_name()?.to_str()?.strip_prefix(prefix)?;
     name.split('.').next()?.parse().ok()
 }
 
-/// The absolute `path` without `..`. Links are followed only where that is needed to take one away:
-/// a file is known by the path that people use, wherever a link in it leads to today.
+/// The absolute `path` without `..`. A link is followed only if that is needed to remove a `..`: a
+/// file is known by the path that people use, wherever a link in it leads today.
 fn plain(path: &Path) -> PathBuf {
     if !path.components().any(|part| part == Component::ParentDir) {
         return path.to_owned();
@@ -289,8 +290,8 @@ fn plain(path: &Path) -> PathBuf {
     fs::canonicalize(folder).map_or_else(|_| path.to_owned(), |folder| folder.join(name))
 }
 
-/// FNV-1a, 64 bits (RFC 9923): lbd and its client may be of different builds, between which the hashes
-/// of std may change.
+/// FNV-1a, 64 bits (RFC 9923). lbd and its client may be different builds, and std's hashes may
+/// change between builds.
 fn fnv1a(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)

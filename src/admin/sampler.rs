@@ -1,4 +1,4 @@
-//! Looks at everything once a second, for those who watch: rates need two looks, and a sparkline a
+//! Samples the status once a second for event streams: a rate needs two looks, and a sparkline a
 //! minute of them.
 
 use std::{
@@ -16,31 +16,30 @@ use tokio::{
 use super::{Status, main_thread::Daemon, news::steady};
 use crate::logging::Recent;
 
-/// Between two looks.
+/// The time between two looks.
 pub(super) const INTERVAL: Duration = Duration::from_secs(1);
-/// How many looks are remembered.
+/// How many looks are kept.
 const REMEMBERED: usize = 60;
 /// The shortest time between two looks, however much happens.
 const SHORTEST: Duration = Duration::from_millis(100);
 
-/// How everything was at the last look, for all who watch. It ends with
-/// the server.
+/// The last look, shared by all event streams. It ends with the server.
 pub(super) type Latest = watch::Receiver<Arc<Look>>;
 
 /// One look.
 #[derive(Debug, Default)]
 pub(super) struct Look {
-    /// `None` before the first.
+    /// `None` before the first look.
     ///
-    /// What has not changed notably since the look before is as it was.
+    /// Values that have not changed notably since the look before keep their old values.
     pub(super) status: Option<Arc<Status>>,
-    /// Of the last minute.
+    /// The samples of the last minute.
     pub(super) samples: Arc<Samples>,
     /// Connections a second over the last second, by service, slot and generation.
     rates: HashMap<Key, f64>,
 }
 
-/// The last minute of each slot.
+/// The samples of the last minute, per slot.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub(super) struct Samples {
     interval_seconds: u64,
@@ -53,7 +52,7 @@ struct ServiceSamples {
     workers: Vec<WorkerSamples>,
 }
 
-/// Oldest first; the last ones of both lists are of the same look.
+/// Oldest first. The last entries of both lists come from the same look.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 struct WorkerSamples {
     slot: u32,
@@ -64,7 +63,7 @@ struct WorkerSamples {
 type Key = (String, u32, u64);
 
 impl Look {
-    /// Fills in the rates, which one look at the daemon alone can't tell.
+    /// Fills in the rates, which a single look at the daemon can't provide.
     pub(super) fn rate(&self, status: &mut Status) {
         for service in &mut status.services {
             let name = service.name.clone();
@@ -76,8 +75,8 @@ impl Look {
     }
 }
 
-/// Looks once a second, and soon after each note, for ever. Dropped, it ends, and so do the streams of
-/// those who watch `latest`.
+/// Looks once a second, and soon after each note, forever. Dropping it also ends the event streams
+/// that watch `latest`.
 pub(super) async fn run(daemon: Daemon, recent: Recent, latest: watch::Sender<Arc<Look>>) {
     let mut memory = Memory::default();
     let mut notes = recent.read();
@@ -90,7 +89,7 @@ pub(super) async fn run(daemon: Daemon, recent: Recent, latest: watch::Sender<Ar
         };
         let began = Instant::now();
         notes.unread();
-        // Busy for now, or at its end, in which case this is dropped soon.
+        // The main thread is busy, or ending; if it is ending, this task will soon be dropped.
         let Ok(mut status) = daemon.look().await else { continue };
         if regular {
             memory.remember(&status);
@@ -105,12 +104,12 @@ pub(super) async fn run(daemon: Daemon, recent: Recent, latest: watch::Sender<Ar
     }
 }
 
-/// What was seen.
+/// What was seen in earlier looks.
 #[derive(Debug, Default)]
 struct Memory {
-    /// How many regular looks there were.
+    /// The number of regular looks.
     looks: usize,
-    /// Connections of each worker, ever, at the last regular look.
+    /// Each worker's total of connections at the last regular look.
     totals: HashMap<Key, u64>,
     rates: HashMap<Key, f64>,
     samples: Arc<Samples>,
@@ -132,7 +131,7 @@ impl Memory {
         let rate = |(key, total): (&Key, &u64)| {
             let before = match self.totals.get(key) {
                 Some(before) => *before,
-                // What is new since the last look had none then.
+                // A worker that is new since the last look had no connections then.
                 None if !first => 0,
                 None => return None,
             };

@@ -1,8 +1,8 @@
-//! The connections of the admin API, on a thread of its own.
+//! The admin API's server, on a thread of its own.
 //!
-//! What a client may cost is bounded: connections, the size of what it sends, and the time it takes
-//! to send and to read. Each listener has connections of its own, so that however many come over
-//! TCP, the unix socket answers; and over TCP those that say nothing make room for others.
+//! What a client can use up is bounded: connections, the size of what it sends, and the time to
+//! send and to read. Each listener has its own connections, so that the unix socket answers however
+//! many connections come over TCP; and over TCP, silent connections make room for others.
 
 use std::{io, net::SocketAddr, sync::Arc, thread, time::Duration};
 
@@ -36,32 +36,33 @@ use super::{
 };
 use crate::logging::Recent;
 
-/// Connections held at once on each listener; more wait to be taken, or take the place of one that
-/// says nothing.
+/// The most connections held at once on each listener. Further ones wait in the accept queue, or
+/// replace a silent one.
 pub const MAX_CONNECTIONS: usize = 16;
-/// Clients that may wait to be taken.
+/// The length of the accept queue.
 const BACKLOG: i32 = 64;
-/// The largest request head, in bytes; so also how much of a connection is buffered either way.
+/// The largest request head, in bytes. Also bounds how much of a connection is buffered in each
+/// direction.
 const MAX_HEAD: usize = 16 * 1024;
-/// How long a head may take to come, counted from the last answer; so also how long a connection
-/// may be idle.
+/// How long a head may take to arrive, counted from the last answer. So it also bounds how long a
+/// connection may be idle.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a client may read nothing while there is something to read.
+/// How long a client may read nothing while data is waiting for it.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the last answers may take when the daemon ends.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 /// How long accepting pauses after an error that only time can cure.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
-/// How often it is looked whether the unix socket can still be found.
+/// How often to check that the unix socket can still be found.
 const LOOK: Duration = Duration::from_secs(10);
 
 /// The server could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
-    /// There can be no thread, or no event loop in it.
+    /// The thread, or its event loop, can't be started.
     #[error("cannot serve the admin API: {0}")]
     System(#[from] io::Error),
-    /// An address of `[admin] listen` can't be had.
+    /// An address of `[admin] listen` can't be bound.
     #[error("cannot listen on {address}, an admin.listen: {source}{}", hint(source))]
     Bind {
         /// The address.
@@ -80,7 +81,7 @@ fn hint(source: &io::Error) -> &'static str {
     }
 }
 
-/// Sockets that listen on TCP addresses, and take nobody yet.
+/// Bound and listening TCP sockets that nobody accepts from yet.
 #[derive(Debug, Default)]
 pub struct TcpSockets(Vec<std::net::TcpListener>);
 
@@ -89,7 +90,7 @@ impl TcpSockets {
     ///
     /// # Errors
     ///
-    /// [`ServerError::Bind`] for the first that can't be had.
+    /// [`ServerError::Bind`] for the first address that can't be bound.
     pub fn bind(addresses: &[SocketAddr]) -> Result<Self, ServerError> {
         let bound = addresses.iter().map(|&address| {
             listen(address).map_err(|source| ServerError::Bind { address, source })
@@ -103,11 +104,11 @@ fn listen(address: SocketAddr) -> io::Result<std::net::TcpListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
     if address.is_ipv6() {
-        // As the services' own: the IPv4 wildcard is another address.
+        // Like the services' listeners: the IPv4 wildcard is a separate address.
         socket.set_only_v6(true)?;
     }
-    // Both are handed down to the connections that it takes (tcp(7)). A client whose machine is gone
-    // would else be waited for until the kernel gives up, which takes a quarter of an hour.
+    // Accepted connections inherit both options (tcp(7)). Without a user timeout, a client whose
+    // machine is gone would be kept until the kernel gives up, which takes a quarter of an hour.
     socket.set_tcp_nodelay(true)?;
     socket.set_tcp_user_timeout(Some(WRITE_TIMEOUT))?;
     socket.bind(&address.into())?;
@@ -116,8 +117,8 @@ fn listen(address: SocketAddr) -> io::Result<std::net::TcpListener> {
     Ok(socket.into())
 }
 
-/// The running server. Dropped, it takes nobody any more, gives the last answers half a second to
-/// leave, and blocks until then.
+/// The running server. When dropped it accepts no more connections, gives the last answers half a
+/// second to be sent, and blocks until then.
 #[derive(Debug)]
 pub struct Server {
     stop: Option<oneshot::Sender<()>>,
@@ -125,13 +126,13 @@ pub struct Server {
 }
 
 impl Server {
-    /// Serves `socket` and `tcp`, and hands what is asked for to `daemon`. Over TCP `token` is what
-    /// proves a right to ask. Whoever watches sees what is in `recent`. The socket is made again where
+    /// Serves `socket` and `tcp`, and passes requests to `daemon`. Over TCP, `token` is what
+    /// authorises a client. Event streams include the notes in `recent`. The socket is recreated if
     /// somebody removes its file, and removed when the server is dropped.
     ///
     /// # Errors
     ///
-    /// Where there can be no thread, or no event loop in it.
+    /// Where the thread, or its event loop, can't be started.
     pub fn start(
         socket: Option<Socket>,
         tcp: TcpSockets,
@@ -180,7 +181,7 @@ async fn serve(
     stopped: oneshot::Receiver<()>,
 ) {
     let stopped = stopped.shared();
-    // Dropped at the end, so that those who watch are not waited for.
+    // Dropped at the end, so that the shutdown does not wait for event streams.
     let sampler = async {
         tokio::select! {
             _ = stopped.clone() => {}
@@ -208,8 +209,7 @@ async fn serve(
     future::join3(sampler, unix, future::join_all(tcp)).await;
 }
 
-/// Looks after the socket's file for ever, and hands on what is to be listened on from then on where it
-/// had to be made again.
+/// Checks the socket's file, forever. If the socket had to be recreated, sends the new listener.
 async fn keep(mut socket: Socket, renew: mpsc::Sender<UnixListener>) {
     let mut told = String::new();
     loop {
@@ -228,7 +228,7 @@ async fn keep(mut socket: Socket, renew: mpsc::Sender<UnixListener>) {
                     return;
                 }
             }
-            // Again and again the same is no news.
+            // Don't log the same error again and again.
             Err(error) if error.to_string() == told => {}
             Err(error) => {
                 told = error.to_string();
@@ -238,7 +238,7 @@ async fn keep(mut socket: Socket, renew: mpsc::Sender<UnixListener>) {
     }
 }
 
-/// Serves one listener, or the one that replaces it, until `stopped`, and then finishes the last
+/// Serves one listener, or the one that replaces it, until `stopped`. Then finishes the last
 /// answers.
 async fn serve_on<L: Listener>(
     mut listener: L,
@@ -270,7 +270,7 @@ async fn serve_on<L: Listener>(
                 request
             })
             .map_response(move |response: Response| {
-                // What is watched is being answered for as long as somebody watches.
+                // An event stream counts as being answered for as long as it is open.
                 let content = response.headers().get(header::CONTENT_TYPE);
                 if content.is_none_or(|content| content != "text/event-stream") {
                     answered.waits();
@@ -281,20 +281,20 @@ async fn serve_on<L: Listener>(
         let connection = http.serve_connection(TokioIo::new(Box::pin(stream)), service);
         let connection = connections.watch(connection);
         tokio::spawn(async move {
-            // How it ended matters to nobody: a client that goes away is no fault.
+            // The outcome does not matter: a client that goes away is no error.
             tokio::select! {
                 _ = connection => {}
                 () = seat.needed() => {}
             }
         });
-        // What it has said already is read before others come.
+        // Let this connection read what it has already received before others are accepted.
         yield_now().await;
     }
     drop(listener);
     let _ = timeout(LAST_WORDS, connections.shutdown()).await;
 }
 
-/// The next client, once there is one and room for it. May be dropped at any time.
+/// Waits for the next client and room for it. Cancel safe.
 async fn next<L: Listener>(listener: &L, held: &Arc<Connections>) -> (L::Stream, Via, Seat) {
     held.room().await;
     loop {
@@ -308,11 +308,11 @@ async fn next<L: Listener>(listener: &L, held: &Arc<Connections>) -> (L::Stream,
     }
 }
 
-/// What clients connect to.
+/// Something that clients connect to.
 trait Listener {
     type Stream: AsyncRead + AsyncWrite + Send + 'static;
 
-    /// The next client. May be dropped at any time.
+    /// The next client. Cancel safe.
     async fn accept(&self) -> io::Result<(Self::Stream, Via)>;
 }
 

@@ -1,8 +1,9 @@
-//! The daemon's socket in the file system: claimed at the start, looked after, removed at the end.
+//! The daemon's admin socket in the file system: created at the start, kept in place, removed at
+//! the end.
 //!
-//! It is also what keeps two daemons with one configuration apart: whoever finds a socket that
-//! somebody listens on is the second, and goes. Somebody else on the machine must not be taken for
-//! that, nor keep this one waiting: see [`super::folder`].
+//! The socket also prevents two daemons with the same configuration: a daemon that finds a socket
+//! with a listener is the second one, and gives up. Another user's program must neither pass for
+//! such a daemon nor delay this one: see [`super::folder`].
 
 use std::{
     fs::{self, File, TryLockError},
@@ -30,57 +31,58 @@ use crate::{
     net::pathname::{SocketFile, listen_at},
 };
 
-/// Clients that may wait to be taken.
+/// The length of the accept queue.
 const BACKLOG: i32 = 64;
-/// Who may connect: the daemon's user alone, and root.
+/// Who may connect: only the daemon's user, and root.
 const PRIVATE: UnixAccess = UnixAccess { mode: 0o600, owner: None, group: None };
-/// How long another lbd that acts in the same folder is waited for. It is done in a moment; somebody
-/// else who holds the lock keeps it for as long as he likes.
+/// How long to wait for another lbd that works in the same folder. That takes only a moment; any
+/// other process that holds the lock may keep it forever.
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
-/// Between two tries.
+/// The pause between two attempts to lock.
 const LOCK_PAUSE: Duration = Duration::from_millis(10);
-/// So many sockets in a folder are looked at, whether they are dead.
+/// The most sockets in a folder to check for being dead.
 const MOST_SOCKETS: usize = 1024;
 
-/// A unix socket that is listened on. Dropped, its file is removed.
+/// A listening unix socket. Its file is removed when this is dropped.
 #[derive(Debug)]
 pub struct Socket {
     instance: Instance,
-    /// `[admin] socket`.
+    /// The path in `[admin] socket`.
     chosen: Option<PathBuf>,
     held: Held,
-    /// What somebody may want to know of how it was made.
+    /// Remarks about how it was made, for the log.
     remarks: Vec<String>,
 }
 
-/// What there is in the file system.
+/// What exists in the file system.
 #[derive(Debug)]
 struct Held {
     listener: UnixListener,
     path: PathBuf,
-    /// Ahead of the folder, through whose descriptor its path may lead.
+    /// Declared before the folder, so dropped first: its path may lead through the folder's
+    /// descriptor.
     file: SocketFile,
     /// The folder where clients look.
     folder: Option<Folder>,
     /// What the socket, or the link to it, is called there.
     name: String,
-    /// The link, where the socket is elsewhere. It is held open: one that is made later may lead to the
-    /// same path, but can't get the inode number of this one.
+    /// The link, if the socket is elsewhere. It is held open so that a later link to the same path
+    /// can't get the same inode number.
     link: Option<Pinned>,
 }
 
 /// Why there is no socket.
 #[derive(Debug, thiserror::Error)]
 pub enum ClaimError {
-    /// A daemon runs already; this one has touched nothing.
+    /// A daemon with the same instance already runs; nothing was changed.
     #[error("another lbd already runs with {instance}{}", named(*.pid))]
     Running {
         /// What both were started with.
         instance: Instance,
-        /// Its process id, where that can be seen from here.
+        /// Its process id, if it is visible from here.
         pid: Option<i32>,
     },
-    /// `[admin] socket` can't be listened on.
+    /// The path in `[admin] socket` can't be listened on.
     #[error("cannot listen on {}, the admin socket: {source}", path.display())]
     Bind {
         /// The path.
@@ -88,7 +90,7 @@ pub enum ClaimError {
         /// Why.
         source: io::Error,
     },
-    /// None of the folders can be used. lbd can do without: it can be signalled.
+    /// None of the folders can be used. lbd can run without: it still obeys signals.
     #[error("no folder for the admin socket: {0}")]
     NoFolder(String),
 }
@@ -98,13 +100,12 @@ fn named(pid: Option<i32>) -> String {
 }
 
 impl Socket {
-    /// Listens where clients will look for the daemon that runs `config`. A socket that nobody
-    /// listens on any more is replaced. Blocks for a second at most.
+    /// Listens where clients will look for the daemon that runs `config`. Replaces a socket that
+    /// nobody listens on any more. Blocks for at most a second.
     ///
     /// # Errors
     ///
-    /// [`ClaimError`], each with nothing left behind but perhaps an empty folder, or a socket that nobody
-    /// listens on.
+    /// [`ClaimError`]. At most an empty folder, or a socket that nobody listens on, is left behind.
     pub fn claim(config: &Config) -> Result<Self, ClaimError> {
         let (instance, chosen) = (Instance::of(config), config.admin.socket.clone());
         let mut remarks = Vec::new();
@@ -112,27 +113,27 @@ impl Socket {
         Ok(Self { instance, chosen, held, remarks })
     }
 
-    /// Where it is.
+    /// The path of the socket.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.held.path
     }
 
-    /// What was passed over or could not be done on the way here.
+    /// What was skipped or failed while the socket was made.
     #[must_use]
     pub fn remarks(&self) -> &[String] {
         &self.remarks
     }
 
-    /// The listening end, non-blocking.
+    /// The listener, non-blocking.
     pub(super) fn listener(&self) -> io::Result<UnixListener> {
         self.held.listener.set_nonblocking(true)?;
         self.held.listener.try_clone()
     }
 
-    /// Makes the socket, the link to it, or their folder again, where somebody has removed them: one
-    /// who tidies `/tmp`, say. Tells whether anything was, and so whether there is another
-    /// [`Self::listener`].
+    /// Recreates the socket, the link to it, or their folder, if somebody has removed them, for
+    /// example by tidying `/tmp`. Returns whether anything was recreated, in which case
+    /// [`Self::listener`] is a new one.
     pub(super) fn restore(&mut self) -> Result<bool, ClaimError> {
         if self.held.is_intact() {
             return Ok(false);
@@ -142,13 +143,13 @@ impl Socket {
             self.link_again()?;
         } else {
             let held = claim(&self.instance, self.chosen.as_deref(), &mut self.remarks)?;
-            // What is left of the one before goes: nobody who looks for it finds it.
+            // Drop what is left of the old one: clients can't find it any more.
             drop(std::mem::replace(&mut self.held, held));
         }
         Ok(true)
     }
 
-    /// The socket is where it was, but not known any more.
+    /// Recreates the link to a socket that is still in place.
     fn link_again(&mut self) -> Result<(), ClaimError> {
         let Held { path, name, .. } = &self.held;
         let failed = |source| ClaimError::Bind { path: path.clone(), source };
@@ -161,7 +162,7 @@ impl Socket {
 }
 
 impl Held {
-    /// Whether clients find it.
+    /// Whether clients can find the socket.
     fn is_intact(&self) -> bool {
         let Some(folder) = &self.folder else { return self.file.is_there() };
         let is_known = self.link.is_none()
@@ -171,7 +172,7 @@ impl Held {
 }
 
 impl Drop for Held {
-    /// Removes the files, unless they are somebody else's by now. A failure leaves a socket that
+    /// Removes the files, unless they have been replaced by others. A failure leaves a socket that
     /// nobody listens on, which the next daemon replaces.
     fn drop(&mut self) {
         let Some(folder) = &self.folder else { return self.file.remove() };
@@ -184,7 +185,7 @@ impl Drop for Held {
     }
 }
 
-/// The first of the `places` that will do, or a new one that nobody can have spoilt.
+/// The first usable folder of `places`, or a new one that no other user can have prepared.
 fn folder(places: &[Place], remarks: &mut Vec<String>) -> Result<Folder, String> {
     let mut refused = Vec::new();
     for place in places {
@@ -206,7 +207,7 @@ fn folder(places: &[Place], remarks: &mut Vec<String>) -> Result<Folder, String>
     })
 }
 
-/// Listens, in the first folder that will do.
+/// Listens in the first usable folder.
 fn claim(
     instance: &Instance,
     chosen: Option<&Path>,
@@ -214,7 +215,7 @@ fn claim(
 ) -> Result<Held, ClaimError> {
     let running = |pid| ClaimError::Running { instance: instance.clone(), pid };
     let (places, name) = (instance.places(), instance.socket_name());
-    // Another one may have had another choice of folders.
+    // Another daemon may have chosen another folder.
     for place in &places {
         let Ok(folder) = place.folder.look() else { continue };
         if let Some(pid) = another(&folder.at(&name)) {
@@ -254,7 +255,7 @@ fn claim(
         let link = link(chosen, &known).map_err(failed)?;
         Ok((bound, Some(link)))
     };
-    // So that of two that start at once the one finds the other.
+    // Both under the lock, so that of two daemons that start at once, one finds the other.
     let ((listener, file), link) = match &folder {
         Some(folder) => locked(folder, act)?,
         None => act(true)?,
@@ -262,17 +263,17 @@ fn claim(
     Ok(Held { listener, path, file, folder, name, link })
 }
 
-/// Links `known`, a path in the folder where clients look, to the socket at `path`.
+/// Creates a link from `known`, a path in the folder where clients look, to the socket at `path`.
 fn link(path: &Path, known: &Path) -> io::Result<Pinned> {
     make_room(known, Links::Own)?;
     symlink(path, known)?;
-    // Nobody else can have put another one there: see `Folder`.
+    // Nobody else can have replaced the link: see `Folder`.
     Pinned::at(known)
 }
 
-/// Acts while no other lbd acts in this folder, and tells `act` so. Where that can't be had, as
-/// somebody else keeps the folder locked or the file system has no locks, it acts all the same: that
-/// matters only to two that start in the same instant.
+/// Runs `act` while no other lbd works in this folder, and tells it whether the folder is locked.
+/// If the lock can't be had (somebody else holds it, or the file system has no locks), `act` runs
+/// all the same: the lock matters only to two daemons that start in the same instant.
 fn locked<T>(folder: &Folder, act: impl FnOnce(bool) -> T) -> T {
     let held = lock(folder.file());
     let done = act(held);
@@ -293,30 +294,30 @@ fn lock(file: &File) -> bool {
     }
 }
 
-/// Who listens on the socket at `path`, or on that which a link there leads to, if it is one whom we
-/// have to believe: `Some(None)` where they can't be named.
+/// The process that listens on the socket at `path`, or that a link there leads to, if its user is
+/// trusted. `Some(None)` if its pid is unknown.
 fn occupant(path: &Path) -> Option<Option<i32>> {
     let mut found = Pinned::at(path).ok()?;
     if found.kind == Kind::Link && is_believed(found.uid) {
         found = Pinned::at(&fs::read_link(path).ok()?).ok()?;
     }
-    // Before anything is connected to: it may be anybody's.
+    // Check the owner before connecting: the socket may be anybody's.
     if found.kind != Kind::Socket || !is_believed(found.uid) {
         return None;
     }
     match found.connect() {
         Ok(socket) => {
             let peer = getsockopt(&socket, PeerCredentials).ok()?;
-            // From another pid namespace it is 0.
+            // The pid is 0 if the process is in another pid namespace.
             is_believed(peer.uid()).then_some(Some(peer.pid()).filter(|pid| *pid > 0))
         }
-        // unix(7): its queue is full, so there is one.
+        // The accept queue is full (unix(7)), so somebody listens.
         Err(error) if error.kind() == ErrorKind::WouldBlock => Some(None),
         Err(_) => None,
     }
 }
 
-/// The same, where it is not this process.
+/// Like [`occupant`], but ignores this process.
 fn another(path: &Path) -> Option<Option<i32>> {
     let own = i32::try_from(std::process::id()).ok();
     occupant(path).filter(|pid| pid.is_none() || *pid != own)
@@ -326,23 +327,24 @@ fn is_believed(uid: u32) -> bool {
     uid == 0 || uid == geteuid().as_raw()
 }
 
-/// Whose a link is that is where a socket is to be.
+/// Who made a link that is where the socket should be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Links {
-    /// lbd's, of a time when `[admin] socket` was set: in the folder where clients look.
+    /// lbd itself, while `[admin] socket` was set: in the folder where clients look.
     Own,
-    /// Somebody's, in a folder that the file names.
+    /// Somebody else, in a folder that the file names.
     Foreign,
 }
 
-/// Listens at `path`, where nobody else can ever connect.
+/// Listens at `path`, in such a way that no other user can ever connect.
 fn listen(path: &Path, links: Links) -> io::Result<(UnixListener, SocketFile)> {
     make_room(path, links)?;
     let (socket, file) = listen_at(path, &PRIVATE, BACKLOG)?;
     Ok((OwnedFd::from(socket).into(), file))
 }
 
-/// Removes a socket that nobody listens on, or a link. Anything else was not made by lbd.
+/// Removes a socket that nobody listens on, or a link. lbd makes nothing else, so anything else
+/// stays.
 fn make_room(path: &Path, links: Links) -> io::Result<()> {
     let found = match Pinned::at(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
@@ -357,14 +359,13 @@ fn make_room(path: &Path, links: Links) -> io::Result<()> {
         Kind::Link if links == Links::Foreign => {
             Err(io::Error::other("there is a link; remove it, or choose another path"))
         }
-        // Where another file has come into its place meanwhile, that stays, and is in the way.
+        // If another file has taken its name meanwhile, that file stays, and the bind fails.
         Kind::Socket | Kind::Link => found.remove_at(path),
     }
 }
 
-/// Removes what daemons that were killed have left in this folder: their sockets, and links to such.
-/// To be called while no other lbd acts here, since one that has just made its socket does not listen
-/// on it yet.
+/// Removes what killed daemons left in this folder: their sockets, and links to such sockets. Must
+/// be called while no other lbd works here, because a newly made socket has no listener yet.
 fn remove_dead(folder: &Folder) {
     for name in folder.sockets(MOST_SOCKETS) {
         let path = folder.at(&name);

@@ -1,24 +1,25 @@
-//! The shape of `/status`, written by the server and read by the client.
+//! The format of `/status`, written by the server and read by the client.
 //!
-//! Points in time are RFC 3339 in UTC with milliseconds, spans are seconds with milliseconds (a
+//! Times are RFC 3339 in UTC with milliseconds. Durations are in seconds with milliseconds (a
 //! probe's with microseconds).
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// Everything about a running daemon.
+/// The status of a running daemon.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Status {
     /// lbd's version.
     pub version: String,
     /// lbd's own process id.
     pub pid: u32,
-    /// Since it was started.
+    /// The time since lbd started.
     pub uptime_seconds: f64,
     /// Where its configuration comes from.
     pub config: Config,
-    /// The services, in the order of the configuration; those on their way out until they are gone.
+    /// The services, in the order of the configuration. A removed service is listed until it is
+    /// gone.
     pub services: Vec<Service>,
 }
 
@@ -29,7 +30,7 @@ pub struct Config {
     pub path: Option<String>,
     /// When the configuration in force was read.
     pub loaded_at: String,
-    /// How the last reload went; before the first, the start.
+    /// How the last reload went; before the first reload, how the start went.
     pub last_reload: Reload,
 }
 
@@ -38,7 +39,7 @@ pub struct Config {
 pub struct Reload {
     /// The file was accepted, and no replacement of a worker has failed.
     pub ok: bool,
-    /// When it was asked for.
+    /// When it was requested.
     pub at: String,
     /// Why it was refused or failed.
     pub error: Option<String>,
@@ -53,80 +54,80 @@ pub struct Service {
     pub listen: Vec<String>,
     /// How connections reach the workers.
     pub route: String,
-    /// How the kernel shares them out, with `route = "direct"` alone.
+    /// How the kernel distributes connections; only with `route = "direct"`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub steering: Option<Steering>,
     /// How a worker is chosen.
     pub balance: String,
-    /// One a slot, in order.
+    /// One per slot, in order.
     pub workers: Vec<Worker>,
-    /// Workers that take over from one in `workers` as soon as they are healthy.
+    /// New workers that will take over from one in `workers` once they are healthy.
     pub replacements: Vec<Worker>,
-    /// Workers that left their slot and are not gone yet.
+    /// Workers that have left their slot but have not ended yet.
     pub retiring: Vec<Worker>,
 }
 
-/// How the kernel shares out connections.
+/// How the kernel distributes connections.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Steering {
-    /// `ebpf`: in strict rotation. `classic`: to a random worker each.
+    /// `ebpf`: in strict rotation. `classic`: each to a random worker.
     pub kind: String,
-    /// Why not by eBPF.
+    /// Why eBPF is not used.
     pub why: Option<String>,
 }
 
-/// One worker, or the vacant slot of one.
+/// A worker, or a vacant slot.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Worker {
     /// Its slot.
     pub slot: u32,
-    /// Its port; `None` before lbd has picked one.
+    /// Its port; `None` until lbd has picked one.
     pub port: Option<u16>,
-    /// The program's process id; `None` while it does not run.
+    /// The program's process id; `None` while the program does not run.
     pub pid: Option<i32>,
-    /// The how-many-eth worker of its slot it is, from 1 on; 0 before the first was started.
+    /// A counter of the workers started in this slot: 1 for the first; 0 if none was started yet.
     pub generation: u64,
-    /// Where it is in its life.
+    /// The worker's state.
     pub state: State,
-    /// Since when it is in this state.
+    /// How long it has been in this state.
     pub since_seconds: f64,
     /// An operator took its slot out of rotation.
     pub drained: bool,
-    /// Workers started in its slot in the place of one that ended, or could not be started, unasked.
+    /// Workers started in this slot to replace one that ended unexpectedly or could not be started.
     pub restarts: u64,
-    /// How the last worker of its slot ended that nobody had asked to, or why it could not be started.
+    /// How the slot's last worker that ended unexpectedly ended, or why it could not be started.
     pub last_exit: Option<String>,
     /// Its connections.
     pub connections: Connections,
-    /// What passed through them.
+    /// The bytes that passed through its connections.
     pub bytes: Bytes,
-    /// The process id of its guard: the worker is all that is below.
+    /// The pid of its guard. The worker is every process below the guard.
     #[serde(skip)]
     pub guard: Option<i32>,
-    /// The resident memory of the program and all that it started.
+    /// The resident memory of the program and everything that it started.
     pub resident_bytes: Option<u64>,
-    /// The CPU time that they have used, user and system, those that have ended too.
+    /// Their CPU time, user and system, including that of ended processes.
     pub cpu_seconds: Option<f64>,
-    /// What the last probe showed; `None` before the first.
+    /// The result of the last probe; `None` before the first.
     pub last_probe: Option<Probe>,
 }
 
-/// Where a worker is in its life.
+/// The state of a worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// The slot waits before it is filled again.
+    /// The slot is vacant until the next start.
     Backoff,
-    /// Not proven yet.
+    /// Not yet proven by probes.
     Starting,
     /// In rotation.
     Healthy,
-    /// Out of rotation since its probes failed.
+    /// Out of rotation because its probes failed.
     Unhealthy,
-    /// Out of rotation: for good, and its connections are given time to end; or for as long as an
-    /// operator wants.
+    /// Out of rotation: for good, while its connections are given time to end; or because an
+    /// operator drained it.
     Draining,
-    /// Asked to end, or ended and being cleared away.
+    /// Asked to stop, or ended and being cleaned up.
     Stopping,
 }
 
@@ -158,20 +159,20 @@ impl fmt::Display for State {
 /// A worker's connections.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Connections {
-    /// Held now; `None` where that can't be told.
+    /// Held now; `None` if unknown.
     pub active: Option<u64>,
-    /// Taken, ever; `None` where nobody counts them (`route = "direct"` by classic BPF).
+    /// Accepted in total; `None` if not counted (`route = "direct"` by classic BPF).
     pub total: Option<u64>,
     /// Connects that were refused, failed or timed out.
     pub failed: u64,
-    /// Waiting in the worker's own accept queue, with `route = "direct"` alone.
+    /// Waiting in the worker's own accept queue; only with `route = "direct"`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queued: Option<u64>,
-    /// Taken in the last second; `None` where nobody counted.
+    /// Accepted in the last second; `None` if not counted.
     pub per_second: Option<f64>,
 }
 
-/// What passed through a worker's connections.
+/// The bytes that passed through a worker's connections.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bytes {
     /// To clients; `None` with `route = "direct"`, where they don't pass through lbd.
@@ -180,10 +181,10 @@ pub struct Bytes {
     pub received: Option<u64>,
 }
 
-/// What a probe showed.
+/// The result of a probe.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Probe {
-    /// It passed.
+    /// Whether the probe passed.
     pub ok: bool,
     /// How long it took.
     pub seconds: f64,
@@ -192,25 +193,25 @@ pub struct Probe {
 }
 
 impl Status {
-    /// The services of which no worker is healthy.
+    /// The services that have no healthy worker.
     pub fn without_health(&self) -> impl Iterator<Item = &str> {
         let healthy = |service: &Service| service.workers.iter().any(|w| w.state == State::Healthy);
         self.services.iter().filter(move |s| !healthy(s)).map(|service| &*service.name)
     }
 
-    /// All workers, those on their way in and out included.
+    /// All workers, including those being started or stopped.
     pub fn workers(&self) -> impl Iterator<Item = &Worker> {
         self.services.iter().flat_map(Service::all)
     }
 }
 
 impl Service {
-    /// Its workers, those on their way in and out included.
+    /// The service's workers, including those being started or stopped.
     pub fn all(&self) -> impl Iterator<Item = &Worker> {
         self.workers.iter().chain(&self.replacements).chain(&self.retiring)
     }
 
-    /// The same, to be changed.
+    /// Like [`Self::all`], but mutable.
     pub fn all_mut(&mut self) -> impl Iterator<Item = &mut Worker> {
         self.workers.iter_mut().chain(&mut self.replacements).chain(&mut self.retiring)
     }

@@ -1,5 +1,5 @@
-//! What a process uses, and what a worker does with all that it started, from `/proc/PID/stat`
-//! (proc_pid_stat(5)).
+//! Resource usage of a process, and of a worker with everything that it started, from
+//! `/proc/PID/stat` (proc_pid_stat(5)).
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -9,29 +9,30 @@ use std::{
 
 use nix::unistd::{SysconfVar, sysconf};
 
-/// A process, as the kernel accounts it.
+/// A process's usage, as the kernel accounts for it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Process {
-    /// Memory that is in RAM, in bytes. The kernel's counters may lag by some pages a thread.
+    /// Resident memory, in bytes. The kernel's counters may lag by a few pages per thread.
     pub resident_bytes: u64,
     /// Address space, in bytes.
     pub virtual_bytes: u64,
-    /// Threads.
+    /// The number of threads.
     pub threads: u64,
     /// CPU time, user and system.
     pub cpu_seconds: f64,
-    /// When it began, in clock ticks after boot: with the pid it names one process for ever.
+    /// Start time, in clock ticks after boot. Together with the pid it identifies a process
+    /// uniquely.
     pub began: u64,
-    /// It has ended, and waits for its parent to take note.
+    /// The process has ended and has not been reaped.
     pub ended: bool,
-    /// CPU time of the children that it has taken note of, with theirs.
+    /// CPU time of the children that it has reaped, and of theirs.
     reaped_seconds: f64,
     parent: i32,
     group: i32,
 }
 
 impl Process {
-    /// Looks at the process `pid`; `None` where there is none, or not to be seen from here.
+    /// Reads the usage of the process `pid`; `None` if it does not exist or can't be read.
     #[must_use]
     pub fn look(pid: i32) -> Option<Self> {
         let ticks = per(SysconfVar::CLK_TCK)?;
@@ -39,7 +40,7 @@ impl Process {
         parse(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?, ticks, page)
     }
 
-    /// When it began, in seconds since the Unix epoch; `booted` is when the machine did.
+    /// Its start time, in seconds since the Unix epoch; `booted` is the machine's boot time.
     #[must_use]
     pub fn start_time(&self, booted: f64) -> Option<f64> {
         Some(booted + self.began as f64 / per(SysconfVar::CLK_TCK)? as f64)
@@ -51,10 +52,10 @@ fn per(what: SysconfVar) -> Option<u64> {
 }
 
 fn parse(stat: &str, ticks_a_second: u64, page_size: u64) -> Option<Process> {
-    // The second field is the program's name in parentheses, which may hold any of them itself.
+    // The second field is the program's name in parentheses, which may itself contain parentheses.
     let (_, fields) = stat.rsplit_once(") ")?;
     let fields: Vec<&str> = fields.split_ascii_whitespace().collect();
-    // Numbered as in the manual, where the state is the third.
+    // Numbered as in the manual, where the state is field 3.
     let field = |number: usize| fields.get(number - 3)?.parse::<u64>().ok();
     let ticks = field(14)? + field(15)?;
     Some(Process {
@@ -70,27 +71,27 @@ fn parse(stat: &str, ticks_a_second: u64, page_size: u64) -> Option<Process> {
     })
 }
 
-/// A worker: the program and everything that it started.
+/// A worker's usage: of the program and everything that it started.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Tree {
-    /// When its guard began: with the guard's pid it names one worker for ever.
+    /// The guard's start time. Together with the guard's pid it identifies a worker uniquely.
     pub(super) began: u64,
-    /// Memory that is in RAM, in bytes; pages that several processes share count for each of them.
+    /// Resident memory, in bytes. Shared pages count once per process.
     pub(super) resident_bytes: u64,
-    /// CPU time, user and system, of those that have ended too.
+    /// CPU time, user and system, including that of ended processes.
     pub(super) cpu_seconds: f64,
 }
 
-/// Looks at workers, each named by its guard's pid.
+/// Reads the workers' usage. Each worker is identified by its guard's pid.
 #[derive(Debug, Default)]
 pub(super) struct Trees {
-    /// The most CPU time that was seen of each that is there.
+    /// The largest CPU time seen so far of each current worker.
     most: Mutex<HashMap<(i32, u64), f64>>,
 }
 
 impl Trees {
-    /// What each of these uses that is there. CPU time never falls, though no look is at one moment:
-    /// a process may have ended in the middle of it, or be one whose parent takes no note.
+    /// The usage of those of these workers that exist. CPU time never decreases, although a scan is
+    /// no atomic snapshot: a process may end during it, or have a parent that does not wait for it.
     pub(super) fn look(&self, guards: &[i32]) -> HashMap<i32, Tree> {
         if guards.is_empty() {
             return HashMap::new();
@@ -102,7 +103,7 @@ impl Trees {
             *most = most.max(tree.cpu_seconds);
             tree.cpu_seconds = *most;
         }
-        // Who asks for some of them only does not lose the others.
+        // A caller that asks for only some of the workers must not forget the others.
         most.retain(|(guard, began), _| {
             found.get(guard).map_or_else(
                 || Process::look(*guard).is_some_and(|process| process.began == *began),
@@ -120,14 +121,15 @@ fn trees(processes: &BTreeMap<i32, Process>, guards: &[i32]) -> HashMap<i32, Tre
     }
     let mut of = |guard: i32| {
         let own = processes.get(&guard)?;
-        // What the guard used itself is not the worker's.
+        // The guard's own usage is not the worker's.
         let (mut resident_bytes, mut cpu_seconds) = (0, own.reaped_seconds);
         let mut parents = vec![guard];
         while let Some(parent) = parents.pop() {
-            // Taken out, so that a table which is not of one moment cannot send this in circles.
+            // Removed from the map: the table is not a snapshot and may contain cycles, which would
+            // loop forever.
             for pid in children.remove(&parent).unwrap_or_default() {
                 let process = &processes[&pid];
-                // What is in the guard's process group is the guard's: who writes the output.
+                // A process in the guard's process group belongs to the guard: it is the writer.
                 if process.group != guard {
                     resident_bytes += process.resident_bytes;
                     cpu_seconds += process.cpu_seconds + process.reaped_seconds;

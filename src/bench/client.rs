@@ -1,4 +1,4 @@
-//! One client of a target: a GET at a time, and whether its answer is complete.
+//! A client of a target: sends one GET at a time, and checks whether the answer is complete.
 
 use std::{
     fmt,
@@ -27,7 +27,7 @@ use tokio::{
     task::JoinHandle,
 };
 
-/// What is driven.
+/// The server to be measured.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Target {
     /// Where connections go.
@@ -44,7 +44,7 @@ impl fmt::Display for Target {
     }
 }
 
-/// Why an answer is not complete.
+/// Why an answer is incomplete.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Failure {
     /// Nothing listens there.
@@ -57,15 +57,15 @@ pub(super) enum Failure {
     Status(u16),
     /// The connection ended within the body.
     Short { received: u64, promised: Option<u64> },
-    /// A whole body, but not as long as that of the reference request.
+    /// The body is complete, but its length differs from the reference request's.
     Length { received: u64, expected: u64 },
-    /// What came is no HTTP/1.1.
+    /// The answer is not valid HTTP/1.1.
     Malformed,
-    /// It took longer than a request may.
+    /// The request took too long.
     Timeout,
-    /// The time of the whole row was up before, or while, it was made.
+    /// The time for the whole row ran out before or during this request.
     OutOfTime,
-    /// What else the system said.
+    /// Any other system error.
     Other(String),
 }
 
@@ -76,7 +76,7 @@ impl fmt::Display for Failure {
             Self::Reset => f.write_str("connection reset"),
             Self::Closed => f.write_str("connection closed without an answer"),
             Self::Status(code) => match StatusCode::from_u16(*code) {
-                // With its usual reason: `404 Not Found`.
+                // With the standard reason phrase: `404 Not Found`.
                 Ok(status) => write!(f, "status {status}"),
                 Err(_) => write!(f, "status {code}"),
             },
@@ -105,7 +105,8 @@ impl From<&io::Error> for Failure {
     fn from(error: &io::Error) -> Self {
         match error.kind() {
             ErrorKind::ConnectionRefused => Self::Refused,
-            // A request that is written to a connection the peer has closed ends in either.
+            // Writing a request to a connection that the peer has closed fails with one or the
+            // other.
             ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => Self::Reset,
             ErrorKind::TimedOut => Self::Timeout,
             _ => Self::Other(error.to_string()),
@@ -125,14 +126,14 @@ impl From<hyper::Error> for Failure {
         }
         match error {
             error if error.is_parse() => Self::Malformed,
-            // Of the two, the latter is a connection that ended between two answers.
+            // The latter is a connection that ended between two answers.
             error if error.is_incomplete_message() || error.is_canceled() => Self::Closed,
             error => Self::Other(error.to_string()),
         }
     }
 }
 
-/// One client: at most one connection, at most one request on it.
+/// One client, with at most one connection and at most one request on it.
 #[derive(Debug)]
 pub(super) struct Client<'a> {
     target: &'a Target,
@@ -142,20 +143,20 @@ pub(super) struct Client<'a> {
 }
 
 impl<'a> Client<'a> {
-    /// A client that has no connection yet. With `keep_alive` it keeps the one it makes for as long
-    /// as the target does, else each request has its own.
+    /// A client without a connection yet. With `keep_alive` it keeps its connection as long as the
+    /// target does; else each request uses a new one.
     pub(super) fn new(target: &'a Target, keep_alive: bool) -> Self {
         Self { target, keep_alive, connection: None, received: Arc::default() }
     }
 
-    /// All bytes that came so far, heads included.
+    /// All bytes received so far, including heads.
     pub(super) fn received(&self) -> u64 {
         self.received.load(Ordering::Relaxed)
     }
 
-    /// Asks once, from connecting to the last byte, and gives back the length of the body, all of
-    /// which has come. Dropped before that, it leaves a connection that must not be used again:
-    /// [`Self::disconnect`].
+    /// Sends one request. Covers everything from connecting to the last byte, and returns the
+    /// length of the complete body. If this future is dropped early, the connection must not be
+    /// used again: call [`Self::disconnect`].
     pub(super) async fn get(&mut self) -> Result<u64, Failure> {
         let result = self.exchange().await;
         if result.is_err() || !self.keep_alive {
@@ -164,14 +165,14 @@ impl<'a> Client<'a> {
         result
     }
 
-    /// Closes the connection, whatever it was busy with.
+    /// Closes the connection, even during a request.
     pub(super) fn disconnect(&mut self) {
         self.connection = None;
     }
 
     async fn exchange(&mut self) -> Result<u64, Failure> {
         let request = self.request()?;
-        // A connection that the target has closed since the last answer is no failure.
+        // If the target has closed the connection since the last answer, that is no failure.
         let kept = self.connection.take().filter(|kept| !kept.sender.is_closed());
         let connection = match kept {
             Some(kept) => kept,
@@ -209,7 +210,7 @@ impl<'a> Client<'a> {
 #[derive(Debug)]
 struct Connection {
     sender: SendRequest<Empty<Bytes>>,
-    /// Moves the bytes.
+    /// The task that drives the connection.
     driver: JoinHandle<hyper::Result<()>>,
 }
 
@@ -229,7 +230,7 @@ impl Drop for Connection {
     }
 }
 
-/// A connection that counts what comes.
+/// A stream that counts the bytes received.
 #[derive(Debug)]
 struct Metered {
     stream: TcpStream,

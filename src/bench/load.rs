@@ -1,11 +1,13 @@
-//! The load: so many requests by so many clients at once, and what came of them.
+//! Generates the load: a number of requests by a number of concurrent clients, and their results.
 //!
-//! **Closed loop**, the default: each client asks again as soon as it has its answer. A target that
-//! stalls is then asked less, and what would have waited is not in the latencies.
+//! **Closed loop**, the default: each client sends its next request as soon as it has an answer. A
+//! target that stalls then gets fewer requests, and the requests that would have waited are missing
+//! in the latencies.
 //!
-//! **Open loop**, with a rate: requests are due at fixed times, whatever the target does, and the
-//! latency of each counts from when it was due, also where all clients were busy then. A stall so
-//! shows in every request that it delayed ("coordinated omission" is what hides it; wrk2).
+//! **Open loop**, with a rate: requests are due at fixed times, whatever the target does. Each
+//! latency counts from when the request was due, even if all clients were busy then. So a stall
+//! shows in every request that it delayed (what hides it is called "coordinated omission"; see
+//! wrk2).
 
 use std::{
     cell::{Cell, RefCell},
@@ -21,32 +23,32 @@ use tokio::{sync::Semaphore, time::timeout};
 
 use super::client::{Client, Failure, Target};
 
-/// What each row has in common.
+/// The settings that all rows share.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Load {
     /// How many requests a row makes. Not zero.
     pub requests: usize,
     /// Whether a client keeps its connection from one request to the next.
     pub keep_alive: bool,
-    /// Requests a second in an open loop; a closed loop where `None`. More than zero.
+    /// Requests per second in an open loop; `None` means a closed loop. More than zero.
     pub rate: Option<f64>,
     /// How long one request may take, connecting included.
     pub timeout: Duration,
-    /// How long a row may take. What is not answered by then has failed.
+    /// How long a row may take. Requests that are not answered by then have failed.
     pub time_limit: Duration,
 }
 
-/// What one row measured.
+/// The results of one row.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub(super) struct Measured {
     pub(super) concurrency: usize,
-    /// From the first request's begin to the last one's end.
+    /// From the start of the first request to the end of the last.
     pub(super) elapsed: Duration,
-    /// Of the complete requests, in microseconds, ascending.
+    /// Latencies of the complete requests, in microseconds, ascending.
     pub(super) latencies: Vec<u32>,
-    /// How many requests failed of what.
+    /// How many requests failed, by cause.
     pub(super) failures: BTreeMap<Failure, usize>,
-    /// Bytes received, heads and incomplete answers included.
+    /// Bytes received, including heads and incomplete answers.
     pub(super) transferred: u64,
 }
 
@@ -59,46 +61,47 @@ impl Measured {
         self.failures.values().sum()
     }
 
-    /// Complete requests a second.
+    /// Complete requests per second.
     pub(super) fn requests_per_second(&self) -> f64 {
         self.complete() as f64 / self.seconds()
     }
 
-    /// Mean latency of the complete requests, in milliseconds; `None` where there is none.
+    /// The mean latency of the complete requests, in milliseconds; `None` if there are none.
     pub(super) fn mean(&self) -> Option<f64> {
         let sum: u64 = self.latencies.iter().map(|&latency| u64::from(latency)).sum();
         (self.complete() > 0).then(|| sum as f64 / self.complete() as f64 / 1000.0)
     }
 
-    /// The latency that `percent` of the complete requests did not exceed, in milliseconds, by
-    /// nearest rank: always one that occurred. `None` where there is none.
+    /// The latency that `percent` of the complete requests did not exceed, in milliseconds. Uses
+    /// the nearest rank, so the value is always one that occurred. `None` if there are none.
     pub(super) fn percentile(&self, percent: usize) -> Option<f64> {
         let rank = (self.complete() * percent).div_ceil(100).max(1);
         self.latencies.get(rank - 1).map(|&latency| f64::from(latency) / 1000.0)
     }
 
-    /// Units of 1024 bytes a second, as `ab` has it.
+    /// Units of 1024 bytes per second, as `ab` reports.
     pub(super) fn kilobytes_per_second(&self) -> f64 {
         self.transferred as f64 / 1024.0 / self.seconds()
     }
 
     pub(super) fn seconds(&self) -> f64 {
-        // No division by zero on a clock that is too coarse.
+        // Avoids a division by zero if the clock is too coarse.
         self.elapsed.as_secs_f64().max(1e-9)
     }
 }
 
-/// Asks once, which tells whether there is anything to measure, and gives back the length that
-/// every answer must have.
+/// Sends one request, to check that there is something to measure. Returns the length that every
+/// answer must have.
 pub(super) async fn reference(target: &Target, at_most: Duration) -> Result<u64, Failure> {
     let mut client = Client::new(target, false);
     timeout(at_most, client.get()).await.unwrap_or(Err(Failure::Timeout))
 }
 
-/// Makes the requests of one row, `concurrency` at a time, and calls `done` after each. An answer is
-/// complete with status 200 and a body of `expected` bytes.
+/// Makes the requests of one row, with `concurrency` at a time, and calls `done` after each. An
+/// answer is complete if it has status 200 and a body of `expected` bytes.
 ///
-/// Returns at the latest when `load.time_limit` is over. Dropped, it closes its connections.
+/// Returns when `load.time_limit` is over, at the latest. Dropping the future closes its
+/// connections.
 pub(super) async fn drive(
     target: &Target,
     expected: u64,
@@ -115,7 +118,7 @@ pub(super) async fn drive(
         pace: load.rate.map(|rate| Pace::start(begin, rate, load.requests, concurrency)),
     };
     let measured = RefCell::new(Measured { concurrency, ..Measured::default() });
-    // Polls the one that was woken, and not all.
+    // Polls only clients that were woken, not all.
     let clients: FuturesUnordered<_> = (0..concurrency)
         .map(|_| async {
             let mut client = Client::new(target, load.keep_alive);
@@ -152,7 +155,7 @@ impl Measured {
     }
 }
 
-/// One request, which ends by `end` and takes no longer than `at_most`.
+/// Sends one request, which must end by `end` and take no longer than `at_most`.
 async fn ask(client: &mut Client<'_>, at_most: Duration, end: Instant) -> Result<u64, Failure> {
     let left = end.saturating_duration_since(Instant::now());
     let late = if left < at_most { Failure::OutOfTime } else { Failure::Timeout };
@@ -169,7 +172,7 @@ fn micros(latency: Duration) -> u32 {
     u32::try_from(latency.as_micros()).unwrap_or(u32::MAX)
 }
 
-/// Which request is next, for all clients.
+/// Hands out the requests to the clients.
 struct Schedule {
     next: Cell<usize>,
     requests: usize,
@@ -179,8 +182,8 @@ struct Schedule {
 }
 
 impl Schedule {
-    /// Takes the next request, waits until it is due, and gives back when that was. `None` when
-    /// there is none, or no time for one.
+    /// Takes the next request, waits until it is due, and returns the time at which it was due.
+    /// `None` if no requests or no time are left.
     async fn next(&self) -> Option<Instant> {
         if let Some(pace) = &self.pace {
             let left = self.end.saturating_duration_since(Instant::now());
@@ -202,8 +205,8 @@ fn due(begin: Instant, rate: f64, index: usize) -> Instant {
     begin + Duration::from_secs_f64(index as f64 / rate)
 }
 
-/// A thread that gives out a permit when a request is due: a runtime's timer has steps of a
-/// millisecond, which is more than many an answer takes.
+/// A thread that adds a permit when a request is due. A runtime's timer has a resolution of a
+/// millisecond, which is longer than many answers take.
 struct Pace {
     rate: f64,
     permits: Arc<Semaphore>,
@@ -213,7 +216,7 @@ impl Pace {
     fn start(begin: Instant, rate: f64, requests: usize, clients: usize) -> Self {
         let permits = Arc::new(Semaphore::new(0));
         let given = Arc::downgrade(&permits);
-        // It ends by itself, at the latest when nobody wants its permits any more.
+        // The thread ends by itself, at the latest when its permits are no longer wanted.
         drop(thread::spawn(move || give_permits(&given, begin, rate, requests, clients)));
         Self { rate, permits }
     }
@@ -226,13 +229,14 @@ fn give_permits(
     requests: usize,
     clients: usize,
 ) -> Option<()> {
-    // PR_SET_TIMERSLACK(2const): 50 µs otherwise. Where it is denied, latencies have that too.
+    // PR_SET_TIMERSLACK(2const): the default slack is 50 µs. If this is denied, latencies include
+    // it.
     let _ = prctl::set_timerslack(1);
     for index in 0..requests {
         thread::sleep(due(begin, rate, index).saturating_duration_since(Instant::now()));
         permits.upgrade()?.add_permits(1);
     }
-    // One more for each client, to find that there is nothing left to do.
+    // One extra permit per client, so that each finds out that no requests are left.
     permits.upgrade()?.add_permits(clients);
     Some(())
 }

@@ -1,14 +1,15 @@
-//! `lbd bench`: what async workers behind the balancer answer, against a server with a thread for
-//! each connection.
+//! `lbd bench`: compares async workers behind the balancer with a server that has a thread for each
+//! connection.
 //!
-//! Both serve the same files, as processes of their own that are started for it and ended with it
-//! ([`targets`]); the load comes from this process, which does nothing else ([`load`]). At each
-//! concurrency the one is driven right after the other: a machine's speed drifts, and a ratio should
-//! be of neighbours.
+//! Both serve the same files. They are processes of their own, started for the comparison and ended
+//! with it ([`targets`]). The load comes from this process, which does nothing else ([`load`]). At
+//! each concurrency, one is measured right after the other: a machine's speed drifts, so a ratio
+//! should compare measurements that are close in time.
 //!
-//! A request is complete if its answer has status 200 and a body that came whole and is as long as
-//! that of a first, reference request. A reference request that fails ends everything: there is no
-//! table of a page that is not there. It drives 127.0.0.1 or what the user named, over plain HTTP.
+//! A request is complete if its answer has status 200 and a complete body of the same length as a
+//! first request's, the reference. If the reference request fails, the comparison ends, because a
+//! table about a missing page is useless. Only 127.0.0.1 or a target that the user names is
+//! measured, over plain HTTP.
 
 mod client;
 mod load;
@@ -46,40 +47,40 @@ use load::Measured;
 use plan::Plan;
 use targets::Contenders;
 
-/// What `lbd bench` was asked to do.
+/// The options of `lbd bench`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Options {
-    /// What is driven.
+    /// What to measure.
     pub subject: Subject,
-    /// A row for each: how many requests are made at a time. Not empty, none zero.
+    /// How many requests to make at a time: one row for each. Not empty, none zero.
     pub concurrency: Vec<usize>,
-    /// What the rows have in common.
+    /// The settings that all rows share.
     pub load: Load,
-    /// Where else the tables go, as Markdown.
+    /// A file for the tables as Markdown.
     pub markdown: Option<PathBuf>,
-    /// Where else the rows go, as CSV.
+    /// A file for the rows as CSV.
     pub csv: Option<PathBuf>,
-    /// Where a picture goes, as SVG.
+    /// A file for a plot as SVG.
     pub plot: Option<PathBuf>,
 }
 
-/// What is driven.
+/// What to measure.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Subject {
-    /// Both contenders, started for it.
+    /// Both contenders, started for the comparison.
     Contenders {
-        /// The configuration file: its first service with `root`.
+        /// The configuration file. Its first service with `root` is used.
         config: PathBuf,
-        /// What is asked for.
+        /// The path to request.
         path: PathAndQuery,
-        /// Whether the balancer and its workers have the ports of the file, and not free ones.
+        /// Whether the balancer and its workers use the ports of the file, instead of free ones.
         configured_ports: bool,
     },
-    /// A server that runs already: `http://HOST[:PORT]/PATH`.
+    /// A server that is already running: `http://HOST[:PORT]/PATH`.
     Url(Uri),
 }
 
-/// Why there is no table.
+/// Why there is no result.
 #[derive(Debug, thiserror::Error)]
 pub enum BenchError {
     /// More clients than requests.
@@ -93,18 +94,18 @@ pub enum BenchError {
         /// How many of them at a time.
         concurrency: usize,
     },
-    /// It is not `http://HOST[:PORT]/PATH`.
+    /// The URL is not of the form `http://HOST[:PORT]/PATH`.
     #[error("--url {0}: expected http://HOST:PORT/PATH, over plain http")]
     Url(Uri),
-    /// The configuration is wrong.
+    /// The configuration is invalid.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// The configuration is right, but there is nothing to compare in it.
+    /// The configuration is valid, but contains nothing to compare.
     #[error("{}: {why}", file.display())]
     Unfit {
         /// The file.
         file: PathBuf,
-        /// What it lacks.
+        /// What is missing in it.
         why: &'static str,
     },
     /// A contender's process can't be started.
@@ -115,17 +116,17 @@ pub enum BenchError {
         /// Why.
         source: io::Error,
     },
-    /// A contender ended by itself.
+    /// A contender exited by itself.
     #[error("{name} ended by itself, {status}: {said}")]
     Ended {
         /// Which.
         name: &'static str,
-        /// How.
+        /// Its exit status.
         status: ExitStatus,
         /// The last line of its log.
         said: String,
     },
-    /// A contender does not get ready.
+    /// A contender did not become ready in time.
     #[error("{name} is not ready within {patience:?}: {said}")]
     NotReady {
         /// Which.
@@ -135,7 +136,7 @@ pub enum BenchError {
         /// The last line of its log.
         said: String,
     },
-    /// The name in the URL has no address.
+    /// The host name in the URL can't be resolved.
     #[error("cannot look up {host}: {source}")]
     Lookup {
         /// The name and port.
@@ -146,19 +147,19 @@ pub enum BenchError {
     /// The reference request failed.
     #[error("{url}: {failure}; expected a whole answer with status 200")]
     Reference {
-        /// What was asked for.
+        /// The requested URL.
         url: String,
-        /// What came of it.
+        /// What went wrong.
         failure: String,
     },
     /// No request of a row was complete.
     #[error("{url}: no request was complete at concurrency {concurrency}: {failures}")]
     NoneComplete {
-        /// What was asked for.
+        /// The requested URL.
         url: String,
-        /// In which row.
+        /// The row's concurrency.
         concurrency: usize,
-        /// What came of the requests.
+        /// What went wrong.
         failures: String,
     },
     /// A report can't be written.
@@ -169,43 +170,44 @@ pub enum BenchError {
         /// Why.
         source: io::Error,
     },
-    /// The plotting library could not.
+    /// The plotting library failed.
     #[error("cannot draw the plot: {0}")]
     Plot(String),
     /// SIGINT, SIGTERM or SIGHUP.
     #[error("interrupted")]
     Interrupted,
-    /// What else the system denied.
+    /// Any other system error.
     #[error(transparent)]
     Io(#[from] io::Error),
 }
 
-/// Everything that was measured of one contender.
+/// All measurements of one contender.
 #[derive(Debug, Clone, PartialEq)]
 struct Series {
     name: String,
     rows: Vec<Measured>,
 }
 
-/// Makes the comparison, writes its tables to `out` and to the files that `options` names, and shows
-/// how far it is where standard error is a terminal.
+/// Runs the comparison, writes its tables to `out` and to the files that `options` names, and shows
+/// the progress if standard error is a terminal.
 ///
-/// Blocks until it is done or SIGINT, SIGTERM or SIGHUP ends it; either way nothing that it started
-/// is left running. To be called on the main thread: its end is that of the contenders.
+/// Blocks until it is done, or until SIGINT, SIGTERM or SIGHUP ends it. In either case no process
+/// that it started is left. Must be called on the main thread: the contenders die with the thread
+/// that starts them.
 ///
 /// # Errors
 ///
-/// Everything that leaves nothing worth a table: see [`BenchError`]. Requests that fail while others
-/// are complete are part of the table.
+/// Everything that leaves no useful table: see [`BenchError`]. If some requests fail and others are
+/// complete, the failures are part of the table.
 pub fn run(options: &Options, out: &mut impl Write) -> Result<(), BenchError> {
     let load = &options.load;
     if let Some(&concurrency) = options.concurrency.iter().find(|&&c| c > load.requests) {
         return Err(BenchError::TooFew { requests: load.requests, concurrency });
     }
-    // Better now than after minutes.
+    // Better to fail now than after minutes.
     let files = [&options.markdown, &options.csv, &options.plot];
     files.into_iter().flatten().try_for_each(|file| may_write(file))?;
-    // A descriptor for each client. Where that is denied, failures will tell.
+    // Each client needs a descriptor. If raising the limit fails, the failures will show it.
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
         let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     }
@@ -273,8 +275,8 @@ async fn compare(
     Ok(all)
 }
 
-/// A server that runs already, at the first of its addresses that answers, and the length of its
-/// answer.
+/// A server that is already running, at the first of its addresses that answers, and the length of
+/// its answer.
 async fn running(url: &Uri, at_most: Duration) -> Result<(Target, u64), BenchError> {
     let (Some(scheme), Some(authority)) = (url.scheme(), url.authority()) else {
         return Err(BenchError::Url(url.clone()));
@@ -283,7 +285,7 @@ async fn running(url: &Uri, at_most: Duration) -> Result<(Target, u64), BenchErr
         return Err(BenchError::Url(url.clone()));
     }
     let host = authority.to_string();
-    // An IPv6 address keeps its brackets.
+    // An IPv6 address keeps its brackets here.
     let named = format!("{}:{}", authority.host(), authority.port_u16().unwrap_or(80));
     let addresses = match lookup_host(named.clone()).await {
         Ok(addresses) => addresses,
@@ -307,7 +309,7 @@ fn unusable(target: &Target, failure: &Failure) -> BenchError {
 
 fn report(all: &[Series], options: &Options, out: &mut impl Write) -> Result<(), BenchError> {
     match out.write_all(table::text(all).as_bytes()).and_then(|()| out.flush()) {
-        // Whoever closed it has read enough, but may still want the files.
+        // The reader of the pipe has seen enough, but the user may still want the files.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
         result => result?,
     }
@@ -321,7 +323,7 @@ fn report(all: &[Series], options: &Options, out: &mut impl Write) -> Result<(),
     write(&options.plot, &|| plot::svg(all).map_err(BenchError::Plot))
 }
 
-/// Whether `file` can be written, or made, as far as access(2) knows. Changes nothing.
+/// Whether `file` can be written or created, according to access(2). Changes nothing.
 fn may_write(file: &Path) -> Result<(), BenchError> {
     let folder = match file.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
@@ -336,7 +338,7 @@ fn may_write(file: &Path) -> Result<(), BenchError> {
     result.map_err(|source| BenchError::Report { file: file.to_owned(), source })
 }
 
-/// How far it is; nothing where standard error is no terminal.
+/// A progress bar; none if standard error is no terminal.
 fn bar(requests: usize) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     // The template is known to be well-formed.

@@ -1,4 +1,4 @@
-//! What the balancer of the comparison is started with, and where.
+//! Prepares the balancer of the comparison: its configuration and address.
 
 use std::{
     fs, io,
@@ -12,27 +12,27 @@ use socket2::{Domain, Socket, Type};
 use super::BenchError;
 use crate::config::{self, Listen, Output, Program, Service, Slots};
 
-/// What the balancer is started with.
+/// How to start the balancer.
 #[derive(Debug)]
 pub(super) struct Plan {
     service: Service,
     /// The folder that both contenders serve, absolute.
     pub(super) root: PathBuf,
-    /// The user's file with what is different here.
+    /// The configuration: the user's file with changes for the comparison.
     pub(super) text: String,
-    /// Where the balancer is to be reached.
+    /// The balancer's address.
     pub(super) address: SocketAddr,
-    /// Keeps a free port free until the balancer listens on it.
+    /// Reserves a free port until the balancer listens on it.
     _reserved: Option<Reserved>,
 }
 
 impl Plan {
-    /// Takes the first service with a `root` of the configuration `file`, as it is but for its log
-    /// and, without `configured_ports`, its addresses. Blocks on the file system.
+    /// Uses the first service with a `root` in the configuration `file`, unchanged except for its
+    /// log and, without `configured_ports`, its addresses. Blocks on the file system.
     ///
     /// # Errors
     ///
-    /// Where the file is wrong or has no such service.
+    /// If the file is invalid or has no such service.
     pub(super) fn read(file: &Path, configured_ports: bool) -> Result<Self, BenchError> {
         let config = config::read(file)?;
         let unfit = |why| BenchError::Unfit { file: file.to_owned(), why };
@@ -61,7 +61,7 @@ impl Plan {
         Ok(Self { service, root, text, address, _reserved: reserved })
     }
 
-    /// How many workers the balancer has.
+    /// The number of the balancer's workers.
     pub(super) fn workers(&self) -> usize {
         self.service.slots.count()
     }
@@ -75,7 +75,7 @@ impl Plan {
     }
 }
 
-/// The user's file reduced to `service`, with its addresses, and with the paths in it absolute.
+/// The user's file, reduced to `service`, with the new addresses and with absolute paths.
 fn configuration(text: &str, service: &Service, root: &Path) -> Result<String, &'static str> {
     const READ: &str = "it changed while it was read";
     let text_of = |path: &Path| match path.to_str() {
@@ -99,14 +99,14 @@ fn configuration(text: &str, service: &Service, root: &Path) -> Result<String, &
         keys.remove("ports");
         keys.insert("workers".to_owned(), i64::from(count.get()).into());
     }
-    // The threaded server writes no line for a connection either.
+    // The threaded server does not log connections either.
     let log = toml::Table::from_iter([("access".to_owned(), false.into())]);
     let services = toml::Table::from_iter([(service.name.to_string(), keys.into())]);
     let document = [("log".to_owned(), log.into()), ("service".to_owned(), services.into())];
     Ok(toml::Table::from_iter(document).to_string())
 }
 
-/// How many workers there are, as the configuration has it.
+/// The configured number of workers.
 fn count(slots: &Slots) -> NonZeroU32 {
     match slots {
         Slots::Ports(ports) => {
@@ -117,7 +117,7 @@ fn count(slots: &Slots) -> NonZeroU32 {
     }
 }
 
-/// Where a listener on every address is reached from here.
+/// The address at which to reach, from here, a listener that may be on all addresses.
 fn reachable(address: SocketAddr) -> SocketAddr {
     let ip = match address {
         SocketAddr::V4(v4) if v4.ip().is_unspecified() => Ipv4Addr::LOCALHOST.into(),
@@ -127,9 +127,9 @@ fn reachable(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(ip, address.port())
 }
 
-/// A free port of 127.0.0.1 that nobody else gets while this is kept: the kernel picks it for nobody
-/// while it is bound, but whoever names it, and sets `SO_REUSEADDR` as this does, may bind and
-/// listen, since this never listens (socket(7)).
+/// Reserves a free port of 127.0.0.1. While it is bound, the kernel gives it to nobody who asks for
+/// any port. But a process that names the port and sets `SO_REUSEADDR`, as this one does, may bind
+/// it and listen, because this socket never listens (socket(7)).
 #[derive(Debug)]
 pub(super) struct Reserved {
     pub(super) address: SocketAddr,

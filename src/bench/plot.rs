@@ -1,4 +1,4 @@
-//! What was measured as a picture: requests a second and p99, over concurrency.
+//! Plots the results: requests per second and p99, over concurrency.
 
 use plotters::backend::{DrawingBackend, SVGBackend};
 use plotters::{
@@ -15,14 +15,14 @@ use super::{Series, load::Measured};
 /// In pixels.
 const SIZE: (u32, u32) = (900, 800);
 
-/// Blue and orange of Okabe and Ito: told apart by everybody.
+/// Blue and orange of Okabe and Ito's palette, which can be told apart with any colour vision.
 const COLOURS: [RGBColor; 2] = [RGBColor(0, 114, 178), RGBColor(213, 94, 0)];
 
-/// The picture as an SVG document.
+/// The plot as an SVG document.
 ///
 /// # Errors
 ///
-/// What the plotting library says, in words.
+/// The plotting library's message.
 pub(super) fn svg(all: &[Series]) -> Result<String, String> {
     let mut svg = String::new();
     draw(&SVGBackend::with_string(&mut svg, SIZE).into_drawing_area(), all)
@@ -53,7 +53,7 @@ fn chart<B: DrawingBackend>(
         points.map(|(row, value)| (row.concurrency as f64, value)).collect()
     };
     let every: Vec<_> = all.iter().flat_map(points).collect();
-    // From zero, so that a length in the picture is a quantity.
+    // Axes start at zero, so that lengths in the plot are proportional to the values.
     let right = every.iter().map(|point| point.0).fold(1.0, f64::max) * 1.05;
     let top = every.iter().map(|point| point.1).fold(f64::MIN_POSITIVE, f64::max) * 1.2;
     let mut chart = ChartBuilder::on(area)
@@ -89,7 +89,7 @@ fn chart<B: DrawingBackend>(
         .draw()
 }
 
-/// With two decimals where it takes them: `0.25`, `4500`.
+/// With two decimals if it needs them: `0.25`, `4500`.
 fn number(value: f64) -> String {
     ((value * 100.0).round() / 100.0).to_string()
 }

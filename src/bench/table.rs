@@ -1,18 +1,18 @@
-//! What was measured as text, Markdown and CSV.
+//! Formats the results as text, Markdown and CSV.
 
 use super::{Series, load::Measured};
 
-/// How many causes of failed requests are told apart for a row.
+/// How many causes of failed requests a row lists separately.
 const MAX_CAUSES: usize = 5;
 
-/// For people: a table for each contender, what failed, and the ratio of two.
+/// For people: a table per contender, with what failed, and the ratio of the two.
 pub(super) fn text(all: &[Series]) -> String {
     let tables: Vec<_> = all.iter().map(|s| section(&s.name, &text_table(&rows(s)), s)).collect();
     let ratio = ratio(all).map(|ratio| format!("{}\n\n{}", ratio.title, text_table(&ratio.rows)));
     tables.into_iter().chain(ratio).collect::<Vec<_>>().join("\n")
 }
 
-/// The same for a README.
+/// Like [`text`], as Markdown for a README.
 pub(super) fn markdown(all: &[Series]) -> String {
     let heading = |name: &str| format!("### {name}");
     let tables = all.iter().map(|s| section(&heading(&s.name), &markdown_table(&rows(s)), s));
@@ -21,7 +21,7 @@ pub(super) fn markdown(all: &[Series]) -> String {
     tables.chain(ratio).collect::<Vec<_>>().join("\n")
 }
 
-/// For programs: a header, and a row for each contender and concurrency (RFC 4180, but with `\n`).
+/// For programs: a header, and a row per contender and concurrency (RFC 4180, but with `\n`).
 pub(super) fn csv(all: &[Series]) -> String {
     let record = |fields: Vec<String>| {
         fields.iter().map(|field| quoted(field)).collect::<Vec<_>>().join(",") + "\n"
@@ -37,7 +37,7 @@ pub(super) fn csv(all: &[Series]) -> String {
 
 type Cell = fn(&Measured) -> String;
 
-/// The columns after the number of the row. Latencies are from connecting to the last byte.
+/// The columns after the row's number. Latencies are measured from connecting to the last byte.
 const COLUMNS: &[(&str, Option<Cell>)] = &[
     ("No", None),
     ("Concurrency", Some(|row| row.concurrency.to_string())),
@@ -54,7 +54,7 @@ const COLUMNS: &[(&str, Option<Cell>)] = &[
     ("max (ms)", Some(|row| optional(row.percentile(100)))),
 ];
 
-/// A header and a row for each concurrency.
+/// A header, and a row per concurrency.
 fn rows(series: &Series) -> Vec<Vec<String>> {
     let header = COLUMNS.iter().map(|(title, _)| (*title).to_owned()).collect();
     let row = |(index, measured): (usize, &Measured)| {
@@ -71,7 +71,7 @@ struct Ratio {
     rows: Vec<Vec<String>>,
 }
 
-/// The first of two through the second, row by row.
+/// The ratio of the first series to the second, row by row.
 fn ratio(all: &[Series]) -> Option<Ratio> {
     let [ours, baseline] = all else { return None };
     let header = ["No", "Concurrency", "Requests per second", "p99"].map(str::to_owned).to_vec();
@@ -91,7 +91,7 @@ fn ratio(all: &[Series]) -> Option<Ratio> {
     Some(Ratio { title, rows: [header].into_iter().chain(rows).collect() })
 }
 
-/// A table under its title, and what failed.
+/// A table with its title, and what failed.
 fn section(title: &str, table: &str, series: &Series) -> String {
     let causes: String = series.rows.iter().filter_map(causes).collect();
     let separator = if causes.is_empty() { "" } else { "\n" };

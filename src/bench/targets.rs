@@ -1,4 +1,4 @@
-//! The two contenders, started for the comparison and ended with it, whatever ends it.
+//! The two contenders, started for the comparison and ended with it, however it ends.
 
 use std::{
     fs::{self, File},
@@ -31,16 +31,16 @@ use super::{
 };
 use crate::admin::{Client, Instance, status::State};
 
-/// How long a contender may take until it serves.
+/// How long a contender may take until it answers.
 const START_PATIENCE: Duration = Duration::from_secs(60);
-/// How long it may take to end after SIGTERM, before it is killed.
+/// How long a contender may take to end after SIGTERM, before it is killed.
 const END_PATIENCE: Duration = Duration::from_secs(15);
-/// How often a contender that starts is looked at.
+/// How often to check whether a starting contender is ready.
 const INTERVAL: Duration = Duration::from_millis(20);
-/// How much of the end of its log is searched for what it said last.
+/// How much of the end of a contender's log is searched for its last line.
 const LOG_TAIL: u64 = 4096;
 
-/// The contenders' processes. Dropped without [`Self::end`], they are killed.
+/// The contenders' processes. They are killed if this is dropped without [`Self::end`].
 #[derive(Debug)]
 pub(super) struct Contenders {
     folder: TempDir,
@@ -55,13 +55,13 @@ struct Contender {
 }
 
 impl Contenders {
-    /// None yet.
+    /// Without any contenders yet.
     pub(super) fn new() -> io::Result<Self> {
         let folder = tempfile::Builder::new().prefix("lbd-bench-").tempdir()?;
         Ok(Self { folder, running: Vec::new() })
     }
 
-    /// Starts the balancer, and returns where it is when each of its workers is healthy.
+    /// Starts the balancer. Returns its address once each of its workers is healthy.
     pub(super) async fn start_balancer(&mut self, plan: &Plan) -> Result<SocketAddr, BenchError> {
         let file = self.folder.path().join("lb.toml");
         fs::write(&file, &plan.text)?;
@@ -81,7 +81,7 @@ impl Contenders {
         Ok(plan.address)
     }
 
-    /// Starts the thread-per-connection server of the same files, and returns where it is when it
+    /// Starts the thread-per-connection server with the same files. Returns its address once it
     /// listens.
     pub(super) async fn start_threaded(&mut self, plan: &Plan) -> Result<SocketAddr, BenchError> {
         let reserved = Reserved::take()?;
@@ -93,7 +93,7 @@ impl Contenders {
         Ok(reserved.address)
     }
 
-    /// Returns when one of them has ended by itself.
+    /// Returns when a contender has exited by itself.
     pub(super) async fn ended(&mut self) -> BenchError {
         let mut ends: FuturesUnordered<_> = self.running.iter_mut().map(Contender::ended).collect();
         match ends.next().await {
@@ -102,14 +102,14 @@ impl Contenders {
         }
     }
 
-    /// Asks them to stop, and returns when they have; whoever does not is killed.
+    /// Asks the contenders to stop, and returns when they have. One that does not stop is killed.
     pub(super) async fn end(mut self) {
         for contender in &self.running {
             contender.signal(Signal::SIGTERM);
         }
         for contender in &mut self.running {
             if timeout(END_PATIENCE, contender.process.wait()).await.is_err() {
-                // The balancer's guards then end the workers.
+                // The balancer's guards then kill the workers.
                 let _ = contender.process.kill().await;
             }
         }
@@ -133,7 +133,7 @@ impl Contenders {
         Ok(())
     }
 
-    /// Waits until the one that was started last is ready.
+    /// Waits until the contender that was started last is ready.
     async fn ready(&mut self, ready: impl AsyncFn() -> bool) -> Result<(), BenchError> {
         let Some(contender) = self.running.last_mut() else { return Ok(()) };
         let waiting = async {
@@ -142,7 +142,8 @@ impl Contenders {
             }
         };
         let waited = tokio::select! {
-            // In this order: whatever answers in place of one that ended is somebody else.
+            // In this order: if the contender has exited, whatever answers at its address is
+            // another process.
             biased;
             error = contender.ended() => return Err(error),
             waited = timeout(START_PATIENCE, waiting) => waited,
@@ -156,7 +157,7 @@ impl Contenders {
 }
 
 impl Contender {
-    /// Returns when it has ended.
+    /// Returns when the process has exited.
     async fn ended(&mut self) -> BenchError {
         match self.process.wait().await {
             Ok(status) => BenchError::Ended { name: self.name, status, said: self.last_words() },
@@ -165,7 +166,7 @@ impl Contender {
     }
 
     fn signal(&self, signal: Signal) {
-        // None: it has ended, and its pid may be somebody else's.
+        // None: the process has exited, and its pid may belong to another process.
         if let Some(pid) = self.process.id().and_then(|pid| i32::try_from(pid).ok()) {
             let _ = kill(Pid::from_raw(pid), signal);
         }
@@ -186,20 +187,20 @@ impl Contender {
     }
 }
 
-/// This program again, as a process of its own that does not outlive this one.
+/// A command for this program itself, as a process that does not outlive this one.
 fn lbd() -> Result<Command, BenchError> {
     let mut command = Command::new(std::env::current_exe()?);
-    // What this process was passed is not for them.
+    // Sockets and variables that were passed to this process are not for the contenders.
     for variable in ["LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "NOTIFY_SOCKET", "PORT"] {
         command.env_remove(variable);
     }
-    // Ctrl-C on the terminal is for the bench, which then ends them in good order.
+    // Ctrl-C on the terminal is for the bench, which then ends the contenders in order.
     command.process_group(0).kill_on_drop(true);
     let parent = getpid();
     // SAFETY: prctl(2) and getppid(2) are bare system calls: nothing allocates or takes a lock.
     unsafe {
-        // However this process ends, and also if it already has. It counts for the thread that
-        // forks: the main one.
+        // The contender dies whenever this process ends, also if it has already ended. The kernel
+        // watches the thread that forks: the main thread.
         command.pre_exec(move || {
             prctl::set_pdeathsig(Signal::SIGTERM)?;
             if getppid() == parent { Ok(()) } else { Err(Errno::ESRCH.into()) }

@@ -1,5 +1,5 @@
-//! `lbd man`: the manual pages. What commands and options do comes from their definitions, the rest
-//! from the documentation that people read in the repository: nothing is written twice.
+//! `lbd man`: the manual pages. Commands and options are described from their definitions, the rest
+//! from the documentation in the repository: nothing is written twice.
 
 mod markdown;
 
@@ -18,17 +18,17 @@ const OPERATING: &str = include_str!("../../docs/OPERATING.md");
 ///
 /// # Errors
 ///
-/// None that are known of: it is written to memory.
+/// None are known: it writes to memory.
 pub(super) fn main_page(command: Command) -> io::Result<String> {
     page_of_all(&built(command))
 }
 
-/// All pages, as the tree of manual pages that `folder` is: `man1/lbd.1` and so on. Folders that are
-/// missing are made.
+/// Writes all pages into `folder`, as a tree of manual pages: `man1/lbd.1` and so on. Creates
+/// missing folders.
 ///
 /// # Errors
 ///
-/// Where they can't be written.
+/// If a file or folder can't be written.
 pub(super) fn write(command: Command, folder: &Path) -> io::Result<()> {
     let command = built(command);
     let save = |section: u8, name: &str, page: String| {
@@ -43,7 +43,7 @@ pub(super) fn write(command: Command, folder: &Path) -> io::Result<()> {
     save(5, "lb.toml", file_page()?)
 }
 
-/// With all that clap adds.
+/// The command with everything that clap adds to it.
 fn built(command: Command) -> Command {
     let mut command = command.disable_help_subcommand(true);
     command.build();
@@ -97,9 +97,9 @@ fn file_page() -> io::Result<String> {
     Ok(roff.render())
 }
 
-/// Above each page.
+/// The title above each page.
 const MANUAL: &str = "lbd";
-/// Of the commit; `""` to roff where that is not known.
+/// The date of the commit; roff takes `""` for an unknown date.
 const DATE: &str = env!("LBD_DATE");
 
 fn source() -> String {
@@ -110,7 +110,7 @@ fn man(command: &Command) -> Man {
     Man::new(command.clone()).date(DATE).source(source()).manual(MANUAL)
 }
 
-/// What clap_mangen makes of a command, up to its options.
+/// The part of a command's page that clap_mangen generates, up to the options.
 fn of_command(command: &Command) -> io::Result<Vec<u8>> {
     let (man, mut page) = (man(command), Vec::new());
     man.render_title(&mut page)?;
@@ -121,7 +121,7 @@ fn of_command(command: &Command) -> io::Result<Vec<u8>> {
     Ok(page)
 }
 
-/// A section that the documentation has.
+/// Adds a section from the documentation.
 fn documented(title: &str, document: &str, heading: &str, roff: &mut Roff) {
     if let Some(section) = markdown::section(document, heading) {
         roff.control("SH", [title]);
@@ -146,14 +146,14 @@ fn see_also<'a>(pages: impl Iterator<Item = (&'a str, &'a str)>, roff: &mut Roff
     roff.control("SH", ["SEE ALSO"]).text(line);
 }
 
-/// What follows the options in `--help`.
+/// The text after the options in `--help`.
 struct Help {
     examples: Vec<String>,
     notes: String,
 }
 
 impl Help {
-    /// "Example: …", or "Examples: …" with a line for each, and then a paragraph or none.
+    /// Parses "Example: …", or "Examples: …" with one per line, optionally followed by a paragraph.
     fn of(command: &Command) -> Self {
         let text = command.get_after_help().map(ToString::to_string).unwrap_or_default();
         let (examples, notes) = text.split_once("\n\n").unwrap_or((&text, ""));

@@ -25,7 +25,7 @@ use crate::{
     printable,
 };
 
-/// How long the process may take to be gone after its socket is.
+/// How long the process may take to exit after its socket is gone.
 const EXIT_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Which daemon.
@@ -43,7 +43,7 @@ pub(super) struct Target {
 }
 
 impl Target {
-    /// The daemon that runs there now.
+    /// Finds the daemon that runs with this target now.
     pub(super) async fn find(&self) -> Result<Client, Error> {
         match &self.socket {
             Some(path) => Ok(Client::at(path.clone())),
@@ -51,7 +51,8 @@ impl Target {
         }
     }
 
-    /// The same, and says who runs it if that is not who asks; or which ones do run, if it does not.
+    /// Like [`Self::find`], but also says if another user runs the daemon. If it is not running,
+    /// lists the daemons that are.
     pub(super) async fn look(&self) -> Result<Client, Error> {
         match self.find().await {
             Ok(client) => {
@@ -70,7 +71,7 @@ impl Target {
         }
     }
 
-    /// The same, to have something changed by it.
+    /// Like [`Self::look`], for a request that changes something.
     async fn operate(&self) -> Result<Client, Error> {
         let client = self.look().await?;
         if self.socket.is_none() {
@@ -87,7 +88,7 @@ impl Target {
     }
 }
 
-/// The daemons that could be meant instead.
+/// Lists the daemons that the user could have meant instead.
 fn others(survey: &Survey) -> String {
     let mut text = match survey.running.is_empty() {
         true => "; name the file that it was started with by --config".to_owned(),
@@ -117,7 +118,7 @@ fn others(survey: &Survey) -> String {
     text
 }
 
-/// Says something on standard error that is no failure.
+/// Prints a remark on standard error that is not a failure.
 fn warn(bar: Option<&Bar>, text: &str) {
     let text = format!("lbd: warning: {}\n", printable::lines(text));
     match bar {
@@ -126,7 +127,7 @@ fn warn(bar: Option<&Bar>, text: &str) {
     }
 }
 
-/// Prints how everything is, once or until somebody has seen enough.
+/// Prints the status, once or repeatedly until the user ends it.
 pub(super) fn status(target: &Target, json: bool, again: bool) -> Result<(), Error> {
     run(async {
         if again {
@@ -143,7 +144,7 @@ pub(super) fn status(target: &Target, json: bool, again: bool) -> Result<(), Err
     })
 }
 
-/// Has the file read again, and waits until it is in force.
+/// Makes the daemon reload its file, and waits until the changes are in force.
 pub(super) fn reload(target: &Target) -> Result<(), Error> {
     run(async {
         let client = target.operate().await?;
@@ -158,15 +159,15 @@ pub(super) fn reload(target: &Target) -> Result<(), Error> {
     })
 }
 
-/// What a reload has changed; what an operator should know of it is said beside it.
+/// What a reload has changed. Its warnings are printed separately.
 fn told(reloaded: &Reloaded) -> String {
     warn_all(&reloaded.warnings);
     let Reloaded { added, removed, changed, .. } = reloaded;
     format!("reloaded: services added {added}, removed {removed}, changed {changed}\n")
 }
 
-/// Has the file read again and every worker replaced, of one service or of all, or that of one slot;
-/// each once, and waits for the end of it all.
+/// Makes the daemon reload its file and replace every worker of one service or of all, or the
+/// worker of one slot. Each worker is replaced once. Waits until everything is done.
 pub(super) fn reload_and_restart(
     target: &Target,
     service: Option<&str>,
@@ -193,7 +194,8 @@ pub(super) fn reload_and_restart(
     })
 }
 
-/// Replaces the workers of one service, or of one after the other; or that of one slot.
+/// Replaces the workers of one service, or of all services one after another, or the worker of one
+/// slot.
 pub(super) fn restart(
     target: &Target,
     service: Option<String>,
@@ -214,7 +216,7 @@ pub(super) fn restart(
             let done = bar.during(client.restart(&name), progress).await?;
             let Restarted { workers, mut warnings, .. } = done;
             drop(bar);
-            // Once is enough, however many services there are.
+            // Print a warning only once, however many services cause it.
             warnings.retain(|warning| !warned.contains(warning));
             warn_all(&warnings);
             warned.extend(warnings);
@@ -241,7 +243,7 @@ fn warn_all(warnings: &[String]) {
     warnings.iter().for_each(|warning| warn(None, warning));
 }
 
-/// Takes a worker out of rotation, and perhaps waits until it holds no connection any more.
+/// Takes a worker out of rotation, and waits, if requested, until it holds no more connections.
 pub(super) fn drain(target: &Target, service: &str, slot: u32, wait: bool) -> Result<(), Error> {
     run(async {
         let client = target.operate().await?;
@@ -257,7 +259,7 @@ pub(super) fn drain(target: &Target, service: &str, slot: u32, wait: bool) -> Re
             let status = client.status().await?;
             let found = status.services.iter().find(|found| found.name == service);
             let worker = found.and_then(|found| found.workers.iter().find(|w| w.slot == slot));
-            // Resumed by somebody else, or gone: there is nothing left to wait for.
+            // Somebody has resumed it, or it is gone: there is nothing left to wait for.
             let worker = worker.filter(|worker| worker.drained).ok_or_else(|| {
                 io::Error::other(format!("{service}/{slot} is not drained any more"))
             })?;
@@ -279,7 +281,7 @@ pub(super) fn resume(target: &Target, service: &str, slot: u32) -> Result<(), Er
     })
 }
 
-/// Stops the daemon, and waits until its process is gone.
+/// Stops the daemon, and waits until its process has exited.
 pub(super) fn stop(target: &Target) -> Result<(), Error> {
     run(async {
         let client = target.operate().await?;
@@ -287,10 +289,11 @@ pub(super) fn stop(target: &Target) -> Result<(), Error> {
         let process = Process::look(pid);
         client.stop().await?;
         let bar = Bar::new("stopping");
-        // Its socket goes last. That it does not answer for once is no sign of its end.
+        // The daemon removes its socket last. A single missing answer does not mean that it has
+        // ended.
         loop {
             match client.status().await {
-                // A service manager may have started the next one.
+                // A service manager may have started a new daemon.
                 Ok(status) if i32::try_from(status.pid) != Ok(pid) => break,
                 Ok(status) => bar.show(Progress { done: None, now: waiting_for(&status) }),
                 Err(ClientError::NothingListens(_) | ClientError::PassedOver { .. }) => break,
@@ -321,12 +324,13 @@ fn run(command: impl Future<Output = Result<(), Error>>) -> Result<(), Error> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(command)
 }
 
-/// Writes to standard output what may hold anything, so that nothing in it is obeyed.
+/// Prints text from outside, with characters that a terminal obeys replaced.
 pub(super) fn print(text: &str) -> Result<(), Error> {
     print_as_is(&printable::lines(text))
 }
 
-/// Writes to standard output. Whoever closed it has read enough: that ends the command well.
+/// Prints to standard output. If the reader has closed the pipe it has seen enough: the command
+/// ends successfully.
 pub(super) fn print_as_is(text: &str) -> Result<(), Error> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
@@ -335,12 +339,12 @@ pub(super) fn print_as_is(text: &str) -> Result<(), Error> {
     }
 }
 
-/// How many of the workers that a service had are replaced by healthy ones, and of how many.
+/// How many of a service's previous workers have been replaced by healthy ones, and of how many.
 fn replaced(old: &Service, now: &Status) -> Option<Progress> {
     let now = now.services.iter().find(|service| service.name == old.name)?;
     let is_new = |worker: &&Worker| {
         let before = old.workers.iter().find(|before| before.slot == worker.slot);
-        // One that is out of rotation is replaced too, and stays there.
+        // A worker that an operator drained is replaced too, and the new one stays drained.
         let proven = matches!(worker.state, State::Healthy | State::Draining);
         proven && before.is_none_or(|before| worker.generation > before.generation)
     };
@@ -349,7 +353,7 @@ fn replaced(old: &Service, now: &Status) -> Option<Progress> {
     Some(Progress { done: Some((done, all)), now: under_way([now]) })
 }
 
-/// The first worker on its way in or out: what a replacement waits for.
+/// The first worker that is being started or stopped: what a replacement is waiting for.
 fn under_way<'s>(services: impl IntoIterator<Item = &'s Service>) -> String {
     let told = |service: &Service, worker: &Worker| {
         let (name, slot, state) = (&service.name, worker.slot, worker.state);
@@ -367,7 +371,7 @@ fn under_way<'s>(services: impl IntoIterator<Item = &'s Service>) -> String {
     services.into_iter().find_map(first).unwrap_or_default()
 }
 
-/// What a daemon that stops has to wait for.
+/// What a stopping daemon is waiting for.
 fn waiting_for(status: &Status) -> String {
     let active: u64 = status.workers().map(held).sum();
     let workers = status.workers().filter(|worker| worker.pid.is_some()).count();
@@ -378,7 +382,7 @@ fn waiting_for(status: &Status) -> String {
     }
 }
 
-/// The connections of a worker, as far as they are known, those that wait for it included.
+/// A worker's connections as far as they are known, including those in its accept queue.
 fn held(worker: &Worker) -> u64 {
     worker.connections.active.unwrap_or(0) + worker.connections.queued.unwrap_or(0)
 }

@@ -1,4 +1,4 @@
-//! `lbd status` for people: a row a worker, process and traffic together.
+//! `lbd status` for people: one row per worker, with its process and its traffic.
 
 use bytesize::ByteSize;
 
@@ -11,20 +11,20 @@ use crate::{
     printable,
 };
 
-/// So many lines of why a reload failed are shown below the first, which leaves room for the workers.
+/// The most further lines of a reload's error that are shown, so that room is left for the workers.
 const MOST_OF_AN_ERROR: usize = 6;
 
-/// How it is shown.
+/// How to display the status.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct View {
-    /// How wide the terminal is; nothing is left out or cut where it is none.
+    /// The terminal's width; `None` if there is no terminal, and then nothing is left out or cut.
     pub(super) width: Option<usize>,
-    /// Colours by state.
+    /// Whether to colour the state.
     pub(super) colour: bool,
 }
 
-/// The status as lines of at most the width of the `view`. With an `earlier` one of the same daemon
-/// it tells what was used and taken since; else CPU is what was used since the start.
+/// The status as lines that fit the `view`. With an `earlier` status of the same daemon, shows what
+/// was used and accepted since then; else CPU is the average since the start.
 pub(super) fn render(status: &Status, earlier: Option<&Status>, view: View) -> String {
     let since = earlier.and_then(|earlier| Since::new(earlier, status));
     let rows: Vec<Row<'_>> = status
@@ -50,29 +50,29 @@ pub(super) fn render(status: &Status, earlier: Option<&Status>, view: View) -> S
     lines.into_iter().map(|line| line + "\n").collect()
 }
 
-/// A worker, now and a moment before.
+/// A worker, and the same worker at the earlier look.
 struct Row<'s> {
     service: &'s Service,
     worker: &'s Worker,
     before: Option<&'s Worker>,
-    /// How long ago that was.
+    /// The time between the two.
     seconds: f64,
 }
 
-/// What was told a moment before.
+/// The earlier status.
 struct Since<'s> {
     status: &'s Status,
     seconds: f64,
 }
 
 impl<'s> Since<'s> {
-    /// `None` where the two are not of one daemon, or of one moment.
+    /// `None` if the two come from different daemons, or from the same moment.
     fn new(earlier: &'s Status, now: &Status) -> Option<Self> {
         let seconds = now.uptime_seconds - earlier.uptime_seconds;
         (earlier.pid == now.pid && seconds > 0.0).then_some(Self { status: earlier, seconds })
     }
 
-    /// The same incarnation.
+    /// The same worker process in the earlier status.
     fn worker(&self, service: &Service, worker: &Worker) -> Option<&'s Worker> {
         let service = self.status.services.iter().find(|earlier| earlier.name == service.name)?;
         service.all().find(|earlier| {
@@ -84,7 +84,7 @@ impl<'s> Since<'s> {
 
 type ToCell = fn(&Row<'_>) -> Cell;
 
-/// The columns from left to right: importance, alignment, title, how narrow, and what is in it.
+/// The columns from left to right: importance, alignment, title, minimal width, and the content.
 const LAYOUT: &[(u8, Align, &str, usize, ToCell)] = {
     use Align::{Left, Right};
     &[
@@ -121,7 +121,7 @@ const LAYOUT: &[(u8, Align, &str, usize, ToCell)] = {
     ]
 };
 
-/// What is to be said of the daemon as a whole.
+/// The lines about the daemon as a whole.
 fn heading(status: &Status, view: View) -> Vec<String> {
     let config = &status.config;
     let from = config.path.as_deref().unwrap_or("no file");
@@ -133,7 +133,7 @@ fn heading(status: &Status, view: View) -> Vec<String> {
         let mut told = error.lines().filter(|line| !line.trim().is_empty());
         let first = told.next().unwrap_or_default();
         lines.push(format!("the reload of {} failed: {first}", reload.at));
-        // The rest may be what a worker said last, and so why it failed.
+        // The further lines may be the worker's last output, which often shows why it failed.
         let indented = |line: &str| format!("    {}", line.strip_prefix("    ").unwrap_or(line));
         lines.extend(told.by_ref().take(MOST_OF_AN_ERROR).map(indented));
         if let more @ 1.. = told.count() {
@@ -145,7 +145,7 @@ fn heading(status: &Status, view: View) -> Vec<String> {
     lines.iter().map(clean).collect()
 }
 
-/// Its state as `/status` has it, and an operator's wish where the state doesn't tell.
+/// The state as in `/status`, plus "drained" if the state doesn't show it.
 fn state(worker: &Worker) -> String {
     match worker.state {
         State::Draining | State::Stopping => worker.state.to_string(),
@@ -171,7 +171,7 @@ fn optional(value: Option<impl ToString>) -> String {
     value.map_or_else(none, |value| value.to_string())
 }
 
-/// Exact as long as one can take it in.
+/// Exact if the number is short enough.
 fn count(number: u64) -> String {
     match number {
         0..1_000_000 => number.to_string(),
@@ -180,7 +180,7 @@ fn count(number: u64) -> String {
     }
 }
 
-/// Connections a second: the daemon's own count, or what came between two looks.
+/// Connections per second: the daemon's own rate, or the difference between two looks.
 fn rate(row: &Row<'_>) -> String {
     let taken = |before: &Worker| {
         let (now, then) = (row.worker.connections.total?, before.connections.total?);
@@ -192,7 +192,7 @@ fn rate(row: &Row<'_>) -> String {
     })
 }
 
-/// How much of a core it used between two looks, or how much of its time since its start.
+/// The fraction of a core used between two looks, or on average since the worker's start.
 fn cpu(row: &Row<'_>) -> String {
     let Some(used) = row.worker.cpu_seconds else { return none() };
     match row.before.and_then(|before| before.cpu_seconds) {
@@ -216,7 +216,7 @@ fn probe(probe: Option<&Probe>) -> Cell {
 
 /// The two largest units: `12s`, `3m 5s`, `2h 59m`, `40d 7h`.
 pub(super) fn span(seconds: f64) -> String {
-    // What is shown is whole seconds, and far from the largest u64.
+    // Whole seconds are shown, far below the largest u64.
     let seconds = seconds.max(0.0) as u64;
     let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86400);
     match (days, hours, minutes) {

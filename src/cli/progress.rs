@@ -1,4 +1,4 @@
-//! What is shown on a terminal while a command waits.
+//! Progress display on a terminal while a command waits.
 
 use std::{io, time::Duration};
 
@@ -7,18 +7,18 @@ use tokio::time::interval;
 
 use crate::printable;
 
-/// How often a command that waits looks how far it is.
+/// How often a waiting command checks the progress.
 pub(super) const INTERVAL: Duration = Duration::from_millis(200);
 
-/// One line on standard error, gone at the end; nothing where that is no terminal.
+/// One line on standard error, removed at the end; nothing if standard error is no terminal.
 pub(super) struct Bar(ProgressBar);
 
-/// How far something is.
+/// The progress of something.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Progress {
-    /// How much of how much is done, where that can be counted.
+    /// How much is done, and of how much, if that is known.
     pub(super) done: Option<(u64, u64)>,
-    /// What is under way.
+    /// What is in progress.
     pub(super) now: String,
 }
 
@@ -31,7 +31,7 @@ impl Bar {
         Self(bar)
     }
 
-    /// Waits for `done`, and shows how far it is, as far as `progress` knows.
+    /// Waits for `done`, and shows the progress that `progress` reports.
     pub(super) async fn during<T>(
         &self,
         done: impl Future<Output = T>,
@@ -46,7 +46,8 @@ impl Bar {
             tokio::select! {
                 done = &mut done => return done,
                 _ = clock.tick() => {
-                    // Whoever is asked may be slow: what is waited for goes first.
+                    // The daemon may answer slowly: the end of the wait must not be delayed by
+                    // that.
                     tokio::select! {
                         biased;
                         done = &mut done => return done,
@@ -69,7 +70,7 @@ impl Bar {
         self.0.set_message(printable::line(&progress.now).into_owned());
     }
 
-    /// Something that stays, above the line.
+    /// Prints a line that stays, above the progress line.
     pub(super) fn note(&self, text: &str) {
         self.0.suspend(|| {
             let _ = io::Write::write_all(&mut io::stderr(), text.as_bytes());
@@ -77,7 +78,7 @@ impl Bar {
     }
 }
 
-/// Each is known to be well-formed.
+/// The templates are known to be valid.
 fn style(template: &str) -> ProgressStyle {
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_spinner())
 }

@@ -1,4 +1,4 @@
-//! Columns that fit a width: which are shown, how wide each is, and the lines that come of it.
+//! A table that fits a width: selects columns, chooses their widths, and formats the lines.
 
 use std::borrow::Cow;
 
@@ -6,7 +6,7 @@ use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
 
 use crate::printable;
 
-/// What is between two columns.
+/// The number of spaces between two columns.
 const GAP: usize = 2;
 
 /// A column of a table.
@@ -14,19 +14,19 @@ const GAP: usize = 2;
 pub(super) struct Column {
     pub(super) title: &'static str,
     pub(super) align: Align,
-    /// Where there is no room for all, those of the greatest number are left out first; 0 is shown
-    /// always.
+    /// If there is no room for all columns, those with the largest number are left out first; 0 is
+    /// always shown.
     pub(super) importance: u8,
-    /// Text may be cut to this, where there is no room for all of it.
+    /// The width that text may be cut to if there is no room for all of it.
     pub(super) least: usize,
     pub(super) cells: Vec<Cell>,
 }
 
-/// What is in a row and column.
+/// The content of a cell.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Cell {
     text: String,
-    /// How it is shown: SGR parameters (ECMA-48), or nothing.
+    /// SGR parameters (ECMA-48) for the style, or empty.
     style: &'static str,
 }
 
@@ -37,14 +37,14 @@ pub(super) enum Align {
 }
 
 impl Cell {
-    /// Text, of which nothing is obeyed by a terminal.
+    /// A cell with this text, with characters that a terminal obeys replaced.
     pub(super) fn new(text: impl Into<String>) -> Self {
         let text = text.into();
         let clean = match printable::line(&text) {
             Cow::Owned(clean) => clean,
             Cow::Borrowed(_) => text,
         };
-        // A tab has no width of its own.
+        // A tab has no fixed width.
         Self { text: clean.replace('\t', " "), style: "" }
     }
 
@@ -54,20 +54,20 @@ impl Cell {
 }
 
 impl Column {
-    /// How wide it is where there is room.
+    /// The width if there is enough room.
     fn natural(&self) -> usize {
         let cells = self.cells.iter().map(|cell| cell.text.width());
         cells.chain([self.title.len()]).max().unwrap_or_default()
     }
 
-    /// How narrow it can be.
+    /// The smallest width.
     fn narrowest(&self) -> usize {
         self.natural().min(self.least.max(self.title.len()))
     }
 }
 
-/// The table as lines of at most `width` columns of a terminal: the least important columns are left
-/// out, and long texts cut, as far as that is needed. Colours and bold only where `styled`.
+/// The table as lines of at most `width` terminal columns. If needed, leaves out the least
+/// important columns and cuts long texts. Uses colours and bold only if `styled`.
 pub(super) fn lines(columns: &[Column], width: Option<usize>, styled: bool) -> Vec<String> {
     let shown = fitting(columns, width.unwrap_or(usize::MAX));
     let style = |text: String, style: &str| match styled && !style.is_empty() {
@@ -87,7 +87,7 @@ pub(super) fn lines(columns: &[Column], width: Option<usize>, styled: bool) -> V
         }
         match styled {
             true => line,
-            // An empty last cell would leave its gap.
+            // An empty last cell would leave trailing spaces.
             false => line.trim_end().to_owned(),
         }
     };
@@ -103,11 +103,12 @@ pub(super) fn lines(columns: &[Column], width: Option<usize>, styled: bool) -> V
     [head].into_iter().chain(body).collect()
 }
 
-/// The columns that are shown, from left to right, and how wide each is.
+/// The columns to show, from left to right, and their widths.
 fn fitting(columns: &[Column], width: usize) -> Vec<(&Column, usize)> {
     let mut by_importance: Vec<_> = columns.iter().enumerate().collect();
     by_importance.sort_by_key(|(_, column)| column.importance);
-    // One by one as narrow as they can be; one that does not fit makes room for lesser ones that do.
+    // Add columns at their smallest width, one by one. If one does not fit, less important ones
+    // that fit are still added.
     let (mut used, mut shown) = (0, Vec::new());
     for (index, column) in by_importance {
         let more = column.narrowest() + if used == 0 { 0 } else { GAP };
@@ -116,14 +117,14 @@ fn fitting(columns: &[Column], width: usize) -> Vec<(&Column, usize)> {
             shown.push((index, column, column.narrowest()));
         }
     }
-    // What is left goes to those that would like it, the most important first.
+    // Distribute the remaining width, most important columns first.
     let mut left = width.saturating_sub(used);
     for (_, column, wide) in &mut shown {
         let more = left.min(column.natural() - *wide);
         *wide += more;
         left -= more;
     }
-    // Even what is always shown may be too much: then the widest of it is cut.
+    // Even the columns that are always shown may not fit: then cut the widest.
     let mut over = used.saturating_sub(width);
     while over > 0 {
         let Some((_, _, widest)) = shown.iter_mut().max_by_key(|(_, _, wide)| *wide) else { break };
@@ -149,7 +150,7 @@ impl Column {
     }
 }
 
-/// How wide a line of [`lines`] is on a terminal, which obeys its style and does not show it.
+/// The displayed width of a line of [`lines`], without its style sequences.
 pub(super) fn styled_width(line: &str) -> usize {
     let shown = line.split('\x1b').enumerate().map(|(index, part)| match index {
         0 => part.width(),
@@ -158,7 +159,7 @@ pub(super) fn styled_width(line: &str) -> usize {
     shown.sum()
 }
 
-/// `text`, or as much of its beginning as fits, with an ellipsis.
+/// `text`, cut with an ellipsis if it does not fit.
 pub(super) fn cut(text: &str, width: usize) -> String {
     if text.width() <= width {
         return text.to_owned();

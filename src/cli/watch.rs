@@ -1,5 +1,5 @@
-//! `lbd status --watch`: the same again each second, until somebody has seen enough. A daemon that
-//! goes away is waited for.
+//! `lbd status --watch`: shows the status again each second until the user ends it. If the daemon
+//! goes away, waits for it to come back.
 
 use std::{
     borrow::Cow,
@@ -22,14 +22,14 @@ use super::{
 };
 use crate::{admin::Status, printable};
 
-/// How often it looks.
+/// The time between two looks.
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// Shows how everything is until a signal ends it, which is how it is meant to end.
+/// Shows the status until a signal ends it, which is the normal way to end.
 ///
 /// # Errors
 ///
-/// Where there is no daemon to begin with, or nothing can be printed.
+/// If there is no daemon at the start, or printing fails.
 pub(super) async fn watch(target: &Target, json: bool) -> Result<(), Error> {
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGTSTP, SIGWINCH])?;
     let mut seen = Seen::new(target.look().await?.status().await?);
@@ -62,18 +62,18 @@ pub(super) async fn watch(target: &Target, json: bool) -> Result<(), Error> {
     }
 }
 
-/// A daemon that comes back may be another one, elsewhere.
+/// Finds the daemon anew each time: after a restart it may be another process, elsewhere.
 async fn look(target: &Target) -> Result<Status, Error> {
     Ok(target.find().await?.status().await?)
 }
 
-/// What is known.
+/// What is known of the daemon.
 struct Seen {
     status: Status,
     at: Instant,
-    /// What it was before.
+    /// The status before the last one.
     earlier: Option<Status>,
-    /// Why it could not be asked again.
+    /// Why the last look failed.
     trouble: Option<String>,
 }
 
@@ -102,17 +102,17 @@ impl Seen {
     }
 }
 
-/// Where it goes.
+/// Where the output goes.
 enum Output {
-    /// A line of JSON each time.
+    /// One line of JSON per look.
     Json { told: Told },
-    /// One table after the other.
+    /// One table after another.
     Text { told: Told },
-    /// In place.
+    /// Redrawn in place.
     Screen(Screen),
 }
 
-/// What somebody who reads a pipe was told already.
+/// What has already been printed about a failure, so that it is printed only once.
 type Told = Option<String>;
 
 impl Output {
@@ -146,7 +146,7 @@ impl Output {
         }
     }
 
-    /// The same once more, where that is not one more.
+    /// Redraws the last status on a screen. Prints nothing to other outputs.
     fn redraw(&mut self, seen: &Seen) -> Result<(), Error> {
         match self {
             Self::Screen(screen) => Ok(screen.draw(seen)?),
@@ -154,7 +154,7 @@ impl Output {
         }
     }
 
-    /// Gives the terminal back while this process is stopped.
+    /// Restores the terminal while this process is suspended.
     fn suspended(&mut self, stop: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         match self {
             Self::Screen(_) => {
@@ -167,7 +167,7 @@ impl Output {
     }
 }
 
-/// How standard output is written to.
+/// How to display the status on standard output.
 pub(super) fn view() -> View {
     let is_set = |name| env::var_os(name).is_some_and(|value| !value.is_empty());
     View { width: size().map(|(width, _)| width), colour: obeys() && !is_set("NO_COLOR") }
@@ -184,8 +184,8 @@ fn size() -> Option<(usize, usize)> {
     Some((width.0.into(), height.0.into()))
 }
 
-/// The alternate screen of a terminal (xterm's control sequences, which all terminals of today have).
-/// Dropped, it is as if nothing had been there.
+/// The terminal's alternate screen (xterm's control sequences, which all current terminals have).
+/// Dropping it restores the previous content.
 struct Screen(());
 
 impl Screen {
@@ -194,7 +194,7 @@ impl Screen {
         Ok(Self(()))
     }
 
-    /// The alternate screen, no cursor, and no line that goes on in the next one.
+    /// Switches to the alternate screen, hides the cursor, and turns off line wrapping.
     fn begin() -> io::Result<()> {
         write("\x1b[?1049h\x1b[?25l\x1b[?7l")
     }
@@ -208,7 +208,7 @@ impl Screen {
         let mut text = String::new();
         let mut view = view();
         if let Some(trouble) = &seen.trouble {
-            // What was known last stays, but is no news any more.
+            // The last status stays visible, but is out of date.
             let since = span(seen.at.elapsed().as_secs_f64());
             let trouble = cut(&format!("{trouble}; waiting for it since {since}"), width);
             text = match view.colour {
@@ -222,8 +222,8 @@ impl Screen {
     }
 }
 
-/// What shows `text` on a screen of this size, whatever is on it (ECMA-48). Each line is written over
-/// what is there, and then what is left of that erased: nothing flickers.
+/// Draws `text` on a screen of this size, over whatever is on it (ECMA-48). Each line is
+/// overwritten first, and then the rest of it is erased, so that nothing flickers.
 fn frame(text: &str, width: usize, height: usize) -> String {
     let mut lines: Vec<_> = text.lines().map(Cow::Borrowed).collect();
     if lines.len() > height {
@@ -235,7 +235,8 @@ fn frame(text: &str, width: usize, height: usize) -> String {
     for (row, line) in lines.iter().enumerate() {
         frame += if row > 0 { "\r\n" } else { "" };
         frame += line;
-        // After the last column the cursor is still on it: erasing from there on would take it away.
+        // After the last column the cursor is still on that column: erasing from there would erase
+        // the character.
         frame += if styled_width(line) < width { "\x1b[K" } else { "" };
     }
     frame += if lines.len() < height { "\r\n\x1b[J" } else { "" };

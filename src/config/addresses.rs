@@ -1,14 +1,14 @@
-//! Who is to bind which address: no two sockets of a configuration may want the same one.
+//! Finds address conflicts: no two sockets of a configuration may need the same address.
 
 use std::{collections::HashMap, path::Path};
 
 use super::{Listen, Problem};
 
-/// Every address that a configuration wants bound.
+/// All addresses that a configuration needs to bind.
 #[derive(Default)]
 pub(super) struct Claims(Vec<Claim>);
 
-/// One address, and where the file asks for it.
+/// One address, and where the file requests it.
 pub(super) struct Claim {
     pub(super) address: Listen,
     pub(super) by: Claimant,
@@ -16,7 +16,7 @@ pub(super) struct Claim {
     pub(super) line: Option<usize>,
 }
 
-/// Who binds it.
+/// Who binds the address.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Claimant {
     Listener,
@@ -28,7 +28,7 @@ impl Claims {
         self.0.push(claim);
     }
 
-    /// One problem for each claim that an earlier line's stands in the way of.
+    /// One problem for each claim that conflicts with one on an earlier line.
     pub(super) fn conflicts(mut self) -> Vec<Problem> {
         self.0.sort_by_key(|claim| claim.line);
         let mut seen: HashMap<(u16, &Path), Vec<&Claim>> = HashMap::new();
@@ -83,7 +83,7 @@ impl Claim {
     }
 }
 
-/// What two addresses must share to stand in each other's way at all.
+/// What two addresses must have in common to conflict at all.
 fn place(address: &Listen) -> (u16, &Path) {
     match address {
         Listen::Tcp(address) => (address.port(), Path::new("")),
@@ -91,9 +91,9 @@ fn place(address: &Listen) -> (u16, &Path) {
     }
 }
 
-/// Whether binding the one makes binding the other fail with EADDRINUSE. Without SO_REUSEPORT a
-/// wildcard takes the port of every address of its family (ip(7)); of its own family alone, as
-/// lbd's IPv6 sockets have IPV6_V6ONLY (ipv6(7)).
+/// Whether binding one address makes binding the other fail with EADDRINUSE. Without SO_REUSEPORT,
+/// a wildcard takes the port of all addresses of its family (ip(7)). It takes only its own
+/// family's, because lbd sets IPV6_V6ONLY (ipv6(7)).
 fn overlap(a: &Listen, b: &Listen) -> bool {
     match (a, b) {
         (Listen::Tcp(a), Listen::Tcp(b)) => {

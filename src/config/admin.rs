@@ -13,8 +13,8 @@ use super::{
     values,
 };
 
-/// Relative paths are relative to `base`. What it wants bound is added to `claims`: no service can
-/// have it.
+/// Resolves relative paths against `base`. Adds the addresses to bind to `claims`, so that no
+/// service can use them.
 pub(super) fn read(mut table: Table<'_>, base: &Path, claims: &mut Claims) -> Admin {
     let socket = table.read("socket", |value| {
         let path = value.parsed(|text| values::socket_path(text, base))?;

@@ -45,7 +45,7 @@ pub fn describe(service: &Service) -> String {
     )
 }
 
-/// The limits of each worker that are set.
+/// The per-worker limits that are set.
 fn limits(service: &Service) -> String {
     let Service { worker, routing, limits, .. } = service;
     let number =
@@ -76,7 +76,7 @@ fn statuses(set: &StatusSet) -> String {
     }))
 }
 
-/// A word of argv, in quotes where it would not read as one.
+/// A word of argv, quoted if it would not read as one word.
 fn shown(word: &str) -> String {
     let plain = |c: char| !c.is_whitespace() && !c.is_control() && c != '"' && c != '\\';
     if word.chars().all(plain) { word.to_owned() } else { values::quoted(word) }

@@ -1,18 +1,18 @@
-//! What a reload changes: which services two configurations don't have in common, and whether a
-//! reload can lead from one to the other at all. Pure.
+//! Compares two configurations: which services differ, and whether a reload can lead from one to
+//! the other at all. Pure.
 
 use std::sync::Arc;
 
 use super::{Config, Service};
 
-/// The names of the services in which two configurations differ.
+/// The names of the services that differ between two configurations.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct Diff {
-    /// Those that are gone.
+    /// Services that are only in the old configuration.
     pub(crate) removed: Vec<Arc<str>>,
-    /// Those that are new, in the order of the new file.
+    /// Services that are only in the new configuration, in the order of its file.
     pub(crate) added: Vec<Arc<str>>,
-    /// Those in both files that are not the same, in the order of the new file.
+    /// Services in both whose settings differ, in the order of the new file.
     pub(crate) changed: Vec<Arc<str>>,
 }
 
@@ -24,12 +24,12 @@ pub(crate) struct NeedsRestart {
     pub(crate) keys: Vec<&'static str>,
 }
 
-/// What changes when `new` is in force instead of `old`.
+/// The differences between `old` and `new`.
 ///
 /// # Errors
 ///
-/// When they differ in what only a restart can change. That both come from the same file is taken
-/// for granted.
+/// If they differ in a setting that only a restart can change. Both are assumed to come from the
+/// same file.
 pub(crate) fn diff(old: &Config, new: &Config) -> Result<Diff, NeedsRestart> {
     let (was, is) = (&old.log, &new.log);
     let fixed = [

@@ -1,20 +1,20 @@
-//! What is wrong with a configuration, all of it, each with its place.
+//! What is wrong with a configuration: all problems, each with its location.
 
 use std::{fmt, path::PathBuf};
 
-/// A configuration that can't be used. Never without a problem.
+/// An invalid configuration. Has at least one problem.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigError {
     /// The file, as the user named it; `None` for `lbd run`.
     pub file: Option<PathBuf>,
-    /// What is wrong, by line.
+    /// The problems, by line.
     pub problems: Vec<Problem>,
 }
 
-/// One thing that is wrong.
+/// One problem.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
-    /// Counted from 1; `None` where it is about the file as a whole.
+    /// Counted from 1; `None` if the problem concerns the whole file.
     pub line: Option<usize>,
     /// The key in full, such as `service.web.ports`, or the option of the command line.
     pub key: Option<String>,
@@ -47,7 +47,7 @@ impl ConfigError {
     }
 }
 
-/// One line a problem: `lb.toml:7: service.web.ports: port 9002 is listed twice; …`.
+/// One line per problem: `lb.toml:7: service.web.ports: port 9002 is listed twice; …`.
 impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.joined("\n"))

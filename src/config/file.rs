@@ -1,5 +1,5 @@
-//! Small files that lbd reads: whatever somebody has put in their place, it neither waits nor reads
-//! for ever.
+//! Reads small files safely: whatever somebody has put at the path, the read neither blocks nor
+//! goes on forever.
 
 use std::{
     fs::{Metadata, OpenOptions},
@@ -13,23 +13,23 @@ use nix::libc;
 /// Why a file was not read.
 #[derive(Debug)]
 pub(super) enum FileError {
-    /// The system says so.
+    /// The system call failed.
     Io(io::Error),
-    /// It is a folder, a pipe, a device, a socket.
+    /// It is a folder, a pipe, a device or a socket.
     NotAFile,
-    /// It has more bytes than what is looked for can have.
+    /// It is too long for what is expected.
     TooLong,
 }
 
-/// The content of the regular file at `path`, of at most `most` bytes. `fit` may refuse it before it is
-/// read. Links are followed.
+/// The content of the regular file at `path`, at most `most` bytes. `fit` may refuse the file
+/// before it is read. Links are followed.
 pub(super) fn read(
     path: &Path,
     most: u64,
     fit: impl FnOnce(&Metadata) -> io::Result<()>,
 ) -> Result<Vec<u8>, FileError> {
-    // Without that a pipe would be waited for until somebody writes into it (fifo(7)), and a terminal
-    // could become lbd's own.
+    // Without O_NONBLOCK, opening a pipe would block until somebody opens it for writing (fifo(7)).
+    // Without O_NOCTTY, a terminal could become lbd's controlling terminal.
     let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
     let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
     let found = file.metadata()?;

@@ -1,4 +1,4 @@
-//! Reads `[service.NAME.limits]`, whose keys go to three places of the model.
+//! Reads `[service.NAME.limits]`. Its keys end up in three parts of the model.
 
 use std::num::NonZeroU32;
 

@@ -1,8 +1,8 @@
-//! The configuration: `lb.toml` parsed once into types that can't be wrong.
+//! The configuration: `lb.toml`, parsed once into types that can't hold an invalid value.
 //!
-//! Every problem of a file is found in one go and named with its line and key; a file with a
-//! problem yields no configuration at all. Nothing here changes anything: the file system is looked
-//! at (the file itself, the folders it names), and that blocks.
+//! All problems of a file are found in one pass, each with its line and key; a file with a problem
+//! yields no configuration at all. Nothing here has side effects, but the file system is read (the
+//! file itself, and the folders that it names), which blocks.
 
 mod addresses;
 mod admin;
@@ -47,7 +47,7 @@ use file::FileError;
 use addresses::{Claim, Claimant, Claims};
 use reader::{Source, Table};
 
-/// A file with more bytes than this is no configuration.
+/// A larger file is not a configuration.
 const MAX_LENGTH: u64 = 1024 * 1024;
 
 /// Reads and validates the file at `path`.
@@ -72,8 +72,8 @@ pub fn read(path: &Path) -> Result<Config, ConfigError> {
         .map_err(|error| ConfigError { file: Some(path.to_owned()), ..error })
 }
 
-/// What tells the content of the file at `path` from any other: [`Config::digest`] of what would be
-/// read now. `None` where it can't be read.
+/// A hash of the content that the file at `path` has now, for comparison with [`Config::digest`].
+/// `None` if the file can't be read.
 #[must_use]
 pub fn digest(path: &Path) -> Option<u64> {
     load(path).ok().map(|bytes| digest_of(&bytes))
@@ -87,8 +87,8 @@ fn digest_of(bytes: &[u8]) -> u64 {
     BuildHasherDefault::<DefaultHasher>::default().hash_one(bytes)
 }
 
-/// Validates `text` as the content of the file at the absolute `path`, whose folder is what
-/// relative paths are relative to.
+/// Validates `text` as the content of the file at the absolute `path`. Relative paths are relative
+/// to that file's folder.
 ///
 /// # Errors
 ///
@@ -167,11 +167,11 @@ pub fn from_command(
 }
 
 impl Config {
-    /// Refuses the file where it limits processes; `why` is what keeps this lbd from it.
+    /// Refuses a configuration that limits processes; `why` says why this lbd can't do that.
     ///
     /// # Errors
     ///
-    /// Every place where it does.
+    /// One problem for each such setting.
     pub fn refuse_process_limits(&self, why: &str) -> Result<(), ConfigError> {
         if self.process_limits.is_empty() {
             return Ok(());

@@ -1,8 +1,8 @@
-//! The validated shape of a configuration: types that can't hold a wrong value.
+//! The validated form of a configuration. Its types can't hold an invalid value.
 //!
-//! Settings are grouped by what a change of them costs: [`WorkerSpec`] is what a worker process is
-//! started with, so a change replaces the process; [`Routing`], [`Health`], [`Restart`], [`Stop`]
-//! and [`Limits`] are read by lbd alone and change in place.
+//! Settings are grouped by the cost of changing them. [`WorkerSpec`] is what a worker process is
+//! started with, so a change replaces the process. [`Routing`], [`Health`], [`Restart`], [`Stop`]
+//! and [`Limits`] are read by lbd alone, and a change takes effect in place.
 
 use std::{
     collections::BTreeMap,
@@ -30,16 +30,16 @@ pub struct Config {
     pub admin: Admin,
     /// The services, in the order of the file. Never empty.
     pub services: Vec<Service>,
-    /// Where it limits the processes of a worker, which not every lbd can.
+    /// Where the file limits the processes of a worker, which not every lbd can do.
     pub process_limits: Vec<Place>,
-    /// What tells the bytes of the file from any others, for as long as this process runs; `None`
-    /// where it was not read from one.
+    /// A hash of the file's bytes, comparable only within this process; `None` if the configuration
+    /// was not read from a file.
     pub digest: Option<u64>,
     /// The line of each key, by the key in full.
     pub lines: BTreeMap<String, usize>,
 }
 
-/// Where in the file a setting is.
+/// The location of a setting in the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
     /// Counted from 1.
@@ -59,11 +59,11 @@ pub struct Log {
     pub access: bool,
     /// The file to write to; standard error where `None`.
     pub file: Option<PathBuf>,
-    /// When a new file is begun.
+    /// When to begin a new file.
     pub rotate: Rotate,
     /// How many rotated files are kept; all where `None`.
     pub keep: Option<NonZeroU32>,
-    /// How many lines a second each worker may write into it, with `output = "log"`.
+    /// How many lines per second each worker may write into the log, with `output = "log"`.
     pub output_rate: NonZeroU32,
 }
 
@@ -89,11 +89,11 @@ impl Default for Log {
 pub struct Admin {
     /// The absolute path of the unix socket; lbd picks one where `None`.
     pub socket: Option<PathBuf>,
-    /// Where it is reached over TCP as well; nowhere where empty.
+    /// The TCP addresses of the admin API; none if empty.
     pub listen: Vec<SocketAddr>,
     /// The absolute path of the file with the token.
     pub token_file: Option<PathBuf>,
-    /// What was in it; without one nothing can be changed over TCP.
+    /// The content of the token file. Without a token nothing can be changed over TCP.
     pub token: Option<Token>,
 }
 
@@ -125,14 +125,15 @@ pub enum Rotate {
     Daily,
 }
 
-/// `[service.NAME]`: one set of listeners and the workers behind them.
+/// `[service.NAME]`: a set of listeners, and the workers behind them.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Service {
     /// NAME: letters, digits, `-`, `_` and `.`; not empty.
     pub name: Arc<str>,
     /// Where clients connect. Never empty, no duplicates in the whole file.
     pub listen: Vec<Listen>,
-    /// Who may connect to the unix sockets among them; those that are not here have the default.
+    /// Who may connect to the unix sockets among the listeners; sockets without an entry have the
+    /// default.
     pub unix_access: BTreeMap<PathBuf, UnixAccess>,
     /// How many workers there are, and on which ports.
     pub slots: Slots,
@@ -142,18 +143,18 @@ pub struct Service {
     pub routing: Routing,
     /// How a worker is probed.
     pub health: Health,
-    /// How a worker that ended is started again.
+    /// How a worker that has ended is restarted.
     pub restart: Restart,
     /// How running workers are replaced by new ones.
     pub rollout: Rollout,
     /// How a worker is stopped.
     pub stop: Stop,
-    /// When a worker is replaced though nothing is wrong with it.
+    /// When to replace a worker although nothing is wrong with it.
     pub limits: Limits,
 }
 
-/// The most addresses that a service with `route = "direct"` can listen on: its workers have a socket
-/// on each.
+/// The most addresses that a service with `route = "direct"` can listen on: each of its workers has
+/// a socket on each.
 pub const MAX_LISTENERS: usize = 64;
 
 /// One address of `listen`.
@@ -174,19 +175,20 @@ impl fmt::Display for Listen {
     }
 }
 
-/// Who may connect to a unix socket: it takes the right to write to its file (unix(7)).
+/// Who may connect to a unix socket. Connecting requires write permission for the socket's file
+/// (unix(7)).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UnixAccess {
     /// The file's permission bits.
     pub mode: u32,
-    /// The file's owner, a name or a number, resolved when it is bound; who lbd runs as where `None`.
+    /// The file's owner, a name or a number, resolved at bind time; `None` means lbd's own user.
     pub owner: Option<String>,
-    /// Its group, likewise.
+    /// The file's group, in the same form.
     pub group: Option<String>,
 }
 
 impl Default for UnixAccess {
-    /// Whoever may search the folder may connect, as with a TCP port.
+    /// Anybody who can reach the folder may connect, as with a TCP port.
     fn default() -> Self {
         Self { mode: 0o666, owner: None, group: None }
     }
@@ -205,7 +207,7 @@ impl Service {
 pub enum Slots {
     /// One worker on each of these ports, in this order. Never empty, no duplicates.
     Ports(Vec<u16>),
-    /// That many workers, on free ports picked when each is started, or on unix sockets.
+    /// This many workers, on free ports that are picked when each is started, or on unix sockets.
     Count(NonZeroU32),
 }
 
@@ -215,7 +217,7 @@ impl Slots {
     pub fn count(&self) -> usize {
         match self {
             Self::Ports(ports) => ports.len(),
-            // A u32 fits: lbd runs on Linux with pointers of 32 or 64 bits.
+            // A u32 fits into usize: lbd runs on Linux with 32-bit or 64-bit pointers.
             Self::Count(count) => count.get() as usize,
         }
     }
@@ -224,16 +226,16 @@ impl Slots {
 /// What a worker process is started with. Two equal specs start the same worker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WorkerSpec {
-    /// What is run.
+    /// What to run.
     pub program: Program,
     /// The address that the workers' ports are on.
     pub host: IpAddr,
     /// Who binds the port.
     pub socket: SocketMode,
-    /// Whether, and how, it is told who its client is. Here and not in [`Routing`], as a worker
-    /// understands the one or the other: each is spoken to as it was started for.
+    /// Whether and how the worker is told who its client is. Not in [`Routing`], because a running
+    /// worker understands only one form: each keeps getting the form that it was started for.
     pub proxy_protocol: Option<ProxyProtocol>,
-    /// The addresses that it has a socket on, with [`SocketMode::Direct`]; empty without.
+    /// The addresses on which the worker has a socket, with [`SocketMode::Direct`]; else empty.
     pub public: Vec<SocketAddr>,
     /// Variables added to lbd's own environment.
     pub env: BTreeMap<String, String>,
@@ -243,28 +245,29 @@ pub struct WorkerSpec {
     pub group: Option<String>,
     /// The file mode creation mask; lbd's own where `None`.
     pub umask: Option<u32>,
-    /// The working folder, absolute, with its links: it is looked for at each start, and may not be
-    /// there now.
+    /// The working directory, absolute, with its links unresolved: it is looked up at each start,
+    /// and may not exist now.
     pub directory: PathBuf,
     /// Where the worker's standard output and error go.
     pub output: Output,
-    /// `limits.open-files`: its soft and hard `RLIMIT_NOFILE`; what lbd was started with where
-    /// `None`.
+    /// `limits.open-files`: the worker's soft and hard `RLIMIT_NOFILE`; `None` keeps the limits
+    /// that lbd was started with.
     pub open_files: Option<NonZeroU32>,
-    /// `limits.processes`: how many processes and threads it may be, all that it starts included.
-    /// Only where [`Config::process_limits`] says so, and lbd has a cgroup for it.
+    /// `limits.processes`: the most processes and threads of the worker, including everything that
+    /// it starts. Takes effect only where [`Config::process_limits`] says so, and lbd has a cgroup
+    /// for the worker.
     pub processes: Option<NonZeroU32>,
 }
 
 impl WorkerSpec {
-    /// Where a worker on `port` is reached. With [`SocketMode::Direct`] that is for show alone: there
-    /// the port is a name, and nobody listens on it.
+    /// The address of a worker on `port`. With [`SocketMode::Direct`] it is only for display: the
+    /// port is just a name, and nobody listens on it.
     #[must_use]
     pub fn address(&self, port: u16) -> SocketAddr {
         SocketAddr::new(self.host, port)
     }
 
-    /// How its connections come to it.
+    /// How connections reach the worker.
     #[must_use]
     pub fn route(&self) -> Route {
         match self.socket {
@@ -274,12 +277,12 @@ impl WorkerSpec {
     }
 }
 
-/// `route`: how connections come to the workers.
+/// `route`: how connections reach the workers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Route {
     /// Through lbd.
     Proxy,
-    /// From the kernel, into the worker's own socket on the public address.
+    /// From the kernel, directly into the worker's own socket on the public address.
     Direct,
 }
 
@@ -301,8 +304,8 @@ pub enum Program {
     Command(Vec<String>),
 }
 
-/// How many workers with inherited sockets can be on one port at once: one, and the one that takes
-/// over from it.
+/// The most workers with inherited sockets on one port at once: the current one, and the one that
+/// replaces it.
 pub const WORKERS_ON_A_PORT: usize = 2;
 
 /// `socket`.
@@ -312,7 +315,7 @@ pub enum SocketMode {
     Bind,
     /// lbd binds the port and passes the listening socket as descriptor 3.
     Inherit,
-    /// The same with a unix socket, which has no port.
+    /// Like `Inherit`, but with a unix socket, so without a port.
     Unix,
     /// The worker has a listening socket on each address of its service, from descriptor 3 on:
     /// `route = "direct"`.
@@ -340,11 +343,11 @@ impl fmt::Display for ProxyProtocol {
 /// `output`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Output {
-    /// Lines into lbd's log, tagged.
+    /// Logged by lbd, line by line, with the worker's identity.
     Log,
     /// lbd's own standard output and error.
     Inherit,
-    /// Thrown away.
+    /// Discarded.
     Null,
     /// Appended to this file (absolute), with `{slot}` and `{service}` still in it.
     File(PathBuf),
@@ -355,20 +358,21 @@ pub enum Output {
 pub struct Routing {
     /// How a worker is chosen.
     pub balance: Balance,
-    /// Held at once by the service; `None` is no limit.
+    /// The most connections that the service holds at once; `None` is no limit.
     pub max_connections: Option<NonZeroU32>,
-    /// `limits.max-connections`: held at once by one worker; `None` is no limit.
+    /// `limits.max-connections`: the most connections that one worker holds at once; `None` is no
+    /// limit.
     pub worker_connections: Option<NonZeroU32>,
     /// How long one worker may take to accept a connection.
     pub connect_timeout: Duration,
-    /// A connection with no byte either way for this long is closed.
+    /// A connection without a byte in either direction for this long is closed.
     pub idle_timeout: Duration,
-    /// How long a connection waits while no worker is healthy but one is on its way, or while none
-    /// has room.
+    /// How long a connection waits while no worker is healthy but one may become so, or while all
+    /// are at their connection limit.
     pub hold_timeout: Duration,
-    /// `accept-proxy-protocol`: whose connections begin with a PROXY header.
+    /// `accept-proxy-protocol`: the clients whose connections begin with a PROXY header.
     pub accept_proxy: Networks,
-    /// After this long in silence, TCP asks whether a connection's other end is still there. Whole
+    /// After this long without traffic, TCP probes whether the other end is still there. Whole
     /// seconds, not zero.
     pub keepalive: Duration,
 }
@@ -388,21 +392,21 @@ impl Default for Routing {
     }
 }
 
-/// A set of networks, and perhaps the clients of unix sockets, which are in none.
+/// A set of networks, and optionally the clients of unix sockets, which have no address.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Networks {
     /// The networks, in the order of the file.
     pub inet: Vec<Network>,
-    /// Whether clients on unix sockets belong to it too.
+    /// Whether the set contains clients on unix sockets.
     pub unix: bool,
 }
 
 impl Networks {
-    /// Whether a client at `ip`, or with `None` on a unix socket, belongs to it.
+    /// Whether the set contains a client at `ip`, or, for `None`, a client on a unix socket.
     #[must_use]
     pub fn contains(&self, ip: Option<IpAddr>) -> bool {
         match ip {
-            // An IPv4 client is one on whatever socket it came.
+            // An IPv4 client counts as IPv4 also if it connected to an IPv6 socket.
             Some(ip) => {
                 let ip = ip.to_canonical();
                 self.inet.iter().any(|network| network.contains(ip))
@@ -412,17 +416,18 @@ impl Networks {
     }
 }
 
-/// The IP addresses that begin with the same bits, in CIDR notation (RFC 4632, RFC 4291).
+/// The IP addresses that share a prefix, in CIDR notation (RFC 4632, RFC 4291).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Network {
-    /// The first address of it.
+    /// The first address of the network.
     address: IpAddr,
-    /// How many bits all of them have in common: up to 32 of IPv4, 128 of IPv6.
+    /// The length of the common prefix, in bits: up to 32 for IPv4, 128 for IPv6.
     prefix: u8,
 }
 
 impl Network {
-    /// `None` where the family has no such prefix, or the address has bits behind it.
+    /// `None` if the prefix is too long for the family, or the address has bits set after the
+    /// prefix.
     #[must_use]
     pub fn new(address: IpAddr, prefix: u8) -> Option<Self> {
         let network = Self { address, prefix };
@@ -436,7 +441,8 @@ impl Network {
         Self { address: network.first(), ..network }
     }
 
-    /// Whether `ip` is in it. An IPv4 address that is mapped into IPv6 is not.
+    /// Whether the network contains `ip`. An IPv4 address that is mapped into IPv6 is not in an
+    /// IPv4 network.
     #[must_use]
     pub fn contains(&self, ip: IpAddr) -> bool {
         ip.is_ipv4() == self.address.is_ipv4()
@@ -464,7 +470,7 @@ impl fmt::Display for Network {
     }
 }
 
-/// How many bits an address of this family has.
+/// The length of this family's addresses, in bits.
 fn bits_of(address: IpAddr) -> u8 {
     if address.is_ipv4() { 32 } else { 128 }
 }
@@ -474,7 +480,7 @@ fn bits_of(address: IpAddr) -> u8 {
 pub enum Balance {
     /// Strict rotation.
     RoundRobin,
-    /// The worker that holds the fewest connections; the rotation decides between equals.
+    /// The worker that holds the fewest connections; round robin among equals.
     LeastConnections,
     /// The same client address goes to the same worker while the set of workers stays the same.
     SourceHash,
@@ -495,17 +501,17 @@ impl fmt::Display for Balance {
 pub struct Health {
     /// What a probe does.
     pub probe: Probe,
-    /// From one probe's start to the next one's. Not zero.
+    /// The time between the starts of two probes. Not zero.
     pub interval: Duration,
     /// How long one probe may take. Not zero.
     pub timeout: Duration,
-    /// Passes in a row that make a worker healthy.
+    /// Successful probes in a row that make a worker healthy.
     pub rise: NonZeroU32,
-    /// Failures in a row that make a healthy worker unhealthy.
+    /// Failed probes in a row that make a healthy worker unhealthy.
     pub fall: NonZeroU32,
-    /// A new worker that is not healthy by then is killed and counts as failed.
+    /// A new worker that is not healthy after this time is killed and counts as failed.
     pub start_timeout: Duration,
-    /// Whose listening socket is believed on the port of a worker that binds it itself.
+    /// Whose listening socket lbd trusts on the port of a worker that binds the port itself.
     pub owner: Owner,
 }
 
@@ -523,14 +529,16 @@ impl Default for Health {
     }
 }
 
-/// `health.owner`: whose listening socket is believed on a worker's port.
+/// `health.owner`: whose listening socket lbd trusts on a worker's port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Owner {
-    /// One that a process of the worker has; where lbd may not look, one of the worker's user.
+    /// A socket that one of the worker's processes holds or, where lbd may not look, one of the
+    /// worker's user.
     Tree,
-    /// One of the worker's user.
+    /// A socket of the worker's user.
     User,
-    /// Whosever it is: a container engine's proxy listens for the worker.
+    /// Anybody's socket, for example that of a container engine's proxy, which listens for the
+    /// worker.
     Any,
 }
 
@@ -545,7 +553,7 @@ pub enum Probe {
         path: String,
         /// The Host header; the worker's own address where `None`.
         host: Option<String>,
-        /// The good statuses.
+        /// The statuses that count as a success.
         expect: StatusSet,
     },
 }
@@ -565,13 +573,13 @@ impl StatusSet {
 /// `[service.NAME.restart]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Restart {
-    /// The delay before the first restart of a worker that never got healthy.
+    /// The delay before the first restart of a worker that never became healthy.
     pub min_delay: Duration,
     /// The longest delay.
     pub max_delay: Duration,
-    /// After this long in health the first exit restarts with no delay.
+    /// After it was healthy for this long, a worker's first exit restarts it without a delay.
     pub reset_after: Duration,
-    /// An unhealthy worker that lives this long is replaced.
+    /// A worker that has been unhealthy for this long is replaced.
     pub unhealthy_after: Duration,
 }
 
@@ -589,9 +597,9 @@ impl Default for Restart {
 /// `[service.NAME.rollout]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rollout {
-    /// What comes first where a worker is replaced.
+    /// Whether the new or the old worker goes first in a replacement.
     pub order: Order,
-    /// How long a new worker must have been healthy before the next step of the replacement.
+    /// How long a new worker must have been healthy before the rollout takes its next step.
     pub settle: Duration,
 }
 
@@ -604,8 +612,8 @@ impl Default for Rollout {
 /// `rollout.order`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Order {
-    /// The new worker is proven before the old one goes; on a free port first, where both would
-    /// have to bind the same one.
+    /// The new worker is proven before the old one is stopped. If both would have to bind the same
+    /// port, the new worker first starts on a free port.
     StartFirst,
     /// The old worker is stopped before the new one is started.
     StopFirst,
@@ -620,9 +628,9 @@ pub struct Stop {
     pub drain: Drain,
     /// How long lbd waits for a draining worker's connections.
     pub drain_timeout: Duration,
-    /// From the signal to SIGKILL.
+    /// The time from the signal to SIGKILL.
     pub timeout: Duration,
-    /// Who gets the signal.
+    /// Which processes get the signal.
     pub to: StopTo,
 }
 
@@ -641,9 +649,10 @@ impl Default for Stop {
 /// `stop.to`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum StopTo {
-    /// The program and all in its process group.
+    /// The program and its whole process group.
     Group,
-    /// The program alone, which ends its own children; what it leaves gets it at its end.
+    /// Only the program, which is to end its own children. Processes that outlive it get the signal
+    /// later, before lbd kills them.
     Main,
 }
 
@@ -652,17 +661,18 @@ pub enum StopTo {
 pub enum Drain {
     /// lbd waits for the worker's connections to end, then signals.
     Wait,
-    /// lbd signals as soon as the worker is out of rotation; the worker finishes its connections.
+    /// lbd signals the worker as soon as it is out of rotation; the worker finishes its connections
+    /// itself.
     Signal,
 }
 
-/// When a worker is replaced though nothing is wrong with it: a new one is started, and this one
-/// drained. The rest of `[service.NAME.limits]` is in [`WorkerSpec`] and [`Routing`].
+/// When to replace a worker although nothing is wrong with it: lbd starts a new worker and drains
+/// this one. The rest of `[service.NAME.limits]` is in [`WorkerSpec`] and [`Routing`].
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Limits {
-    /// Past this many bytes of memory.
+    /// Replace it above this many bytes of memory.
     pub memory: Option<NonZeroU64>,
-    /// Past this time since its start; up to a tenth earlier, so that not all are due at once. Not
+    /// Replace it at this age. Up to a tenth earlier, so that not all workers are due at once. Not
     /// zero.
     pub max_age: Option<Duration>,
 }

@@ -1,5 +1,5 @@
-//! Absolute paths as people know them: with the symbolic links in them that lead somewhere else
-//! tomorrow, as `current` does where releases are switched.
+//! Absolute paths as users write them: symbolic links stay unresolved, because a link such as
+//! `current` leads somewhere else after the next release.
 
 use std::{
     env, fs, io,
@@ -10,12 +10,12 @@ use std::{
 const NO_FOLDER: &str =
     "the current folder is gone; go to one that is there, or write the whole path of the file";
 
-/// The folder that this process is in, by the name that its user calls it: `$PWD` where that is true
-/// (POSIX, `pwd -L`), else as the kernel knows it, without links.
+/// The current folder under the name that the user calls it: `$PWD` if that is correct (POSIX, `pwd
+/// -L`), else the kernel's name for it, which has no links.
 ///
 /// # Errors
 ///
-/// Where neither is known, as the folder is gone.
+/// If neither is known because the folder has been deleted.
 pub fn current_folder() -> io::Result<PathBuf> {
     match shells_folder() {
         Some(pwd) if is_here(&pwd) => Ok(pwd),
@@ -23,8 +23,8 @@ pub fn current_folder() -> io::Result<PathBuf> {
     }
 }
 
-/// Where a shell says that it is, be that still true or not: it is in a folder that was replaced
-/// since, say, and its user means the new one.
+/// The shell's idea of the current folder, even if it is no longer correct: the folder may have
+/// been replaced since, and the user means the new one.
 #[must_use]
 pub fn shells_folder() -> Option<PathBuf> {
     let pwd = PathBuf::from(env::var_os("PWD")?);
@@ -40,11 +40,11 @@ fn is_here(folder: &Path) -> bool {
     matches!((inode(folder), inode(Path::new("."))), (Ok(there), Ok(here)) if there == here)
 }
 
-/// `path` as an absolute one, seen from [`current_folder`]. No link in it is followed.
+/// Makes `path` absolute, relative to [`current_folder`]. Does not follow links.
 ///
 /// # Errors
 ///
-/// Where the path is empty, or a relative one and the current folder is gone.
+/// If the path is empty, or relative and the current folder is gone.
 pub fn logical(path: &Path) -> io::Result<PathBuf> {
     if path.as_os_str().is_empty() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "the path is empty; write one"));
@@ -58,7 +58,7 @@ pub fn logical(path: &Path) -> io::Result<PathBuf> {
     }
 }
 
-/// Without `.`, doubled slashes and one at the end: the same place reads the same.
+/// Removes `.`, doubled slashes and a trailing slash, so that equal paths look equal.
 pub(super) fn tidy(path: &Path) -> PathBuf {
     path.components().collect()
 }

@@ -1,8 +1,8 @@
-//! A typed reader over toml's spanned tree. It records a problem and reads on, so that one run
-//! over a file finds them all; serde's derive would stop at the first.
+//! A typed reader over toml's spanned tree. It records a problem and continues, so that one pass
+//! over a file finds all of them; serde's derive would stop at the first.
 //!
-//! Readers return `None` both for what is absent and for what was refused: the caller goes on with
-//! the default, which never gets out, because a file with a problem yields no configuration.
+//! Readers return `None` both for what is absent and for what was refused. The caller continues
+//! with the default, which is never used: a file with a problem yields no configuration.
 
 use std::{cell::RefCell, collections::BTreeMap, ops::RangeInclusive, time::Duration};
 
@@ -16,7 +16,7 @@ use super::{
     values::{self, one_of, quoted, suggestion},
 };
 
-/// How many lines with a syntax error are told one by one.
+/// How many lines with a syntax error are reported one by one.
 const SYNTAX_ERRORS: usize = 5;
 
 /// The text being read and the problems found in it so far.
@@ -24,14 +24,14 @@ pub(super) struct Source {
     newlines: Vec<usize>,
     problems: RefCell<Vec<Problem>>,
     process_limits: RefCell<Vec<Place>>,
-    /// Where text that is not TOML begins. What follows may have been taken for something else.
+    /// Where the text stops being TOML. What follows may have been misread.
     damage: Option<usize>,
-    /// The lines that toml itself refused; the rest of such a line is not judged again.
+    /// Lines that toml itself refused. The rest of such a line is not checked again.
     refused: Vec<usize>,
 }
 
 impl Source {
-    /// Begins with what toml's parser had to say about `text`.
+    /// Starts with the errors of toml's parser about `text`.
     pub(super) fn new(text: &str, mut errors: Vec<Error>) -> Self {
         let newlines = text.bytes().enumerate().filter(|&(_, b)| b == b'\n').map(|(at, _)| at);
         let mut source = Self {
@@ -52,7 +52,7 @@ impl Source {
                 source.damage.get_or_insert(at);
                 syntax_message(error)
             };
-            // One slip of the pen makes the parser stumble several times over the same line.
+            // One typo often causes several parser errors on the same line.
             if source.refused.last() != Some(&line) {
                 source.refused.push(line);
                 source.problems.get_mut().push(Problem { line: Some(line), key: None, message });
@@ -62,7 +62,7 @@ impl Source {
         source
     }
 
-    /// A file that is no TOML at all has an error in each line: the first few say it.
+    /// A file that is no TOML at all has an error on each line: report only the first few.
     fn fold_syntax_errors(&mut self) {
         let problems = self.problems.get_mut();
         if problems.len() > SYNTAX_ERRORS {
@@ -74,12 +74,12 @@ impl Source {
         }
     }
 
-    /// Whether what is missing is really missing.
+    /// Whether a missing key is really missing, and not just hidden by a syntax error.
     fn intact(&self) -> bool {
         self.damage.is_none()
     }
 
-    /// Says what the file as a whole is without.
+    /// Reports what the file as a whole is missing.
     pub(super) fn lacks<T>(&self, message: &str) -> Option<T> {
         if self.intact() {
             self.add(Problem { line: None, key: None, message: message.to_owned() });
@@ -111,7 +111,7 @@ impl Source {
         self.process_limits.borrow().clone()
     }
 
-    /// By line; those of one line in the order in which they were found.
+    /// The problems by line, and within a line in the order in which they were found.
     pub(super) fn into_problems(self) -> Vec<Problem> {
         let mut problems = self.problems.into_inner();
         problems.sort_by_key(|problem| problem.line);
@@ -119,12 +119,12 @@ impl Source {
     }
 }
 
-/// A table, and which of its keys were asked for.
+/// A table, and which of its keys have been read.
 pub(super) struct Table<'a> {
     source: &'a Source,
     path: String,
     at: usize,
-    /// `None` where the file has no such table: every key of it is absent.
+    /// `None` if the file has no such table: then every key is absent.
     entries: Option<&'a DeTable<'a>>,
     known: Vec<&'static str>,
 }
@@ -138,7 +138,7 @@ impl<'a> Table<'a> {
         self.entries.is_some_and(|entries| entries.contains_key(key))
     }
 
-    /// The value of `key`, which is known from now on.
+    /// The value of `key`, which now counts as a known key.
     pub(super) fn take(&mut self, key: &'static str) -> Option<Value<'a>> {
         self.known.push(key);
         self.entries?.get(key).map(|value| self.value(key, value))
@@ -156,12 +156,12 @@ impl<'a> Table<'a> {
         self.read(key, |value| value.with_unit(values::duration)).unwrap_or(default)
     }
 
-    /// The same, where zero is refused.
+    /// Like [`Self::duration`], but refuses zero.
     pub(super) fn positive_duration(&mut self, key: &'static str, default: Duration) -> Duration {
         self.read(key, |value| value.with_unit(values::positive_duration)).unwrap_or(default)
     }
 
-    /// The table `key`; one without entries where there is none.
+    /// The table `key`, or an empty one if it is absent.
     pub(super) fn table(&mut self, key: &'static str) -> Self {
         self.take(key).and_then(|value| value.table()).unwrap_or_else(|| Self {
             source: self.source,
@@ -172,7 +172,7 @@ impl<'a> Table<'a> {
         })
     }
 
-    /// Every entry, in the order of the file, where the keys are the user's own.
+    /// All entries, in the order of the file, for tables whose keys the user chooses.
     pub(super) fn entries(&self) -> Vec<(&'a str, Value<'a>)> {
         let mut entries: Vec<_> = self.entries.iter().flat_map(|entries| entries.iter()).collect();
         entries.sort_by_key(|(key, _)| key.span().start);
@@ -183,7 +183,7 @@ impl<'a> Table<'a> {
         named.collect()
     }
 
-    /// The line of each key in it and in its tables, by the key in full.
+    /// The line of each key in this table and its subtables, by full key.
     pub(super) fn lines(&self) -> BTreeMap<String, usize> {
         let mut lines = BTreeMap::new();
         for (_, value) in self.entries() {
@@ -197,21 +197,21 @@ impl<'a> Table<'a> {
         lines
     }
 
-    /// Says that `key` is missing.
+    /// Reports that `key` is missing.
     pub(super) fn missing(&self, key: &str, message: &str) {
         if self.source.intact() {
             self.source.report(self.at, &self.key(key), message);
         }
     }
 
-    /// Says the same of the table itself.
+    /// Reports that something in the table itself is missing.
     pub(super) fn lacks(&self, message: &str) {
         if self.source.intact() {
             self.source.report(self.at, &self.path, message);
         }
     }
 
-    /// Refuses `keys` where `other`, which gives them a meaning, is not set.
+    /// Refuses `keys` if `other`, without which they have no meaning, is not set.
     pub(super) fn only_with(&self, other: &str, keys: &[&str]) {
         if self.has(other) || !self.source.intact() {
             return;
@@ -224,10 +224,10 @@ impl<'a> Table<'a> {
         }
     }
 
-    /// Refuses what was not asked for.
+    /// Refuses all keys that have not been read.
     pub(super) fn finish(self) {
         for (key, value) in self.entries() {
-            // Below the damage a key may have strayed into a table that isn't its own.
+            // After a syntax error, a key may appear to be in a table that it does not belong to.
             let stray = self.source.damage.is_some_and(|damage| damage < value.at);
             if self.known.contains(&key) || stray {
                 continue;
@@ -258,14 +258,14 @@ impl<'a> Table<'a> {
     }
 }
 
-/// One key as TOML has it: in quotes where it would be several, or none.
+/// A key as TOML writes it: quoted if it would otherwise be several keys, or none.
 #[must_use]
 pub fn shown_key(key: &str) -> String {
     let bare = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
     if !key.is_empty() && key.chars().all(bare) { key.to_owned() } else { quoted(key) }
 }
 
-/// A value, and where it is.
+/// A value, and its location.
 pub(super) struct Value<'a> {
     source: &'a Source,
     key: String,
@@ -282,7 +282,7 @@ impl<'a> Value<'a> {
         self.source.line(self.at)
     }
 
-    /// Records what is wrong with it.
+    /// Reports what is wrong with the value.
     pub(super) fn refuse<T>(&self, message: impl Into<String>) -> Option<T> {
         self.source.report(self.at, &self.key, message);
         None
@@ -323,12 +323,12 @@ impl<'a> Value<'a> {
         matches!(self.value, DeValue::Table(_))
     }
 
-    /// A string that `parse` understands; its error is what would be right.
+    /// Parses a string with `parse`, whose error says what would be right.
     pub(super) fn parsed<T>(&self, parse: impl FnOnce(&str) -> Result<T, String>) -> Option<T> {
         parse(self.string()?).map_or_else(|message| self.refuse(message), Some)
     }
 
-    /// The same of a duration or size, for which a bare number is the likely mistake.
+    /// The same for a duration or size, where a number without a unit is the likely mistake.
     pub(super) fn with_unit<T>(&self, parse: impl FnOnce(&str) -> Result<T, String>) -> Option<T> {
         match self.value {
             DeValue::Integer(digits) => {
@@ -338,7 +338,7 @@ impl<'a> Value<'a> {
         }
     }
 
-    /// Notes that it limits the processes of a worker.
+    /// Records that this value limits the processes of a worker.
     pub(super) fn limits_processes(&self) {
         let place = Place { line: self.line(), key: self.key.clone() };
         self.source.process_limits.borrow_mut().push(place);
@@ -349,7 +349,7 @@ impl<'a> Value<'a> {
         self.parsed(|text| one_of(text, words))
     }
 
-    /// The items of an array that is not empty.
+    /// The items of a non-empty array.
     pub(super) fn list(&self, wanted: &str) -> Option<Vec<Self>> {
         let DeValue::Array(items) = self.value else {
             return self.wrong_type(wanted);
@@ -366,7 +366,7 @@ impl<'a> Value<'a> {
         Some(items.iter().map(item).collect())
     }
 
-    /// The same, where a single value may stand for a list of one.
+    /// The same, but a single value stands for a list of one.
     pub(super) fn one_or_list(self, wanted: &str) -> Option<Vec<Self>> {
         match self.value {
             DeValue::Array(_) => self.list(wanted),
@@ -401,8 +401,8 @@ impl<'a> Value<'a> {
     }
 }
 
-/// What toml's parser calls a key or table that is there twice. Nothing is lost by it, unlike by
-/// its other errors.
+/// toml's message for a key or table that occurs twice. Unlike its other errors, this one loses no
+/// content.
 const DUPLICATE: &str = "duplicate key";
 
 fn start(error: &Error) -> usize {

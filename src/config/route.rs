@@ -1,4 +1,5 @@
-//! `route`, and what does not go with `"direct"`: refused with the reason, never ignored.
+//! Reads `route`. Settings that don't work with `"direct"` are refused with the reason, never
+//! ignored.
 
 use std::net::SocketAddr;
 
@@ -7,7 +8,7 @@ use super::{
     reader::{Table, Value},
 };
 
-/// Keys of a service that are about connections which lbd makes or sees, and why each has no effect.
+/// Keys of a service that concern connections which lbd makes or sees, and why each has no effect.
 const KEYS: [(&str, &str); 7] = [
     ("host", "the workers are on the service's own address"),
     ("max-connections", "lbd does not hold the connections, so it can't count them in time"),
@@ -24,27 +25,27 @@ const KEYS: [(&str, &str); 7] = [
 /// Reads `route`.
 pub(super) fn route(table: &mut Table<'_>) -> Route {
     let route = table.read("route", |value| match value.string()? {
-        // Named in the documentation, and not written yet.
+        // Documented, but not implemented yet.
         "http" => value.refuse("\"http\" is not supported yet; write \"proxy\" or \"direct\""),
         _ => value.word(&ROUTES),
     });
     route.unwrap_or(Route::Proxy)
 }
 
-/// Refuses the keys of a service that mean nothing to it.
+/// Refuses the service keys that have no effect with this route.
 pub(super) fn refuse_keys(table: &mut Table<'_>) {
     for (key, why) in KEYS {
         table.read(key, |value| refuse::<()>(&value, why));
     }
 }
 
-/// Refuses those of its limits.
+/// Refuses the limits that have no effect with this route.
 pub(super) fn refuse_limits(limits: &mut Table<'_>) {
     limits
         .read("max-connections", |value| refuse::<()>(&value, "lbd does not hold the connections"));
 }
 
-/// Reads `socket`, of which there is one kind.
+/// Reads `socket`, for which only one value is possible.
 pub(super) fn socket(table: &mut Table<'_>) -> SocketMode {
     table.read("socket", |value| match value.string()? {
         "bind" => value.refuse(
@@ -74,8 +75,8 @@ pub(super) fn balance(value: &Value<'_>) -> Option<Balance> {
     }
 }
 
-/// The address that workers get sockets on, besides so many others. What can't be one is refused at
-/// `value`.
+/// The address that workers get a socket on, after `others` other addresses. An address that can't
+/// be used is refused at `value`.
 pub(super) fn public(listen: &Listen, others: usize, value: &Value<'_>) -> Option<SocketAddr> {
     match listen {
         Listen::Tcp(_) if others == MAX_LISTENERS => value.refuse(format!(

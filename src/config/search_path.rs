@@ -1,12 +1,12 @@
-//! Where a program is looked for that is named without a folder.
+//! Where to look for a program that is named without a folder.
 
 use std::ffi::OsStr;
 
-/// The `PATH` of a worker that has none (that of execvp(3)).
+/// The `PATH` for a worker that has none (the default of execvp(3)).
 pub const DEFAULT_PATH: &str = "/bin:/usr/bin";
 
-/// So many characters of a `PATH` are shown. That of most systems is shown whole; that of a shell which
-/// tools have added to would fill the line.
+/// How many characters of a `PATH` to show. Most systems' `PATH` is shown in full; a shell's, to
+/// which tools have added, would fill the line.
 const SHOWN: usize = 64;
 
 /// `path` as a message shows it: its first folders, and how many more there are.
@@ -14,7 +14,7 @@ const SHOWN: usize = 64;
 pub fn shown_path(path: &OsStr) -> String {
     let path = path.to_string_lossy();
     let folders: Vec<&str> = path.split(':').collect();
-    // The first one is shown, however long it is.
+    // The first folder is always shown, however long it is.
     let mut shown = folders[..1].join(":");
     let mut count = 1;
     for folder in &folders[1..] {

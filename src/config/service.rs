@@ -20,8 +20,8 @@ use super::{
     values::{self, MAX_WORKERS},
 };
 
-/// Reads the service `name`; `None` where it has no address or no program, which was reported.
-/// Relative paths are relative to `base`. What it wants bound is added to `claims`.
+/// Reads the service `name`. Returns `None` if it has no address or no program, which has been
+/// reported. Resolves relative paths against `base`. Adds the addresses to bind to `claims`.
 pub(super) fn read(
     name: &str,
     mut table: Table<'_>,
@@ -40,7 +40,7 @@ pub(super) fn read(
     };
     let on_unix = socket == Some(SocketMode::Unix);
     let program = program(&mut table, base, on_unix);
-    // The user's intention decides the defaults, even where the folder itself was refused.
+    // The user's intention decides the defaults, even if the folder itself was refused.
     let built_in = table.has("root");
     if on_unix {
         table.read("host", |v| v.refuse::<()>("a unix socket has no IP address; remove it"));
@@ -67,7 +67,8 @@ pub(super) fn read(
     let user = table.read("user", account);
     let group = table.read("group", account);
     let umask = table.read("umask", |v| v.parsed(values::umask));
-    // Looked for at each start, as it may be a link to the release that is due: see `WorkerSpec`.
+    // Not checked here but at each start, because it may be a link to the release that is current
+    // then: see `WorkerSpec`.
     let directory = table.read("directory", |v| v.parsed(|text| values::path_in(base, text)));
     let output = table.read("output", |v| v.parsed(|text| values::output(text, base)));
     let mut addresses = listen.iter().flat_map(|listening| &listening.addresses);
@@ -112,7 +113,7 @@ pub(super) fn read(
     })
 }
 
-/// A service of `lbd run`: every default.
+/// A service of `lbd run`, with all defaults.
 pub(super) fn of_command(
     name: &str,
     listen: Vec<Listen>,
@@ -153,7 +154,7 @@ pub(super) fn of_command(
 #[derive(Default)]
 struct Listening {
     addresses: Vec<Listen>,
-    /// Of the unix sockets that have other rights than the default ones.
+    /// The unix sockets whose access differs from the default.
     unix_access: BTreeMap<PathBuf, UnixAccess>,
     /// The addresses that workers get sockets on.
     public: Vec<SocketAddr>,
@@ -357,7 +358,7 @@ fn health(mut table: Table<'_>, built_in: bool, socket: SocketMode) -> Health {
         Some(path) => {
             Probe::Http { path, host, expect: expect.unwrap_or(StatusSet(vec![(200, 399)])) }
         }
-        // A TCP probe can't see a frozen worker; the built-in one is known to speak HTTP.
+        // A TCP probe can't detect a frozen worker. The built-in worker is known to speak HTTP.
         None if built_in => Probe::Http {
             path: "/".to_owned(),
             host,
@@ -422,7 +423,7 @@ fn restart(mut table: Table<'_>) -> Restart {
     let default = Restart::default();
     let (shortest, longest) = (table.take("min-delay"), table.take("max-delay"));
     let min_delay = match &shortest {
-        // Doubling zero stays zero: a program that fails at once would be started without end.
+        // Zero doubled stays zero: a program that fails at once would be restarted without end.
         Some(value) => value.with_unit(values::positive_duration),
         None => Some(default.min_delay),
     };

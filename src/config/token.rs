@@ -1,4 +1,4 @@
-//! The secret that admin requests over TCP have to bring, and the file that it is kept in.
+//! The secret that admin requests over TCP must carry, and the file that it is stored in.
 
 use std::{
     fmt,
@@ -11,21 +11,21 @@ use subtle::ConstantTimeEq;
 
 use super::file::{self, FileError};
 
-/// A file with more bytes than this does not hold a token.
+/// A longer file can't be a token file.
 const MAX_LENGTH: u64 = 1024;
 
-/// A secret. It is not shown by `Debug`, and no comparison with what a client sent tells by its
-/// duration how much of it was right.
+/// A secret. `Debug` does not show it, and comparing it with what a client sent takes the same time
+/// however much of that is right.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Token(Box<str>);
 
 impl Token {
-    /// Reads the token at `path`: one word, whatever white space is around it. Blocks for a moment.
+    /// Reads the token at `path`: one word, surrounded by any white space. Blocks briefly.
     ///
     /// # Errors
     ///
-    /// A sentence, where there is no such file, or where it holds no secret: everybody can read it,
-    /// or it can't be sent in a header.
+    /// A sentence, if there is no such file, or if its content is no usable secret: everybody can
+    /// read the file, or the token can't be sent in a header.
     pub fn read(path: &Path) -> Result<Self, String> {
         let shown = path.display();
         let text = read(path).map_err(|error| match error.kind() {
@@ -49,7 +49,7 @@ impl Token {
         Ok(Self(String::from_utf8_lossy(token).into()))
     }
 
-    /// Whether it is what somebody `given` this. Takes as long for any text of the same length.
+    /// Whether `given` is the token. Takes the same time for all texts of the same length.
     #[must_use]
     pub fn is(&self, given: &str) -> bool {
         self.0.as_bytes().ct_eq(given.as_bytes()).into()

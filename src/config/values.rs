@@ -1,4 +1,4 @@
-//! One value's text into its type. An error says what is wrong and what would be right.
+//! Parses single values. An error says what is wrong and what would be right.
 
 use std::{
     fs,
@@ -15,16 +15,16 @@ use nix::sys::signal::Signal;
 
 use super::{Listen, Network, Output, StatusSet};
 
-/// More workers than this is a slip of the pen.
+/// A larger number of workers is probably a typo.
 pub(super) const MAX_WORKERS: u32 = 1024;
 
 /// `sun_path` has 108 bytes, one of them for the closing NUL (unix(7)).
 const MAX_SOCKET_PATH: usize = 107;
 
-/// Ten years: far past any use, and far from overflowing an `Instant` that it is added to.
+/// Ten years: longer than any useful value, and far from overflowing an `Instant`.
 const MAX_DURATION: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
-/// `text` as a message shows it: on one line, nothing in it that a terminal obeys, not endless.
+/// `text` for an error message: on one line, shortened, without anything that a terminal obeys.
 pub(super) fn quoted(text: &str) -> String {
     const SHOWN: usize = 60;
     match text.char_indices().nth(SHOWN) {
@@ -33,7 +33,7 @@ pub(super) fn quoted(text: &str) -> String {
     }
 }
 
-/// The one of `words` that `text` is a misspelling of.
+/// The word in `words` that `text` is probably a misspelling of.
 pub(super) fn suggestion<'w>(text: &str, words: &[&'w str]) -> Option<&'w str> {
     if text.len() > 64 {
         return None;
@@ -66,8 +66,8 @@ pub(super) fn listen(text: &str, base: &Path) -> Result<Listen, String> {
     Ok(Listen::Tcp(address))
 }
 
-/// The path of a unix socket that clients connect to. What other programs write behind it or before
-/// it would silently become a part of the file's name.
+/// Parses the path of a unix socket that clients connect to. Refuses options before or after the
+/// path, as other programs have them: they would silently become part of the file name.
 pub(super) fn listen_path(text: &str, base: &Path) -> Result<PathBuf, String> {
     if let Some(name) = text.strip_prefix('@') {
         let path = quoted(&format!("unix:/run/{name}.sock"));
@@ -91,8 +91,8 @@ pub(super) fn listen_path(text: &str, base: &Path) -> Result<PathBuf, String> {
     socket_path(text, base)
 }
 
-/// A path and options behind it as socat (`,mode=660`), puma (`?umask=0111`), Caddy (`|0222`) and
-/// HAProxy (` mode 660`) write them.
+/// Splits a path from options after it, as written for socat (`,mode=660`), puma (`?umask=0111`),
+/// Caddy (`|0222`) and HAProxy (` mode 660`).
 fn with_options(text: &str) -> Option<(&str, &str)> {
     let is_option = |text: &str| {
         let name = text.bytes().take_while(u8::is_ascii_alphabetic).count();
@@ -129,7 +129,7 @@ pub(super) fn socket_mode(text: &str) -> Result<u32, String> {
     }
 }
 
-/// `[admin] listen`: only what is reached over TCP.
+/// `[admin] listen`: TCP addresses only.
 pub(super) fn tcp_listen(text: &str) -> Result<SocketAddr, String> {
     match listen(text, Path::new(""))? {
         Listen::Tcp(address) => Ok(address),
@@ -162,7 +162,7 @@ pub(super) fn ip(text: &str) -> Result<IpAddr, String> {
     Ok(ip)
 }
 
-/// A network of `accept-proxy-protocol`: `10.0.0.0/8`, or one address.
+/// A network of `accept-proxy-protocol`: `10.0.0.0/8`, or a single address.
 pub(super) fn network(text: &str) -> Result<Network, String> {
     let not_one = || {
         format!(
@@ -199,7 +199,7 @@ pub(super) fn network(text: &str) -> Result<Network, String> {
     })
 }
 
-/// `keepalive`: as TCP takes it (tcp(7), `TCP_KEEPIDLE`).
+/// `keepalive`: a value that TCP accepts (tcp(7), `TCP_KEEPIDLE`).
 pub(super) fn keepalive(text: &str) -> Result<Duration, String> {
     const MOST: Duration = Duration::from_secs(32767);
     match duration(text)? {
@@ -217,7 +217,7 @@ pub(super) fn workers(count: u32) -> Result<NonZeroU32, String> {
         .ok_or_else(|| format!("expected a number from 1 to {MAX_WORKERS}, found {count}"))
 }
 
-/// The first word of argv: what is run.
+/// The first word of argv: the program.
 pub(super) fn program(text: &str) -> Result<String, String> {
     if text.is_empty() {
         return Err("the program is empty; write its name or path".to_owned());
@@ -225,7 +225,7 @@ pub(super) fn program(text: &str) -> Result<String, String> {
     argument(text)
 }
 
-/// Any other word of it, which may be empty.
+/// Another word of argv, which may be empty.
 pub(super) fn argument(text: &str) -> Result<String, String> {
     no_nul(text)?;
     Ok(text.to_owned())
@@ -237,7 +237,8 @@ pub(super) fn account(text: &str) -> Result<String, String> {
         return Err("empty; expected a name or a number".to_owned());
     }
     no_nul(text)?;
-    // Also where it is a name: no system has one like that, and getpwnam(3) finds a number for some.
+    // Checked also if a user has this name: no system has such names, and getpwnam(3) may find a
+    // number for it.
     if text.bytes().all(|byte| byte.is_ascii_digit()) && !text.parse().is_ok_and(is_id) {
         let text = quoted(text);
         return Err(format!("{text} is no user or group; expected one from 0 to {MAX_ID}"));
@@ -245,8 +246,7 @@ pub(super) fn account(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
-/// The largest number of a user or group: to the next one, as -1, setresuid(2) leaves everything as it
-/// is.
+/// The largest user or group number. setresuid(2) takes the next one, -1, as "leave unchanged".
 pub(super) const MAX_ID: u32 = u32::MAX - 1;
 
 fn is_id(number: u32) -> bool {
@@ -262,13 +262,13 @@ pub(super) fn umask(text: &str) -> Result<u32, String> {
     })
 }
 
-/// `output`: a word, or a path, relative to `base`.
+/// `output`: a keyword, or a path relative to `base`.
 pub(super) fn output(text: &str, base: &Path) -> Result<Output, String> {
     match text {
         "log" => Ok(Output::Log),
         "inherit" => Ok(Output::Inherit),
         "null" => Ok(Output::Null),
-        // A misspelt word must not become a file of that name.
+        // A misspelt keyword must not become a file of that name.
         _ if !text.contains(['/', '.']) => {
             Err(unknown_word(text, &["log", "inherit", "null", "./a/path"]))
         }
@@ -295,7 +295,7 @@ pub(super) fn duration(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// The same, but not zero.
+/// Like [`duration`], but not zero.
 pub(super) fn positive_duration(text: &str) -> Result<Duration, String> {
     match duration(text)? {
         Duration::ZERO => Err("must be longer than zero".to_owned()),
@@ -318,7 +318,7 @@ pub(super) fn size(text: &str) -> Result<NonZeroU64, String> {
     }
 }
 
-/// A number a second, such as `100/s`.
+/// A number per second, such as `100/s`.
 pub(super) fn rate(text: &str) -> Result<NonZeroU32, String> {
     let number = text
         .strip_suffix("/s")
@@ -377,19 +377,19 @@ pub(super) fn host_header(text: &str) -> Result<String, String> {
     Err(format!("{} is not a Host header; expected one such as \"example.org\"", quoted(text)))
 }
 
-/// A path, relative to `base`, without `.` and doubled slashes: the same place reads the same.
+/// A path, relative to `base`, without `.` and doubled slashes, so that equal paths look equal.
 pub(super) fn path_in(base: &Path, text: &str) -> Result<PathBuf, String> {
     if text.is_empty() {
         return Err("the path is empty; write one, or remove it".to_owned());
     }
-    // The kernel refuses NUL only, but a line break in a path would break a line of the log.
+    // The kernel refuses only NUL, but a line break in a path would break a line of the log.
     if text.contains(char::is_control) {
         return Err(format!("{} has a control character in it; write a plain path", quoted(text)));
     }
     Ok(base.join(text).components().collect())
 }
 
-/// The same, of a folder that is there.
+/// Like [`path_in`], but the path must be an existing folder.
 pub(super) fn folder_in(base: &Path, text: &str) -> Result<PathBuf, String> {
     let path = path_in(base, text)?;
     let shown = path.display();
@@ -419,7 +419,7 @@ fn unknown_word(text: &str, words: &[&str]) -> String {
     format!("{shown} is not known here; expected {}", words.join(" or "))
 }
 
-/// Refuses an IPv4 address in IPv6 clothes: a socket with IPV6_V6ONLY can't be bound to one.
+/// Refuses an IPv4-mapped IPv6 address: a socket with IPV6_V6ONLY can't be bound to one.
 fn ip_itself(ip: IpAddr) -> Result<(), String> {
     match ip {
         IpAddr::V6(v6) => match v6.to_ipv4_mapped() {

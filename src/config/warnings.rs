@@ -1,5 +1,5 @@
-//! What a valid configuration names that is not there yet, or that is likely not meant: a worker that
-//! needs it will not start, the others will.
+//! Warnings about a valid configuration: things that it names but that don't exist yet, or that are
+//! probably not meant. A worker that needs such a thing will not start; others will.
 
 use std::{
     env,
@@ -18,10 +18,10 @@ use super::{
     values::quoted,
 };
 
-/// Shells, which put `$PORT` in themselves.
+/// Shells, which expand `$PORT` themselves.
 const SHELLS: [&str; 8] = ["sh", "bash", "dash", "ash", "zsh", "ksh", "fish", "busybox"];
 
-/// Looks whether all is there that `config` names. It blocks: accounts may be looked up over the
+/// Checks that everything exists that `config` names. Blocks: accounts may be looked up over the
 /// network (nsswitch.conf(5)).
 #[must_use]
 pub fn warnings(config: &Config) -> Vec<Problem> {
@@ -62,7 +62,7 @@ impl Found<'_> {
             if let Listen::Unix(path) = address {
                 self.parent(&listen, path);
                 let UnixAccess { owner, group, .. } = service.access(path);
-                // In a list of addresses its lines are not told apart.
+                // In a list of addresses, single entries have no line of their own.
                 let key = |key: &str| {
                     let key = format!("{listen}.{key}");
                     if self.config.lines.contains_key(&key) { key } else { listen.clone() }
@@ -81,7 +81,7 @@ impl Found<'_> {
         }
         let is_there = self.folder(&directory, &worker.directory);
         let Program::Command(argv) = &worker.program else { return };
-        // A program in a folder that is missing is missing too.
+        // If the folder is missing, so is a program in it.
         if is_there && let Some(message) = argv.first().and_then(|name| missing(name, service)) {
             self.add(&command, message);
         }
@@ -108,7 +108,7 @@ impl Found<'_> {
         }
     }
 
-    /// Whether there is such a folder.
+    /// Warns if the folder does not exist. Returns whether it exists.
     fn folder(&mut self, key: &str, path: &Path) -> bool {
         let shown = path.display();
         let message = match fs::metadata(path) {
@@ -117,14 +117,14 @@ impl Found<'_> {
             Err(error) if is_missing(error.kind()) => {
                 format!("{shown} does not exist yet; make it, or write another")
             }
-            // It may be open to whom it concerns.
+            // The user that it is meant for may still have access.
             Err(_) => return true,
         };
         self.add(key, message);
         false
     }
 
-    /// Looks for the folder that a file is in.
+    /// Warns if the parent folder of a file does not exist.
     fn parent(&mut self, key: &str, path: &Path) {
         if let Some(parent) = path.parent() {
             self.folder(key, parent);
@@ -140,10 +140,10 @@ fn is_missing(kind: ErrorKind) -> bool {
     matches!(kind, ErrorKind::NotFound | ErrorKind::NotADirectory)
 }
 
-/// Why the program can't be found, looked for as the start of a worker does.
+/// Why the program can't be found. Searches as starting a worker does.
 fn missing(name: &str, service: &Service) -> Option<String> {
     let worker = &service.worker;
-    // What is replaced may be different for each worker.
+    // The placeholder's value may differ between workers.
     if name.contains('{') {
         return None;
     }
@@ -185,12 +185,12 @@ fn look(file: &Path) -> Lookup {
         Ok(found) if found.is_dir() => Lookup::NotThere,
         Ok(found) if found.permissions().mode() & 0o111 == 0 => Lookup::NotExecutable,
         Err(error) if is_missing(error.kind()) => Lookup::NotThere,
-        // Whoever runs it may see more.
+        // The worker's user may see more.
         Ok(_) | Err(_) => Lookup::Runs,
     }
 }
 
-/// What somebody wrote for the port, as elsewhere, that nobody will replace.
+/// A port variable in another program's notation that nobody will expand.
 fn unexpanded(argv: &[String]) -> Option<&'static str> {
     let is_shell = |word: &String| {
         let name = word.rsplit('/').next().unwrap_or_default();
@@ -201,7 +201,7 @@ fn unexpanded(argv: &[String]) -> Option<&'static str> {
         let own = ["${PORT}", "$PORT"].into_iter().find(|own| word.contains(own));
         match own {
             Some(own) if !in_shell => return Some(own),
-            // In a shell `${PORT}` is right, and holds the third.
+            // In a shell `${PORT}` is right, and it contains the third form.
             Some(_) => {}
             None if word.contains("{PORT}") => return Some("{PORT}"),
             None => {}

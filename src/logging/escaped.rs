@@ -1,4 +1,4 @@
-//! JSON lines in which no character is obeyed by a terminal, or turns text around.
+//! JSON log lines without characters that a terminal obeys, or that change the direction of text.
 
 use std::{cell::RefCell, fmt};
 
@@ -10,7 +10,7 @@ use tracing_subscriber::{
 
 use crate::printable;
 
-/// Lines of JSON as `F` writes them, with what JSON may but need not escape escaped too.
+/// Formats lines with `F`, and then also escapes characters that JSON need not escape.
 pub(super) struct Escaped<F>(pub(super) F);
 
 thread_local! {
@@ -32,8 +32,8 @@ where
         LINE.with_borrow_mut(|line| {
             line.clear();
             self.0.format_event(context, Writer::new(line), event)?;
-            // Most lines are ASCII, of which serde_json has escaped all but DEL: a look at the bytes
-            // is all that they cost.
+            // Most lines are ASCII, where serde_json has escaped everything but DEL. For them the
+            // only cost is a scan of the bytes.
             match line.is_ascii() && !line.contains('\x7f') {
                 true => writer.write_str(line),
                 false => writer.write_str(&printable::json(line)),

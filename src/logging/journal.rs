@@ -1,4 +1,4 @@
-//! Lines for systemd's journal: each begins with its level (sd-daemon(3)), which journald takes off.
+//! Lines for systemd's journal: each begins with its level (sd-daemon(3)), which journald strips.
 
 use std::{
     env,
@@ -16,21 +16,21 @@ use tracing_subscriber::{
 
 use crate::printable;
 
-/// Whether standard error leads to the journal: systemd says which file that would be
-/// (systemd.exec(5), `$JOURNAL_STREAM`), and the descriptor may have been given another since.
+/// Whether standard error goes to the journal. systemd names the journal's file (systemd.exec(5),
+/// `$JOURNAL_STREAM`), but standard error may have been redirected since.
 pub(super) fn is_there() -> bool {
     let Ok(stream) = env::var("JOURNAL_STREAM") else { return false };
     fstat(io::stderr().as_fd()).is_ok_and(|file| names(&stream, file.st_dev, file.st_ino))
 }
 
-/// Whether `stream` is `DEVICE:INODE` of this file.
+/// Whether `stream` is the `DEVICE:INODE` of this file.
 fn names(stream: &str, device: u64, inode: u64) -> bool {
     let parts = stream.split_once(':');
     parts.is_some_and(|(d, i)| d.parse() == Ok(device) && i.parse() == Ok(inode))
 }
 
-/// Writes why lbd can't run to standard error, and in the journal as an error, with nothing in it that
-/// a terminal obeys. What can't be written is lost.
+/// Writes to standard error why lbd can't run, in the journal with level error. Characters that a
+/// terminal obeys are replaced. A failed write is ignored.
 pub fn complain(why: &impl Display) {
     let mut text = printable::lines(&why.to_string()).into_owned();
     if is_there() {
@@ -56,7 +56,7 @@ impl Display for Prefix {
     }
 }
 
-/// Lines as `F` writes them, each after the prefix of its level.
+/// Formats lines with `F`, and prefixes each with its level.
 pub(super) struct Prefixed<F>(pub(super) F);
 
 impl<S, N, F> FormatEvent<S, N> for Prefixed<F>

@@ -1,8 +1,8 @@
-//! lbd's own log: one line a fact, as `key=value` text or as JSON, to standard error or a file.
-//! `docs/log.md` has all messages and their fields.
+//! lbd's own log: one line per event, as `key=value` text or as JSON, to standard error or a file.
+//! `docs/log.md` lists all messages and their fields.
 //!
 //! Lines go through a bounded queue to a thread of their own, so that a full disk or a stuck pipe
-//! never holds up traffic or supervision: what does not fit is dropped and counted.
+//! never delays traffic or supervision. Lines that don't fit are dropped and counted.
 
 mod escaped;
 mod journal;
@@ -53,24 +53,24 @@ pub enum LogError {
         /// Why.
         source: io::Error,
     },
-    /// There is a log already.
+    /// The log was set up before.
     #[error("the log is already set up")]
     Twice,
 }
 
-/// The running log. Dropping it writes what is queued, for at most about a second.
+/// The running log. Dropping it writes the queued lines, which takes at most about a second.
 #[derive(Debug)]
 pub struct Logging {
     level: reload::Handle<LevelFilter, Registry>,
     reopen: Arc<AtomicBool>,
-    /// Lines that the queue had no room for, and lines that could not be written.
+    /// Lines that were dropped because the queue was full, or because they could not be written.
     lost: Arc<AtomicUsize>,
     recent: Recent,
     _writer: WorkerGuard,
 }
 
 impl Logging {
-    /// Opens the log for the whole process. To be called once.
+    /// Opens the log for the whole process. May be called only once.
     ///
     /// # Errors
     /// Where the file can't be opened for appending.
@@ -99,29 +99,29 @@ impl Logging {
 
     /// Changes the least severe level that is written.
     pub fn set_level(&self, level: Level) {
-        // It fails only where the subscriber is gone, and then nothing is written anyway.
+        // Fails only if the subscriber is gone, and then nothing is logged anyway.
         let _ = self.level.reload(filter_of(level));
     }
 
-    /// Has the file opened anew before the next line, after somebody moved it away.
+    /// Reopens the file before the next line, after somebody has moved it away.
     pub fn reopen(&self) {
         self.reopen.store(true, Ordering::Relaxed);
     }
 
-    /// The last lines, whatever the level that is written.
+    /// The last lines, whatever the configured level.
     #[must_use]
     pub fn recent(&self) -> Recent {
         self.recent.clone()
     }
 
-    /// Lines dropped so far because the writer could not keep up, or could not write.
+    /// How many lines were dropped so far because the writer was too slow, or could not write.
     #[must_use]
     pub fn dropped_lines(&self) -> usize {
         self.lost.load(Ordering::Relaxed)
     }
 }
 
-/// What makes lines of events, as `settings` and the place that they go to want them.
+/// The layer that formats events, depending on `settings` and the target.
 fn layer(settings: &Log, writer: Entrance) -> Box<dyn Layer<Registry> + Send + Sync> {
     let on_stderr = settings.file.is_none();
     let in_journal = on_stderr && journal::is_there();
@@ -132,7 +132,7 @@ fn layer(settings: &Log, writer: Entrance) -> Box<dyn Layer<Registry> + Send + S
                 && io::stderr().is_terminal()
                 && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
             let lines = lines.with_ansi(colours).fmt_fields(key_value_fields());
-            // The journal has the time of each line.
+            // The journal adds the time itself.
             if in_journal {
                 lines.without_time().map_event_format(Prefixed).boxed()
             } else {
@@ -162,7 +162,7 @@ thread_local! {
     static VALUE: RefCell<String> = const { RefCell::new(String::new()) };
 }
 
-/// `message key=value …`: a value is quoted only where it would not be one word otherwise.
+/// `message key=value …`. A value is quoted only if it would not be a single word otherwise.
 fn key_value_fields() -> impl for<'w> FormatFields<'w> + Send + Sync + 'static {
     use tracing_subscriber::field::MakeExt;
     format::debug_fn(|writer, field, value| {
@@ -172,16 +172,16 @@ fn key_value_fields() -> impl for<'w> FormatFields<'w> + Send + Sync + 'static {
         VALUE.with_borrow_mut(|text| {
             text.clear();
             write!(text, "{value:?}")?;
-            // A recorded &str comes quoted, a displayed value does not.
+            // A recorded &str arrives quoted, a displayed value does not.
             let quoted = text.len() >= 2 && text.starts_with('"') && text.ends_with('"');
-            // What a worker wrote is clean already, and long.
+            // A worker's line is already sanitised, and may be long.
             if field.name() != "line" && text.contains(printable::is_control) {
-                // A displayed value, whatever it begins and ends with.
+                // This is a displayed value, whatever it begins and ends with.
                 return write!(writer, "{field}={text:?}");
             }
             let inner = if quoted { &text[1..text.len() - 1] } else { text.as_str() };
             if !quoted && let (true, Ok(number)) = (inner.contains("e-"), inner.parse::<f64>()) {
-                // Nobody reads 5.2e-5 for 52 microseconds.
+                // More readable than 5.2e-5 for 52 microseconds.
                 return write!(writer, "{field}={number:.6}");
             }
             let one_word = !inner.is_empty()

@@ -1,4 +1,4 @@
-//! The bound of the queue: in bytes, as lines are of any length.
+//! The limit of the log's queue: in bytes, because lines can have any length.
 
 use std::{
     io::{self, Write},
@@ -11,13 +11,13 @@ use std::{
 use tracing_appender::non_blocking::NonBlocking;
 use tracing_subscriber::fmt::MakeWriter;
 
-/// Lines that may wait for a slow writer …
+/// The most lines that may wait for a slow writer …
 pub(super) const LINES: usize = 4096;
-/// … and what they may hold together, in bytes.
+/// … and the most bytes in them.
 const BYTES: usize = 8 * 1024 * 1024;
 
-/// What the queue holds. A short line counts as more, so that the lines in it are bounded as well:
-/// the queue itself is never full.
+/// The size of the queue's content. A short line counts as longer than it is, so that the byte
+/// limit bounds the number of lines too: the queue itself never gets full.
 #[derive(Debug, Default)]
 pub(super) struct Held(AtomicUsize);
 
@@ -26,7 +26,7 @@ impl Held {
         line.len().max(BYTES / LINES)
     }
 
-    /// Whether there is room for `line`, which then is taken.
+    /// Whether there is room for `line`. If so, its size is added.
     fn admits(&self, line: &[u8]) -> bool {
         let more = |held| Some(held + Self::cost(line)).filter(|held| *held <= BYTES);
         self.0.fetch_update(Relaxed, Relaxed, more).is_ok()
@@ -37,7 +37,7 @@ impl Held {
     }
 }
 
-/// Where lines enter the queue; each is written at once. What there is no room for is counted.
+/// The sending end of the queue. Each write is one line. Lines that don't fit are counted.
 #[derive(Debug, Clone)]
 pub(super) struct Entrance {
     pub(super) queue: NonBlocking,
@@ -67,7 +67,7 @@ impl<'a> MakeWriter<'a> for Entrance {
     }
 }
 
-/// Where they leave it, each in one call.
+/// The receiving end of the queue. Each call writes one line.
 #[derive(Debug)]
 pub(super) struct Way<W> {
     pub(super) out: W,

@@ -1,8 +1,8 @@
-//! The last lines of the log, kept for those who look at the daemon now.
+//! Keeps the last lines of the log for event streams.
 //!
-//! Besides the log's own queue, and whatever its level: a dashboard shows that a worker exited also
-//! where only errors are written. Left out are the lines that traffic makes: an access line
-//! (target [`ACCESS`]) and a worker's output (target [`OUTPUT`]).
+//! This is independent of the log's own queue and level: the dashboard shows that a worker exited
+//! also if only errors are logged. Lines caused by traffic are left out: access lines (target
+//! [`ACCESS`]) and the workers' output (target [`OUTPUT`]).
 
 use std::{
     collections::VecDeque,
@@ -25,13 +25,13 @@ use tracing_subscriber::{
 
 use crate::printable;
 
-/// The target of the line at a connection's end.
+/// The target of the line that is logged when a connection ends.
 const ACCESS: &str = "access";
-/// The target of a line that a worker wrote.
+/// The target of a worker's output lines.
 const OUTPUT: &str = "output";
-/// How many are kept.
+/// How many notes are kept.
 pub const KEPT: usize = 100;
-/// How much of a line's fields is kept, in bytes: an error may quote anything.
+/// How many bytes of a line's fields are kept: an error may quote anything.
 const LONGEST: usize = 1000;
 
 /// One line of the log.
@@ -43,34 +43,34 @@ pub struct Note {
     pub level: &'static str,
     /// What happened.
     pub message: String,
-    /// The service that it is about.
+    /// The service that the line is about.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub service: Option<String>,
-    /// The slot that it is about.
+    /// The slot that the line is about.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub slot: Option<u64>,
     /// The worker's port.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub port: Option<u64>,
-    /// The worker's process.
+    /// The worker's pid.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pid: Option<i64>,
-    /// All other fields as `key=value`, to be read by people.
+    /// All other fields as `key=value`, for people to read.
     pub text: String,
 }
 
-/// The last [`KEPT`] notes. Clones are the same.
+/// The last [`KEPT`] notes. Clones share them.
 #[derive(Debug, Clone, Default)]
 pub struct Recent(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
     notes: Mutex<VecDeque<Arc<Note>>>,
-    /// How many there have ever been.
+    /// The number of notes ever written.
     written: watch::Sender<u64>,
 }
 
-/// A place in the notes, from which on they are read.
+/// A position in the notes. Reading continues from there.
 #[derive(Debug)]
 pub struct Reader {
     recent: Recent,
@@ -79,7 +79,7 @@ pub struct Reader {
 }
 
 impl Recent {
-    /// What takes note of lines, for the subscriber.
+    /// The layer that records lines, for the subscriber.
     pub(super) fn layer<S>(&self) -> impl Layer<S> + use<S>
     where
         S: Subscriber + for<'a> LookupSpan<'a>,
@@ -91,7 +91,7 @@ impl Recent {
         self.clone().with_filter(what)
     }
 
-    /// Begins with the oldest note that is kept.
+    /// A reader that begins with the oldest note that is kept.
     #[must_use]
     pub fn read(&self) -> Reader {
         Reader { recent: self.clone(), written: self.0.written.subscribe(), read: 0 }
@@ -103,7 +103,7 @@ impl Recent {
             notes.pop_front();
         }
         notes.push_back(Arc::new(note));
-        // While nobody can look at the notes, so that both always agree.
+        // Under the lock, so that the count and the notes always agree.
         self.0.written.send_modify(|written| *written += 1);
     }
 
@@ -113,7 +113,7 @@ impl Recent {
 }
 
 impl Reader {
-    /// The notes since the last call, oldest first; those that are no longer kept are left out.
+    /// The notes since the last call, oldest first. Notes that are no longer kept are skipped.
     pub fn unread(&mut self) -> Vec<Arc<Note>> {
         let notes = self.recent.notes();
         let written = *self.written.borrow_and_update();
@@ -122,10 +122,10 @@ impl Reader {
         notes.iter().skip(notes.len().saturating_sub(unread)).cloned().collect()
     }
 
-    /// Returns when there is something unread. May be dropped at any time.
+    /// Returns when there is an unread note. Cancel safe.
     pub async fn changed(&mut self) {
         if self.written.changed().await.is_err() {
-            // Never: this holds what sends.
+            // Unreachable: this reader keeps the sender alive.
             std::future::pending().await
         }
     }
@@ -209,7 +209,7 @@ impl Visit for Fields {
     }
 }
 
-/// Takes no more than fits, and says so by an ellipsis.
+/// Writes as much as fits, and an ellipsis if something is cut off.
 struct Bounded<'a>(&'a mut String);
 
 impl fmt::Write for Bounded<'_> {

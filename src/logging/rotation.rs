@@ -1,4 +1,5 @@
-//! Files that begin anew each hour or day, and have its name: `lbd.log.2026-11-25`, in UTC.
+//! Time-based rotation: each hour or day has its own file, named after it: `lbd.log.2026-11-25`, in
+//! UTC.
 
 use std::{
     ffi::OsStr,
@@ -16,13 +17,13 @@ pub(super) enum Period {
 }
 
 impl Period {
-    /// The number of the period that `now` is in. Before 1970 it is the first one.
+    /// The number of the period that contains `now`. All times before 1970 are in the first one.
     pub(super) fn of(self, now: SystemTime) -> u64 {
         let since = now.duration_since(UNIX_EPOCH).unwrap_or_default();
         since.as_secs() / self.seconds()
     }
 
-    /// The file that belongs to a period, by its number.
+    /// The file of the period with this number.
     pub(super) fn file(self, path: &Path, period: u64) -> PathBuf {
         let begin = UNIX_EPOCH + Duration::from_secs(period * self.seconds());
         // 2026-11-25T13:00:00Z
@@ -45,27 +46,27 @@ impl Period {
     }
 }
 
-/// Removes the oldest of the files that rotation has made of `path`, until so many are left.
-/// `current` stays in any case, and so does whatever else there is in the folder.
+/// Removes the oldest rotated files of `path`, until `keep` are left. Never removes `current`, nor
+/// any other file in the folder.
 pub(super) fn prune(path: &Path, keep: usize, current: &Path) -> io::Result<()> {
     let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else { return Ok(()) };
     let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
     let mut old = Vec::new();
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
-        // Not followed, if it is a link.
+        // A link is not followed.
         let is_file = entry.file_type().is_ok_and(|kind| kind.is_file());
         let is_current = current.file_name() == Some(&entry.file_name());
         if is_file && !is_current && is_rotated(name, &entry.file_name()) {
             old.push(entry.file_name());
         }
     }
-    // By their dates.
+    // Sorts by date.
     old.sort_unstable();
     let surplus = (old.len() + 1).saturating_sub(keep.max(1));
     for name in &old[..surplus.min(old.len())] {
         match fs::remove_file(folder.join(name)) {
-            // Somebody else tidies up too.
+            // Another program removed it first.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             removed => removed?,
         }
@@ -73,7 +74,8 @@ pub(super) fn prune(path: &Path, keep: usize, current: &Path) -> io::Result<()> 
     Ok(())
 }
 
-/// Whether rotation would name a file of `base` like that: `BASE.YYYY-MM-DD` or `BASE.YYYY-MM-DD-HH`.
+/// Whether rotation would give a file of `base` this name: `BASE.YYYY-MM-DD` or
+/// `BASE.YYYY-MM-DD-HH`.
 fn is_rotated(base: &OsStr, name: &OsStr) -> bool {
     let date = name.as_bytes().strip_prefix(base.as_bytes());
     let Some(date) = date.and_then(|rest| rest.strip_prefix(b".")) else { return false };

@@ -1,4 +1,4 @@
-//! Where lines end up. Called by the queue's thread alone.
+//! Writes log lines to their target. Used only by the queue's thread.
 
 use std::{
     fmt,
@@ -24,21 +24,22 @@ use tracing::warn;
 use super::rotation::{Period, prune};
 use crate::config::{Log, Rotate};
 
-/// Lines are written together, up to this many bytes, or when the queue is empty.
+/// Lines are written in batches: up to this many bytes, or until the queue is empty.
 const BATCH: usize = 64 * 1024;
 
-/// How long lines gather after some have been written. A line that comes alone is written at once; of
-/// thousands a second each would wake this thread, which costs whoever logs it more than the line.
+/// How long lines are collected after a batch was written. A single line is written at once. If
+/// there are thousands per second, waking this thread for each would cost the logging thread more
+/// than the line itself.
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// How long a new file that could not be begun is let be before it is tried again.
+/// How long to wait before trying again to begin a new file.
 const RETRY: Duration = Duration::from_secs(60);
 
-/// Writes lines to standard error or a file. It never fails: a line that can't be written is lost,
-/// and counted.
+/// Writes lines to standard error or a file. Never fails: a line that can't be written is lost and
+/// counted.
 pub(super) struct Sink {
     target: Box<dyn Write + Send>,
-    /// Where the target is; `None` for standard error.
+    /// The target's path and rotation; `None` for standard error.
     place: Option<LogPlace>,
     reopen: Arc<AtomicBool>,
     lost: Arc<AtomicUsize>,
@@ -47,25 +48,25 @@ pub(super) struct Sink {
     torn: bool,
 }
 
-/// The file, or the files, that lines go to.
+/// The file, or series of files, that lines go to.
 struct LogPlace {
     path: PathBuf,
-    /// How often a new file is begun, and the one that is open now.
+    /// How often a new file is begun, and the period of the file that is open.
     rotation: Option<(Period, u64)>,
-    /// How many files there may be.
+    /// The most files to keep.
     keep: Option<usize>,
-    /// When a new file may be tried again.
+    /// When beginning a new file may be tried again.
     retry_at: Option<Instant>,
 }
 
 impl Sink {
-    /// To standard error. Lost lines are counted in `lost`.
+    /// Writes to standard error. Counts lost lines in `lost`.
     pub(super) fn stderr(lost: Arc<AtomicUsize>) -> Self {
         Self::new(Box::new(io::stderr()), None, Arc::default(), lost)
     }
 
-    /// To the file that `settings` describe, which is opened anew before the next lines when
-    /// `reopen` is set.
+    /// Writes to the file that `settings` describes. Reopens it before the next lines when `reopen`
+    /// is set.
     pub(super) fn file(
         path: &Path,
         settings: &Log,
@@ -96,7 +97,7 @@ impl Sink {
         Self { target, place, reopen, lost, batch: Vec::with_capacity(BATCH), torn: false }
     }
 
-    /// Opens the file anew where somebody asked for that, and the next one where it is time for it.
+    /// Reopens the file if that was requested, and begins the next one when it is time.
     fn renew(&mut self, now: SystemTime) {
         let Some(place) = &mut self.place else { return };
         let asked = self.reopen.swap(false, Relaxed);
@@ -108,7 +109,7 @@ impl Sink {
                 self.target = Box::new(new);
                 self.torn = false;
             }
-            // The old one is better than none. This line waits in the queue behind those that are
+            // Continue with the old file. This line goes into the queue, behind those that are
             // being written.
             Err(error) => {
                 place.retry_at = Some(Instant::now() + RETRY);
@@ -172,13 +173,13 @@ impl fmt::Debug for Sink {
 }
 
 impl LogPlace {
-    /// Whether the time of the open file is over.
+    /// Whether the period of the open file is over.
     fn is_over(&self, now: SystemTime) -> bool {
         self.rotation.is_some_and(|(period, current)| period.of(now) != current)
             && self.retry_at.is_none_or(|at| Instant::now() >= at)
     }
 
-    /// The file for lines that are written now. Older ones that are too many are removed.
+    /// Opens the file for lines that are written now, and removes old files beyond the limit.
     fn open(&mut self, now: SystemTime) -> io::Result<File> {
         let Some((period, current)) = &mut self.rotation else { return append(&self.path) };
         let number = period.of(now);
@@ -196,9 +197,9 @@ impl LogPlace {
     }
 }
 
-/// Opens a log file for appending, and makes it where there is none. It neither follows a link, which
-/// somebody else may have put there to have lbd write where he may not, nor waits for the other end
-/// of a pipe (open(2), fifo(7)).
+/// Opens a log file for appending, and creates it if it is missing. Does not follow a link, because
+/// another user may have made it so that lbd writes where that user may not. Does not wait for the
+/// other end of a pipe (open(2), fifo(7)).
 fn append(path: &Path) -> io::Result<File> {
     let open = |path: &Path, is_new: bool| {
         let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY;
@@ -214,27 +215,28 @@ fn append(path: &Path) -> io::Result<File> {
         opened => opened,
     };
     let file = opened.map_err(|error| match error.raw_os_error() {
-        // A pipe that nobody reads, or a socket (open(2)).
+        // A pipe without a reader, or a socket (open(2)).
         Some(libc::ENXIO) => io::Error::other(NOT_A_FILE),
         _ => error,
     })?;
     let kind = file.metadata()?.file_type();
-    // Only root can make a device.
+    // Only root can create a device.
     if !kind.is_char_device() && (is_behind_a_link || !kind.is_file()) {
         return Err(io::Error::other(NOT_A_FILE));
     }
     if kind.is_char_device() {
-        // A terminal takes lines as fast as it can, and the rest has to wait.
+        // A terminal accepts lines at its own speed, so writes to it must block.
         let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?);
         fcntl(&file, FcntlArg::F_SETFL(flags - OFlag::O_NONBLOCK))?;
     }
     Ok(file)
 }
 
-/// What a link leads to, where that is a device and the link root's or of lbd's own user: in containers
-/// a log is often sent that way.
+/// The device that a link leads to, if root or lbd's own user made the link. Containers often
+/// redirect a log like that.
 fn device_behind(path: &Path) -> Option<PathBuf> {
-    // One link, whatever becomes of its name: what was looked at is what is read (open(2)).
+    // Opened without following (O_PATH, open(2)), so that the link that is checked is the link that
+    // is read.
     let flags = libc::O_PATH | libc::O_NOFOLLOW;
     let link = OpenOptions::new().read(true).custom_flags(flags).open(path).ok()?;
     let is_trusted = [0, geteuid().as_raw()].contains(&link.metadata().ok()?.uid());

@@ -7,9 +7,10 @@
 //!                        └── lbd-PID-2
 //! ```
 //!
-//! A cgroup is killed as one (`cgroup.kill`), however fast its processes fork, and counts them
-//! (`pids.max`). Whether one is delegated is not guessed from what can be written, which for root is
-//! everything: systemd marks it (systemd's CGROUP_DELEGATION.md, for `Delegate=`).
+//! A cgroup can be killed as one (`cgroup.kill`), however fast its processes fork, and limits their
+//! number (`pids.max`). lbd does not guess from write access whether a cgroup is delegated, because
+//! root can write everywhere. It looks for systemd's mark (systemd's CGROUP_DELEGATION.md, for
+//! `Delegate=`).
 
 use std::{
     cell::Cell,
@@ -28,44 +29,45 @@ use nix::{
     sys::stat::Mode,
 };
 
-/// What systemd marks a delegated cgroup with; the second is for root's eyes, and all that versions
-/// before 251 know.
+/// The extended attributes that mark a delegated cgroup. The second can be read by root only, and
+/// is the only one that systemd before 251 sets.
 const MARKS: [&CStr; 2] = [c"user.delegate", c"trusted.delegate"];
 
-/// How long the processes that a killed lbd left may take to die.
+/// How long to wait for the processes that a killed lbd left behind to die.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// The same of those that a worker left, where nobody waits for it.
+/// The same for the processes that a worker left behind; here nothing waits for the removal.
 const LONG_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Why workers get no cgroups.
 #[derive(Debug, thiserror::Error)]
 pub enum NoCgroups {
-    /// lbd has no cgroup that it may divide.
+    /// No cgroup is delegated to lbd.
     #[error("no cgroup is delegated to lbd")]
     NotDelegated,
-    /// It has one, and can't.
+    /// A cgroup is delegated, but lbd can't use it.
     #[error("the cgroup that is delegated to lbd can't be used: {0}: {1}")]
     Denied(PathBuf, io::Error),
 }
 
-/// The cgroup that is delegated to lbd, and divided between the workers.
+/// The cgroup that is delegated to lbd, and that lbd divides among the workers.
 #[derive(Debug)]
 pub struct Cgroups {
     base: PathBuf,
-    /// What the names of all that this lbd makes begin with.
+    /// The prefix of the names of all cgroups that this lbd creates.
     prefix: String,
     last: Cell<u64>,
     pids: Result<(), String>,
 }
 
 impl Cgroups {
-    /// Moves this process into a leaf of the cgroup that is delegated to it, so that there can be
-    /// others beside it, and removes what a killed lbd has left there, which may take a second.
+    /// Moves this process into a leaf of the delegated cgroup, so that other cgroups can be created
+    /// beside it. Also removes what a killed lbd left there, which may take a second.
     ///
     /// # Errors
     ///
-    /// Where none is delegated, or it can't be divided. Nothing is changed then.
+    /// Where no cgroup is delegated, or the delegated one can't be divided. Nothing is changed
+    /// then.
     pub fn claim() -> Result<Self, NoCgroups> {
         let base = own().filter(|path| is_delegated(path)).ok_or(NoCgroups::NotDelegated)?;
         Self::divide(base, process::id())
@@ -98,12 +100,12 @@ impl Cgroups {
     ///
     /// # Errors
     ///
-    /// Why not, as a sentence.
+    /// The reason why not, as a sentence.
     pub fn can_limit_processes(&self) -> Result<(), &str> {
         self.pids.as_ref().copied().map_err(String::as_str)
     }
 
-    /// A cgroup for one worker, which may be as many `processes` and threads.
+    /// Creates a cgroup for one worker, limited to `processes` processes and threads.
     ///
     /// # Errors
     ///
@@ -138,21 +140,22 @@ impl Drop for Cgroup {
     fn drop(&mut self) {
         let removed = fs::remove_dir(&self.path);
         if removed.is_err_and(|error| error.kind() == io::ErrorKind::ResourceBusy) {
-            // What is in it has been killed, but whoever is nobody's child here was not waited for.
+            // All processes in the cgroup have been killed, but those that are not lbd's children
+            // were not waited for.
             let path = std::mem::take(&mut self.path);
-            // Without a thread, or where it is in vain, the next lbd finds it.
+            // If there can be no thread, or the removal fails, the next lbd removes the cgroup.
             let remover = move || remove(&path, LONG_PATIENCE);
             let _ = thread::Builder::new().name("lbd-cgroup".into()).spawn(remover);
         }
     }
 }
 
-/// Moves this process into the cgroup that `directory` is.
+/// Moves this process into the cgroup with this directory.
 pub(super) fn enter(directory: impl AsFd) -> io::Result<()> {
     write(directory, c"cgroup.procs", b"0")
 }
 
-/// Kills all that is in the cgroup that `directory` is, in one step. Needs Linux 5.14.
+/// Kills everything in the cgroup with this directory, in one step. Needs Linux 5.14.
 pub(super) fn kill(directory: impl AsFd) -> io::Result<()> {
     write(directory, c"cgroup.kill", b"1")
 }
@@ -162,16 +165,17 @@ fn write(directory: impl AsFd, file: &CStr, text: &[u8]) -> io::Result<()> {
     File::from(openat(directory, file, flags, Mode::empty())?).write_all(text)
 }
 
-/// The folder of the cgroup that this process is in.
+/// The directory of the cgroup that this process is in.
 fn own() -> Option<PathBuf> {
     let (root, mount) = mount(&fs::read_to_string("/proc/self/mountinfo").ok()?)?;
     let path = member(&fs::read_to_string("/proc/self/cgroup").ok()?)?;
-    // Outside of what is mounted, the path begins with `/..`, and matches nothing.
+    // Where the cgroup is outside of the mounted hierarchy, the path begins with `/..` and has no
+    // such prefix.
     Some(mount.join(path.strip_prefix(root).ok()?))
 }
 
-/// Which cgroup is mounted where (proc_pid_mountinfo(5)). Fields 4 and 5 of a line; the type is the
-/// first after the `-`.
+/// The root and the mount point of the cgroup2 mount (proc_pid_mountinfo(5)): fields 4 and 5 of a
+/// line. The file system type is the first field after the `-`.
 fn mount(mountinfo: &str) -> Option<(PathBuf, PathBuf)> {
     let line = mountinfo.lines().find(|line| {
         line.split_once(" - ").is_some_and(|(_, after)| after.starts_with("cgroup2 "))
@@ -180,7 +184,7 @@ fn mount(mountinfo: &str) -> Option<(PathBuf, PathBuf)> {
     Some((fields.next()?, fields.next()?))
 }
 
-/// The path in the one hierarchy of version 2 (cgroups(7)).
+/// The path in the single version 2 hierarchy (cgroups(7)).
 fn member(cgroup: &str) -> Option<PathBuf> {
     cgroup.lines().find_map(|line| line.strip_prefix("0::")).map(PathBuf::from)
 }
@@ -201,7 +205,8 @@ fn enable_pids(base: &Path) -> Result<(), String> {
         .map_err(|error| format!("cannot limit processes in {}: {error}", base.display()))
 }
 
-/// Kills and removes what lbds made that are no more. That of one which is alive holds it.
+/// Kills and removes the cgroups of lbd processes that no longer exist. A living lbd is recognised
+/// by being in its own leaf.
 fn remove_leftovers(base: &Path, own: &str) {
     let Ok(entries) = fs::read_dir(base) else { return };
     let names: Vec<String> =
@@ -221,10 +226,11 @@ fn remove_leftovers(base: &Path, own: &str) {
     }
 }
 
-/// Kills all in the cgroup, and removes it as soon as it is empty, or gives up. It blocks for as long.
+/// Kills everything in the cgroup and removes it once it is empty, or gives up after `patience`.
+/// Blocks until then.
 fn remove(path: &Path, patience: Duration) {
     let until = Instant::now() + patience;
-    // An error says that there is nothing to kill, or that it is not for lbd to do.
+    // An error means that there is nothing to kill, or that lbd may not kill it.
     let _ = File::open(path).map(kill);
     while fs::remove_dir(path).is_err_and(|error| error.kind() == io::ErrorKind::ResourceBusy)
         && Instant::now() < until

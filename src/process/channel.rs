@@ -1,8 +1,8 @@
-//! What lbd and a guard say to each other.
+//! The protocol between lbd and a guard.
 //!
 //! The channel is a `SOCK_SEQPACKET` pair (unix(7)): a message arrives whole or not at all, and the
-//! end of the other side reads as end of file, whatever ended it. Each message is a few bytes of
-//! JSON. The first one, [`start`], carries descriptors.
+//! end of the other side reads as end of file, however that side ended. Each message is a few bytes
+//! of JSON. The first one, [`start`], carries descriptors.
 
 use std::{
     ffi::OsString,
@@ -30,10 +30,10 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use super::Exit;
 use crate::config::{MAX_LISTENERS, StopTo};
 
-/// The program to start, all but its descriptors.
+/// The program to start: everything except its descriptors.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Description {
-    /// The file to run, where it is not the one that the first of `argv` names.
+    /// The file to run, if it is not the one that `argv[0]` names.
     pub(super) program: Option<OsString>,
     pub(super) argv: Vec<OsString>,
     pub(super) env: Vec<(OsString, OsString)>,
@@ -41,7 +41,7 @@ pub(super) struct Description {
     pub(super) umask: Option<u32>,
     pub(super) user: Option<String>,
     pub(super) group: Option<String>,
-    /// The file that its output is written to, where a [`Writer`](super::writer::Writer) does that.
+    /// The file for the program's output, where a [`Writer`](super::writer::Writer) writes it.
     pub(super) output: Option<OsString>,
     /// Soft and hard `RLIMIT_NOFILE`.
     pub(super) open_files: Option<(u64, u64)>,
@@ -49,67 +49,69 @@ pub(super) struct Description {
     pub(super) listeners: Vec<String>,
 }
 
-/// What [`start`] hands to the guard. The guard itself never looks into the description: the
-/// forked child does, so that the guard stays small.
+/// What [`start`] hands to the guard. The guard itself never reads the description, so that it
+/// stays small: the forked child does.
 #[derive(Debug)]
 pub(super) struct Package {
     pub(super) description: File,
     pub(super) stdout: OwnedFd,
     pub(super) stderr: OwnedFd,
-    /// Where its output can be read, for who writes it to a file.
+    /// The read end of the output pipe, for the process that writes the output to a file.
     pub(super) reader: Option<OwnedFd>,
-    /// As many as the description names.
+    /// One for each name in the description.
     pub(super) listeners: Vec<OwnedFd>,
-    /// The folder of the worker's cgroup.
+    /// The directory of the worker's cgroup.
     pub(super) cgroup: Option<OwnedFd>,
 }
 
 impl Package {
-    /// Leaves the description alone, for a process that is to hold nothing that the program has.
+    /// Drops everything but the description, for a process that must not hold any of the program's
+    /// descriptors.
     pub(super) fn into_description(self) -> File {
         self.description
     }
 
-    /// Closes all but the cgroup's folder: nothing but the program may hold its output and its
-    /// sockets, which would outlive it by as long as the guard does.
+    /// Closes everything except the cgroup's directory. Only the program may hold its output and
+    /// its sockets; otherwise they would stay open for as long as the guard lives.
     pub(super) fn into_cgroup(self) -> Option<OwnedFd> {
-        // For a caller to take one field out would leave the others open until its own scope ends.
+        // If the caller moved one field out, the others would stay open until the end of the
+        // caller's scope.
         self.cgroup
     }
 }
 
-/// From lbd to the guard.
+/// Sent by lbd to the guard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Order {
     /// Send this signal to the program's process group.
     Signal(i32),
-    /// Ask the program to stop with this signal, and report its end when its whole tree has ended. It
-    /// is killed after that time.
+    /// Ask the program to stop with this signal, and report its exit when its whole process tree
+    /// has ended. lbd orders the kill after this time.
     Stop(i32, StopTo, Duration),
     /// Kill everything below the guard.
     Kill,
-    /// Open the file anew that the output is written to.
+    /// Reopen the file that the output is written to.
     Reopen,
 }
 
-/// From the guard to lbd: `Failed`, or `Started` and then `Exited`.
+/// Sent by the guard to lbd: `Failed`, or `Started` and then `Exited`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Report {
     Started(i32),
     Failed(String),
     Exited(Exit),
-    /// What is wrong with the file that the output is written to, at any time between.
+    /// What is wrong with the output file. May come at any time in between.
     Output(String),
 }
 
-/// Longer than any message is: the longest is a [`Report::Failed`], cut to half of it.
+/// Larger than any message. The longest is a [`Report::Failed`], which is cut to half of this.
 pub(super) const MESSAGE: usize = 8 * 1024;
 
-/// How many descriptors there are at most: those of the listeners, and the [`Package`]'s others. That
-/// is far below what the kernel sends at once (`SCM_MAX_FD`, 253).
+/// The most descriptors in one message: the listeners, and the others of a [`Package`]. This is far
+/// below the kernel's limit (`SCM_MAX_FD`, 253).
 const MAX_PASSED: usize = MAX_LISTENERS + 5;
 
-/// Both ends of a new channel, close-on-exec and blocking.
+/// Creates a channel. Both ends are close-on-exec and blocking.
 pub(super) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?)
 }
@@ -134,8 +136,8 @@ pub(super) fn hear<T: DeserializeOwned>(channel: impl AsFd) -> io::Result<Option
     }
 }
 
-/// For poll(2), which counts milliseconds: rounded up, so that nobody looks again and again in the
-/// last one.
+/// Converts a timeout for poll(2), which counts milliseconds. Rounds up, so that a caller does not
+/// spin during the last millisecond.
 pub(super) fn poll_timeout(timeout: Option<Duration>) -> PollTimeout {
     timeout.map_or(PollTimeout::NONE, |timeout| {
         PollTimeout::try_from(timeout.as_nanos().div_ceil(1_000_000)).unwrap_or(PollTimeout::MAX)
@@ -144,7 +146,8 @@ pub(super) fn poll_timeout(timeout: Option<Duration>) -> PollTimeout {
 
 /// Sends what the guard needs to start the program.
 ///
-/// The description goes in a memory file: an environment may be larger than a socket's buffer.
+/// The description travels in a memory file, because an environment may be larger than a socket's
+/// buffer.
 pub(super) fn start(
     channel: impl AsFd,
     description: &Description,
@@ -163,8 +166,8 @@ pub(super) fn start(
     send_with(channel, &[count, reader.is_some().into()], &fds)
 }
 
-/// Sends `bytes`, which are not empty (that would read as end of file), with copies of descriptors.
-/// Never blocks, as [`tell`].
+/// Sends `bytes` with copies of descriptors. `bytes` must not be empty: an empty message reads as
+/// end of file. Never blocks, like [`tell`].
 pub(super) fn send_with(
     channel: impl AsFd,
     bytes: &[u8],
@@ -181,8 +184,8 @@ pub(super) fn send_with(
     Ok(())
 }
 
-/// Receives what [`send_with`] sent, once it is there: how many bytes are in `bytes` now, none where the
-/// other side has ended; and the descriptors, close-on-exec.
+/// Waits for what [`send_with`] sent. Returns the number of bytes received, zero if the other side
+/// has ended, and the descriptors, which are close-on-exec.
 pub(super) fn receive_with(
     channel: impl AsFd,
     bytes: &mut [u8],
@@ -206,7 +209,7 @@ pub(super) fn receive_with(
     Ok((message.bytes, fds))
 }
 
-/// Receives what [`start`] sent, once it is there; `None` where lbd ended before.
+/// Waits for what [`start`] sent. Returns `None` if lbd ended before.
 pub(super) fn started(channel: impl AsFd) -> io::Result<Option<Package>> {
     let mut bytes = [0; 2];
     let (length, fds) = receive_with(channel, &mut bytes)?;
@@ -233,7 +236,8 @@ impl Description {
     pub(super) fn read(file: &File) -> io::Result<Self> {
         let length = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
         let mut bytes = vec![0; length];
-        // From its beginning, wherever others who share it are (fork(2)).
+        // Reads at an absolute offset, because forked processes share the file's position
+        // (fork(2)).
         file.read_exact_at(&mut bytes, 0)?;
         Ok(serde_json::from_slice(&bytes)?)
     }

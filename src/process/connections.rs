@@ -1,7 +1,7 @@
-//! How many connections workers have that lbd does not hold for them.
+//! Counts the workers' connections that don't pass through lbd (`route = "direct"`).
 //!
-//! The kernel knows the connections on a port, and `/proc` which process has which socket; neither
-//! tells of the other, so that both are looked at: sockets by their inodes.
+//! The kernel lists the connections on a port, and `/proc` lists the sockets of a process. Neither
+//! list has the other's information, so both are read and joined by the sockets' inodes.
 
 use std::{
     collections::{BTreeSet, HashSet},
@@ -20,31 +20,31 @@ use super::{
 };
 use crate::net::diag::Diag;
 
-/// Between two looks, where nobody waits for one.
+/// The pause between two counts while nobody waits for a result.
 const PAUSE: Duration = Duration::from_secs(1);
-/// Where somebody does: at first, and then longer the longer it has been.
+/// The first pause while somebody waits for a result. It grows with the time waited.
 const URGENT_PAUSE: Duration = Duration::from_millis(20);
-/// The pause is at least this many times as long as a look takes, so that looking costs less than
+/// The pause is at least this many times as long as a count takes, so that counting costs less than
 /// half a percent of one core, …
 const REST: u32 = 250;
-/// … or, while somebody waits, five percent.
+/// … or five percent while somebody waits.
 const URGENT_REST: u32 = 20;
 
-/// However long a look takes.
+/// The longest pause, however long a count takes.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
-/// What is counted.
+/// A worker whose connections are counted.
 #[derive(Debug)]
 pub struct Counted<T> {
-    /// The pid of its guard: what is below that is the worker.
+    /// The pid of the worker's guard. The worker is every process below the guard.
     pub guard: i32,
-    /// Somebody waits for its connections to end.
+    /// Somebody waits for this worker's connections to end.
     pub urgent: bool,
-    /// What the count is reported with.
+    /// Passed along with each reported count.
     pub subject: T,
 }
 
-/// Looks again and again, on a thread of its own, which ends when this is dropped.
+/// Counts repeatedly on a thread of its own, which ends when this is dropped.
 #[derive(Debug)]
 pub struct ConnectionGauge<T>(mpsc::Sender<Watch<T>>);
 
@@ -55,10 +55,11 @@ struct Watch<T> {
 }
 
 impl<T: Send + 'static> ConnectionGauge<T> {
-    /// Starts the thread, which gives each count to `report`; `None` where it may not look.
+    /// Starts the thread, which passes each count to `report`: `None` where lbd may not look into a
+    /// process.
     ///
     /// # Errors
-    /// Where there can be no thread.
+    /// Where no thread can be started.
     pub fn start(report: impl FnMut(&T, Option<u32>) + Send + 'static) -> io::Result<Self> {
         let (sender, watches) = mpsc::channel();
         thread::Builder::new()
@@ -67,10 +68,10 @@ impl<T: Send + 'static> ConnectionGauge<T> {
         Ok(Self(sender))
     }
 
-    /// From now on the connections of these workers at these addresses are counted, and no others.
-    /// A look that begins after this call is for them.
+    /// From now on counts the connections of these workers at these addresses, and no others. A
+    /// count that begins after this call uses them.
     pub fn watch(&self, addresses: BTreeSet<SocketAddr>, workers: Vec<Counted<T>>) {
-        // Fails where the thread has panicked, which was reported.
+        // Fails only where the thread has panicked, which has been reported.
         let _ = self.0.send(Watch { addresses, workers });
     }
 }
@@ -112,7 +113,8 @@ fn count<T>(watches: &mpsc::Receiver<Watch<T>>, mut report: impl FnMut(&T, Optio
     }
 }
 
-/// What this thread has used so far: a look may take long because others are busy.
+/// The CPU time that this thread has used so far. Wall time would include the time in which other
+/// threads ran.
 fn cpu_time() -> Duration {
     let now = ClockId::CLOCK_THREAD_CPUTIME_ID.now();
     now.map_or(Duration::ZERO, Duration::from)
@@ -136,7 +138,7 @@ fn look<T>(watch: &Watch<T>, diag: &mut Option<Diag>, report: &mut impl FnMut(&T
     }
 }
 
-/// The inodes of all connections on these ports.
+/// The inodes of all connections on these addresses.
 fn connections(
     addresses: &BTreeSet<SocketAddr>,
     diag: &mut Option<Diag>,

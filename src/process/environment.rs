@@ -1,4 +1,4 @@
-//! What a worker learns about itself: its environment, and the placeholders in its argv.
+//! What a worker is told about itself: its environment, and the placeholders in its argv.
 
 use std::{
     collections::BTreeMap,
@@ -13,12 +13,12 @@ pub struct Identity<'a> {
     pub service: &'a str,
     /// `{slot}`, `LBD_SLOT`.
     pub slot: u32,
-    /// `{port}`, `PORT`; `None` where it is on a unix socket.
+    /// `{port}`, `PORT`; `None` where the worker listens on a unix socket.
     pub port: Option<u16>,
 }
 
-/// Variables that tell lbd about itself, by its own supervisor: a worker that took them for its own
-/// would speak for lbd (sd_notify(3), sd_listen_fds(3), sd_watchdog_enabled(3)).
+/// Variables that lbd's own service manager sets for lbd. A worker that inherited them could speak
+/// in lbd's name (sd_notify(3), sd_listen_fds(3), sd_watchdog_enabled(3)).
 const FOR_LBD_ALONE: [&str; 9] = [
     "LISTEN_FDNAMES",
     "LISTEN_FDS",
@@ -34,13 +34,13 @@ const FOR_LBD_ALONE: [&str; 9] = [
 /// Variables about the user that lbd runs as.
 pub(super) const ABOUT_THE_USER: [&str; 4] = ["HOME", "LOGNAME", "SHELL", "USER"];
 
-/// The worker's whole environment, each name once.
+/// The worker's complete environment, each name once.
 ///
-/// It is `own` (lbd's), without what is for lbd alone and, for a worker that runs as another
-/// `user`, without what is about lbd's; then `extra`; then `PORT`, `LBD_SERVICE` and `LBD_SLOT`. There
-/// is no `PORT` for a worker without one, not even lbd's.
-/// The start of the worker adds `LISTEN_*` where a socket is passed, and `HOME`, `LOGNAME`, `SHELL`
-/// and `USER` where they are missing and a `user` is set.
+/// It starts with `own` (lbd's environment), without the variables that are for lbd alone and, if
+/// the worker runs as another `user`, without those about lbd's user. Then come `extra`, and
+/// `PORT`, `LBD_SERVICE` and `LBD_SLOT`. A worker without a port gets no `PORT`, not even lbd's
+/// own. Starting the worker adds `LISTEN_*` if a socket is passed, and `HOME`, `LOGNAME`, `SHELL`
+/// and `USER` if they are missing and a `user` is set.
 pub fn environment(
     own: impl IntoIterator<Item = (OsString, OsString)>,
     extra: &BTreeMap<String, String>,
@@ -77,7 +77,7 @@ pub fn expand(argv: &[String], worker: Identity<'_>) -> Vec<String> {
 pub(super) fn expand_path(path: &Path, worker: Identity<'_>) -> PathBuf {
     let slot = worker.slot.to_string();
     let values = [("{slot}", slot.as_str()), ("{service}", worker.service)];
-    // What is not UTF-8 comes from the folder of the configuration.
+    // A part that is not UTF-8 comes from the path of the configuration file, and is kept as it is.
     path.iter()
         .map(|part| match part.to_str() {
             Some(part) => expand_one(part, &values).into(),

@@ -1,7 +1,7 @@
-//! From the guard's fork to the program: everything a worker's process is set up with.
+//! From the guard's fork to the program: sets up everything about a worker's process.
 //!
-//! The guard is single-threaded, so ordinary code may run between its fork and `execve`; all that
-//! it allocates goes with the `execve`, and the guard stays small.
+//! The guard is single-threaded, so the child may run ordinary code between fork and `execve`. What
+//! the child allocates is gone with the `execve`, and the guard stays small.
 
 use std::{
     convert::Infallible,
@@ -47,10 +47,11 @@ use crate::config::{DEFAULT_PATH, MAX_LISTENERS, shown_path};
 /// The descriptor of the first passed listening socket (`SD_LISTEN_FDS_START`, sd_listen_fds(3)).
 const FIRST_LISTENER: i32 = 3;
 
-/// Descriptors from here on are out of the way of those that the program gets.
+/// Descriptors from here on can't collide with those that the program gets.
 const ASIDE: i32 = FIRST_LISTENER + MAX_LISTENERS as i32;
 
-/// Why the program does not run, as one sentence with its cause in it: it crosses a pipe as text.
+/// Why the program does not run. One sentence that includes the cause, because it crosses a pipe as
+/// text.
 #[derive(Debug, Error)]
 pub(super) enum ExecError {
     #[error("cannot read what to run: {0}")]
@@ -95,10 +96,11 @@ pub(super) enum ExecError {
     Nul(#[from] NulError),
 }
 
-/// Becomes the program that `package` describes. To be called in the forked child of `guard` only.
+/// Becomes the program that `package` describes. Must be called in the forked child of `guard`
+/// only.
 ///
-/// Where that fails, the reason goes to `errors`, which is close-on-exec: its end with nothing in
-/// it says that the program runs.
+/// On failure the reason is written to `errors`. That pipe is close-on-exec: if it ends without any
+/// content, the program runs.
 pub(super) fn become_program(
     package: Package,
     output: Option<Opened>,
@@ -132,7 +134,8 @@ fn run(package: Package, output: Option<Opened>, guard: Pid) -> Result<Infallibl
     }
     default_signals().map_err(step("reset the signals"))?;
 
-    // As lbd, which may enter more folders, and again as the user, who may enter others (NFS).
+    // Change folder as lbd, which may enter more folders, and again as the user, who may enter
+    // folders that lbd can't (NFS).
     let directory = what.directory.as_os_str();
     let entered = chdir(directory);
     identity(what.user.as_deref(), what.group.as_deref(), &mut what.env)?;
@@ -140,8 +143,8 @@ fn run(package: Package, output: Option<Opened>, guard: Pid) -> Result<Infallibl
         .or_else(|_| chdir(directory))
         .map_err(|errno| ExecError::Directory(directory.to_owned(), errno))?;
 
-    // After the change of user, which clears it (PR_SET_PDEATHSIG(2const)); and the guard may
-    // have ended before.
+    // Set after the change of user, which clears it (PR_SET_PDEATHSIG(2const)). The guard may
+    // already have ended by now, so check.
     prctl::set_pdeathsig(Signal::SIGKILL).map_err(step("set the parent-death signal"))?;
     if getppid() != guard {
         return Err(ExecError::Step("outlive the guard", Errno::ESRCH));
@@ -162,17 +165,20 @@ fn run(package: Package, output: Option<Opened>, guard: Pid) -> Result<Infallibl
     execute(&what)
 }
 
-/// Leaves the program 0 (`/dev/null`), 1, 2 and, where there are any, the listening sockets from 3 on.
+/// Gives the program descriptors 0 (`/dev/null`), 1 and 2, and the listening sockets, if any, from
+/// 3 on.
 ///
-/// All else is close-on-exec: the guard closed what it inherited, and opens nothing without.
+/// All others are close-on-exec: the guard closed those it inherited, and opens none without that
+/// flag.
 fn descriptors(stdout: &OwnedFd, stderr: &OwnedFd, listeners: &[OwnedFd]) -> nix::Result<()> {
     let null = File::open("/dev/null")
         .map_err(|error| error.raw_os_error().map_or(Errno::UnknownErrno, Errno::from_raw))?;
     dup2_stdin(null)?;
     dup2_stdout(stdout)?;
     dup2_stderr(stderr)?;
-    // Moved first, all of them: a dup2 onto itself would leave one close-on-exec, and onto another
-    // would close that.
+    // Move all listeners out of the way first. A dup2 onto the same number would leave the
+    // descriptor close-on-exec, and a dup2 onto another listener's number would close that
+    // listener.
     let listeners = listeners.iter().map(aside).collect::<nix::Result<Vec<_>>>()?;
     for (number, listener) in (FIRST_LISTENER..).zip(listeners) {
         // SAFETY: whatever is at that number is not used again in this process.
@@ -182,7 +188,7 @@ fn descriptors(stdout: &OwnedFd, stderr: &OwnedFd, listeners: &[OwnedFd]) -> nix
     Ok(())
 }
 
-/// Another, close-on-exec descriptor of `fd`, out of the way of those that the program gets.
+/// Duplicates `fd` as a close-on-exec descriptor whose number can't collide with the program's.
 pub(super) fn aside(fd: impl AsFd) -> nix::Result<OwnedFd> {
     use std::os::fd::FromRawFd as _;
     let raw = fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(ASIDE))?;
@@ -190,7 +196,8 @@ pub(super) fn aside(fd: impl AsFd) -> nix::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(raw) })
 }
 
-/// Default dispositions, ignored signals included (`nohup` leaves one), and then an empty mask.
+/// Resets all signals to their default dispositions, including ignored ones (`nohup` leaves one),
+/// and then clears the signal mask.
 fn default_signals() -> nix::Result<()> {
     // Larger than the kernel's `struct sigaction`, all zeros: SIG_DFL, no flags.
     let default = [0_u64; 8];
@@ -205,7 +212,7 @@ fn default_signals() -> nix::Result<()> {
     SigSet::empty().thread_set_mask()
 }
 
-/// Changes user and group for good, and gives up what lbd may do beyond its user's rights.
+/// Changes user and group for good, and drops privileges that lbd has beyond its user's.
 pub(super) fn identity(
     user: Option<&str>,
     group: Option<&str>,
@@ -219,14 +226,14 @@ pub(super) fn identity(
         (None, None) => None,
     };
 
-    // A capability that lbd was given (to bind port 80, say) is not for its workers. Those of root
-    // are untouched by this: they come and go with the user.
+    // A capability that lbd was given (to bind port 80, say) is not for its workers. Root's own
+    // capabilities are not affected: they depend on the user.
     rustix::thread::clear_ambient_capability_set()
         .map_err(|error| Errno::from_raw(error.raw_os_error()))
         .map_err(step("drop the ambient capabilities"))?;
 
     if account.is_some() {
-        // Needs no privilege where there is nothing to drop.
+        // Dropping no groups needs no privilege.
         let groups = getgroups().map_err(step("read the groups"))?;
         if groups.iter().any(|other| Some(*other) != gid) {
             setgroups(&[]).map_err(step("drop the other groups"))?;
@@ -250,11 +257,11 @@ pub(super) fn identity(
     Ok(())
 }
 
-/// A user by name or number, and its entry in the user database: a number needs none.
+/// Looks up a user by name or number, with its entry in the user database. A number needs no entry.
 fn find_user(user: &str) -> Result<(Uid, Option<User>), ExecError> {
     let look_up = step("look up the user");
     if let Some(entry) = User::from_name(user).map_err(look_up)? {
-        // Of a file that anybody may edit, or of a server on the network.
+        // The database may be a file with mistakes in it, or a server on the network: refuse -1.
         id(entry.uid.as_raw()).ok_or_else(|| ExecError::UserOfAll(user.to_owned()))?;
         id(entry.gid.as_raw()).ok_or_else(|| ExecError::UserOfAll(user.to_owned()))?;
         return Ok((entry.uid, Some(entry)));
@@ -273,18 +280,18 @@ fn find_group(group: &str) -> Result<Gid, ExecError> {
     Ok(Gid::from_raw(gid))
 }
 
-/// A user or group that is a number: digits, and nothing else that Rust would take.
+/// Parses a numeric user or group id: digits only, though Rust would accept more.
 fn number(text: &str) -> Option<u32> {
     text.parse().ok().filter(|_| text.bytes().all(|byte| byte.is_ascii_digit())).and_then(id)
 }
 
-/// Not -1: to setresuid(2) that is the user that there is, so root would stay root.
+/// Refuses -1, which setresuid(2) takes as "leave unchanged": root would stay root.
 fn id(number: u32) -> Option<u32> {
     Some(number).filter(|number| *number != u32::MAX)
 }
 
-/// Runs the program: found as execvp(3) does, but in the worker's own `PATH` and folder, and a file
-/// that is no program is not given to a shell.
+/// Runs the program. It is searched as execvp(3) does, but in the worker's own `PATH` and folder,
+/// and a file that is not executable code is not passed to a shell.
 fn execute(what: &Description) -> Result<Infallible, ExecError> {
     let argv =
         what.argv.iter().map(|argument| c_string(argument)).collect::<Result<Vec<_>, _>>()?;
@@ -310,7 +317,7 @@ fn execute(what: &Description) -> Result<Infallible, ExecError> {
     for folder in path.as_bytes().split(|&byte| byte == b':') {
         let file = Path::new(OsStr::from_bytes(folder)).join(&name);
         match attempt(&file)? {
-            // A script whose interpreter is missing is found all the same.
+            // The script exists, but its interpreter is missing.
             Errno::ENOENT if file.exists() => {
                 return Err(diagnose(file, Errno::ENOENT, &what.directory));
             }
@@ -325,7 +332,7 @@ fn execute(what: &Description) -> Result<Infallible, ExecError> {
     })
 }
 
-/// Why the kernel refused `file`, from a look at it.
+/// Explains why the kernel refused `file`, by looking at the file.
 fn diagnose(file: PathBuf, errno: Errno, directory: &OsStr) -> ExecError {
     let Ok(metadata) = fs::metadata(&file) else {
         return match errno {
@@ -347,7 +354,8 @@ fn diagnose(file: PathBuf, errno: Errno, directory: &OsStr) -> ExecError {
     }
 }
 
-/// What a script names after `#!`. A carriage return (the file was edited elsewhere) is part of it.
+/// The interpreter that a script names after `#!`. A carriage return, which an editor on another
+/// system leaves, is part of the name.
 fn interpreter(file: &Path) -> Option<OsString> {
     // The kernel reads no further either (BINPRM_BUF_SIZE).
     let mut head = Vec::new();

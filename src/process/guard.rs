@@ -1,7 +1,7 @@
 //! The guard: the process between lbd and one worker's program.
 //!
-//! It starts the program, passes signals on to it, reports how it ended, and leaves nothing of it
-//! behind. Nobody reads its standard output and error, and it writes to neither.
+//! The guard starts the program, forwards signals to it, reports how it ended, and leaves none of
+//! its processes behind. It does not use its standard output and error, which nobody reads.
 
 use std::{
     fs::File,
@@ -35,27 +35,28 @@ use super::{
 };
 use crate::config::StopTo;
 
-/// Between two looks at the process table while processes are killed; doubled, up to
-/// [`LONGEST_PAUSE`], while the look finds the same ones: they hang in the kernel.
+/// The pause between two scans of the process table while processes are being killed. It doubles,
+/// up to [`LONGEST_PAUSE`], as long as a scan finds the same processes: those hang in the kernel.
 const PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// The longest time between two looks while the rest of a worker that was asked to stop is waited for.
-/// As a rule the end of a child is told (SIGCHLD), and whoever has lost its parent is one.
+/// The longest time between two scans while the guard waits for the remaining processes of a worker
+/// that was asked to stop. Most exits are announced by SIGCHLD, because orphans are reparented to
+/// the guard.
 const LONGEST_LOOK: Duration = Duration::from_millis(250);
 
-/// How long what a worker wrote at its end may take to be written to its file.
+/// How long the writer may take to write the worker's last output to its file.
 const WRITE: Duration = Duration::from_secs(2);
 
-/// A pause is at least so many times the look before it, which takes as long as there are processes
-/// on the machine.
+/// A pause lasts at least this many times as long as the scan before it: a scan's cost grows with
+/// the number of processes on the machine.
 const REST: u32 = 10;
 
-/// Guards the worker that lbd describes on `channel`. Returns when nothing of it is left, with the
-/// program's own status (128 + n for signal n).
+/// Guards the worker that lbd describes on `channel`. Returns when no process of the worker is
+/// left, with the program's own status (128 + n for signal n).
 ///
-/// To be called in a process with one thread and no descriptor but the three standard ones, in which
-/// all signals are blocked, a panic aborts, and which is not dumpable.
+/// Must be called in a single-threaded process that has no descriptors but the three standard ones,
+/// blocks all signals, aborts on a panic, and is not dumpable.
 pub(super) fn guard(channel: BorrowedFd<'_>) -> ExitCode {
     start(channel).unwrap_or_else(|error| {
         let _ = tell(channel, &Report::Failed(format!("cannot start a guard: {error}")));
@@ -68,7 +69,7 @@ fn start(channel: BorrowedFd<'_>) -> io::Result<ExitCode> {
     prctl::set_name(c"lbd-guard")?;
     prctl::set_child_subreaper(true)?;
     close_inherited()?;
-    // Whoever has stopped the guard, and then killed lbd: the end of lbd continues it.
+    // If somebody stops the guard (SIGSTOP) and then kills lbd, the end of lbd continues the guard.
     prctl::set_pdeathsig(Signal::SIGCONT)?;
     if has_ended(channel) {
         return Ok(ExitCode::SUCCESS);
@@ -110,21 +111,21 @@ fn start(channel: BorrowedFd<'_>) -> io::Result<ExitCode> {
 
 /// A guard whose program has been forked.
 struct Guard<'a> {
-    /// To lbd; `None` once lbd has ended.
+    /// The channel to lbd; `None` once lbd has ended.
     channel: Option<BorrowedFd<'a>>,
     /// Readable when a child has ended.
     ends: SignalFd,
     start: Start,
     program: Pid,
-    /// The folder of the program's cgroup, which the guard is not in.
+    /// The directory of the program's cgroup. The guard itself is not in that cgroup.
     cgroup: Option<OwnedFd>,
-    /// The process that writes the output into a file. It is no part of the worker.
+    /// The process that writes the output to a file. It does not count as part of the worker.
     writer: Option<Writer>,
-    /// Orders that came while the start was pending.
+    /// Orders that arrived while the start was still pending.
     early: Vec<Order>,
-    /// That lbd has asked the worker to stop, and how far that is.
+    /// Set once lbd has asked the worker to stop: how far the stop has got.
     stop: Option<Stop>,
-    /// lbd has ordered to kill, or ended.
+    /// lbd has ordered a kill, or has ended.
     killed: bool,
     /// How the program ended, once it has.
     exit: Option<Exit>,
@@ -132,14 +133,14 @@ struct Guard<'a> {
 
 /// Whether the fork became the program.
 enum Start {
-    /// Not known yet: this pipe will end, or hold the reason why not.
+    /// Not known yet. The pipe will either reach end of file or hold the reason for the failure.
     Pending(File),
     Done,
     Failed,
 }
 
 impl Guard<'_> {
-    /// Until nothing of the program is left.
+    /// Runs until no process of the program is left.
     fn watch(mut self) -> ExitCode {
         let exit = loop {
             self.wait(None);
@@ -149,19 +150,20 @@ impl Guard<'_> {
                 break exit;
             }
         };
-        // The fork's last word may have come since.
+        // The forked child may have written its outcome since the last look.
         self.settle();
         if matches!(self.start, Start::Done) {
             self.wait_for_the_rest();
             self.report(&Report::Exited(exit));
         }
-        // Not before the report, which lbd acts on at once. As a rule it finds nothing.
+        // Only after the report, because lbd acts on the report at once. Usually there is nothing
+        // left to kill.
         self.kill_the_rest();
         ExitCode::from(exit.status())
     }
 
-    /// Until there is something to do, or `timeout` is over. Everything is then tried, and nothing of
-    /// it blocks.
+    /// Waits until there is something to do, or until `timeout` has passed. The caller then tries
+    /// everything, and none of that blocks.
     fn wait(&self, timeout: Option<Duration>) {
         let mut fds = vec![self.ends.as_fd()];
         fds.extend(self.channel);
@@ -174,7 +176,7 @@ impl Guard<'_> {
         let _ = poll(&mut fds, poll_timeout(timeout));
     }
 
-    /// Reports whether the fork became the program, once that is known.
+    /// Reports whether the forked child became the program, once that is known.
     fn settle(&mut self) {
         let Start::Pending(outcome) = &mut self.start else { return };
         let mut buffer = [0; MESSAGE];
@@ -195,8 +197,8 @@ impl Guard<'_> {
         }
     }
 
-    /// Does what lbd has ordered, and passes on what the writer has to say. The end of lbd is the order
-    /// to kill.
+    /// Carries out the orders from lbd and forwards the writer's messages. The end of lbd counts as
+    /// an order to kill.
     fn obey(&mut self) {
         self.hear_writer();
         while let Some(channel) = self.channel {
@@ -216,7 +218,7 @@ impl Guard<'_> {
             match hear::<String>(&writer.channel) {
                 Ok(Some(sentence)) => self.report(&Report::Output(sentence)),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return,
-                // It is about to be reaped.
+                // The writer has ended and is about to be reaped.
                 Ok(None) | Err(_) => return,
             }
         }
@@ -229,9 +231,10 @@ impl Guard<'_> {
                 self.kill();
             }
             Order::Reopen => self.writer.iter().for_each(Writer::reopen),
-            // The program's group is made by the fork, at some time before the program runs.
+            // The child creates the program's process group some time before it executes the
+            // program; until then there is no group to signal.
             order if matches!(self.start, Start::Pending(_)) => self.early.push(order),
-            // Its number may be another group's by now.
+            // Once the program is reaped, its number may belong to another process group.
             Order::Signal(_) | Order::Stop(..) if self.exit.is_some() => {}
             Order::Signal(signal) => self.signal(signal, StopTo::Group),
             Order::Stop(signal, to, timeout) => {
@@ -243,10 +246,10 @@ impl Guard<'_> {
         }
     }
 
-    /// Signals the program or its process group, which both exist as long as the program is not
-    /// reaped. What is stopped is continued, so that it can act on the signal.
+    /// Signals the program, or its process group. Both exist as long as the program has not been
+    /// reaped. A stopped process is continued so that it can act on the signal.
     fn signal(&self, signal: i32, to: StopTo) {
-        // An error says that it has no such number: lbd has it from the same list.
+        // Never fails: lbd took the number from the same list of signals.
         let Ok(signal) = Signal::try_from(signal) else { return };
         for signal in [signal, Signal::SIGCONT] {
             let _ = match to {
@@ -256,14 +259,14 @@ impl Guard<'_> {
         }
     }
 
-    /// Reaps whatever has ended below. How the program ended, once it has.
+    /// Reaps every process below that has ended. Returns how the program ended, once it has.
     fn reap(&mut self) -> Option<Exit> {
         self.forget_ends();
         self.reap_all();
         self.exit
     }
 
-    /// Takes in that children have ended; whether any has.
+    /// Consumes pending SIGCHLD notifications. Returns whether there was any.
     fn forget_ends(&self) -> bool {
         let mut any = false;
         while let Ok(Some(_)) = self.ends.read_signal() {
@@ -272,7 +275,7 @@ impl Guard<'_> {
         any
     }
 
-    /// Reaps every child that has ended; whether there are others.
+    /// Reaps every child that has ended. Returns whether other children are left.
     fn reap_all(&mut self) -> bool {
         loop {
             match reap(None) {
@@ -288,7 +291,7 @@ impl Guard<'_> {
         }
     }
 
-    /// Everything below this process that is the worker's.
+    /// All processes below the guard that belong to the worker.
     fn left(&self) -> Vec<Process> {
         let mut all = below(&processes(), &[getpid().as_raw()]);
         if let Some(writer) = &self.writer {
@@ -297,12 +300,12 @@ impl Guard<'_> {
         all
     }
 
-    /// The program has ended. If it was asked to, it has not ended as a worker before all that it
-    /// started has; see [`Stop`].
+    /// Called when the program has ended. If lbd asked the worker to stop, the worker counts as
+    /// ended only when everything that the program started has ended too; see [`Stop`].
     fn wait_for_the_rest(&mut self) {
         let mut pause = PAUSE;
         let mut next = Instant::now();
-        // Looks that children ask for by their end come no earlier than this.
+        // A SIGCHLD can't bring the next scan forward to before this time.
         let mut soonest = next;
         while self.reap_all() && !self.killed {
             let now = Instant::now();
@@ -317,7 +320,8 @@ impl Guard<'_> {
                     Rest::Tell(signal, pids, until) => {
                         next = until.map_or(next, |until| until.min(next));
                         for pid in pids {
-                            // An error says that it is gone. One that is stopped is continued.
+                            // An error means that the process is gone. A stopped process is
+                            // continued.
                             let _ = kill(Pid::from_raw(pid), signal);
                             let _ = kill(Pid::from_raw(pid), Signal::SIGCONT);
                         }
@@ -334,16 +338,17 @@ impl Guard<'_> {
 
     fn report(&self, report: &Report) {
         if let Some(channel) = self.channel {
-            // An error says that lbd has ended, as `obey` is about to find.
+            // An error means that lbd has ended, which `obey` is about to find out.
             let _ = tell(channel, report);
         }
     }
 
-    /// Kills everything below this process, and tells what that was. What goes on to fork may miss
-    /// it, unless it has a cgroup.
+    /// Kills everything below the guard once, and returns what it found there. A process that keeps
+    /// forking can escape a single pass, unless it is in a cgroup.
     fn kill(&self) -> Vec<Process> {
         if let Some(folder) = &self.cgroup {
-            // An error says that the kernel is older than this: then the rest has to do.
+            // An error means that the kernel is too old for `cgroup.kill`. Killing by pid and group
+            // then has to do.
             let _ = cgroup::kill(folder);
         }
         let found = self.left();
@@ -351,12 +356,13 @@ impl Guard<'_> {
         found
     }
 
-    /// Kills everything below this process, until nothing is left.
+    /// Kills everything below this process, again and again until nothing is left.
     ///
-    /// What a killed process leaves becomes this one's child (it is a subreaper), so the end is certain:
-    /// no child is left. A look at the process table may miss some: hence another, and another.
+    /// The guard is a subreaper: the children of a killed process become its own. So there is a
+    /// reliable end condition: the guard has no children left. A single scan of the process table
+    /// may miss processes, so the scan is repeated.
     ///
-    /// The writer ends by itself when nobody can write to it any more, and what it has is written.
+    /// The writer ends by itself once nobody can write to its pipe and all output is written.
     fn kill_the_rest(&mut self) {
         let mut pause = PAUSE;
         let mut before: Vec<Process> = Vec::new();
@@ -386,14 +392,14 @@ impl Guard<'_> {
     }
 }
 
-/// Whether lbd has ended: it alone has the other end.
+/// Whether lbd has ended: lbd alone holds the other end of the channel.
 fn has_ended(channel: BorrowedFd<'_>) -> bool {
-    // The end of the other side is told whatever is asked for (poll(2), POLLHUP).
+    // poll(2) reports POLLHUP, the end of the other side, whatever events are requested.
     let mut ends = [PollFd::new(channel, PollFlags::empty())];
     poll(&mut ends, PollTimeout::ZERO) != Ok(0)
 }
 
-/// Closes what lbd has inherited without close-on-exec, from a shell, say.
+/// Closes descriptors that lbd inherited without close-on-exec, for example from a shell.
 pub(super) fn close_inherited() -> io::Result<()> {
     // SAFETY: closes descriptors that nothing in this process has opened or knows of.
     Errno::result(unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0) })?;

@@ -1,24 +1,24 @@
-//! Which sockets a worker has: it and everything that it started.
+//! The sockets of a worker: of the program and everything that it started.
 
 use std::{collections::BTreeSet, fs, io};
 
 use super::tree::{processes, worker_of};
 
-/// What was found of a worker, at one look.
+/// What a scan of a worker's processes found.
 #[derive(Debug, Default)]
 pub struct Holdings {
     /// The inodes of its sockets.
     pub sockets: BTreeSet<u32>,
-    /// The users that its processes are.
+    /// The effective users of its processes.
     pub users: BTreeSet<u32>,
-    /// There is a process that lbd may not look into: another user's, or one that is not dumpable
-    /// (PR_SET_DUMPABLE(2const)).
+    /// lbd may not look into at least one of the processes: it runs as another user, or is not
+    /// dumpable (PR_SET_DUMPABLE(2const)).
     pub is_partial: bool,
 }
 
 impl Holdings {
-    /// Looks at everything below the guard with this pid, in `/proc`: that takes milliseconds where
-    /// there are many processes, and may wait for a lock of one of them.
+    /// Scans everything below the guard with this pid, in `/proc`. Takes milliseconds where there
+    /// are many processes, and may wait for a lock of one of them.
     #[must_use]
     pub fn of_worker(guard: i32) -> Self {
         let mut holdings = Self::default();
@@ -33,24 +33,26 @@ impl Holdings {
     }
 }
 
-/// The effective user of a process (proc_pid_status(5), Uid): not who owns its folder in `/proc`,
-/// which is root's where it is not dumpable.
+/// The effective user of a process (proc_pid_status(5), Uid). The owner of its folder in `/proc`
+/// won't do: that is root if the process is not dumpable.
 fn user(pid: i32) -> Option<u32> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
     line.split_ascii_whitespace().nth(1)?.parse().ok()
 }
 
-/// Calls `found` with the inode of each socket that the process has. One that has ended has none.
+/// Calls `found` with the inode of each socket that the process has. A process that has ended has
+/// none.
 ///
 /// # Errors
-/// Where lbd may not look.
+///
+/// Where lbd may not look into the process.
 pub(super) fn sockets(pid: i32, mut found: impl FnMut(u32)) -> io::Result<()> {
     let entries = match fs::read_dir(format!("/proc/{pid}/fd")) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         entries => entries?,
     };
-    // What can't be read is gone by now, or the process is.
+    // An entry that can't be read is gone by now, or its process is.
     let targets = entries.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
     targets.filter_map(|target| socket_inode(target.to_str()?)).for_each(&mut found);
     Ok(())

@@ -1,27 +1,27 @@
-//! Any bytes, in any pieces, as lines of text.
+//! Splits a stream of arbitrary bytes into lines of text.
 
 use std::collections::VecDeque;
 
 use crate::printable;
 
-/// The longest line, in bytes. A longer one is several.
+/// The longest line, in bytes. A longer one is split.
 pub(super) const LONGEST: usize = 64 * 1024;
 
-/// A buffer that grew beyond this for a long line is given back after it.
+/// If a long line made the buffer grow beyond this, the buffer is shrunk afterwards.
 const KEPT: usize = 8 * 1024;
 
-/// Makes lines of a stream of bytes. Holds no more than one line.
+/// Splits a stream of bytes into lines. Buffers no more than one line.
 #[derive(Debug, Default)]
 pub(super) struct Lines {
     begun: Vec<u8>,
 }
 
 impl Lines {
-    /// Takes the next piece of the stream; `emit` is given each line that is whole now, and whether
-    /// it is one only because it got too long.
+    /// Takes the next piece of the stream. Calls `emit` with each complete line, and with `true` if
+    /// it ended only because the line got too long.
     pub(super) fn feed(&mut self, mut bytes: &[u8], mut emit: impl FnMut(&[u8], bool)) {
         while !bytes.is_empty() {
-            // One more than a line may have: the newline after the longest one.
+            // One byte more than the longest line: its newline.
             let room = LONGEST + 1 - self.begun.len();
             let piece = &bytes[..room.min(bytes.len())];
             if let Some(end) = piece.iter().position(|&byte| byte == b'\n') {
@@ -46,7 +46,7 @@ impl Lines {
         }
     }
 
-    /// The stream has ended: what there is of a line is one.
+    /// Ends the stream: an unfinished line counts as a line.
     pub(super) fn end(self, mut emit: impl FnMut(&[u8], bool)) {
         if !self.begun.is_empty() {
             emit(without_return(&self.begun), false);
@@ -59,7 +59,7 @@ const LAST_LINES: usize = 20;
 /// … and how many bytes of them together.
 const LAST_BYTES: usize = 4 * 1024;
 
-/// The last lines of what somebody wrote, as [`text`].
+/// The last lines of some output, converted by [`text`].
 #[derive(Debug, Default)]
 pub(super) struct LastLines {
     lines: VecDeque<String>,
@@ -67,7 +67,7 @@ pub(super) struct LastLines {
 }
 
 impl LastLines {
-    /// Takes the next line; of a long one its beginning.
+    /// Takes the next line. Only the beginning of a long line is kept.
     pub(super) fn add(&mut self, line: &[u8]) {
         let mut line = text(&line[..line.len().min(LAST_BYTES)]);
         line.truncate(line.floor_char_boundary(LAST_BYTES));
@@ -84,8 +84,8 @@ impl LastLines {
     }
 }
 
-/// `line` as text that does nothing to a terminal and fits on one line: what is not UTF-8 is
-/// U+FFFD, and a control character is its picture (U+2400 …): `␛[31m`.
+/// Makes `line` harmless for a terminal and keeps it on one line: invalid UTF-8 becomes U+FFFD, and
+/// a control character becomes its picture (U+2400 …): `␛[31m`.
 pub(super) fn text(line: &[u8]) -> String {
     let text = String::from_utf8_lossy(line);
     printable::line(&text).into_owned()
@@ -95,7 +95,7 @@ fn without_return(line: &[u8]) -> &[u8] {
     line.strip_suffix(b"\r").unwrap_or(line)
 }
 
-/// The length of `bytes` without a character that is cut off at its end.
+/// The length of `bytes` without an incomplete character at the end.
 fn whole_characters(bytes: &[u8]) -> usize {
     for (back, byte) in (1..=3).zip(bytes.iter().rev()) {
         let length = match byte {

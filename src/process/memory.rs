@@ -1,5 +1,5 @@
-//! How much memory workers have: measured by a thread of its own, for a look at a process may wait
-//! for a lock of that process.
+//! Measures the workers' memory, on a thread of its own: reading about a process may wait for a
+//! lock of that process.
 
 use std::{
     fs, io,
@@ -12,20 +12,21 @@ use nix::unistd::{SysconfVar, sysconf};
 
 use super::tree::{processes, worker_of};
 
-/// Between two looks, at least.
+/// The shortest pause between two measurements.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// A pause is at least so many times the look before it: no more than 2 % of a core.
+/// A pause lasts at least this many times as long as the measurement before it: no more than 2 % of
+/// a core.
 const REST: u32 = 50;
 
 /// A worker whose memory is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Watched {
-    /// What it is called in the reports.
+    /// Identifies the worker in the reports.
     pub id: u64,
-    /// Its guard: everything below that counts.
+    /// The pid of its guard: everything below the guard counts.
     pub guard: i32,
-    /// The number of bytes from which on it has to be exact.
+    /// The limit in bytes. Above it the measurement must be exact.
     pub limit: u64,
 }
 
@@ -38,7 +39,7 @@ impl MemoryGauge {
     ///
     /// # Errors
     ///
-    /// Where there is no thread to be had.
+    /// Where no thread can be started.
     pub fn start(report: impl FnMut(u64, u64) + Send + 'static) -> io::Result<Self> {
         let (sender, receiver) = mpsc::channel();
         let builder = thread::Builder::new().name("lbd-memory".to_owned());
@@ -46,9 +47,9 @@ impl MemoryGauge {
         Ok(Self(sender))
     }
 
-    /// From now on these are measured, and no others.
+    /// From now on measures these workers, and no others.
     pub fn watch(&self, workers: Vec<Watched>) {
-        // Fails where the thread has panicked, which was reported.
+        // Fails only where the thread has panicked, which has been reported.
         let _ = self.0.send(workers);
     }
 }
@@ -78,11 +79,11 @@ fn measure(subjects: &mpsc::Receiver<Vec<Watched>>, mut report: impl FnMut(u64, 
     }
 }
 
-/// The memory of these processes that is in RAM, in bytes.
+/// The resident memory of these processes, in bytes.
 ///
-/// Pages that several of them share count once (a server that forks shares most), but only where it
-/// matters: to tell them apart takes the kernel a walk through the page tables. The sum that counts
-/// them again is never less.
+/// The sum of their resident sets counts shared pages once per process (a forking server shares
+/// most of its pages), so it is never too low. Only if the sum exceeds the limit are shared pages
+/// counted once: for that the kernel has to walk the page tables.
 fn resident(pids: &[i32], limit: u64) -> u64 {
     let sum = |of: fn(i32) -> Option<u64>| pids.iter().filter_map(|&pid| of(pid)).sum();
     let resident: u64 = sum(resident_set);
@@ -99,8 +100,8 @@ fn resident_set(pid: i32) -> Option<u64> {
     Some(statm.split(' ').nth(1)?.parse::<u64>().ok()? * page)
 }
 
-/// `Pss`: each page divided by how many processes have it (the kernel's proc.rst, smaps_rollup).
-/// `None` also where lbd may not look.
+/// `Pss`: each page divided by the number of processes that share it (the kernel's proc.rst,
+/// smaps_rollup). `None` also where lbd may not look.
 fn proportional_set(pid: i32) -> Option<u64> {
     let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
     let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:"))?;

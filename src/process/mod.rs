@@ -4,28 +4,32 @@
 //! forks a *guard* for each worker, and the guard forks the program:
 //!
 //! ```text
-//! lbd ──┬── template                      guards are forked from it, and lbd's children
+//! lbd ──┬── template                      forks the guards, which are lbd's children
 //!       ├── guard ── program ── what the program starts
 //!       └── guard ─┬─ program
-//!                  └─ writer ─▶ file      where its output goes to one
+//!                  └─ writer ─▶ file      if its output goes to a file
 //! ```
 //!
-//! The guard is single-threaded, runs no runtime, and is a subreaper: whatever the
-//! program forks, however it daemonizes, stays below it. So one of four things ends a worker, and
-//! none leaves a process behind:
+//! The guard is single-threaded, runs no async runtime, and is a subreaper: every process that the
+//! program forks stays below the guard, however it daemonizes. A worker ends in one of four ways,
+//! and none leaves a process behind:
 //!
-//! - the program ends unasked: the guard reports it, kills what is left below itself, and ends;
-//! - the program is asked to stop: the guard waits until all of its process group has ended, asks what
-//!   is left, kills what does not end then or when lbd says so, and reports the end;
-//! - lbd ends, however: the guard reads the end of the control channel, and kills it all;
-//! - the guard is killed: the kernel kills the program (its parent-death signal), and the rest is
-//!   handed to lbd, a subreaper too, which kills and reaps it ([`Spawner`]).
+//! - The program exits by itself: the guard reports the exit, kills what is left below itself, and
+//!   exits.
+//! - lbd asks the program to stop: the guard waits until the program's whole process group has
+//!   ended, then signals the processes that are left. It kills those that don't end in time, or all
+//!   of them when lbd orders it, and reports the exit.
+//! - lbd ends, for whatever reason: the guard reads end of file from the control channel and kills
+//!   everything.
+//! - The guard is killed: the kernel kills the program (parent-death signal) and reparents the
+//!   other processes to lbd, which is a subreaper too, and which kills and reaps them
+//!   ([`Spawner`]).
 //!
-//! Where a cgroup is delegated to lbd, each worker has one of its own ([`Cgroups`]), which is killed
-//! as a whole before anything else is; the guard is outside of it.
+//! Where a cgroup is delegated to lbd, each worker has its own ([`Cgroups`]). The cgroup is killed
+//! as a whole before anything else is killed. The guard is not in it.
 //!
-//! This module owns every child of lbd. It decides nothing: what to start, when to signal and what
-//! an exit means is for `supervisor`.
+//! This module owns every child of lbd. It makes no decisions: `supervisor` decides what to start,
+//! when to signal and what an exit means.
 
 mod cgroup;
 mod channel;
@@ -62,11 +66,11 @@ use serde::{Deserialize, Serialize};
 /// How a program ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Exit {
-    /// It ended itself, with this status (0 to 255).
+    /// The program exited with this status (0 to 255).
     Code(i32),
-    /// This signal ended it.
+    /// This signal killed the program.
     Signal(i32),
-    /// Its guard was killed, and the program by the kernel right after it.
+    /// The guard was killed, and the kernel killed the program right after it.
     Lost,
 }
 
@@ -78,7 +82,7 @@ impl Exit {
         }
     }
 
-    /// What a shell would make of it.
+    /// The exit status that a shell would show.
     fn status(self) -> u8 {
         let status = match self {
             Self::Code(code) => code,

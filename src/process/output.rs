@@ -1,9 +1,9 @@
-//! Where a worker's standard output and error go; and their way into lbd's log, line by line. (Into a
-//! file of its own they go through a [writer](super::writer).)
+//! Where a worker's standard output and error go, and how they get into lbd's log, line by line.
+//! (If `output` is a file, a [writer](super::writer) writes it.)
 //!
-//! Workers write what they like, as fast as they like. So the lines are made on a thread of their
-//! own, which always reads on and never makes a worker wait: what is too much for the log is counted
-//! and dropped.
+//! Workers write whatever they like, as fast as they like. So one thread only reads their output.
+//! It never makes a worker wait: lines beyond the rate that the log accepts are counted and
+//! dropped.
 
 use std::{
     cell::{Cell, RefCell},
@@ -34,25 +34,25 @@ use super::{
 };
 use crate::config::Output;
 
-/// A line of what a worker may log is one of so many bytes; a longer one counts as several.
+/// A line counts once per this many bytes against the worker's rate.
 const UNIT: usize = 1024;
-/// For how long it may log nothing, and then as much more at once.
+/// How much unused rate a worker can save up for a burst.
 const BURST: Duration = Duration::from_secs(1);
 
-/// Between two reports of dropped lines.
+/// The time between two reports of dropped lines.
 const REPORT: Duration = Duration::from_secs(1);
 
-/// How long the end waits for output that is still being written: by nobody, as a rule.
+/// How long the shutdown waits for output that is still being written. Usually there is none.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// A worker's standard output and error, as it gets them.
+/// A worker's standard output and error.
 #[derive(Debug)]
 pub struct Streams {
     pub(super) stdout: OwnedFd,
     pub(super) stderr: OwnedFd,
-    /// Who wants to know the worker's pid.
+    /// Where to send the worker's pid.
     pub(super) pid: Option<oneshot::Sender<i32>>,
-    /// Where both can be read, and the file that they are to be written to.
+    /// The read end of the pipe for both streams, and the file that the writer appends to.
     pub(super) file: Option<(OwnedFd, PathBuf)>,
     last_words: LastWords,
 }
@@ -65,41 +65,41 @@ impl Streams {
         Self { stdout, stderr, pid: None, file: None, last_words }
     }
 
-    /// What the worker said last, from now on until after its end.
+    /// The worker's last lines, updated until after its end.
     #[must_use]
     pub fn last_words(&self) -> LastWords {
         self.last_words.clone()
     }
 }
 
-/// The last lines that a worker wrote, as far as they came through lbd: none where its output is not
+/// The last lines that a worker wrote, as far as they passed through lbd: none unless its output is
 /// [`Output::Log`].
 #[derive(Debug, Clone, Default)]
 pub struct LastWords {
     lines: Arc<Mutex<LastLines>>,
-    /// Its sender is dropped when all of the output has been read; `None` where none of it comes
-    /// through lbd.
+    /// The sender is dropped when all output has been read; `None` where no output passes through
+    /// lbd.
     reading: Option<watch::Receiver<()>>,
 }
 
 impl LastWords {
-    /// Nothing yet, and what is dropped when there is nothing more to come.
+    /// Creates it empty. The caller drops the sender when all output has been read.
     fn new() -> (Self, watch::Sender<()>) {
         let (sender, reading) = watch::channel(());
         (Self { lines: Arc::default(), reading: Some(reading) }, sender)
     }
 
-    /// The lines so far, oldest first, without control characters: twenty at most, and four KiB.
+    /// The lines so far, oldest first, without control characters: at most twenty lines and 4 KiB.
     #[must_use]
     pub fn lines(&self) -> Vec<String> {
         self.lines.lock().unwrap_or_else(PoisonError::into_inner).all()
     }
 
-    /// Returns when all that was written has been read, which takes until every process that can
-    /// write has ended; after `patience` in any case.
+    /// Returns when all output has been read, that is when every process that can write to it has
+    /// ended, or after `patience`.
     pub async fn complete(&self, patience: Duration) {
         if let Some(mut reading) = self.reading.clone() {
-            // Nothing is ever sent: an error is the end.
+            // Nothing is ever sent: an error means that the sender is gone.
             let _ = timeout(patience, reading.changed()).await;
         }
     }
@@ -109,19 +109,19 @@ impl LastWords {
     }
 }
 
-/// Opens where workers' output goes, and owns the thread that makes log lines of it.
+/// Opens the targets of the workers' output, and owns the thread that turns output into log lines.
 ///
-/// Dropping it blocks until what has been written is logged; a second at most.
+/// Dropping it blocks until the output written so far is logged, for at most a second.
 #[derive(Debug)]
 pub struct Outputs {
-    /// How many lines a second each worker may log.
+    /// How many lines per second each worker may log.
     rate: NonZeroU32,
     jobs: Option<mpsc::UnboundedSender<Job>>,
     thread: Option<thread::JoinHandle<()>>,
 }
 
 impl Outputs {
-    /// Starts the thread. Each worker may log `rate` lines a second; what is more is dropped.
+    /// Starts the thread. Each worker may log `rate` lines per second; further lines are dropped.
     pub fn start(rate: NonZeroU32) -> io::Result<Self> {
         let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
         let (jobs, mut queue) = mpsc::unbounded_channel();
@@ -137,11 +137,11 @@ impl Outputs {
         Ok(Self { rate, jobs: Some(jobs), thread: Some(thread) })
     }
 
-    /// Opens `output` for the worker that `worker` tells of.
+    /// Opens `output` for this `worker`.
     ///
     /// With [`Output::Log`], each line becomes an event `output` with the fields `service`, `slot`,
-    /// `port`, `pid`, `stream` and `line`, and `split` where the line goes on in the next one; and
-    /// what is dropped, `output dropped` with `lines`, once a second.
+    /// `port`, `pid`, `stream` and `line`, and `split` if the line continues in the next event.
+    /// Once a second, an event `output dropped` reports how many `lines` were dropped.
     pub fn open(&self, output: &Output, worker: Identity<'_>) -> io::Result<Streams> {
         match output {
             Output::Inherit => Ok(Streams::new(
@@ -150,8 +150,8 @@ impl Outputs {
             )),
             Output::Null => both(OpenOptions::new().write(true).open("/dev/null")?),
             Output::File(path) => {
-                // One pipe for both, so that the file has in order what was written in order. It is
-                // opened by the worker's user, so not here.
+                // One pipe for both streams, so that the file keeps the order in which they were
+                // written. The file is not opened here, but by the writer as the worker's user.
                 let (reader, writer) = pipe()?;
                 let streams = Streams::new(writer.try_clone()?, writer);
                 Ok(Streams { file: Some((reader.into(), expand_path(path, worker))), ..streams })
@@ -190,9 +190,9 @@ impl Drop for Outputs {
     }
 }
 
-/// One that a worker of another user can open again, as `/dev/stdout` and `/dev/stderr` do: that takes
-/// the right to write to it, while it is lbd's. Nobody else finds it: the way leads through
-/// `/proc/PID/fd` of a process that has it.
+/// Makes a pipe that a worker of another user can reopen through `/dev/stdout` and `/dev/stderr`:
+/// that needs write permission, and the pipe belongs to lbd. No other process can find the pipe:
+/// the path leads through `/proc/PID/fd` of a process that holds it.
 fn pipe() -> io::Result<(PipeReader, PipeWriter)> {
     let (reader, writer) = io::pipe()?;
     fchmod(&writer, Mode::from_bits_truncate(0o622))?;
@@ -203,7 +203,7 @@ fn both(file: File) -> io::Result<Streams> {
     Ok(Streams::new(file.try_clone()?, file))
 }
 
-/// One worker to read from.
+/// One worker whose output is read.
 #[derive(Debug)]
 struct Job {
     rate: NonZeroU32,
@@ -214,14 +214,14 @@ struct Job {
     stdout: PipeReader,
     stderr: PipeReader,
     last_words: LastWords,
-    /// Dropped when all has been read.
+    /// Dropped when all output has been read.
     reading: watch::Sender<()>,
 }
 
-/// Reads a worker's output until nobody can write to it any more.
+/// Reads a worker's output until no process can write to it any more.
 async fn follow(job: Job) {
     let Job { rate, service, slot, port, pid, stdout, stderr, last_words, reading } = job;
-    // Known as soon as it runs. One that never ran has no pid, and no output.
+    // Known as soon as the program runs. A program that never ran has no pid and no output.
     let pid = pid.await.ok();
     let allowance = RefCell::new(Allowance::new(rate, Instant::now()));
     let dropped = Cell::new(0_u64);
@@ -267,14 +267,14 @@ async fn follow(job: Job) {
     drop(reading);
 }
 
-/// Reads `pipe` to its end. A pipe that can't be read has ended, too.
+/// Reads `pipe` until it ends. A pipe that can't be read counts as ended.
 async fn read(pipe: PipeReader, mut emit: impl FnMut(&[u8], bool)) {
     let Ok(pipe) = Receiver::from_owned_fd(pipe.into()) else { return };
     let mut lines = Lines::default();
     while pipe.readable().await.is_ok() {
         match read_once(&pipe, &mut lines, &mut emit) {
             Ok(0) => break,
-            // The next worker's turn.
+            // Let the other workers' readers run.
             Ok(_) => yield_now().await,
             Err(error) if error.kind() == ErrorKind::WouldBlock => {}
             Err(_) => break,
@@ -283,7 +283,7 @@ async fn read(pipe: PipeReader, mut emit: impl FnMut(&[u8], bool)) {
     lines.end(emit);
 }
 
-/// Apart from [`read`], so that the buffer is not kept with every idle worker.
+/// A separate function, so that idle workers don't keep a buffer in their future.
 fn read_once(
     pipe: &Receiver,
     lines: &mut Lines,
@@ -295,11 +295,11 @@ fn read_once(
     Ok(length)
 }
 
-/// How much a worker may log: a bucket that leaks at a constant rate, as the time when it is empty.
+/// A worker's log rate: a leaky bucket, stored as the time at which the bucket will be empty.
 #[derive(Debug)]
 struct Allowance {
     paid: Instant,
-    /// What one line costs.
+    /// The time that one line costs.
     cost: Duration,
 }
 

@@ -1,4 +1,4 @@
-//! lbd's side of a worker: its guard is started, told what to do, listened to and reaped here.
+//! lbd's side of a worker: starts the guard, sends it orders, receives its reports, and reaps it.
 
 use std::{
     cell::{Cell, RefCell},
@@ -39,45 +39,46 @@ use super::{
 };
 use crate::config::StopTo;
 
-/// How long the last event of a killed guard's worker is held back while the kernel, not lbd, keeps
+/// How long the `Gone` event of a worker whose guard was killed is delayed while the kernel keeps
 /// one of its processes from dying.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Between two looks for what a killed guard left behind.
+/// The pause between two scans for processes that a killed guard left behind.
 const TICK: Duration = Duration::from_millis(5);
 
 /// What to start.
 #[derive(Debug)]
 pub struct Launch<'a> {
-    /// What `ps` shows beside the guard: `web/9002`.
+    /// What `ps` shows for the guard, such as `web/9002`.
     pub label: String,
-    /// The file to run, where it is not the one that the first of `argv` names.
+    /// The file to run, if it is not the one that `argv[0]` names.
     pub program: Option<PathBuf>,
-    /// Not empty, and without placeholders. The first is looked up in the `PATH` of `env`, or, with
-    /// a `/` in it, from `directory`.
+    /// Not empty, and without placeholders. The first word is looked up in the `PATH` of `env` or,
+    /// if it contains a `/`, from `directory`.
     pub argv: Vec<String>,
-    /// All of it, but for what the start adds (see [`environment`](super::environment())).
+    /// The complete environment, except for what starting the worker adds (see
+    /// [`environment`](super::environment())).
     pub env: Vec<(OsString, OsString)>,
-    /// The working folder.
+    /// The working directory.
     pub directory: PathBuf,
-    /// The listening sockets to pass from descriptor 3 on, as they are (so: blocking), and their
-    /// names; at most [`MAX_LISTENERS`](crate::config::MAX_LISTENERS).
+    /// The listening sockets and their names. They are passed from descriptor 3 on, unchanged (so
+    /// they stay blocking); at most [`MAX_LISTENERS`](crate::config::MAX_LISTENERS).
     pub listeners: Vec<(BorrowedFd<'a>, String)>,
-    /// Where standard output and error go.
+    /// Where the standard output and error go.
     pub streams: Streams,
-    /// The file mode creation mask; lbd's own where `None`.
+    /// The file mode creation mask; `None` keeps lbd's own.
     pub umask: Option<u32>,
-    /// The user's name or number; lbd's own where `None`.
+    /// The user's name or number; `None` keeps lbd's own.
     pub user: Option<String>,
-    /// The group's name or number; where `None`, the user's own, or lbd's.
+    /// The group's name or number; `None` means the user's own group or, without a user, lbd's.
     pub group: Option<String>,
-    /// The soft and the hard limit of open files; lbd's own where `None`.
+    /// The soft and the hard limit of open files; `None` keeps lbd's own.
     pub open_files: Option<(u64, u64)>,
-    /// The cgroup that the program is to be in, for itself.
+    /// The cgroup for this program alone.
     pub cgroup: Option<Cgroup>,
 }
 
-/// What becomes of a started worker.
+/// What happens to a started worker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ChildEvent {
     /// The program runs.
@@ -87,35 +88,35 @@ pub enum ChildEvent {
     },
     /// The program never ran, for this reason: a sentence.
     Failed(String),
-    /// The program ended. What it started may still be there for an instant, but not where the
-    /// worker was asked to stop.
+    /// The program ended. Processes that it started may still exist for a moment, unless the worker
+    /// was asked to stop.
     Exited(Exit),
-    /// The file that its output goes to can't be written to, or opened anew, for this reason: a
-    /// sentence. It is tried again.
+    /// The output file can't be written or reopened, for this reason: a sentence. The writer tries
+    /// again.
     Output(String),
-    /// Nothing of it is left: always the last event.
+    /// No process of the worker is left. Always the last event.
     Gone,
 }
 
-/// Starts guards, and takes in what a killed guard leaves behind. There is one in a process.
+/// Starts guards, and kills what a killed guard leaves behind. There is one `Spawner` in a process.
 ///
-/// It takes every child of the process that it did not start for such a leftover, and kills it; but
-/// not the children that the process had from the beginning (those of a shell that ended with
-/// `exec lbd`), nor theirs. So nothing else in this process may start children.
+/// It treats every child of this process that it did not start as such a leftover, and kills it.
+/// Exempt are the children that the process had from the beginning (those of a shell that ended
+/// with `exec lbd`), and their descendants. So nothing else in this process may start children.
 #[derive(Debug, Clone)]
 pub struct Spawner(Rc<ChildRegistry>);
 
 #[derive(Debug)]
 struct ChildRegistry {
-    /// What templates are started from.
+    /// The binary that templates are started from.
     binary: PathBuf,
-    /// What guards are forked from; `None` before the first, and after the end of one.
+    /// The process that guards are forked from; `None` before the first, and after one has ended.
     template: RefCell<Option<Template>>,
-    /// The guards that are not reaped yet.
+    /// The guards that have not been reaped yet.
     guards: RefCell<BTreeSet<i32>>,
-    /// What was there before, by pid and start time.
+    /// The children that existed before, and their descendants, by pid and start time.
     strangers: RefCell<BTreeSet<(i32, u64)>>,
-    /// A killed guard's leftovers could not be waited for.
+    /// Some processes that a killed guard left behind have not been waited for yet.
     unfinished: Cell<bool>,
 }
 
@@ -125,8 +126,8 @@ impl Spawner {
         Self::with_guard("/proc/self/exe".into())
     }
 
-    /// As [`new`](Self::new), with another binary that has [`exec_main`](super::exec_main) as its
-    /// `exec` command, for processes that are not lbd: tests.
+    /// Like [`new`](Self::new), but with another binary that has [`exec_main`](super::exec_main) as
+    /// its `exec` command. For processes that are not lbd: tests.
     pub fn with_guard(binary: PathBuf) -> io::Result<Self> {
         prctl::set_child_subreaper(true)?;
         let registry = ChildRegistry {
@@ -141,10 +142,10 @@ impl Spawner {
         Ok(Self(Rc::new(registry)))
     }
 
-    /// Starts a worker. What becomes of it, a program that does not exist included, comes from
-    /// [`Child::next`].
+    /// Starts a worker. [`Child::next`] reports what happens to it, also if the program does not
+    /// exist.
     ///
-    /// Fails where there are no descriptors, memory or processes left. To be called in a tokio
+    /// Fails where there are no descriptors, memory or processes left. Must be called in a tokio
     /// runtime.
     pub fn spawn(&self, launch: Launch<'_>) -> io::Result<Child> {
         let Launch { streams, listeners, cgroup, .. } = launch;
@@ -169,7 +170,7 @@ impl Spawner {
         // SAFETY: `ours` is open, and its `AsyncFd` alone owns it, and never gives it back.
         let socket = unsafe { AsyncFd::register_with_interest(ours, Interest::READABLE) }?;
         let guard = GuardProcess::new(self.0.fork_guard(theirs.as_fd(), &launch.label)?)
-            // It finds that lbd has left it alone, and ends.
+            // The guard finds that lbd has abandoned it, and ends.
             .inspect_err(|_| self.0.unfinished.set(true))?;
         self.0.guards.borrow_mut().insert(guard.pid);
         Ok(Child {
@@ -181,7 +182,7 @@ impl Spawner {
         })
     }
 
-    /// Reaps children other than guards that have ended. To be called on `SIGCHLD`; costs next to nothing
+    /// Reaps ended children that are not guards. Must be called on `SIGCHLD`; costs almost nothing
     /// where there are none.
     pub fn reap(&self) {
         self.0.template.borrow_mut().take_if(|template| template.has_ended());
@@ -192,7 +193,7 @@ impl Spawner {
 }
 
 impl ChildRegistry {
-    /// Has the template fork a guard; see [`Template::fork_guard`].
+    /// Makes the template fork a guard; see [`Template::fork_guard`].
     fn fork_guard(&self, channel: BorrowedFd<'_>, label: &str) -> io::Result<i32> {
         let mut current = self.template.borrow_mut();
         let mut fork = || {
@@ -200,7 +201,8 @@ impl ChildRegistry {
                 Some(template) => template,
                 None => current.insert(Template::start(&self.binary)?),
             };
-            // One that does not answer may do so later: what it forks then is a leftover.
+            // A template that does not answer may still do so later: what it forks then counts as a
+            // leftover.
             template.fork_guard(channel, label).inspect_err(|error| {
                 if matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::TimedOut) {
                     *current = None;
@@ -209,14 +211,14 @@ impl ChildRegistry {
             })
         };
         match fork() {
-            // Somebody has killed it since.
+            // Somebody has killed the template since: fork from a new one.
             Err(error) if error.kind() == ErrorKind::BrokenPipe => fork(),
             outcome => outcome,
         }
     }
 
-    /// Kills and reaps what is below this process and was neither started here nor there before.
-    /// How many such children it found: none are left when it finds none.
+    /// Kills and reaps the descendants of this process that it neither started nor had from the
+    /// beginning. Returns how many such children it found; zero means that none are left.
     fn sweep(&self) -> usize {
         let own = getpid().as_raw();
         let all = processes();
@@ -226,7 +228,8 @@ impl ChildRegistry {
         let mut strangers = self.strangers.borrow_mut();
         let known = |process: &Process| strangers.contains(&identity(process));
 
-        // What strangers have started since is theirs, and comes here when they end.
+        // Processes that the strangers started since are strangers too, and are reparented to lbd
+        // when their parents end.
         let (theirs, left): (Vec<Process>, Vec<Process>) = all
             .iter()
             .filter(|process| process.parent == own && !is_ours(process.pid))
@@ -242,7 +245,8 @@ impl ChildRegistry {
         for process in theirs.iter().chain(&left) {
             reap(Some(process.pid));
         }
-        // Those just reaped count: what they left in turn was not seen as theirs, maybe.
+        // Count those just reaped as well: their own children may not have been recognised in this
+        // scan.
         self.unfinished.set(!left.is_empty());
         left.len()
     }
@@ -254,39 +258,39 @@ pub struct Child {
     channel: Rc<GuardChannel>,
     guard: GuardProcess,
     phase: Phase,
-    /// Removed as soon as nothing is left.
+    /// Removed as soon as no process is left.
     cgroup: Option<Cgroup>,
     registry: Rc<ChildRegistry>,
 }
 
 #[derive(Debug)]
 enum Phase {
-    /// Until it has started: who is waiting for its pid.
+    /// The program has not started yet. Holds where to send its pid.
     Starting(Option<oneshot::Sender<i32>>),
     Running,
     /// Until the guard has ended.
     Ending,
-    /// Until there is nothing left that a killed guard left behind; or until then.
+    /// Until nothing is left that a killed guard left behind, or until this time.
     Clearing(Instant),
     Gone,
 }
 
 impl Child {
-    /// The guard's process id: not the program's, which is in [`ChildEvent::Started`].
+    /// The guard's pid. The program's pid is in [`ChildEvent::Started`].
     pub fn guard_pid(&self) -> i32 {
         self.channel.guard
     }
 
-    /// What signals the worker, from wherever the driver keeps it.
+    /// A handle that can signal the worker, independent of where this `Child` is.
     pub fn controller(&self) -> Controller {
         Controller(Rc::downgrade(&self.channel))
     }
 
-    /// The next event: `Started` and `Exited`, or `Failed`; then `Gone`; and `None` after that. Before
-    /// `Exited`, there may be `Output`.
+    /// The next event: `Started` and `Exited`, or `Failed`; then `Gone`; and `None` after that.
+    /// `Output` may come before `Exited`.
     ///
-    /// Cancel safe. It does not end by itself while the program runs, and [`ChildEvent::Gone`] may
-    /// take as long as the kernel keeps a killed process from dying.
+    /// Cancel safe. While the program runs this may wait forever, and [`ChildEvent::Gone`] may take
+    /// as long as the kernel keeps a killed process from dying.
     pub async fn next(&mut self) -> Option<ChildEvent> {
         loop {
             match &mut self.phase {
@@ -299,7 +303,7 @@ impl Child {
                     self.channel.alive.set(false);
                     self.registry.guards.borrow_mut().remove(&self.channel.guard);
                     self.phase = match status.and_then(|status| status.signal()) {
-                        // It ends by itself only when nothing is left.
+                        // A guard ends by itself only when nothing is left.
                         None => Phase::Clearing(Instant::now()),
                         Some(_) => {
                             if let Some(cgroup) = &self.cgroup {
@@ -324,7 +328,7 @@ impl Child {
         }
     }
 
-    /// The event that `report` is; `None` is the end of the guard.
+    /// Converts a report into an event; `None` means that the guard has ended.
     fn take(&mut self, report: Option<Report>) -> ChildEvent {
         if let Some(Report::Output(sentence)) = report {
             return ChildEvent::Output(sentence);
@@ -347,7 +351,7 @@ impl Child {
 
 impl Drop for Child {
     fn drop(&mut self) {
-        // Nobody else waits for its guard, which is about to end.
+        // Nobody else waits for the guard, which is about to end.
         if self.channel.alive.get()
             && let Ok(runtime) = Handle::try_current()
             && let Ok(guard) = GuardProcess::new(self.guard.pid)
@@ -357,54 +361,56 @@ impl Drop for Child {
     }
 }
 
-/// Signals a worker. After its end, nothing happens.
+/// Signals a worker. Does nothing once the worker has ended.
 #[derive(Debug, Clone)]
 pub struct Controller(Weak<GuardChannel>);
 
 impl Controller {
-    /// Sends `signal` to the program and its process group; in the group's stead, if it has not
-    /// started yet, as soon as it has. Continues a stopped one, so that it can act on the signal.
+    /// Sends `signal` to the program's process group. If the program has not started yet, the
+    /// signal is sent as soon as it has. A stopped process is continued, so that it can act on the
+    /// signal.
     pub fn signal(&self, signal: Signal) {
         self.order(Order::Signal(signal as i32));
     }
 
-    /// Asks the worker to stop with `signal`, as [`signal`](Self::signal) sends it, or to the program
-    /// alone. From now on the end of the program is its end only when its whole tree has ended:
-    /// what is left of its process group is waited for without a bound, the rest gets the signal and
-    /// a short time after that. [`kill`](Self::kill) cuts it short, to be called after `timeout`.
+    /// Asks the worker to stop with `signal`, sent as [`signal`](Self::signal) does, or to the
+    /// program alone. From now on the worker's end is reported only when its whole process tree has
+    /// ended: the rest of its process group is waited for without a limit, and then other processes
+    /// get the signal and a short time. The caller ends the wait with [`kill`](Self::kill), after
+    /// `timeout`.
     pub fn stop(&self, signal: Signal, to: StopTo, timeout: Duration) {
         self.order(Order::Stop(signal as i32, to, timeout));
     }
 
-    /// Has the file opened anew that its output goes to, if it goes to one.
+    /// Reopens the worker's output file, if its output goes to one.
     pub fn reopen_output(&self) {
         self.order(Order::Reopen);
     }
 
-    /// Kills the program and everything that it started, whatever session that is in.
+    /// Kills the program and everything that it started, in whatever session.
     pub fn kill(&self) {
         self.order(Order::Kill);
     }
 
     fn order(&self, order: Order) {
         let Some(channel) = self.0.upgrade().filter(|channel| channel.alive.get()) else { return };
-        // An error says that the guard has ended, as `Child::next` is about to find.
+        // An error means that the guard has ended, which `Child::next` is about to report.
         let _ = tell(&channel.socket, &order);
-        // It may have been stopped; nothing else could wake it.
+        // The guard may have been stopped (SIGSTOP), and nothing else would continue it.
         let _ = kill(Pid::from_raw(channel.guard), Signal::SIGCONT);
     }
 }
 
-/// A guard as a child of this process.
+/// A guard, as a child of this process.
 #[derive(Debug)]
 struct GuardProcess {
     pid: i32,
-    /// Readable when it has ended (pidfd_open(2)).
+    /// Readable when the guard has ended (pidfd_open(2)).
     handle: AsyncFd<OwnedFd>,
 }
 
 impl GuardProcess {
-    /// Of a child that has not been reaped.
+    /// `pid` must be a child that has not been reaped.
     fn new(pid: i32) -> io::Result<Self> {
         let child = rustix::process::Pid::from_raw(pid).ok_or(ErrorKind::InvalidInput)?;
         let handle = rustix::process::pidfd_open(child, PidfdFlags::empty())?;
@@ -413,7 +419,8 @@ impl GuardProcess {
         Ok(Self { pid, handle })
     }
 
-    /// Reaps it once it has ended; `None` where somebody else has. Cancel safe.
+    /// Waits until the guard has ended, and reaps it; `None` if it was reaped elsewhere. Cancel
+    /// safe.
     async fn ended(&self) -> Option<ExitStatus> {
         loop {
             let mut ready = self.handle.readable().await.ok()?;
@@ -426,17 +433,17 @@ impl GuardProcess {
     }
 }
 
-/// The way to a guard.
+/// The channel to a guard.
 #[derive(Debug)]
 struct GuardChannel {
     socket: AsyncFd<OwnedFd>,
     guard: i32,
-    /// The guard has not been reaped, so `guard` is nobody else's.
+    /// The guard has not been reaped, so its pid can't belong to another process.
     alive: Cell<bool>,
 }
 
 impl GuardChannel {
-    /// What the guard reports next; `None` where it has ended.
+    /// Waits for the guard's next report; `None` if the guard has ended.
     async fn hear(&self) -> Option<Report> {
         let report = self.socket.async_io(Interest::READABLE, |socket| hear(socket)).await;
         report.ok().flatten()

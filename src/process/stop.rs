@@ -1,14 +1,18 @@
-//! How a worker that was asked to stop comes to its end: with its last process, not with its first.
+//! How a stop ends: a worker that was asked to stop has ended when its last process has, not its
+//! first.
 //!
-//! Of `npm start`, or of a shell that waits for a server, the wrapper is the first process, and dies
-//! of a signal to the group at once, while the server still answers requests. So the end of the first
-//! process ends nothing: its process group has the signal and takes the time that it needs, until lbd
-//! orders to kill. What has left the group (a helper in a session of its own) knows of nothing and may
-//! run for ever: it gets the signal when the group has ended, and a short time.
+//! With `npm start`, or a shell that waits for a server, the first process is a wrapper. A signal
+//! to the process group kills the wrapper at once, while the server still answers requests. So the
+//! exit of the first process does not end the stop: the rest of the process group has received the
+//! signal and may take as long as it needs, until lbd orders a kill. A process that has left the
+//! group (a helper in its own session) has not received the signal and might run forever: it gets
+//! the signal when the group has ended, and then a short time to exit.
 //!
-//! A program that is told alone has told its group itself. One that ends before its group (the primary
-//! of a node cluster exits when its workers have stopped to listen, and they still answer) leaves it to
-//! finish what it has; but who was not told after all gets the signal shortly before lbd would kill it.
+//! With `stop.to = "main"` only the program gets the signal, and is expected to tell its group
+//! itself. If it exits before its group (the primary of a node cluster exits when its workers have
+//! stopped listening, while they still answer), the group may finish its work. Because some
+//! processes in the group may not have been told after all, the group gets the signal shortly
+//! before lbd would kill it.
 
 use std::{
     collections::BTreeSet,
@@ -20,32 +24,32 @@ use nix::sys::signal::Signal;
 use super::tree::{Process, identity};
 use crate::config::StopTo;
 
-/// How long what lbd has not told at once may take after the signal.
+/// How long processes that did not get the signal at first may take to exit once they get it.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// A stop that was ordered.
 #[derive(Debug)]
 pub(super) struct Stop {
     signal: Signal,
-    /// When the group gets the signal; `None` once it has it.
+    /// When to signal the group; `None` once the group has the signal.
     tell_group: Option<Instant>,
-    /// Those outside of the group that have it.
+    /// Processes outside of the group that already got the signal.
     told: BTreeSet<(i32, u64)>,
-    /// When what is left is killed; known once the group has ended.
+    /// When to kill what is left; set once the group has ended.
     kill_at: Option<Instant>,
 }
 
-/// What there is to do about processes that outlived the first one.
+/// What to do about processes that outlived the program.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Rest {
-    /// Send the signal to these, and look again, at the latest then.
+    /// Send the signal to these processes, and look again, at that time at the latest.
     Tell(Signal, Vec<i32>, Option<Instant>),
-    /// It is over: what there may be is to be killed.
+    /// The stop is over: kill whatever is left.
     Over,
 }
 
 impl Stop {
-    /// `deadline` is when lbd is going to order to kill.
+    /// `deadline` is the time at which lbd will order a kill.
     pub(super) fn new(signal: Signal, to: StopTo, deadline: Instant) -> Self {
         let tell_group = match to {
             StopTo::Group => None,
@@ -54,8 +58,8 @@ impl Stop {
         Self { signal, tell_group, told: BTreeSet::new(), kill_at: None }
     }
 
-    /// Once `program`, the first process and leader of its group, has ended: what is to be done about
-    /// `left`, all processes of the worker.
+    /// Decides what to do about `left`, all remaining processes of the worker. Called once
+    /// `program`, the first process and the leader of its group, has ended.
     pub(super) fn look(&mut self, left: &[Process], program: i32, now: Instant) -> Rest {
         let is_alive = |process: &&Process| !process.zombie;
         let (group, others): (Vec<&Process>, Vec<&Process>) =

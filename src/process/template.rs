@@ -1,8 +1,9 @@
 //! The template: the process that guards are forked from.
 //!
-//! A guard that lbd started by execve(2) would have pages of its own for all that the loader relocates
-//! in the binary, which is most of what a guard would cost. Forked from a process in which that has
-//! been done, they share these pages: the kernel copies one only when it is written to.
+//! If lbd started a guard by execve(2), the guard would have private copies of all pages that the
+//! loader relocates in the binary, which is most of what a guard would cost. Guards that are forked
+//! from a process in which the relocation is done share these pages: the kernel copies a page only
+//! when it is written to.
 //!
 //! ```text
 //! lbd ──┬── template      waits for lbd, forks, and has nothing of any worker
@@ -10,8 +11,8 @@
 //!       └── guard
 //! ```
 //!
-//! It is started with the first worker, ends when lbd does, and is replaced where somebody kills it:
-//! the guards that there are don't depend on it.
+//! lbd starts the template with the first worker, and a new one if somebody kills it. The template
+//! ends when lbd does. Running guards don't depend on it.
 
 use std::{
     fs,
@@ -46,22 +47,22 @@ use super::{
     tree::{Reaped, reap},
 };
 
-/// How long a template may take to start and to fork. Only a machine that is out of breath, or
-/// somebody who keeps stopping the template, makes lbd wait so long.
+/// How long a template may take to start and fork. It takes that long only on an overloaded
+/// machine, or if somebody keeps stopping the template.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// How long lbd waits at its end for the template's.
+/// How long lbd, at its own end, waits for the template to end.
 const END: Duration = Duration::from_secs(1);
 
-/// How many bytes there are for what `ps` shows of a guard; see [`Title`].
+/// The space for the text that `ps` shows for a guard, in bytes; see [`Title`].
 const TITLE: usize = 256;
 
-/// What the template did when it was asked for a guard.
+/// The template's answer to a request for a guard.
 #[derive(Debug, Serialize, Deserialize)]
 enum Answer {
-    /// It has this pid.
+    /// A guard was forked, with this pid.
     Forked(i32),
-    /// There is none, for this reason (an errno).
+    /// The fork failed with this errno.
     Failed(i32),
 }
 
@@ -73,11 +74,11 @@ pub(super) struct Template {
 }
 
 impl Template {
-    /// Starts one: `binary`, which has [`exec_main`] as its `exec` command.
+    /// Starts a template from `binary`, whose `exec` command must be [`exec_main`].
     pub(super) fn start(binary: &Path) -> io::Result<Self> {
         let (channel, theirs) = pair()?;
-        // Nothing here makes std fork by itself: it uses posix_spawn(3), which does not copy the
-        // page tables of a daemon that may be large.
+        // Nothing here forces std to fork: std uses posix_spawn(3), which does not copy the page
+        // tables of a daemon that may be large.
         let child = Command::new(binary)
             .arg0("lbd")
             .args(["exec", &" ".repeat(TITLE)])
@@ -90,20 +91,21 @@ impl Template {
         Ok(Self { pid, channel })
     }
 
-    /// Its process id. It is lbd's child until [`has_ended`](Self::has_ended) says otherwise.
+    /// The template's pid. The template is lbd's child until [`has_ended`](Self::has_ended) returns
+    /// true.
     pub(super) fn pid(&self) -> i32 {
         self.pid
     }
 
-    /// Has a guard forked that listens to the other end of `channel`, and returns its pid. `label` is
-    /// what `ps` shows beside it.
+    /// Makes the template fork a guard that listens at the other end of `channel`, and returns the
+    /// guard's pid. `ps` shows `label` for the guard.
     ///
-    /// Fails with [`BrokenPipe`](ErrorKind::BrokenPipe) where the template has ended.
+    /// Fails with [`BrokenPipe`](ErrorKind::BrokenPipe) if the template has ended.
     pub(super) fn fork_guard(&self, channel: BorrowedFd<'_>, label: &str) -> io::Result<i32> {
-        // Never zero bytes, which would read as end of file.
+        // An empty message would read as end of file.
         let label = if label.is_empty() { "-" } else { label };
         send_with(&self.channel, label.as_bytes(), &[channel])?;
-        // Whoever has stopped it stops no worker from being started.
+        // If somebody stopped the template (SIGSTOP), continue it: workers must start.
         let _ = kill(Pid::from_raw(self.pid), Signal::SIGCONT);
         match self.answer(Instant::now() + PATIENCE)? {
             Answer::Forked(pid) => Ok(pid),
@@ -131,7 +133,7 @@ impl Template {
         }
     }
 
-    /// Reaps it where it has ended; whether it has.
+    /// Reaps the template if it has ended. Returns whether it has.
     pub(super) fn has_ended(&self) -> bool {
         reap(Some(self.pid)) != Reaped::Alive
     }
@@ -143,7 +145,7 @@ impl Drop for Template {
             return;
         }
         let _ = kill(Pid::from_raw(self.pid), Signal::SIGKILL);
-        // Its end closes its end of the channel, at which it says nothing more.
+        // When the template ends, its end of the channel closes, and this poll returns.
         let end = Instant::now() + END;
         while !self.has_ended() && Instant::now() < end {
             let closed = PollFd::new(self.channel.as_fd(), PollFlags::empty());
@@ -152,35 +154,38 @@ impl Drop for Template {
     }
 }
 
-/// Runs the hidden `lbd exec`, the template, and each guard that it forks. A guard returns when nothing
-/// of its worker is left, with the program's own status (128 + n for signal n); the template when lbd
-/// has ended; or at once, with a message and status 2, where it was not lbd that started it.
+/// Runs the hidden `lbd exec`: the template, and each guard that it forks. A guard returns when no
+/// process of its worker is left, with the program's own status (128 + n for signal n). The
+/// template returns when lbd has ended, or at once with a message and status 2 if it was not lbd
+/// that started it.
 ///
-/// To be called first of all in `main`: it forks, so there must be one thread only.
+/// Must be called first of all in `main`: it forks, so there must be only one thread.
 pub fn exec_main() -> ExitCode {
     let stdin = io::stdin();
     if getsockopt(&stdin, sockopt::SockType) != Ok(SockType::SeqPacket) {
         eprintln!("lbd exec is how lbd starts a worker, and of no use by hand");
         return ExitCode::from(2);
     }
-    // A panic would exit, and lbd would take that for an orderly end; a signal says it was none.
+    // A panic would exit, which lbd would take for an orderly end. A signal shows that it was none.
     panic::set_hook(Box::new(|_| abort()));
-    // An error says that there is nobody to tell it to, or no room: lbd sees the end of the template.
+    // An error means that there is nobody to report to, or no memory: lbd notices that the template
+    // has ended.
     template(stdin.as_fd()).unwrap_or(ExitCode::FAILURE)
 }
 
-/// Forks guards for lbd until it ends; in each of them, is the guard.
+/// Forks guards for lbd until lbd ends. In each forked child, runs the guard.
 fn template(lbd: BorrowedFd<'_>) -> io::Result<ExitCode> {
     // A terminal's ^C and `pkill lbd` are for lbd, which then tells the guards what to do.
     SigSet::all().thread_block()?;
     setsid()?;
     prctl::set_name(c"lbd-template")?;
-    // What has lbd's user, as a worker without a user of its own, can trace neither the template nor
-    // the guards, nor read or change their memory (ptrace(2)). The programs are not affected: execve(2)
-    // takes it back.
+    // Without this, any process of lbd's user, such as a worker without its own `user`, could trace
+    // the template and the guards, and read or change their memory (ptrace(2)). The programs are
+    // not affected: execve(2) resets the flag.
     prctl::set_dumpable(false)?;
     close_inherited()?;
-    // Whoever has stopped the template, and then killed lbd: the end of lbd continues it.
+    // If somebody stops the template (SIGSTOP) and then kills lbd, the end of lbd continues the
+    // template.
     prctl::set_pdeathsig(Signal::SIGCONT)?;
     let title = Title::find();
     title.set("template");
@@ -198,7 +203,7 @@ fn template(lbd: BorrowedFd<'_>) -> io::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The next guard that lbd wants: its channel and label. `None` where lbd has ended.
+/// The next request from lbd: the guard's channel and label. `None` if lbd has ended.
 fn requested(lbd: BorrowedFd<'_>) -> io::Result<Option<(OwnedFd, String)>> {
     let mut label = [0; MESSAGE];
     let (length, fds) = receive_with(lbd, &mut label)?;
@@ -206,28 +211,30 @@ fn requested(lbd: BorrowedFd<'_>) -> io::Result<Option<(OwnedFd, String)>> {
     Ok(fds.into_iter().next().map(|channel| (channel, label)))
 }
 
-/// Forks a child of this process's parent (CLONE_PARENT, clone(2)): its pid, or `None` in the child.
+/// Forks a child of this process's parent (CLONE_PARENT, clone(2)). Returns its pid, or `None` in
+/// the child.
 fn fork_beside() -> Result<Option<i32>, Errno> {
     let flags = libc::c_long::from(libc::CLONE_PARENT);
-    // SAFETY: this process has one thread, and the child its own copy of everything, the stack
-    // included, so it may do whatever this one could. Of what fork(3) does beside the system call there
-    // is nothing to do: no handlers are registered, and no lock can be held. All arguments but the
-    // flags are zero, so their order, which differs between machines, does not matter; the signal that
-    // tells the parent of the child's end is this process's own, SIGCHLD.
+    // SAFETY: this process has one thread, and the child has its own copy of everything, including
+    // the stack, so the child may do whatever this process could. fork(3) does more than the system
+    // call, but none of that is needed here: no handlers are registered, and no lock can be held.
+    // All arguments but the flags are zero, so their order, which differs between machines, does
+    // not matter. The flags include no exit signal: with CLONE_PARENT the child sends its parent
+    // the signal that this process sends, SIGCHLD.
     let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
     let pid = i32::try_from(Errno::result(pid)?).map_err(|_| Errno::EOVERFLOW)?;
     Ok(Some(pid).filter(|pid| *pid > 0))
 }
 
-/// Where the kernel finds what `ps` shows of this process: the memory of its arguments.
+/// The memory that the kernel reads to show this process in `ps`: its arguments.
 ///
-/// As for setproctitle(3), the kernel takes for one text what is there up to a NUL, where the last byte
-/// is none.
+/// As setproctitle(3) relies on: if the last byte of that memory is not NUL, the kernel takes the
+/// memory up to the first NUL as one text.
 #[derive(Debug)]
 struct Title(Option<(*mut u8, usize)>);
 
 impl Title {
-    /// Of the process as it was started, with an argument of [`TITLE`] bytes.
+    /// Finds the memory. The process was started with an argument of [`TITLE`] bytes.
     fn find() -> Self {
         let find = || {
             let stat = fs::read("/proc/self/stat").ok()?;
@@ -247,8 +254,8 @@ impl Title {
         let Some((start, length)) = self.0 else { return };
         let text = format!("lbd exec {label}");
         let text = &text.as_bytes()[..text.floor_char_boundary(TITLE)];
-        // SAFETY: these are the bytes of this process's arguments, which the kernel has put there for
-        // it to write to; nothing in it reads them again, and `text` is shorter.
+        // SAFETY: these are the bytes of this process's arguments. The kernel put them there for
+        // the process to write to, nothing in the process reads them again, and `text` is shorter.
         unsafe {
             ptr::write_bytes(start, 0, length);
             ptr::copy_nonoverlapping(text.as_ptr(), start, text.len());

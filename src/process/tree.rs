@@ -1,4 +1,4 @@
-//! The processes below this one, as `/proc` shows them: found, killed, reaped.
+//! The processes below this one, found in `/proc`, and how to kill and reap them.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,25 +13,26 @@ use nix::{
 };
 use rustix::process::{WaitOptions, wait, waitpid};
 
-/// One line of the process table: the fields of `/proc/PID/stat` (proc_pid_stat(5)) used here.
+/// One entry of the process table: the fields of `/proc/PID/stat` (proc_pid_stat(5)) that are used
+/// here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Process {
     pub(super) pid: i32,
     pub(super) parent: i32,
     pub(super) group: i32,
-    /// All of it has ended, and its parent has not asked how. (Where the first thread alone has, the
-    /// kernel calls it a zombie too.)
+    /// All threads have ended, and the parent has not reaped the process. (The kernel also shows a
+    /// process as a zombie if only its first thread has ended.)
     pub(super) zombie: bool,
-    /// In clock ticks since boot: with the pid, an identity that is not used twice.
+    /// In clock ticks since boot. Pid and start time together identify a process uniquely.
     pub(super) start: u64,
 }
 
-/// What tells a process from a later one of the same pid.
+/// Tells a process from a later one with the same pid.
 pub(super) fn identity(process: &Process) -> (i32, u64) {
     (process.pid, process.start)
 }
 
-/// The process table. Processes that begin or end meanwhile may be in it or not.
+/// Reads the process table. It may or may not include processes that begin or end meanwhile.
 pub(super) fn processes() -> Vec<Process> {
     let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
     entries
@@ -43,7 +44,7 @@ pub(super) fn processes() -> Vec<Process> {
         .collect()
 }
 
-/// Those of `all` that are below one of `roots`, at any depth; the roots are not among them.
+/// Those of `all` that are below one of `roots`, at any depth. The roots are not included.
 pub(super) fn below(all: &[Process], roots: &[i32]) -> Vec<Process> {
     let mut children: BTreeMap<i32, Vec<Process>> = BTreeMap::new();
     for process in all {
@@ -52,7 +53,8 @@ pub(super) fn below(all: &[Process], roots: &[i32]) -> Vec<Process> {
     let mut found = Vec::new();
     let mut parents = roots.to_vec();
     while let Some(parent) = parents.pop() {
-        // Taken out, so that a table which is not of one moment cannot send this in circles.
+        // Removed from the map: the table is not a snapshot and may contain cycles, which would
+        // loop forever.
         let children = children.remove(&parent).unwrap_or_default();
         parents.extend(children.iter().map(|process| process.pid));
         found.extend(children);
@@ -60,26 +62,27 @@ pub(super) fn below(all: &[Process], roots: &[i32]) -> Vec<Process> {
     found
 }
 
-/// The worker's own processes, seen from lbd: those below its guard, but for what is in the guard's
-/// process group, which a worker can't join as it is in another session.
+/// The worker's own processes, as lbd sees them: everything below the guard except the guard's own
+/// process group. A worker can't join that group, because it is in another session.
 pub(super) fn worker_of(all: &[Process], guard: i32) -> Vec<Process> {
     let mut found = below(all, &[guard]);
     found.retain(|process| process.group != guard);
     found
 }
 
-/// Sends SIGKILL to the process groups of `processes`, other than this one's own, and to each of them.
+/// Sends SIGKILL to the process groups of `processes`, except to this process's own, and to each
+/// process.
 ///
-/// A group is killed in one step, so that one which forks as fast as it can does not get ahead. A
-/// group lies within a session, and a session below the process that made it: a group that has
-/// a member in the tree is in the tree as a whole.
+/// A group is killed in one step, so that a process that forks as fast as it can does not escape.
+/// This kills no unrelated process: a group lies within one session, and a session lies below the
+/// process that created it, so a group with one member in the tree is in the tree as a whole.
 pub(super) fn kill_all(processes: &[Process]) {
     let own = getpgrp().as_raw();
     let alive = || processes.iter().filter(|process| !process.zombie);
-    // Each group once: a signal to it costs as much as it has members.
+    // Each group once: the cost of a signal grows with the number of members.
     let groups: BTreeSet<i32> = alive().map(|process| process.group).collect();
     for group in groups.into_iter().filter(|&group| group != own) {
-        // An error, here and below, says that there is none any more.
+        // An error, here and below, means that the process or group is gone.
         let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
     }
     for process in alive() {
@@ -90,17 +93,18 @@ pub(super) fn kill_all(processes: &[Process]) {
 /// What [`reap`] found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Reaped {
-    /// This child had ended, like this, and is gone now.
+    /// This child had ended in this way. It is reaped now.
     Ended(i32, ExitStatus),
-    /// There are such children, but none has ended.
+    /// There are matching children, but none has ended.
     Alive,
-    /// There is no such child.
+    /// There is no matching child.
     None,
 }
 
-/// Reaps one child, if one has ended: `pid`, or any where it is `None`. Never blocks.
+/// Reaps one child that has ended: `pid`, or any child if `None`. Never blocks.
 ///
-/// Not by nix, whose `waitpid` reaps a child that a real-time signal killed, and then fails.
+/// Does not use nix, whose `waitpid` reaps a child that was killed by a real-time signal and then
+/// fails.
 pub(super) fn reap(pid: Option<i32>) -> Reaped {
     let ended = match pid {
         None => wait(WaitOptions::NOHANG),
@@ -116,13 +120,13 @@ pub(super) fn reap(pid: Option<i32>) -> Reaped {
 }
 
 fn parse_stat(pid: i32, stat: &[u8]) -> Option<Process> {
-    // The second field is the program's name in parentheses, which may hold anything, `)` included.
+    // The second field is the program's name in parentheses, which may contain anything, also `)`.
     let end = stat.iter().rposition(|&byte| byte == b')')?;
     let mut fields = str::from_utf8(&stat[end + 1..]).ok()?.split_ascii_whitespace();
     let ended = matches!(fields.next()?, "Z" | "X");
     let parent = fields.next()?.parse().ok()?;
     let group = fields.next()?.parse().ok()?;
-    // Field 20, and the fifth was the last one read; `start` is field 22.
+    // Threads are field 20 (the fifth was read last), and `start` is field 22.
     let threads: u32 = fields.nth(14)?.parse().ok()?;
     let start = fields.nth(1)?.parse().ok()?;
     let zombie = ended && threads <= 1;

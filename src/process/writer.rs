@@ -1,19 +1,20 @@
-//! The process that writes a worker's output into a file, where `output` is one.
+//! The process that writes a worker's output to a file, if `output` is a path.
 //!
 //! ```text
 //! guard ──┬── program … ──pipe──▶ writer ──▶ file
 //!         └── writer
 //! ```
 //!
-//! It is forked by the guard and becomes the worker's user before it opens the file: whatever there is
-//! at the path, and however the worker changes that, is opened with the worker's own rights, and
-//! charged to its quota. It can wait for a slow disk as long as it takes, for it holds up nobody but
-//! the worker, which waits too once the pipe is full: nothing is dropped. lbd could not replace a
-//! descriptor that the program holds; this can, so that the file can be moved away and opened anew.
+//! The guard forks the writer, and the writer becomes the worker's user before it opens the file.
+//! So whatever is at the path, and however the worker changes it, is opened with the worker's own
+//! rights and charged to its quota. The writer may wait for a slow disk as long as needed: it
+//! delays only the worker, which blocks once the pipe is full. No output is dropped. lbd could not
+//! replace a descriptor that the program holds, but the writer can reopen the file, so log rotation
+//! can move it away.
 //!
-//! It ends when nobody can write to the pipe any more and all of it is written, also after a SIGKILL of
-//! lbd. It is not in the worker's cgroup, nor in a process group of its own, which tells it from the
-//! worker's processes.
+//! The writer ends when nobody can write to the pipe any more and all output is written, also after
+//! a SIGKILL of lbd. It is not in the worker's cgroup, and it stays in the guard's process group,
+//! which tells it from the worker's processes.
 
 use std::{
     fs::{File, OpenOptions},
@@ -40,19 +41,20 @@ use super::{
     exec::{ExecError, aside, identity, words},
 };
 
-/// What a pipe holds (pipe(7)), so what one read finds at most.
+/// The capacity of a pipe (pipe(7)), and so the most that one read returns.
 const BUFFER: usize = 64 * 1024;
 
-/// How long the rest of a line is waited for. Files that several workers write to so have whole lines.
+/// How long to wait for the rest of a line. So lines stay whole in a file that several workers
+/// write to.
 const LINE: Duration = Duration::from_millis(20);
 
-/// Between two attempts to write to a disk that is full.
+/// The pause between two attempts to write to a full disk.
 const RETRY: Duration = Duration::from_millis(200);
 
-/// Between two complaints.
+/// The shortest time between two error reports.
 const SILENCE: Duration = Duration::from_secs(10);
 
-/// Why the file is not written to, as one sentence.
+/// Why output can't be written to the file, as one sentence.
 #[derive(Debug, Error)]
 enum WriterError {
     #[error("{0}")]
@@ -75,16 +77,16 @@ enum WriterError {
 #[derive(Debug)]
 pub(super) struct Writer {
     pub(super) pid: Pid,
-    /// To be told to open the file anew; and what it complains about.
+    /// Carries orders to reopen the file, and the writer's error reports.
     pub(super) channel: OwnedFd,
 }
 
-/// What the program waits for before it runs: that its writer has opened the file.
+/// What the program waits for before it runs: its writer has opened the file.
 #[derive(Debug)]
 pub(super) struct Opened(File);
 
 impl Writer {
-    /// Forks a writer where the package has something for one to read. To be called before the program
+    /// Forks a writer if the package has a pipe for it to read. Must be called before the program
     /// is forked.
     pub(super) fn fork(mut package: Package) -> io::Result<(Package, Option<(Self, Opened)>)> {
         let Some(reader) = package.reader.take() else { return Ok((package, None)) };
@@ -93,8 +95,8 @@ impl Writer {
         // SAFETY: this process has one thread, so the child may do whatever it could.
         match unsafe { fork() }? {
             ForkResult::Child => {
-                // What the program has would not end as long as this process has it too, and the
-                // guard's way to lbd (standard input) would not as well.
+                // As long as this process held the program's descriptors, or the guard's channel to
+                // lbd (standard input), they would not reach end of file.
                 let description = package.into_description();
                 drop((channel, opened));
                 let file = File::open("/dev/null").and_then(|null| Ok(dup2_stdin(null)?));
@@ -125,20 +127,20 @@ impl Writer {
         }
     }
 
-    /// Has the file opened anew.
+    /// Makes the writer reopen the file.
     pub(super) fn reopen(&self) {
-        // An error says that it has ended.
+        // An error means that the writer has ended.
         let _ = tell(&self.channel, &Order::Reopen);
     }
 }
 
 impl Opened {
-    /// The same, where none of the program's descriptors is to be.
+    /// Moves the pipe to a descriptor that can't collide with the program's.
     pub(super) fn aside(self) -> nix::Result<Self> {
         Ok(Self(File::from(aside(&self.0)?)))
     }
 
-    /// Until the file is open; or why it is not.
+    /// Waits until the file is open. Returns why it is not, if that fails.
     pub(super) fn wait(mut self) -> Result<(), String> {
         let mut outcome = Vec::new();
         match self.0.read_to_end(&mut outcome) {
@@ -177,13 +179,14 @@ impl Output {
     }
 }
 
-/// Opens or makes a regular file, and nothing else: a link is not followed, and a FIFO not waited for.
+/// Opens or creates a regular file, and nothing else: does not follow a link, and does not wait for
+/// a FIFO.
 fn open(path: &PathBuf, user: Option<&str>) -> Result<File, WriterError> {
     let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
     let opened = OpenOptions::new().append(true).create(true).custom_flags(flags.bits()).open(path);
     let file = opened.map_err(|error| match error.raw_os_error() {
         Some(libc::ELOOP) => WriterError::Link(path.clone()),
-        // A FIFO that nobody reads, or a socket (open(2)).
+        // A FIFO without a reader, or a socket (open(2)).
         Some(libc::ENXIO) => WriterError::NotRegular(path.clone()),
         _ => WriterError::Open(path.clone(), user.map(str::to_owned), error),
     })?;
@@ -194,10 +197,12 @@ fn open(path: &PathBuf, user: Option<&str>) -> Result<File, WriterError> {
     }
 }
 
-/// Writes what comes from `reader` until it ends. Without a `channel`, the guard has ended.
+/// Copies from `reader` to the file until `reader` ends. `channel` is `None` once the guard has
+/// ended.
 fn copy(mut output: Output, mut reader: File, mut channel: Option<OwnedFd>) {
     let mut pending = Vec::with_capacity(2 * BUFFER);
-    // Until then the rest of the last line is waited for; and then, where none came, not any more.
+    // Until `flush_at`, wait for the rest of an unfinished line; after that, `flush` writes it as
+    // it is.
     let mut flush_at: Option<Instant> = None;
     let mut flush = false;
     let mut complained: Option<Instant> = None;
@@ -230,7 +235,8 @@ fn copy(mut output: Output, mut reader: File, mut channel: Option<OwnedFd>) {
         if pending.is_empty() {
             (flush_at, flush) = (None, false);
         }
-        // Nothing is read while something can be written: that is how the worker is made to wait.
+        // Don't read while there is something to write: this is the backpressure that makes the
+        // worker wait.
         let timeout = match (failed, ready > 0) {
             (true, _) => Some(RETRY),
             (false, true) => Some(Duration::ZERO),
@@ -269,7 +275,7 @@ fn copy(mut output: Output, mut reader: File, mut channel: Option<OwnedFd>) {
     }
 }
 
-/// Whether there is something to read, and an order.
+/// Returns whether there is something to read, and whether there is an order.
 fn wait(
     reader: Option<&File>,
     channel: Option<&OwnedFd>,
@@ -279,7 +285,7 @@ fn wait(
     fds.extend(reader.map(|reader| PollFd::new(reader.as_fd(), PollFlags::POLLIN)));
     fds.extend(channel.map(|channel| PollFd::new(channel.as_fd(), PollFlags::POLLIN)));
     let _ = poll(&mut fds, poll_timeout(timeout));
-    // An error or an end is something to be read, too.
+    // An error or end of file counts as readable, too.
     let mut is_ready = fds.iter().map(|fd| fd.any().unwrap_or(false));
     let readable = reader.is_some() && is_ready.next().unwrap_or(false);
     (readable, channel.is_some() && is_ready.next().unwrap_or(false))
@@ -287,7 +293,7 @@ fn wait(
 
 fn complain(channel: Option<&OwnedFd>, error: &WriterError) {
     if let Some(channel) = channel {
-        // An error says that the guard has ended, or does not listen.
+        // An error means that the guard has ended, or does not listen.
         let _ = tell(channel, &error.to_string());
     }
 }

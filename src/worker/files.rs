@@ -1,6 +1,6 @@
-//! What a request is answered with: [`ServeDir`] over [`Root`], and what HTTP asks for beyond it.
+//! Builds the answers: [`ServeDir`] over [`Root`], plus what HTTP requires beyond it.
 //!
-//! Every future here is ready when it is polled first, since [`Root`] reads inline; a thread without
+//! Every future here is ready on its first poll, because [`Root`] reads inline. So a thread without
 //! a runtime can use them too.
 
 use std::{env, io, path::Path};
@@ -21,10 +21,10 @@ use tower_http::services::{
 
 use super::root::Root;
 
-/// An answer's body: a file's bytes, or a short text.
+/// An answer's body: a file's content, or a short text.
 pub(super) type Body = Either<ServeFileSystemResponseBody, Full<Bytes>>;
 
-/// The files of one root, and the name that goes on each answer.
+/// The files of one root, and the name that each answer carries.
 #[derive(Debug, Clone)]
 pub(super) struct Files {
     serve: ServeDir<DefaultServeDirFallback, Root>,
@@ -33,8 +33,9 @@ pub(super) struct Files {
 }
 
 impl Files {
-    /// Serves `root`, signed `X-Served-By:` as given, or else `SERVICE/PORT` with the `LBD_SERVICE` of
-    /// the environment, or `lbd`; without a port it is the `LBD_SLOT`.
+    /// Serves `root`. The header `X-Served-By:` is `served_by` if given; else `SERVICE/PORT`, with
+    /// the service from `LBD_SERVICE` in the environment, or `lbd`. Without a port, `LBD_SLOT`
+    /// takes its position.
     ///
     /// # Errors
     ///
@@ -55,15 +56,15 @@ impl Files {
         })
     }
 
-    /// The answer to `request`, whose body is of no interest. Never an error; the body of the answer
-    /// to a HEAD is for the transport to leave out.
+    /// The answer to `request`, whose body is ignored. Never an error. For a HEAD request, the
+    /// transport must leave out the answer's body.
     pub(super) async fn answer(&self, request: Request<()>) -> Response<Body> {
         let mut response = self.find(request).await;
         self.sign(&mut response);
         response
     }
 
-    /// The answer to what is no request at all.
+    /// The answer to something that is no valid request.
     pub(super) fn refusal(&self, status: StatusCode) -> Response<Body> {
         let mut response = Response::new(Body::Right(Full::default()));
         *response.status_mut() = status;
@@ -118,13 +119,13 @@ impl Files {
     }
 }
 
-/// An encoded slash or NUL: no file's name has either in it, so there is nothing to decode it for.
+/// An encoded slash or NUL. No file name contains either, so decoding it is pointless.
 fn names_no_file(encoded: &[u8]) -> bool {
     encoded.eq_ignore_ascii_case(b"%2f") || encoded == b"%00"
 }
 
-/// Whether the request's `Range` counts: RFC 9110, section 14.2, defines it for GET alone and has
-/// units other than bytes ignored.
+/// Whether the request's `Range` header counts. RFC 9110, section 14.2, defines it for GET alone,
+/// and says to ignore units other than bytes.
 fn may_be_partial(request: &Request<()>) -> bool {
     let in_bytes = |range: &HeaderValue| {
         range.as_bytes().get(..6).is_some_and(|unit| unit.eq_ignore_ascii_case(b"bytes="))
@@ -132,13 +133,14 @@ fn may_be_partial(request: &Request<()>) -> bool {
     request.method() == Method::GET && request.headers().get(RANGE).is_some_and(in_bytes)
 }
 
-/// Whether an `If-Range` still names what is there (RFC 9110, section 13.1.5): the very entity tag
-/// or the very date. A weak tag never equals ours, which are strong.
+/// Whether an `If-Range` condition still holds (RFC 9110, section 13.1.5): it must be exactly the
+/// current entity tag or date. A weak tag never matches, because ours are strong.
 fn matches(condition: &HeaderValue, current: &HeaderMap) -> bool {
     [ETAG, LAST_MODIFIED].into_iter().any(|validator| current.get(validator) == Some(condition))
 }
 
-/// What [`ServeDir`] leaves out: a charset, a text with an error, a redirect that stays on this host.
+/// Adds what [`ServeDir`] leaves out: a charset, a text for errors, and a redirect that stays on
+/// this host.
 fn finish(mut response: Response<Body>) -> Response<Body> {
     let status = response.status();
     if status.is_client_error() || status.is_server_error() {
@@ -153,13 +155,13 @@ fn finish(mut response: Response<Body>) -> Response<Body> {
         && path.starts_with("//")
         && let Ok(path) = HeaderValue::try_from(format!("/{}", path.trim_start_matches('/')))
     {
-        // `//name/` would lead to another host.
+        // A location `//name/` would lead to another host.
         *location = path;
     }
     response
 }
 
-/// Puts the status in words into an empty body.
+/// Fills an empty body with the status in words.
 fn explain(response: &mut Response<Body>) {
     if response.body().size_hint().exact().is_some_and(|length| length > 0) {
         return;
@@ -171,7 +173,7 @@ fn explain(response: &mut Response<Body>) {
     *response.body_mut() = Body::Right(text.into());
 }
 
-/// Text on the web is UTF-8; without saying so, browsers guess.
+/// Without a charset, browsers guess. Text on the web is UTF-8.
 fn add_charset(content: &mut HeaderValue) {
     match content.as_bytes() {
         b"text/html" => *content = HeaderValue::from_static("text/html; charset=utf-8"),

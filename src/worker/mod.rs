@@ -1,27 +1,26 @@
 //! The built-in HTTP workers: the files beneath one folder, served by an async server or by a
 //! thread per connection.
 //!
-//! Both are one process; scaling is running more of them. They differ in
-//! how they wait and in nothing else: what a request is answered with comes from [`files`], what a
-//! path may reach from [`root`], where connections come from [`socket`]. A comparison of the two
-//! therefore measures the waiting.
+//! Each is a single process; to scale, run several. They differ only in how they wait: [`files`]
+//! builds the answers, [`root`] decides which files a path may reach, and [`socket`] provides the
+//! connections. So a comparison of the two measures the waiting.
 //!
-//! Files are opened and read inline, without a pool of threads. Nearly always they are in the page
-//! cache, where a read costs less than handing it to another thread and back. On a slow disk a read
-//! holds up the other connections of *this* worker, which is one of several; a disk that hangs
-//! makes its probe fail, and the balancer routes around it.
+//! Files are opened and read inline, without a thread pool. They are nearly always in the page
+//! cache, where a read costs less than handing it to another thread and back. On a slow disk, a
+//! read delays the other connections of *this* worker, which is one of several. If a disk hangs,
+//! the worker's probe fails and the balancer routes around the worker.
 //!
 //! A graceful stop (SIGTERM or SIGINT) loses nothing that reached the worker:
 //!
-//! 1. what waits in the accept queue is accepted, then the listener is let go;
-//! 2. connections that are idle after a request are closed at once, requests being answered are
-//!    finished and answered with `Connection: close`;
-//! 3. a connection that has not sent its first request yet has [`FIRST_REQUEST_GRACE`] to do so: the
-//!    balancer may have routed a client here a moment ago;
-//! 4. [`run`] returns when the last one is gone. A second signal ends the process at once.
+//! 1. Connections in the accept queue are accepted, then the listener is closed.
+//! 2. Connections that are idle after a request are closed at once. Requests that are being
+//!    answered are finished, with `Connection: close`.
+//! 3. A connection that has not sent its first request yet has [`FIRST_REQUEST_GRACE`] to do so:
+//!    the balancer may have routed a client here a moment ago.
+//! 4. [`run`] returns when the last connection is gone. A second signal ends the process at once.
 //!
 //! There is no limit on how long a client may take to read an answer: that is the balancer's
-//! `idle-timeout`. What a worker holds at once is bounded, see [`capacity`].
+//! `idle-timeout`. The number of connections is bounded, see [`capacity`].
 
 mod files;
 mod root;
@@ -52,7 +51,7 @@ use socket::Listener;
 /// bounds an idle keep-alive connection. nginx's `keepalive_timeout` has the same default.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(75);
 
-/// How long a connection without any request yet is kept in a graceful stop.
+/// How long, during a graceful stop, a connection may take to send its first request.
 const FIRST_REQUEST_GRACE: Duration = Duration::from_millis(500);
 
 /// How long accepting pauses after an error that only time can cure, such as a full descriptor
@@ -65,32 +64,32 @@ const MAX_HEAD: usize = 32 * 1024;
 /// What `lbd worker` was asked to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Options {
-    /// The folder whose files are served; relative to the working folder.
+    /// The folder to serve; relative to the working directory.
     pub root: PathBuf,
-    /// A thread for each connection and blocking I/O, instead of an async runtime.
+    /// Use a thread per connection and blocking I/O instead of an async runtime.
     pub threaded: bool,
-    /// The address to listen on, before the inherited sockets and `PORT`.
+    /// The address to listen on. Takes precedence over the inherited sockets and `PORT`.
     pub listen: Option<SocketAddr>,
-    /// What `X-Served-By` says; the service and the port where `None`.
+    /// The value of `X-Served-By`; service and port if `None`.
     pub served_by: Option<String>,
 }
 
-/// Why a worker could not start, or could not go on.
+/// Why a worker could not start or continue.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
-    /// None of the three ways to get a socket applies.
+    /// There is no listen address, no inherited socket and no `PORT`.
     #[error(
         "no socket to serve on: give --listen ADDRESS:PORT, pass a listening socket as LISTEN_FDS, \
          or set PORT in the environment"
     )]
     NoSocket,
-    /// `PORT` holds something else.
+    /// `PORT` is not a port number.
     #[error("PORT is {0:?} in the environment, expected a port number from 1 to 65535")]
     Port(String),
-    /// A descriptor from 3 on is not what `LISTEN_FDS` promised.
+    /// A descriptor from 3 on is not a listening socket, as `LISTEN_FDS` promised.
     #[error("a descriptor from 3 on, passed as LISTEN_FDS, is not a listening TCP or unix socket")]
     Inherited,
-    /// The address is taken, not ours, or privileged.
+    /// The address is in use, not local, or privileged.
     #[error("cannot listen on {address}: {source}")]
     Bind {
         /// The address that was asked for.
@@ -106,7 +105,7 @@ pub enum WorkerError {
         /// What opening it said.
         source: io::Error,
     },
-    /// The kernel refused something that a worker can't do without.
+    /// A system call failed that the worker can't do without.
     #[error("cannot {doing}: {source}")]
     System {
         /// What was being done.
@@ -118,11 +117,11 @@ pub enum WorkerError {
 
 /// Serves the files of `options.root` until SIGTERM or SIGINT, then stops gracefully.
 ///
-/// The socket is the first that applies: `options.listen`; those from descriptor 3 on that were passed
-/// to this process by `sd_listen_fds(3)`'s protocol; `PORT` on 127.0.0.1.
+/// The worker uses the first socket that applies: `options.listen`; the sockets passed from
+/// descriptor 3 on by the protocol of `sd_listen_fds(3)`; `PORT` on 127.0.0.1.
 ///
-/// Blocks the calling thread, and installs the process's handlers of SIGTERM, SIGINT and SIGALRM:
-/// call it once, from the main thread of a process that does nothing else.
+/// Blocks the calling thread, and installs the process's handlers for SIGTERM, SIGINT and SIGALRM.
+/// Call it once, from the main thread of a process that does nothing else.
 ///
 /// # Errors
 ///
@@ -141,19 +140,20 @@ pub fn run(options: &Options) -> Result<(), WorkerError> {
     }
 }
 
-/// Names what was being done when the kernel said no.
+/// Adds what was being done to an error of the kernel.
 fn system(doing: &'static str) -> impl FnOnce(io::Error) -> WorkerError {
     move |source| WorkerError::System { doing, source }
 }
 
-/// A socket that becomes readable on the first SIGTERM or SIGINT. The second one ends the process
-/// in the signal handler, so that it works whatever the process is busy with.
+/// Returns a socket that becomes readable on the first SIGTERM or SIGINT. The second signal ends
+/// the process in the signal handler, so that it works whatever the process is busy with.
 fn stop_signals() -> io::Result<UnixStream> {
     let (stop, handler) = UnixStream::pair()?;
     stop.set_nonblocking(true)?;
     let stopping = Arc::new(AtomicBool::new(false));
     for signal in [SIGTERM, SIGINT] {
-        // In this order: the flag is not set yet when the first signal comes by.
+        // The order of registration matters: at the first signal, the conditional shutdown must see
+        // the flag not yet set.
         flag::register_conditional_shutdown(signal, 1, Arc::clone(&stopping))?;
         flag::register(signal, Arc::clone(&stopping))?;
         pipe::register(signal, handler.try_clone()?)?;
@@ -161,9 +161,10 @@ fn stop_signals() -> io::Result<UnixStream> {
     Ok(stop)
 }
 
-/// How many connections this process may hold at once: half of the descriptors it may open, since
-/// each connection may have a file open as well, less some for itself. The soft limit is raised to
-/// the hard one first: it is low for the sake of `select(2)`, which nothing here uses.
+/// How many connections this process may hold at once: half of its descriptor limit, because each
+/// connection may also have a file open, minus some descriptors for the process itself. First
+/// raises the soft limit to the hard limit: the soft one is low for the sake of `select(2)`, which
+/// is not used here.
 fn capacity() -> usize {
     const OWN: u64 = 32;
     const PER_CONNECTION: u64 = 2;
@@ -172,7 +173,7 @@ fn capacity() -> usize {
         Ok(()) => hard,
         Err(_) => soft,
     };
-    // The upper bound keeps the sum within what a semaphore counts; no machine gets there.
+    // The upper bound is what a semaphore can count; no machine reaches it.
     usize::try_from(limit.saturating_sub(OWN) / PER_CONNECTION)
         .map_or(1 << 20, |n| n.clamp(1, 1 << 20))
 }

@@ -1,14 +1,14 @@
 //! Opening files beneath the root, and never anywhere else.
 //!
-//! The kernel keeps the promise: `openat2(2)` with `RESOLVE_BENEATH` refuses a path that leaves the
-//! folder at any step, by `..` or by a symbolic link, whatever is renamed meanwhile. It refuses
-//! absolute links as well, also those that lead to a file inside, and it does not exist before
-//! Linux 5.6 or under some seccomp filters. For these the path is resolved first, must still be
-//! inside, and is then walked from the root with `O_NOFOLLOW` at each step: a link put there
-//! meanwhile fails the walk.
+//! The kernel enforces this: `openat2(2)` with `RESOLVE_BENEATH` refuses a path that leaves the
+//! folder at any step, by `..` or by a symbolic link, whatever is renamed meanwhile. But it also
+//! refuses absolute links to files inside the folder, and it does not exist before Linux 5.6 or
+//! under some seccomp filters. In these cases the path is first resolved and checked to be inside,
+//! and then walked from the root with `O_NOFOLLOW` at each step. If somebody puts a link there
+//! meanwhile, the walk fails.
 //!
-//! Only regular files are opened, with `O_NONBLOCK`, so a FIFO can't hang the server. What can't be
-//! had for a reason that lies in the name is "not found", so that an answer never tells what exists
+//! Only regular files are opened, with `O_NONBLOCK`, so that a FIFO can't hang the server. Every
+//! failure that depends on the name is "not found", so that an answer never reveals what exists
 //! outside.
 
 use std::{
@@ -35,8 +35,8 @@ use nix::{
 use tokio::io::{AsyncRead, AsyncSeek, ReadBuf};
 use tower_http::services::fs::{Backend, File as ServedFile};
 
-/// How long the root's descriptor is used before the root's path is looked up again: a deployment
-/// that swaps the folder, or the link that is the root, shows after this time.
+/// How long the root's descriptor is used before its path is looked up again. When a deployment
+/// replaces the folder, or the link to it, the worker serves the new one after this time.
 const LOOKUP_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The folder whose files are served; clones share it.
@@ -56,7 +56,7 @@ impl Root {
     ///
     /// Those of open(2); `ENOTDIR` where it is no folder.
     pub(super) fn open(path: &Path) -> io::Result<Self> {
-        // Reading it tells a root that may not be read apart, now instead of in each request.
+        // Detects an unreadable root now, instead of in each request.
         fs::read_dir(path)?;
         let folder = Mutex::new((Arc::new(open_folder(path)?), Instant::now()));
         Ok(Self(Arc::new(Inner { path: path.to_owned(), folder })))
@@ -89,8 +89,8 @@ impl Root {
             .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
         match openat2(&*folder, path, how) {
             Ok(file) => Ok(file.into()),
-            // EXDEV: it leaves the folder, if only to come back by an absolute link. EAGAIN: a
-            // rename got in the way. ENOSYS, EPERM: no openat2 here.
+            // EXDEV: the path leaves the folder, even if an absolute link leads back in. EAGAIN: a
+            // concurrent rename. ENOSYS, EPERM: openat2 is not available.
             Err(Errno::EXDEV | Errno::EAGAIN | Errno::ENOSYS | Errno::EPERM) => {
                 self.open_resolved(&folder, path, flags)
             }
@@ -99,7 +99,8 @@ impl Root {
         .map_err(in_the_name_or_not)
     }
 
-    /// Without `openat2`: resolve, check, and walk what was resolved without following links.
+    /// Opens without `openat2`: resolves the path, checks it, and walks the result without
+    /// following links.
     fn open_resolved(&self, folder: &OwnedFd, path: &Path, flags: OFlag) -> io::Result<File> {
         let root = fs::canonicalize(&self.0.path)?;
         let resolved = fs::canonicalize(root.join(path))?;
@@ -120,7 +121,7 @@ impl Root {
         let mut held = self.0.folder.lock().unwrap_or_else(PoisonError::into_inner);
         let (folder, looked_up) = &mut *held;
         if looked_up.elapsed() >= LOOKUP_INTERVAL {
-            // In the middle of a swap there may be none: the old one stays until there is.
+            // During a swap the path may not exist for a moment: keep the old folder until it does.
             if let Ok(current) = open_folder(&self.0.path) {
                 *folder = Arc::new(current);
             }
@@ -145,7 +146,7 @@ impl Backend for Root {
     }
 }
 
-/// A regular file, read inline up to the length it had when it was opened.
+/// A regular file, read inline, up to the length that it had when it was opened.
 #[derive(Debug)]
 pub(super) struct OpenFile {
     file: File,
@@ -199,7 +200,8 @@ fn open_folder(path: &Path) -> io::Result<OwnedFd> {
     Ok(open(path, flags, Mode::empty())?)
 }
 
-/// "Not found" for every error that a name alone brings about; the rest is the machine's.
+/// Turns every error that the name alone can cause into "not found". Other errors are the
+/// machine's.
 fn in_the_name_or_not(error: io::Error) -> io::Error {
     let by_name = match error.raw_os_error().map(Errno::from_raw) {
         Some(errno) => matches!(

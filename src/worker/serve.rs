@@ -34,7 +34,7 @@ use super::{
     system,
 };
 
-/// Serves until `stop` is readable, then stops gracefully; holds `capacity` connections at most.
+/// Serves until `stop` is readable, then stops gracefully. Holds at most `capacity` connections.
 pub(super) fn run(
     listener: Listener,
     files: Files,
@@ -47,8 +47,8 @@ pub(super) fn run(
         .map_err(system("start the runtime"))?;
     runtime.block_on(async {
         let stop = UnixStream::from_std(stop).map_err(system("watch for signals"))?;
-        // SAFETY: the descriptor is the socket's that the listener owns and never replaces, so it
-        // is open as long as the listener is.
+        // SAFETY: the descriptor belongs to the listener's socket, which the listener owns and
+        // never replaces, so it stays open as long as the listener exists.
         let listener = unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) }
             .map_err(|error| system("watch the listening socket")(error.into()))?;
         Server::new(files, capacity).serve(listener, stop).await;
@@ -59,9 +59,9 @@ pub(super) fn run(
 struct Server {
     files: Arc<Files>,
     http: http1::Builder,
-    /// True from the signal on.
+    /// True once the stop signal has arrived.
     stopping: watch::Sender<bool>,
-    /// One permit for each connection that may still be taken.
+    /// One permit for each further connection that may be accepted.
     free: Arc<Semaphore>,
     capacity: usize,
 }
@@ -72,7 +72,7 @@ impl Server {
         http.timer(TokioTimer::new())
             .header_read_timeout(HEAD_TIMEOUT)
             .max_header_size(MAX_HEAD)
-            // A client may close its half once it has asked.
+            // A client may close its sending half after its request.
             .half_close(true);
         Self {
             files: Arc::new(files),
@@ -99,12 +99,12 @@ impl Server {
             self.spawn(stream, permit);
         }
         drop(listener);
-        // Every permit is back when every connection has ended.
+        // All permits are back when every connection has ended.
         let all = u32::try_from(self.capacity).unwrap_or(u32::MAX);
         let _ = self.free.acquire_many(all).await;
     }
 
-    /// The next connection, once there is one and room for it. Cancellation loses none.
+    /// Waits for the next connection and a permit for it. Cancelling loses no connection.
     async fn next(&self, listener: &mut AsyncFd<Listener>) -> (TcpStream, OwnedSemaphorePermit) {
         let permit = self.permit().await;
         loop {
@@ -120,7 +120,7 @@ impl Server {
         }
     }
 
-    /// A connection that waits in the accept queue already; `None` when it is empty.
+    /// A connection that is already in the accept queue; `None` if the queue is empty.
     async fn queued(
         &self,
         listener: &mut AsyncFd<Listener>,
@@ -153,8 +153,8 @@ impl Server {
     }
 }
 
-/// Answers the requests of one connection until either side ends it. How it ended matters to
-/// nobody: a client that goes away is no fault.
+/// Answers the requests of one connection until either side ends it. The outcome does not matter: a
+/// client that goes away is no error.
 async fn converse(
     http: http1::Builder,
     stream: TcpStream,
@@ -172,7 +172,7 @@ async fn converse(
         _ = &mut connection => return,
         _ = stopping.wait_for(|stopping| *stopping) => {}
     }
-    // hyper takes a connection without a request for an idle one, and would close it.
+    // hyper would take a connection without any request for an idle one, and close it.
     if !asked.load(Ordering::Relaxed) {
         let ended = timeout(FIRST_REQUEST_GRACE, &mut connection).await.is_ok();
         if ended || !asked.load(Ordering::Relaxed) {

@@ -1,6 +1,6 @@
 //! The listening socket: where it comes from, and accepting from it without ever blocking.
 //!
-//! A socket that was passed in is shared with whoever passed it, and stays blocking: see
+//! An inherited socket is shared with the process that passed it, and stays blocking: see
 //! [`Acceptor`].
 
 use std::{
@@ -19,17 +19,17 @@ use crate::net::{Acceptor, accept_nonblocking};
 /// `SD_LISTEN_FDS_START`, sd_listen_fds(3).
 const LISTEN_FDS_START: RawFd = 3;
 
-/// Listening TCP or unix sockets, and what accepting from them without blocking takes.
+/// Listening TCP or unix sockets, and what is needed to accept from them without blocking.
 #[derive(Debug)]
 pub(super) struct Listener {
     /// Never empty.
     sockets: Vec<Listening>,
-    /// Whose turn it is to be looked at first.
+    /// The index of the socket to check first.
     turn: usize,
     /// Readable when one of several sockets is.
     any: Option<Epoll>,
     port: Option<u16>,
-    /// Where a socket is blocking.
+    /// Present if a socket is blocking.
     acceptor: Option<Acceptor>,
 }
 
@@ -40,9 +40,9 @@ struct Listening {
 }
 
 impl Listener {
-    /// The first that applies: `listen`, the inherited sockets, `PORT` on 127.0.0.1.
+    /// Uses the first that applies: `listen`, the inherited sockets, `PORT` on 127.0.0.1.
     ///
-    /// Must be called on the thread that will accept: that is the one the alarm interrupts.
+    /// Must be called on the thread that will accept, because that thread gets the alarm signal.
     pub(super) fn from_environment(listen: Option<SocketAddr>) -> Result<Self, WorkerError> {
         if let Some(address) = listen {
             return Self::bind(address);
@@ -57,20 +57,20 @@ impl Listener {
         }
     }
 
-    /// The port that the first one is bound to; `None` on unix.
+    /// The port of the first socket; `None` for a unix socket.
     pub(super) fn port(&self) -> Option<u16> {
         self.port
     }
 
-    /// Takes the next connection out of an accept queue. The connection is close-on-exec, sends
-    /// without delay, and is nonblocking if asked. It may be a unix one: only what all streams have
-    /// in common is done with it.
+    /// Takes the next connection from an accept queue. The connection is close-on-exec and sends
+    /// without delay; it is nonblocking if requested. It may be a unix connection, so only
+    /// operations that all streams have in common are used on it.
     ///
     /// # Errors
     ///
-    /// `WouldBlock` when all queues are empty; any other error is one that only time can cure
-    /// (descriptors or memory run out), so the caller backs off. Errors of a single connection are
-    /// skipped, as accept(2) says.
+    /// `WouldBlock` if all queues are empty. Any other error is one that only time can cure (no
+    /// descriptors or memory left), so the caller backs off. Errors of a single connection are
+    /// skipped, as accept(2) recommends.
     pub(super) fn accept(&mut self, nonblocking: bool) -> io::Result<TcpStream> {
         let flags = libc_flags(nonblocking);
         for _ in 0..self.sockets.len() {
@@ -92,10 +92,10 @@ impl Listener {
         let bind = || {
             let kind = Type::STREAM.nonblocking();
             let socket = Socket::new(Domain::for_address(address), kind, Some(Protocol::TCP))?;
-            // A restarted worker gets its port back while old connections are in TIME_WAIT.
+            // So that a restarted worker can bind its port while old connections are in TIME_WAIT.
             socket.set_reuse_address(true)?;
             socket.bind(&address.into())?;
-            // The kernel lowers it to net.core.somaxconn.
+            // The kernel caps it at net.core.somaxconn.
             socket.listen(i32::from(u16::MAX))?;
             Ok(socket)
         };
@@ -120,7 +120,8 @@ impl Listener {
             socket.set_cloexec(true)?;
             let address = socket.local_addr()?;
             if !address.is_unix() {
-                // Linux copies it to each accepted connection, which saves a call for each.
+                // Accepted connections inherit the option on Linux, which saves a system call for
+                // each.
                 socket.set_tcp_nodelay(true)?;
             }
             Ok(Listening { nonblocking: socket.nonblocking()?, socket })
@@ -144,8 +145,8 @@ impl Listener {
 }
 
 impl AsFd for Listener {
-    /// Readable when there may be a connection. An epoll instance is, when one of its own is
-    /// (epoll(7)).
+    /// Readable when there may be a connection. An epoll instance is readable when one of its
+    /// descriptors is (epoll(7)).
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.any.as_ref().map_or(self.sockets[0].socket.as_fd(), |any| any.0.as_fd())
     }
@@ -157,7 +158,7 @@ impl AsRawFd for Listener {
     }
 }
 
-/// The listening socket that was passed as this descriptor.
+/// The listening socket that was passed with this descriptor number.
 fn passed(number: RawFd) -> Result<Socket, WorkerError> {
     // SAFETY: by the protocol the descriptor is open and this process's own; were it not, the first
     // call on it fails and it is not touched again.
@@ -171,7 +172,7 @@ fn passed(number: RawFd) -> Result<Socket, WorkerError> {
     Ok(Socket::from(unsafe { OwnedFd::from_raw_fd(number) }))
 }
 
-/// What is readable when one of several sockets is; `None` for a single one.
+/// An epoll instance that is readable when one of several sockets is; `None` for a single socket.
 fn any(sockets: &[Listening]) -> io::Result<Option<Epoll>> {
     if sockets.len() < 2 {
         return Ok(None);

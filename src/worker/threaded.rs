@@ -32,26 +32,26 @@ use super::{
     system,
 };
 
-/// The most threads, and so connections, at once; further ones wait in the accept queue.
+/// The most threads, and so connections, at once. Further connections wait in the accept queue.
 const MAX_THREADS: usize = 1024;
 
-/// How long, in milliseconds, until room is looked for again when there was none.
+/// When all threads are in use: the time, in milliseconds, until the next check for room.
 const FULL_PAUSE_MS: u8 = 10;
 
-/// Enough for what a connection's thread calls; what it reads and writes is on the heap.
+/// Enough for a connection's thread: its buffers are on the heap.
 const STACK: usize = 256 * 1024;
 
-/// How many headers a request may have; hyper's limit as well.
+/// The most headers in a request; hyper has the same limit.
 const MAX_HEADERS: usize = 100;
 
-/// How long a client may take no byte of an answer: a thread is too dear to wait for ever.
+/// How long a client may accept no byte of an answer: a thread is too expensive to wait forever.
 const WRITE_TIMEOUT: Duration = HEAD_TIMEOUT;
 
-/// How much of a body that nobody wants is read, and for how long, so that closing does not reset
-/// the connection under the answer.
+/// How much of an unwanted request body is read, and for how long. Otherwise closing would reset
+/// the connection before the client has read the answer.
 const LINGER: (usize, Duration) = (256 * 1024, Duration::from_secs(1));
 
-/// Serves until `stop` is readable, then stops gracefully; holds `capacity` connections at most.
+/// Serves until `stop` is readable, then stops gracefully. Holds at most `capacity` connections.
 pub(super) fn run(
     mut listener: Listener,
     files: Files,
@@ -88,19 +88,21 @@ type Table = HashMap<RawFd, Arc<Connection>>;
 
 struct Connection {
     stream: TcpStream,
-    /// Whether a request has arrived.
+    /// Whether a request has arrived on this connection.
     asked: AtomicBool,
 }
 
 impl Server {
-    /// Until there is a connection to accept and room for it (true), or a signal to stop (false).
+    /// Waits until there is a connection to accept and room for it (true), or a stop signal
+    /// (false).
     fn wait(&self, listener: &Listener, stop: &UnixStream) -> io::Result<bool> {
         loop {
             let mut fds = [
                 PollFd::new(stop.as_fd(), PollFlags::POLLIN),
                 PollFd::new(listener.as_fd(), PollFlags::POLLIN),
             ];
-            // Where it is full the listener is left out, and room looked for every now and then.
+            // When all threads are in use, don't poll the listener, but check for room
+            // periodically.
             let is_full = self.is_full(&self.connections());
             let polled = if is_full {
                 poll(&mut fds[..1], FULL_PAUSE_MS)
@@ -118,14 +120,14 @@ impl Server {
 
     fn spawn(self: &Arc<Self>, stream: TcpStream) {
         let connection = Arc::new(Connection { stream, asked: AtomicBool::new(false) });
-        // The descriptor's number: of the open connections no other has it, and this one stays open
-        // until it is taken out of the table.
+        // The descriptor's number identifies the connection: no other open connection has it, and
+        // the descriptor stays open until the connection is removed from the table.
         let id = connection.stream.as_raw_fd();
         self.connections().insert(id, Arc::clone(&connection));
         loop {
             let (server, connection) = (Arc::clone(self), Arc::clone(&connection));
             let started = thread::Builder::new().stack_size(STACK).spawn(move || {
-                // How it ended matters to nobody: a client that goes away is no fault.
+                // The outcome does not matter: a client that goes away is no error.
                 let _ = connection.converse(&server);
                 server.connections().remove(&id);
                 server.one_ended.notify_all();
@@ -137,8 +139,8 @@ impl Server {
         }
     }
 
-    /// Ending the read side wakes a thread that waits for a request, keeps what has arrived, and
-    /// leaves the answer it may be writing alone.
+    /// Shuts down the read side of each connection. That wakes a thread that waits for a request,
+    /// keeps data that has already arrived, and does not disturb an answer that is being written.
     fn stop(self: &Arc<Self>, mut listener: Listener) {
         self.stopping.store(true, Ordering::SeqCst);
         self.end_reading(|connection| connection.asked.load(Ordering::SeqCst));
@@ -162,7 +164,7 @@ impl Server {
 
     fn end_reading(&self, of: impl Fn(&Connection) -> bool) {
         for connection in self.connections().values().filter(|connection| of(connection)) {
-            // Fails where the client was faster.
+            // Fails if the client has already closed the connection.
             let _ = connection.stream.shutdown(Shutdown::Read);
         }
     }
@@ -226,8 +228,8 @@ impl Connection {
         }
     }
 
-    /// The next request's head, taken from the front of `received`; the status to refuse it with;
-    /// or nothing, where the client is done or takes too long.
+    /// Takes the next request's head from the front of `received`. Returns the status to refuse it
+    /// with if it is invalid, or `None` if the client is done or too slow.
     fn read_head(&self, received: &mut Vec<u8>) -> io::Result<Option<Result<Head, StatusCode>>> {
         let deadline = Instant::now() + HEAD_TIMEOUT;
         let mut chunk = [0; 4096];
@@ -301,13 +303,13 @@ impl Connection {
             before = &[];
         }
         if left.is_some_and(|left| left > 0) {
-            // The file got shorter. Closing early is how HTTP/1.1 says so.
+            // The file got shorter. HTTP/1.1 signals an incomplete body by closing early.
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         (&self.stream).write_all(before)
     }
 
-    /// Lets the client see the answer before the connection goes.
+    /// Gives the client time to read the answer before the connection is closed.
     fn linger(&self) -> io::Result<()> {
         let (most, at_most) = LINGER;
         self.stream.shutdown(Shutdown::Write)?;
@@ -317,7 +319,7 @@ impl Connection {
     }
 }
 
-/// What goes into the answer's `Connection`: nothing, where HTTP/1.1 goes on by itself.
+/// The value of the answer's `Connection` header: `None` if HTTP/1.1's default applies.
 type Persistence = Option<&'static str>;
 const CLOSE: Persistence = Some("close");
 
@@ -328,7 +330,8 @@ struct Head {
 }
 
 impl Head {
-    /// The request at the front of `received` and its length; `None` while it is incomplete.
+    /// Parses the request at the front of `received`. Returns it and its length; `None` if it is
+    /// incomplete.
     fn parse(received: &[u8]) -> Result<Option<(Self, usize)>, StatusCode> {
         let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
         let mut parsed = httparse::Request::new(&mut headers);
@@ -377,7 +380,7 @@ fn length_of(value: &HeaderValue) -> Option<u64> {
     value.to_str().ok()?.parse().ok()
 }
 
-/// The next piece of a body, which is ready at once: see [`super::files`].
+/// The next piece of a body. It is always ready at once: see [`super::files`].
 fn next_data(body: &mut Body) -> io::Result<Option<Bytes>> {
     match body.frame().now_or_never() {
         Some(Some(frame)) => {
@@ -389,7 +392,7 @@ fn next_data(body: &mut Body) -> io::Result<Option<Bytes>> {
     }
 }
 
-/// Writes one after the other, in one call where the socket takes both.
+/// Writes one after the other, in a single system call if the socket accepts both.
 fn write_both(mut stream: &TcpStream, first: &[u8], second: &[u8]) -> io::Result<()> {
     let written = stream.write_vectored(&[IoSlice::new(first), IoSlice::new(second)])?;
     match written.checked_sub(first.len()) {

@@ -1,4 +1,4 @@
-//! A page of the text format, family by family. What is written is in the hands of `prometheus`.
+//! A page of the text format, built family by family. The `prometheus` crate writes the text.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use crate::histogram::Durations;
 /// The labels of one series, in the order in which they are written.
 pub(super) type Labels = Vec<(&'static str, String)>;
 
-/// The families so far.
+/// The families added so far.
 #[derive(Debug, Default)]
 pub(super) struct Page(Vec<MetricFamily>);
 
@@ -44,7 +44,8 @@ impl Page {
         });
     }
 
-    /// Buckets up to `longest`; what took longer is in the last one, without a bound.
+    /// Adds a histogram with buckets up to `longest`. Longer durations are in the last bucket,
+    /// which has no bound.
     pub(super) fn histogram(
         &mut self,
         name: &str,
@@ -70,14 +71,14 @@ impl Page {
 
     pub(super) fn text(&self) -> String {
         let mut text = String::new();
-        // It fails where a family has no name or no series, of which there are none here.
+        // Fails only for a family without name or series, which there are none of here.
         if let Err(error) = TextEncoder::new().encode_utf8(&self.0, &mut text) {
             tracing::error!(%error, "the metrics are not complete");
         }
         text
     }
 
-    /// Without a series there is no family.
+    /// Adds a family, unless it has no series.
     fn family<T>(
         &mut self,
         name: &str,

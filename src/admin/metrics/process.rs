@@ -1,5 +1,5 @@
-//! What `/proc` tells: of lbd itself, under the names that every Prometheus client gives it, and of
-//! the CPU time of workers.
+//! Metrics from `/proc`: about lbd itself, under the names that all Prometheus clients use, and the
+//! workers' CPU time.
 
 use std::{collections::HashMap, fs};
 
@@ -10,7 +10,7 @@ use super::{
     page::Labels,
 };
 
-/// lbd's own process. What can't be read is missing.
+/// lbd's own process. Values that can't be read are missing.
 #[derive(Debug, Default)]
 pub(super) struct Own {
     pub(super) cpu_seconds: Option<f64>,
@@ -28,7 +28,7 @@ impl Own {
         let of = |value: fn(Process) -> f64| process.map(value);
         Self {
             cpu_seconds: of(|process| process.cpu_seconds),
-            // Without the one that reads this.
+            // Without the descriptor that this directory is read with.
             open_fds: fs::read_dir("/proc/self/fd").ok().map(|all| (all.count() - 1) as f64),
             max_fds: getrlimit(Resource::RLIMIT_NOFILE).ok().map(|(soft, _)| soft as f64),
             virtual_memory_bytes: of(|process| process.virtual_bytes as f64),
@@ -46,22 +46,23 @@ pub(super) fn booted() -> Option<f64> {
     stat.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()
 }
 
-/// The CPU time of each slot's workers with all that they started, those that are gone included, as far as they were seen: what
-/// one used after the last look is lost with it.
+/// The CPU time of each slot: of all its workers, past ones included, with everything that they
+/// started. What a worker used after its last look is lost when it ends.
 #[derive(Debug, Default)]
 pub(in crate::admin) struct CpuTimes(HashMap<Labels, CpuTime>);
 
 #[derive(Debug, Default)]
 struct CpuTime {
-    /// Of processes that are gone.
+    /// CPU time of workers that are gone.
     gone: f64,
-    /// Of the others, by what names a worker for ever: its guard's process id, and when that began.
+    /// CPU time of the current workers, by guard pid and start time, which identify a worker
+    /// uniquely.
     there: HashMap<(i32, u64), f64>,
 }
 
 impl CpuTimes {
-    /// Takes what was seen in `trees` of the guards of these slots, and forgets all other slots. A slot
-    /// of which none was ever seen is left out.
+    /// Takes in what `trees` knows of the guards of these slots, and forgets all other slots. A
+    /// slot none of whose workers was ever seen is left out.
     pub(super) fn look<'a>(
         &mut self,
         slots: impl Iterator<Item = (Labels, &'a [i32])>,
@@ -74,7 +75,8 @@ impl CpuTimes {
             let mut time = known.unwrap_or_default();
             let seen = guards.iter().filter_map(|&guard| Some((guard, trees.get(&guard)?)));
             time.update(seen.map(|(guard, tree)| ((guard, tree.began), tree.cpu_seconds)));
-            // Also where it has used less than the kernel counts in: a series that is there stays.
+            // Also keep a worker that has used less CPU time than the kernel's unit: a series must
+            // not vanish.
             if was_seen || !time.there.is_empty() {
                 self.0.insert(labels, time);
             }
@@ -92,7 +94,8 @@ impl CpuTime {
         let mut there: HashMap<_, _> = processes.collect();
         for (process, seconds) in &self.there {
             match there.get_mut(process) {
-                // The kernel scales the two parts, and rounds their sum down differently at times.
+                // The kernel scales user and system time separately, and sometimes rounds their sum
+                // down.
                 Some(now) => *now = now.max(*seconds),
                 None => self.gone += seconds,
             }

@@ -1,12 +1,12 @@
-//! Sections of the documentation, which is Markdown, as parts of a manual page.
+//! Converts sections of the Markdown documentation into parts of a manual page.
 
 use std::ops::Range;
 
 use clap_mangen::roff::{Inline, Roff, bold, italic, roman};
 use pulldown_cmark::{Event, HeadingLevel, Options, Parser, Tag, TagEnd};
 
-/// What `document` has under the heading `title`, subsections and all; `None` where there is no such
-/// heading.
+/// The part of `document` under the heading `title`, including subsections; `None` if there is no
+/// such heading.
 pub(super) fn section<'a>(document: &'a str, title: &str) -> Option<&'a str> {
     let headings: Vec<(HeadingLevel, Range<usize>)> = Parser::new(document)
         .into_offset_iter()
@@ -42,15 +42,15 @@ pub(super) fn render(markdown: &str, roff: &mut Roff) {
 /// A page that is being written.
 struct Page<'a> {
     roff: &'a mut Roff,
-    /// What is open: a heading, a paragraph, a cell.
+    /// The content of the open heading, paragraph or cell.
     line: Vec<Inline>,
     style: fn(String) -> Inline,
-    /// The section has something in it.
+    /// Whether the section has any content yet.
     begun: bool,
-    /// In a block of code: line by line.
+    /// Inside a code block, which is kept line by line.
     code: bool,
     row: Vec<Vec<Inline>>,
-    /// What the columns of the table are called.
+    /// The titles of the table's columns.
     titles: Vec<String>,
 }
 
@@ -95,7 +95,7 @@ impl Page<'_> {
         }
     }
 
-    /// Begins one; the first of a section is begun by its heading.
+    /// Begins a paragraph. A section's first paragraph is begun by its heading.
     fn paragraph(&mut self) {
         if std::mem::replace(&mut self.begun, true) {
             self.roff.control("PP", []);
@@ -108,8 +108,8 @@ impl Page<'_> {
         }
     }
 
-    /// The first cell is the tag of a paragraph, the second the paragraph; what else there is follows
-    /// as sentences that begin with the column's title.
+    /// The first cell becomes the tag of a paragraph, the second its text. Further cells follow as
+    /// sentences that begin with the column's title.
     fn end_row(&mut self) {
         let mut cells = std::mem::take(&mut self.row).into_iter();
         self.roff.control("TP", []).text(cells.next().unwrap_or_default());
@@ -128,7 +128,7 @@ impl Page<'_> {
     }
 }
 
-/// It begins with a capital letter.
+/// The text with a capital first letter.
 fn sentence(text: &str) -> String {
     let mut letters = text.chars();
     letters.next().map_or_else(String::new, |first| first.to_uppercase().chain(letters).collect())
