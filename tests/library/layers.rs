@@ -71,6 +71,43 @@ fn imports_run_downward() {
     }
 }
 
+/// The modules of `proxy`, each of which may use those behind it alone: what decides who gets which
+/// connection knows of no engine, and no engine of the loop that drives it.
+const PROXY: [&str; 5] = ["plane", "reactor", "tcp", "thread", "balance"];
+
+#[test]
+fn in_the_proxy_they_run_downward_too() {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/proxy");
+    let mut seen = BTreeSet::new();
+    for file in rust_files(&source) {
+        let relative = file.strip_prefix(&source).unwrap().with_extension("");
+        let module = relative.iter().next().unwrap().to_str().unwrap().to_owned();
+        let Some(rank) = PROXY.iter().position(|known| *known == module) else {
+            assert_eq!(module, "mod", "{module} has no place");
+            continue;
+        };
+        let code = fs::read_to_string(&file).unwrap();
+        let words = |text: &str| -> Vec<String> {
+            text.split(|c: char| !c.is_alphanumeric() && c != '_').map(str::to_owned).collect()
+        };
+        // Of this crate, and from above its own module: `use super::…` in its mod.rs, or in plane.rs.
+        let is_outside = relative.ends_with("mod") || module == "plane";
+        for import in code.split("\nuse ").skip(1).filter_map(|rest| rest.split(';').next()) {
+            if import.starts_with("crate::") || is_outside && import.starts_with("super::") {
+                for word in words(import) {
+                    if let Some(other) = PROXY.iter().position(|known| *known == word) {
+                        assert!(other >= rank, "{} imports {word}", file.display());
+                        seen.insert((module.clone(), word));
+                    }
+                }
+            }
+        }
+    }
+    for (module, import) in [("tcp", "balance"), ("plane", "reactor"), ("reactor", "thread")] {
+        assert!(seen.contains(&(module.to_owned(), import.to_owned())), "{module} → {import}");
+    }
+}
+
 fn rust_files(folder: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
     let (folders, files): (Vec<_>, Vec<_>) = entries.partition(|path| path.is_dir());
