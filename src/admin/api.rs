@@ -12,7 +12,7 @@ use axum::{
 use serde_json::json;
 
 use super::{
-    Placed, Reloaded, Request, Restarted, Status,
+    Reloaded, Request, Restarted, SlotDrain, Status,
     answer::{Error, Json},
     dashboard,
     events::{Watched, events},
@@ -138,15 +138,15 @@ fn flag(uri: &Uri, name: &str) -> Result<bool, Error> {
 async fn drain(
     State(daemon): State<Daemon>,
     Path((service, slot)): Path<(String, String)>,
-) -> Result<Json<Placed>, Error> {
-    Ok(Json(daemon.place(service, number(&slot)?, true).await?))
+) -> Result<Json<SlotDrain>, Error> {
+    Ok(Json(daemon.set_drained(service, number(&slot)?, true).await?))
 }
 
 async fn resume(
     State(daemon): State<Daemon>,
     Path((service, slot)): Path<(String, String)>,
-) -> Result<Json<Placed>, Error> {
-    Ok(Json(daemon.place(service, number(&slot)?, false).await?))
+) -> Result<Json<SlotDrain>, Error> {
+    Ok(Json(daemon.set_drained(service, number(&slot)?, false).await?))
 }
 
 fn number(slot: &str) -> Result<u32, Error> {

@@ -18,9 +18,9 @@ use tokio::{
 };
 
 use super::{
-    Placed, Reloaded, Restarted, Status,
+    Reloaded, Restarted, SlotDrain, Status,
     folder::{Kind, Pinned, Unfit},
-    place::{Instance, Origin, Place, SocketFolder, other_folders},
+    location::{Instance, Origin, SocketFolder, SocketLocation, other_folders},
 };
 
 /// How long a daemon may take to accept a connection, and to answer requests that need no waiting.
@@ -45,19 +45,19 @@ enum Found {
     /// The user named the socket.
     Named,
     /// The socket is where daemons usually have theirs.
-    In(Place),
+    In(SocketLocation),
 }
 
 /// Why a daemon could not be reached, or did not do what was requested.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// There is no socket where this daemon's would be.
-    #[error("no lbd runs with {instance}: nothing listens on {}{}", place.display(), passed(passed_over))]
+    #[error("no lbd runs with {instance}: nothing listens on {}{}", location.display(), passed(passed_over))]
     NotRunning {
         /// Which daemon.
         instance: Instance,
         /// Where its socket would be.
-        place: PathBuf,
+        location: PathBuf,
         /// Folders that were skipped, and why.
         passed_over: Vec<String>,
     },
@@ -132,8 +132,8 @@ impl Client {
     }
 
     /// The daemon whose socket may be at this position.
-    pub(super) fn at_place(place: Place) -> Self {
-        Self { path: place.socket(), found: Found::In(place) }
+    pub(super) fn at_location(location: SocketLocation) -> Self {
+        Self { path: location.socket(), found: Found::In(location) }
     }
 
     /// The path of its socket.
@@ -146,8 +146,9 @@ impl Client {
     #[must_use]
     pub fn other_user(&self) -> Option<u32> {
         match &self.found {
-            Found::In(Place {
-                folder: SocketFolder { origin: Origin::Other(user), .. }, ..
+            Found::In(SocketLocation {
+                folder: SocketFolder { origin: Origin::Other(user), .. },
+                ..
             }) => Some(*user),
             Found::In(_) | Found::Named => None,
         }
@@ -163,8 +164,8 @@ impl Client {
         let mut passed_over = Vec::new();
         let mut trouble = None;
         for instance in instances {
-            for place in instance.places() {
-                let client = Self::at_place(place);
+            for location in instance.locations() {
+                let client = Self::at_location(location);
                 match client.connect().await {
                     Ok(_) => return Ok(client),
                     Err(ClientError::NothingListens(_)) => {}
@@ -190,8 +191,8 @@ impl Client {
         let Some(instance) = instances.first().cloned() else {
             return Err(ClientError::NothingListens(PathBuf::new()));
         };
-        let place = instance.places().first().map(Place::socket).unwrap_or_default();
-        Err(ClientError::NotRunning { instance, place, passed_over })
+        let location = instance.locations().first().map(SocketLocation::socket).unwrap_or_default();
+        Err(ClientError::NotRunning { instance, location, passed_over })
     }
 
     /// Another user's daemon, if exactly one matches.
@@ -201,7 +202,7 @@ impl Client {
             let mut found = None;
             for folder in &others {
                 let name = instance.socket_name();
-                let client = Self::at_place(Place { folder: folder.clone(), name });
+                let client = Self::at_location(SocketLocation { folder: folder.clone(), name });
                 let is_there = timeout(PATIENCE / 10, client.connect()).await;
                 if matches!(is_there, Ok(Ok(_))) && found.replace(client).is_some() {
                     return None;
@@ -300,7 +301,7 @@ impl Client {
     /// # Errors
     ///
     /// [`ClientError::Refused`] if there is no such slot.
-    pub async fn drain(&self, service: &str, slot: u32) -> Result<Placed, ClientError> {
+    pub async fn drain(&self, service: &str, slot: u32) -> Result<SlotDrain, ClientError> {
         let path = format!("/services/{service}/workers/{slot}/drain");
         self.soon(self.ask(Method::POST, &path)).await
     }
@@ -310,7 +311,7 @@ impl Client {
     /// # Errors
     ///
     /// [`ClientError::Refused`] if there is no such slot.
-    pub async fn resume(&self, service: &str, slot: u32) -> Result<Placed, ClientError> {
+    pub async fn resume(&self, service: &str, slot: u32) -> Result<SlotDrain, ClientError> {
         let path = format!("/services/{service}/workers/{slot}/resume");
         self.soon(self.ask(Method::POST, &path)).await
     }
@@ -408,7 +409,7 @@ impl Client {
     fn pin(&self) -> Result<(Pinned, Option<u32>), ClientError> {
         let failed = |error| self.failed(error);
         let not_a_socket = || failed(io::Error::other("it is not a socket"));
-        let Found::In(Place { folder, name }) = &self.found else {
+        let Found::In(SocketLocation { folder, name }) = &self.found else {
             let socket = Pinned::behind(&self.path).map_err(failed)?;
             if socket.kind != Kind::Socket {
                 return Err(not_a_socket());

@@ -9,7 +9,7 @@ use tokio::time::timeout;
 use super::{
     Client, Status,
     folder::Unfit,
-    place::{Instance, Place, all_folders, own_folders},
+    location::{Instance, SocketLocation, all_folders, own_folders},
 };
 
 /// The most sockets to ask in one folder.
@@ -55,9 +55,9 @@ impl Survey {
             match folder.look() {
                 Ok(found) => {
                     let is_own = own.contains(&folder);
-                    let place = |name| Place { folder: folder.clone(), name };
+                    let location = |name| SocketLocation { folder: folder.clone(), name };
                     let names = found.sockets(MOST).into_iter();
-                    asked.extend(names.map(|name| ask(place(name), is_own)));
+                    asked.extend(names.map(|name| ask(location(name), is_own)));
                 }
                 // Missing, or not accessible to the calling user.
                 Err(Unfit::Io(_)) => {}
@@ -77,9 +77,9 @@ impl Survey {
 }
 
 /// `is_own` is true if the commands look for the calling user's own daemons there.
-async fn ask(place: Place, is_own: bool) -> Option<Running> {
-    let name = place.name.clone();
-    let client = Client::at_place(place);
+async fn ask(location: SocketLocation, is_own: bool) -> Option<Running> {
+    let name = location.name.clone();
+    let client = Client::at_location(location);
     let stream = timeout(PATIENCE, client.connect()).await.ok()?.ok()?;
     let peer = stream.peer_cred().ok()?;
     drop(stream);

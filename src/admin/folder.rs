@@ -164,7 +164,7 @@ fn check_parent(path: &Path, owner: Owner) -> Result<(), Unfit> {
     Ok(())
 }
 
-/// `NAME-0123456789abcdef.sock`, as made by [`super::place::Instance::socket_name`].
+/// `NAME-0123456789abcdef.sock`, as made by [`super::location::Instance::socket_name`].
 fn is_socket_name(name: &str) -> bool {
     let hash = name.strip_suffix(".sock").and_then(|name| name.rsplit_once('-'));
     hash.is_some_and(|(_, hash)| {

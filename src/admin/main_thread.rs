@@ -8,7 +8,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::{Placed, Request, Restarted, Status, answer::Error, metrics, usage::Trees};
+use super::{Request, Restarted, SlotDrain, Status, answer::Error, metrics, usage::Trees};
 
 /// How long the main thread may take to report the status.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
@@ -70,13 +70,13 @@ impl Daemon {
         Ok(self.ask(request).await??)
     }
 
-    pub(super) async fn place(
+    pub(super) async fn set_drained(
         &self,
         service: String,
         slot: u32,
         drained: bool,
-    ) -> Result<Placed, Error> {
-        let request = |answer| Request::Place { service, slot, drained, answer };
+    ) -> Result<SlotDrain, Error> {
+        let request = |answer| Request::SetDrained { service, slot, drained, answer };
         Ok(self.ask(request).await??)
     }
 

@@ -8,7 +8,7 @@
 //!
 //! The server has its own thread, so that parsing, `/proc` and slow clients delay neither traffic
 //! nor supervision. It owns no state: everything that it reports comes from the daemon. Server and
-//! client share the types of [`status`], and one module, `place`, decides for both where the socket
+//! client share the types of [`status`], and one module, `location`, decides for both where the socket
 //! is.
 
 mod access;
@@ -21,10 +21,10 @@ mod dashboard;
 mod events;
 mod find;
 mod folder;
+mod location;
 mod main_thread;
 pub mod metrics;
 mod news;
-mod place;
 mod sampler;
 mod server;
 mod socket;
@@ -36,7 +36,7 @@ use tokio::sync::oneshot;
 pub use access::CurrentToken;
 pub use client::{Client, ClientError};
 pub use find::{Running, Survey};
-pub use place::Instance;
+pub use location::Instance;
 pub use server::{MAX_CONNECTIONS, Server, ServerError, TcpSockets};
 pub use socket::{ClaimError, Socket};
 pub use status::{State, Status};
@@ -81,7 +81,7 @@ pub enum Request {
         answer: Answer<Restarted>,
     },
     /// Take a slot out of rotation or put it back, and answer when done.
-    Place {
+    SetDrained {
         /// The service.
         service: String,
         /// The slot.
@@ -89,7 +89,7 @@ pub enum Request {
         /// Out of rotation.
         drained: bool,
         /// Where the answer goes.
-        answer: Answer<Placed>,
+        answer: Answer<SlotDrain>,
     },
     /// Stop gracefully. Has no effect if a stop is already in progress.
     Stop,
@@ -127,7 +127,7 @@ pub struct Restarted {
 
 /// The result of a drain or resume.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Placed {
+pub struct SlotDrain {
     /// The operator has taken the worker out of rotation, until it is resumed.
     pub drained: bool,
     /// The worker's state.

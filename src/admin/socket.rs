@@ -24,7 +24,7 @@ use nix::{
 
 use super::{
     folder::{Folder, Kind, Pinned},
-    place::{Instance, Place, make_spare},
+    location::{Instance, SocketLocation, make_spare},
 };
 use crate::{
     config::{Config, UnixAccess},
@@ -154,7 +154,7 @@ impl Socket {
         let Held { path, name, .. } = &self.held;
         let failed = |source| ClaimError::Bind { path: path.clone(), source };
         let folder =
-            folder(&self.instance.places(), &mut self.remarks).map_err(ClaimError::NoFolder)?;
+            folder(&self.instance.locations(), &mut self.remarks).map_err(ClaimError::NoFolder)?;
         let link = locked(&folder, |_| link(path, &folder.at(name))).map_err(failed)?;
         (self.held.folder, self.held.link) = (Some(folder), Some(link));
         Ok(())
@@ -185,14 +185,14 @@ impl Drop for Held {
     }
 }
 
-/// The first usable folder of `places`, or a new one that no other user can have prepared.
-fn folder(places: &[Place], remarks: &mut Vec<String>) -> Result<Folder, String> {
+/// The first usable folder of `locations`, or a new one that no other user can have prepared.
+fn folder(locations: &[SocketLocation], remarks: &mut Vec<String>) -> Result<Folder, String> {
     let mut refused = Vec::new();
-    for place in places {
-        match place.folder.make() {
+    for location in locations {
+        match location.folder.make() {
             Ok(folder) => return Ok(folder),
             Err(why) => {
-                let told = format!("{}: {why}", place.folder.path.display());
+                let told = format!("{}: {why}", location.folder.path.display());
                 if !why.is_missing() {
                     remarks.push(format!("passed over {told}"));
                 }
@@ -214,15 +214,15 @@ fn claim(
     remarks: &mut Vec<String>,
 ) -> Result<Held, ClaimError> {
     let running = |pid| ClaimError::Running { instance: instance.clone(), pid };
-    let (places, name) = (instance.places(), instance.socket_name());
+    let (locations, name) = (instance.locations(), instance.socket_name());
     // Another daemon may have chosen another folder.
-    for place in &places {
-        let Ok(folder) = place.folder.look() else { continue };
+    for location in &locations {
+        let Ok(folder) = location.folder.look() else { continue };
         if let Some(pid) = another(&folder.at(&name)) {
             return Err(running(pid));
         }
     }
-    let folder = match (folder(&places, remarks), chosen) {
+    let folder = match (folder(&locations, remarks), chosen) {
         (Ok(folder), _) => Some(folder),
         (Err(_), Some(_)) => None,
         (Err(refused), None) => return Err(ClaimError::NoFolder(refused)),

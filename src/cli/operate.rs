@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     admin::{
-        Client, ClientError, Instance, Placed, Process, Reloaded, Restarted, Running, Status,
+        Client, ClientError, Instance, Process, Reloaded, Restarted, Running, SlotDrain, Status,
         Survey,
         status::{Service, State, Worker},
     },
@@ -248,7 +248,7 @@ pub(super) fn drain(target: &Target, service: &str, slot: u32, wait: bool) -> Re
     run(async {
         let client = target.operate().await?;
         let placed = client.drain(service, slot).await?;
-        let Placed { mut active, warning, .. } = placed;
+        let SlotDrain { mut active, warning, .. } = placed;
         let bar = wait.then(|| Bar::new(&format!("draining {service}/{slot}")));
         if let Some(warning) = warning {
             warn(bar.as_ref(), &warning);

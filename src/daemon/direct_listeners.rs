@@ -161,7 +161,8 @@ impl DirectListeners {
             if *entry.service == *service && !keep.contains(&listen) && !entry.closed {
                 entry.closed = true;
                 let Entry { public, .. } = entry;
-                let closed = if is_passed(&listen) { public.park() } else { public.close() };
+                let closed =
+                    if is_passed(&listen) { public.use_fallback() } else { public.close() };
                 if let Err(error) = closed {
                     tracing::warn!(%address, %error, "clients may come until its workers end");
                 }

@@ -11,7 +11,7 @@ use tracing::warn;
 
 use super::{Daemon, Stage};
 use crate::{
-    admin::{Answer, Failure, Placed, Reloaded, Request, Restarted, metrics, status},
+    admin::{Answer, Failure, Reloaded, Request, Restarted, SlotDrain, metrics, status},
     config,
     supervisor::{Chosen, Coming, Event, Service, Ticket},
 };
@@ -201,8 +201,8 @@ impl Daemon<'_> {
                 self.reload(vec![Asker::Restart { service, slot, answer }]);
             }
             Request::Restart { service, slot, answer } => self.restart(&service, slot, answer),
-            Request::Place { service, slot, drained, answer } => {
-                let _ = answer.send(self.place(&service, slot, drained));
+            Request::SetDrained { service, slot, drained, answer } => {
+                let _ = answer.send(self.set_drained(&service, slot, drained));
             }
             Request::Stop if self.stage == Stage::Running => self.stop(),
             Request::Stop => {}
@@ -350,7 +350,7 @@ impl Daemon<'_> {
 
     /// Drains a slot, or resumes it. When this returns, the new rotation is published to the data
     /// threads.
-    fn place(&mut self, name: &str, slot: u32, drained: bool) -> Result<Placed, Failure> {
+    fn set_drained(&mut self, name: &str, slot: u32, drained: bool) -> Result<SlotDrain, Failure> {
         let service = Arc::clone(&self.known(name, Some(slot))?.config.name);
         self.handle(match drained {
             true => Event::Drain { service, slot },
@@ -375,7 +375,7 @@ impl Daemon<'_> {
         let current = current.and_then(|slot| slot.current.as_ref());
         let unseen = current.is_some_and(|worker| !self.workers.holds_nothing(worker.id));
         let active = known.max(u64::from(unseen));
-        Ok(Placed { drained: worker.drained, state, active, in_rotation, warning })
+        Ok(SlotDrain { drained: worker.drained, state, active, in_rotation, warning })
     }
 
     /// The service `name`, if it has this slot and may be changed.

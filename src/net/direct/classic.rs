@@ -145,7 +145,7 @@ impl Steer for Classic {
         false
     }
 
-    fn renew(&self, _parking: &Socket) -> io::Result<()> {
+    fn renew(&self, _fallback: &Socket) -> io::Result<()> {
         self.attach(&self.state())
     }
 

@@ -289,8 +289,8 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
         let turn = |(place, owner)| Turn { place, key: key(owner) };
         let turns: Vec<Turn> = turns.into_iter().map(turn).collect();
         // The same as an empty rotation, which costs nothing per connection.
-        let all_parked = turns.iter().all(|turn| turn.key == FALLBACK);
-        self.steer.rotate(choice, if all_parked { &[] } else { &turns })
+        let all_fallback = turns.iter().all(|turn| turn.key == FALLBACK);
+        self.steer.rotate(choice, if all_fallback { &[] } else { &turns })
     }
 
     /// Checks whether lbd's own program is still in force, and attaches it again. To be called
@@ -394,13 +394,13 @@ impl<Owner: Copy + PartialEq> Public<Owner> {
     ///
     /// # Errors
     /// If the system refuses it; nothing changes then.
-    pub fn park(&mut self) -> io::Result<()> {
+    pub fn use_fallback(&mut self) -> io::Result<()> {
         self.steer.rotate(Choice::Rotation, &[])?;
         self.closed = Some(Closed::Program);
         Ok(())
     }
 
-    /// Undoes [`close`](Self::close) and [`park`](Self::park). Calls of [`rotate`](Self::rotate)
+    /// Undoes [`close`](Self::close) and [`use_fallback`](Self::use_fallback). Calls of [`rotate`](Self::rotate)
     /// take effect again.
     ///
     /// # Errors

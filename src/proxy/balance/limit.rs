@@ -84,44 +84,44 @@ mod tests {
 
     #[test]
     fn no_more_than_the_limit_and_a_wakeup_for_those_turned_away() {
-        let gate = ConnectionLimit::new(2);
-        assert!(gate.enter() && gate.enter() && !gate.enter());
-        assert_eq!(gate.leave(), Left { wake: true, empty: false });
-        assert_eq!(gate.leave(), Left { wake: false, empty: true });
-        assert!(gate.enter());
-        assert!(!gate.set_limit(1));
-        assert!(!gate.enter());
-        assert!(gate.set_limit(2));
-        assert!(gate.enter());
+        let limit = ConnectionLimit::new(2);
+        assert!(limit.enter() && limit.enter() && !limit.enter());
+        assert_eq!(limit.leave(), Left { wake: true, empty: false });
+        assert_eq!(limit.leave(), Left { wake: false, empty: true });
+        assert!(limit.enter());
+        assert!(!limit.set_limit(1));
+        assert!(!limit.enter());
+        assert!(limit.set_limit(2));
+        assert!(limit.enter());
     }
 
     #[test]
     fn nobody_turned_away_is_forgotten() {
-        let gate = ConnectionLimit::new(1);
+        let limit = ConnectionLimit::new(1);
         let (wake, woken) = mpsc::channel();
         thread::scope(|scope| {
             let holder = scope.spawn(|| {
                 for _ in 0..10_000 {
-                    while !gate.enter() {
+                    while !limit.enter() {
                         std::hint::spin_loop();
                     }
-                    if gate.leave().wake {
+                    if limit.leave().wake {
                         wake.send(()).unwrap();
                     }
                 }
                 drop(wake);
             });
-            let gate = &gate;
+            let limit = &limit;
             scope.spawn(move || {
                 for _ in 0..10_000 {
-                    while !gate.enter() {
+                    while !limit.enter() {
                         // A lost wakeup would leave this waiting while the other goes on and ends.
                         match woken.recv() {
                             Ok(()) => {}
-                            Err(_) => assert_eq!(gate.held(), 0),
+                            Err(_) => assert_eq!(limit.held(), 0),
                         }
                     }
-                    gate.leave();
+                    limit.leave();
                 }
             });
             holder.join().unwrap();

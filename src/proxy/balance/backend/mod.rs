@@ -394,7 +394,7 @@ impl Backend {
 
 impl fmt::Debug for Backend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Upstream").field("id", &self.id).field("label", &self.label).finish()
+        f.debug_struct("Backend").field("id", &self.id).field("label", &self.label).finish()
     }
 }
 

@@ -100,10 +100,10 @@ impl Instance {
     }
 
     /// All positions that the socket may be at, best first.
-    pub(super) fn places(&self) -> Vec<Place> {
+    pub(super) fn locations(&self) -> Vec<SocketLocation> {
         let name = self.socket_name();
-        let place = |folder: SocketFolder| Place { folder, name: name.clone() };
-        own_folders().into_iter().map(place).collect()
+        let location = |folder: SocketFolder| SocketLocation { folder, name: name.clone() };
+        own_folders().into_iter().map(location).collect()
     }
 }
 
@@ -118,13 +118,13 @@ impl fmt::Display for Instance {
 
 /// A possible position of a socket.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Place {
+pub(super) struct SocketLocation {
     pub(super) folder: SocketFolder,
     /// The socket's file name in the folder.
     pub(super) name: String,
 }
 
-impl Place {
+impl SocketLocation {
     pub(super) fn socket(&self) -> PathBuf {
         self.folder.path.join(&self.name)
     }
