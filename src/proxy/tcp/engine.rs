@@ -14,23 +14,20 @@ use nix::{
     sys::epoll::{EpollEvent, EpollFlags},
 };
 use slab::Slab;
-use socket2::{Domain, Socket};
+use socket2::Socket;
 
 use super::{
+    connect::{connect, errno, is_self_connected},
     connection::{Connection, Said, Stage},
     relay::{Pumped, Side},
 };
 use crate::{
-    config::Routing,
     net::{
-        Peer, Reach, keepalive,
+        Peer, Reach,
         proxy_protocol::{Ends, LONGEST_RECEIVED, NoHeader, received},
     },
     proxy::{
-        balance::{
-            Backend, Choice, ConnectError, Lease, NoBackend, Outcome, Permit, ReservedPermit,
-            Shortage,
-        },
+        balance::{Choice, ConnectError, NoBackend, Outcome, Permit, ReservedPermit, Shortage},
         thread::{
             context::{Context, Service},
             deadlines::{DeadlineList, Links},
@@ -906,59 +903,6 @@ impl Engine {
         }
         cx.leave_service(connection.service as usize);
     }
-}
-
-/// Begins to connect, and returns whether the connect has completed; if not, an edge tells the
-/// result.
-///
-/// On loopback the handshake has completed when connect() returns, although it returns EINPROGRESS:
-/// the answer came while connect() held the socket's lock. A second call fetches the result. It
-/// saves a turn of the loop, and saves the worker a wakeup for a connection without its first
-/// bytes.
-///
-/// If the client's bytes are about to follow, they are sent with the handshake's last segment,
-/// which is held back for them (tcp(7), `TCP_QUICKACK`). So the worker is woken once, for a
-/// connection that already has a request in it. If no bytes followed after all, the kernel would
-/// send the segment 200 ms later.
-///
-/// A remote worker gets TCP keepalive. On loopback the kernel reports a closed peer at once.
-fn connect(
-    backend: &mut Lease,
-    bytes_follow: bool,
-    routing: &Routing,
-) -> Result<(Socket, bool), Errno> {
-    let domain = backend.domain();
-    let (socket, pass) = backend.socket().map_err(errno)?;
-    backend.pin = pass;
-    if domain != Domain::UNIX {
-        socket.set_tcp_nodelay(true).map_err(errno)?;
-        if bytes_follow && backend.is_local() {
-            socket.set_tcp_quickack(false).map_err(errno)?;
-        }
-        if !backend.is_local() {
-            socket.set_tcp_keepalive(&keepalive(routing.keepalive)).map_err(errno)?;
-        }
-    }
-    for _ in 0..2 {
-        match backend.endpoint().connect(&socket).map_err(errno) {
-            Ok(()) => return Ok((socket, true)),
-            Err(Errno::EINPROGRESS) if backend.is_local() => {}
-            Err(Errno::EINPROGRESS | Errno::EALREADY) => break,
-            Err(error) => return Err(error),
-        }
-    }
-    Ok((socket, false))
-}
-
-fn errno(error: io::Error) -> Errno {
-    Errno::from_raw(error.raw_os_error().unwrap_or(0))
-}
-
-/// Whether the kernel chose as source port the very port that was to be reached, and so connected
-/// the socket to itself (RFC 9293, section 3.5, simultaneous open). Then no one listens there.
-fn is_self_connected(socket: &Socket, backend: &Backend) -> bool {
-    let at = backend.endpoint().address();
-    backend.is_ephemeral() && socket.local_addr().is_ok_and(|local| local == *at)
 }
 
 /// How stale the position of a busy connection in the idle list may become before it is moved to

@@ -1,5 +1,6 @@
 //! The TCP engine (`route = "proxy"`): it relays connections without looking at their contents.
 
+mod connect;
 mod connection;
 mod engine;
 mod relay;
