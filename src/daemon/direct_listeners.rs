@@ -130,13 +130,21 @@ impl DirectListeners {
     }
 
     /// Lets clients in again at the addresses for which [`reopen`](Self::reopen) gave a listener to
-    /// the data plane. Returns the services to call [`rotate`](Self::rotate) for again.
-    pub(super) fn opened(&mut self, addresses: Vec<SocketAddr>) -> BTreeSet<Arc<str>> {
+    /// the data plane, and at those that `moved` back to the service whose workers listen there.
+    /// Returns the services to call [`rotate`](Self::rotate) for again.
+    pub(super) fn opened(
+        &mut self,
+        addresses: Vec<SocketAddr>,
+        moved: Vec<(SocketAddr, Arc<str>)>,
+    ) -> BTreeSet<Arc<str>> {
         let mut services = BTreeSet::new();
-        for address in addresses {
-            let Some(entry) = self.0.get_mut(&address).filter(|entry| entry.closed) else {
-                continue;
+        let new = addresses.into_iter().map(|address| (address, None));
+        let moved = moved.into_iter().map(|(address, service)| (address, Some(service)));
+        for (address, service) in new.chain(moved) {
+            let is_closed = |entry: &&mut Entry| {
+                entry.closed && service.as_ref().is_none_or(|service| *service == entry.service)
             };
+            let Some(entry) = self.0.get_mut(&address).filter(is_closed) else { continue };
             entry.closed = false;
             services.insert(Arc::clone(&entry.service));
             if let Err(error) = entry.public.reopen() {
@@ -148,21 +156,20 @@ impl DirectListeners {
 
     /// Stops giving new clients to the workers at the addresses of `service` that are not in
     /// `keep`. New clients are not let in: the kernel drops their SYN, or refuses them if lbd may
-    /// attach no filter. If the socket `is_passed`, they wait in its accept queue for its next
+    /// attach no filter. If the listener `stays` open, they wait in its accept queue for its next
     /// owner instead.
     pub(super) fn close(
         &mut self,
         service: &str,
         keep: &[Listen],
-        is_passed: impl Fn(&Listen) -> bool,
+        stays: impl Fn(&Listen) -> bool,
     ) {
         for (address, entry) in &mut self.0 {
             let listen = Listen::Tcp(*address);
             if *entry.service == *service && !keep.contains(&listen) && !entry.closed {
                 entry.closed = true;
                 let Entry { public, .. } = entry;
-                let closed =
-                    if is_passed(&listen) { public.use_fallback() } else { public.close() };
+                let closed = if stays(&listen) { public.use_fallback() } else { public.close() };
                 if let Err(error) = closed {
                     tracing::warn!(%address, %error, "clients may come until its workers end");
                 }

@@ -71,6 +71,15 @@ impl Bound {
         };
         self.new.iter().filter_map(|(_, listener)| address(listener)).collect()
     }
+
+    /// The IP addresses of the open listeners that go to another service, and to which.
+    pub(super) fn moved(&self) -> Vec<(SocketAddr, Arc<str>)> {
+        let address = |(listen, to): &(Listen, Arc<str>)| match listen {
+            Listen::Tcp(address) => Some((*address, Arc::clone(to))),
+            Listen::Unix(_) => None,
+        };
+        self.moving.iter().filter_map(address).collect()
+    }
 }
 
 impl Frontends {
@@ -206,6 +215,11 @@ impl Frontends {
             *frontend.service == *service && !keep.contains(listen)
         };
         self.open.extract_if(goes).map(|(_, frontend)| frontend.id).collect()
+    }
+
+    /// Whether the listener at `listen` is open, and another service's than `service`.
+    pub(super) fn leads_elsewhere(&self, listen: &Listen, service: &str) -> bool {
+        self.open.get(listen).is_some_and(|frontend| *frontend.service != *service)
     }
 
     /// Whether the service manager passed the socket at `listen`, and so has it open too.

@@ -147,7 +147,9 @@ impl Daemon<'_> {
         let services = self.config.services.clone();
         self.handle(Event::Apply { services, ticket });
         self.forget_slots();
-        for service in self.workers.bindings.direct_listeners.opened(bound.addresses()) {
+        for service in
+            self.workers.bindings.direct_listeners.opened(bound.addresses(), bound.moved())
+        {
             if let Some(service) = self.supervisor.service(&service) {
                 self.publish(service.publication());
             }

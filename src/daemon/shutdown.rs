@@ -55,10 +55,11 @@ impl Daemon<'_> {
     /// `keep`.
     pub(super) fn close_publics(&mut self, service: &str, keep: &[Listen]) {
         let frontends = &self.frontends;
-        self.workers
-            .bindings
-            .direct_listeners
-            .close(service, keep, |listen| frontends.is_passed(listen));
+        // Where the listener stays open for somebody else, clients wait in its accept queue.
+        let stays = |listen: &Listen| {
+            frontends.is_passed(listen) || frontends.leads_elsewhere(listen, service)
+        };
+        self.workers.bindings.direct_listeners.close(service, keep, stays);
     }
 
     /// Closes these listeners in the background, after accepting every client in their accept

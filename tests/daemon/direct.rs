@@ -404,6 +404,44 @@ fn a_service_goes_from_proxy_to_direct_and_back_without_a_failed_request() {
 }
 
 #[test]
+fn an_address_that_goes_to_another_service_is_served_at_once_and_so_when_it_comes_back() {
+    both(2, |kind, ports| {
+        let (other, api) = (Ports::take(0), Ports::take(1));
+        let (moving, own) = (ports.address(), other.address());
+        let direct = |addresses: &[SocketAddr]| {
+            let listen: Vec<String> = addresses.iter().map(ToString::to_string).collect();
+            format!(
+                "[service.web]\nlisten = {listen:?}\nports = {:?}\nroute = \"direct\"\n\
+                 rollout.settle = \"3s\"\n{}\n",
+                ports.all(),
+                command(&["http"])
+            )
+        };
+        let proxied = format!(
+            "[service.api]\nlisten = \"{moving}\"\nports = {:?}\n{}\n",
+            api.all(),
+            command(&["http"])
+        );
+        let Some(daemon) = start(kind, &direct(&[moving, own]), 2) else { return };
+        // The old workers of "web" have sockets there until each has a proven successor.
+        daemon.must_reload(&format!("{}{proxied}", direct(&[own])));
+        daemon.wait(Mark::START, "worker healthy", &[("service", "api")]);
+        for _ in 0..20 {
+            let began = Instant::now();
+            assert_eq!(get(moving, "/argv"), "http");
+            // A SYN that is dropped is sent again after a second.
+            assert!(began.elapsed() < Duration::from_millis(900), "{:?}", began.elapsed());
+        }
+        daemon.must_reload(&direct(&[moving, own]));
+        eventually("the kernel hands them out again", || {
+            let since = daemon.now();
+            (0..10).for_each(|_| assert_eq!(get(moving, "/argv"), "http"));
+            daemon.said(since, "connection").is_empty()
+        });
+    });
+}
+
+#[test]
 fn addresses_come_and_go() {
     both(2, |kind, ports| {
         let other = Ports::take(0);

@@ -398,6 +398,8 @@ impl Bindings {
         if let Some(inherited) = self.ports.get_mut(&address) {
             inherited.is_released = true;
             self.leftover_ports.insert(address);
+            // It may come after this event's look at the queues.
+            self.may_grow = true;
         }
     }
 
