@@ -137,11 +137,12 @@ impl WorkerCounters {
     /// A snapshot of these counters. The connections that the kernel hands to a worker are not
     /// included.
     pub(crate) fn read(&self) -> WorkerTally {
+        let connect = self.connect.read();
         WorkerTally {
-            total: self.taken(),
+            total: connect.len(),
             sent: self.sent(),
             received: self.received(),
-            connect: self.connect.read(),
+            connect,
             duration: self.duration.read(),
             refusals: load(&self.refusals),
             failures: load(&self.failures),

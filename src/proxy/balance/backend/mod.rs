@@ -244,7 +244,9 @@ impl Backend {
     #[must_use]
     pub fn tally(&self) -> WorkerTally {
         let mut tally = self.counters.read();
-        tally.total = self.given().unwrap_or_default();
+        // Those that the kernel handed to it; where nobody counts these, there is no total.
+        let routed = self.direct.as_ref().map_or(Some(0), Direct::routed);
+        tally.total = routed.map_or(0, |routed| routed + tally.total);
         tally
     }
 
