@@ -87,7 +87,11 @@ impl ServiceHandle {
         let limit = limit(&pool);
         let concerns_all = {
             let mut current = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
-            let concerns_all = pool.routing() != current.routing() || !pool.has_those_of(&current);
+            // Where there is no worker, a thread that is about to make a connection wait has not said
+            // so yet, and nothing but the next pool would have it look again.
+            let concerns_all = pool.backends().is_empty()
+                || pool.routing() != current.routing()
+                || !pool.has_those_of(&current);
             pool.succeed(&current);
             *current = Arc::new(pool);
             self.version.fetch_add(1, SeqCst);

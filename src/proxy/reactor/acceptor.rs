@@ -123,6 +123,11 @@ impl Acceptor {
         let now = cx.now;
         for id in self.due(|open| open.deadline().is_some_and(|at| at <= now)) {
             self.resume(cx, id);
+            // Where epoll won't have it again, nobody can be accepted.
+            if self.0.get(&id).is_some_and(|open| open.state != State::Open && open.gives_up(now)) {
+                self.let_go(cx, id);
+                continue;
+            }
             self.accept(cx, tcp, id);
         }
     }

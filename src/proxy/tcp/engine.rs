@@ -416,8 +416,16 @@ impl Engine {
             self.hold(cx, key);
         } else {
             let is_first = waiters.is_empty() || waiters.doubt.is_some();
+            let has_looked = self.connections[key].stage == Some(Stage::AwaitingWorker);
             self.wait(cx, key);
-            if is_first {
+            if has_looked {
+                // Its attempt came to nothing in the middle of an advance, which is not begun again
+                // from within.
+                let retry_at = cx.now + FULL;
+                if let Some(Service { waiters, .. }) = cx.services.get_mut(service) {
+                    waiters.look_again.get_or_insert(retry_at);
+                }
+            } else if is_first {
                 self.advance(cx, service);
             }
         }
